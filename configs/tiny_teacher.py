@@ -1,0 +1,23 @@
+"""A tiny Wan2.1 trained from scratch on sprites: the teacher that the tiny surgery operates on.
+
+    jsurgery train --config=tiny_teacher --workdir=runs/teacher
+"""
+
+from jsurgery.config import base
+
+
+def get_config():
+    c = base()
+    c.prompts = "sprites"
+    c.model.path = "tiny_wan"
+    c.video.frames, c.video.height, c.video.width, c.video.fps = 17, 192, 160, 8
+    c.text_length = 32
+    c.sampler.steps = 20
+    c.trace.keep_steps = 20
+    c.data.path = "sprites"
+    c.train.vae_base_dim = 8
+    c.train.z_dim = 8
+    c.train.vae_steps = 2000
+    c.train.vae_crop = (9, 64, 64)
+    c.train.vae_kl_weight = 5e-4
+    return c

@@ -1,0 +1,114 @@
+"""Hybrid attention in a network: which block keeps how much softmax, and the feature maps that stand in for the rest."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jsurgery.attention.token_order import TokenOrder
+from jsurgery.errors import InputError
+from pallas_kernels import PolynomialMap, hybrid_attention, init_polynomial_map
+
+FORMAT_VERSION = 1
+Rate = int | str  # 1 is full softmax, "linear" has no softmax token
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMapConfig:
+    """phi of eq. 8: `layers` per-head layers, powers 1 to `degree` of a non-negative `activation`."""
+
+    degree: int = 2
+    layers: int = 2
+    activation: str = "relu"
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridConfig:
+    """What surgery changed in a network: one rate per block, and how the hybrid blocks are built."""
+
+    rates: tuple[Rate, ...]
+    chain: tuple[int, ...] = (1, 2, 4, 8)  # the nested softmax zones of the token order
+    lattice: str = "strided"
+    stabilizer: str = "lse"
+    linear_branch: bool = True
+    feature_map: FeatureMapConfig = FeatureMapConfig()
+
+    @classmethod
+    def from_json(cls, fields: Any, source: str) -> Self:
+        """The "hybrid" part of a model's config.json. Raises InputError on a format that this version does not know."""
+        fields = dict(fields or {})
+        if (found := fields.pop("format_version", None)) != FORMAT_VERSION:
+            raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {found}")
+        try:
+            feature_map = FeatureMapConfig(**fields.pop("feature_map"))
+            return cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=feature_map, **fields)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{source}: hybrid: {error}") from None
+
+    @property
+    def converted(self) -> tuple[int, ...]:
+        """Indices of the blocks that are not full softmax."""
+        return tuple(i for i, rate in enumerate(self.rates) if rate != 1)
+
+    def token_order(self, grid: tuple[int, int, int]) -> TokenOrder | None:
+        """The prefix order of a (time, height, width) token grid; None when no block needs one."""
+        if not self.converted:
+            return None
+        return token_order(grid, self.chain, self.lattice)
+
+
+def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str) -> TokenOrder:
+    """The order in which the softmax tokens of every rate of `chain` are a prefix."""
+    frames, height, width = grid
+    return TokenOrder(frames * height * width, tuple(chain), lattice=lattice, tokens_per_frame=height * width)
+
+
+class FeatureMap(nnx.Module):
+    """One learned map phi; `maps` is the pytree that kernels take. Leaves may be stacked: [S, ...] over blocks."""
+
+    def __init__(self, maps: PolynomialMap):
+        self.kernels = nnx.List([nnx.Param(kernel) for kernel in maps.kernels])
+        self.biases = nnx.List([nnx.Param(bias) for bias in maps.biases])
+        self.log_scale = nnx.Param(maps.log_scale)
+        self.degree, self.activation = maps.degree, maps.activation
+
+    @property
+    def maps(self) -> PolynomialMap:
+        return PolynomialMap(
+            kernels=tuple(kernel[...] for kernel in self.kernels),
+            biases=tuple(bias[...] for bias in self.biases),
+            log_scale=self.log_scale[...],
+            degree=self.degree,
+            activation=self.activation,
+        )
+
+
+def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, config: FeatureMapConfig) -> PolynomialMap:
+    """`count` freshly initialised maps, stacked on the first axis of every leaf."""
+    make = lambda k: init_polynomial_map(  # noqa: E731
+        k, heads, head_dim, degree=config.degree, layers=config.layers, activation=config.activation
+    )
+    return jax.vmap(make)(jax.random.split(key, count))
+
+
+def attend(
+    q_BxNxHxD: jax.Array,
+    k_BxNxHxD: jax.Array,
+    v_BxNxHxD: jax.Array,
+    query_map: PolynomialMap | None,
+    key_map: PolynomialMap | None,
+    *,
+    num_softmax: int,
+    stabilizer: str,
+    linear_branch: bool = True,
+) -> jax.Array:
+    """Eq. 5 on tokens in prefix order; without the linear branch, softmax over the prefix alone."""
+    if num_softmax == k_BxNxHxD.shape[1] or not linear_branch:
+        keys, values = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
+        return hybrid_attention(q_BxNxHxD, keys, values, None, None, num_softmax=num_softmax, stabilizer=stabilizer)
+    return hybrid_attention(
+        q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, num_softmax=num_softmax, stabilizer=stabilizer
+    ).astype(jnp.result_type(v_BxNxHxD))

@@ -1,0 +1,96 @@
+"""Which tokens keep softmax, and the order in which, at every rate, they are a prefix."""
+
+import dataclasses
+import itertools
+from functools import cached_property
+
+import numpy as np
+
+from jsurgery.errors import InputError
+
+LATTICES = ("strided", "staggered")
+Rate = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOrder:
+    """Prefix order of a video's tokens under a chain of hybrid rates.
+
+    A token's lattice position is j, its index in raster order over (frame, row, column), or on the staggered lattice
+    j + t, t being its frame; rate R keeps softmax for the tokens whose position is a multiple of R (Attention Surgery,
+    T_S = { j : j mod R = 0 }). Rates that divide one another give nested sets: first come the tokens of the highest
+    rate, then those that the next lower one adds, ..., then the rest, each zone in raster order.
+
+    The stagger moves the kept sites by one column a frame, where a stride that divides `tokens_per_frame` keeps the
+    same sites in every frame.
+
+    Attributes:
+        num_tokens: N.
+        rates: the candidate rates, in any order: integers of which each divides the next higher, and possibly "linear".
+        lattice: "strided" or "staggered".
+        tokens_per_frame: N / frames; only the staggered lattice needs it.
+
+    Raises:
+        InputError: rates that form no divisibility chain, or a lattice or frame size that does not fit.
+    """
+
+    num_tokens: int
+    rates: tuple[Rate, ...] = (1, 2, 4, 8)
+    lattice: str = "strided"
+    tokens_per_frame: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "rates", tuple(self.rates))
+        if self.num_tokens < 1:
+            raise InputError(f"num_tokens: expected at least 1, found {self.num_tokens}")
+        if self.lattice not in LATTICES:
+            raise InputError(f"lattice: expected one of {', '.join(LATTICES)}, found {self.lattice!r}")
+        for rate in self.rates:
+            if rate != "linear" and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
+                raise InputError(f'rates: expected integers of at least 1 or "linear", found {rate!r}')
+        chain = self._chain
+        for lower, higher in itertools.pairwise(chain):
+            if higher % lower:
+                raise InputError(f"rates: expected each to divide the next, found {lower} and {higher}")
+        if self.lattice == "staggered":
+            size = self.tokens_per_frame
+            if size is None or size < 1 or self.num_tokens % size:
+                raise InputError(f"tokens_per_frame: expected a divisor of the {self.num_tokens} tokens, found {size}")
+
+    @property
+    def _chain(self) -> list[int]:
+        return sorted({rate for rate in self.rates if isinstance(rate, int)})
+
+    @cached_property
+    def _positions(self) -> np.ndarray:
+        positions = np.arange(self.num_tokens)
+        if self.tokens_per_frame is not None and self.lattice == "staggered":
+            positions = positions + positions // self.tokens_per_frame
+        return positions
+
+    @cached_property
+    def permutation(self) -> np.ndarray:
+        """int [N]: natural index of the i-th token in prefix order; `tokens[:, permutation]` is in prefix order."""
+        zone = np.zeros(self.num_tokens, int)
+        for rate in self._chain:
+            zone += self._positions % rate != 0
+        return np.argsort(zone, kind="stable")
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """int [N]: place of token j in prefix order; `prefix_tokens[:, inverse]` is in natural order again."""
+        return np.argsort(self.permutation)
+
+    def num_softmax(self, rate: Rate) -> int:
+        """How many tokens, the first in prefix order, keep softmax at `rate`: N at rate 1, 0 at "linear".
+
+        ceil(N / R) on the strided lattice; on the staggered one possibly a few more or less.
+
+        Raises:
+            InputError: a rate that is not among `rates` (1 and "linear" always are).
+        """
+        if rate == "linear":
+            return 0
+        if rate != 1 and rate not in self._chain:
+            raise InputError(f"rate: expected one of {list(self.rates)}, found {rate!r}")
+        return int(np.count_nonzero(self._positions % rate == 0))

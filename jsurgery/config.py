@@ -1,0 +1,277 @@
+"""The schema of a config, and every rule that a config must satisfy.
+
+`base()` holds each field with its default and its meaning; the files in `configs/` change values, never add fields.
+"""
+
+import ast
+import difflib
+import importlib.util
+import numbers
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jsurgery.errors import InputError
+
+
+def base() -> ConfigDict:
+    """Every field. The values are the paper's where it states them (Wan2.1 1.3B at 320x480, 81 frames)."""
+    c = ConfigDict()
+    c.seed = 0
+    c.prompts = "prompts.txt"  # one prompt a line; "sprites": captions of the procedural set
+
+    c.model = ConfigDict()
+    c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
+    c.model.dtype = "float32"  # of matmuls; parameters stay float32
+    c.model.remat = False  # recompute blocks in the backward pass
+
+    c.mesh = ConfigDict()  # devices along each axis; their product is the number of devices used
+    c.mesh.data = 1
+    c.mesh.fsdp = 1
+    c.mesh.context = 1
+    c.mesh.tensor = 1
+
+    c.video = ConfigDict()
+    c.video.frames = 81
+    c.video.height = 320
+    c.video.width = 480
+    c.video.fps = 16
+    c.text_length = 512  # text tokens, zero-padded
+
+    c.sampler = ConfigDict()
+    c.sampler.solver = "euler"
+    c.sampler.steps = 50
+    c.sampler.shift = 3.0
+    c.sampler.guidance = 5.0
+    c.sampler.negative_prompt = ""
+
+    c.hybrid = ConfigDict()
+    c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass
+    c.hybrid.stabilizer = "lse"  # "max" is the paper's
+    c.hybrid.lattice = "strided"
+    c.hybrid.linear_branch = True
+    c.hybrid.degree = 2
+    c.hybrid.layers = 2
+    c.hybrid.activation = "relu"
+
+    c.trace = ConfigDict()
+    c.trace.prompts = 512
+    c.trace.holdout = 16  # prompts kept for the errors; never trained on
+    c.trace.solver = "euler_ancestral"
+    c.trace.keep_steps = 50  # of the sampler's steps, evenly spread
+    c.trace.batch = 1
+
+    c.distill = ConfigDict()
+    c.distill.loss = "value"  # "attention" is eq. 6
+    c.distill.steps = 10_000  # updates in all
+    c.distill.updates_per_batch = 1  # U of Algorithm 1
+    c.distill.batch = 1
+    c.distill.learning_rate = 1e-3
+    c.distill.weight_decay = 0.0
+    c.distill.calibrate = True
+
+    c.plan = ConfigDict()
+    c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
+    c.plan.budget = "15R2"  # also a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
+    c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
+
+    c.finetune = ConfigDict()
+    c.finetune.steps = 1000
+    c.finetune.batch = 16
+    c.finetune.learning_rate = 1e-5
+    c.finetune.weight_decay = 0.0
+    c.finetune.teacher_weight = 0.0  # 0: flow matching on data; 1: the teacher's velocity; between: a mix
+    c.finetune.condition_dropout = 0.1
+    c.finetune.subject = "hybrid"  # "teacher": the control, the unchanged teacher trained alike
+    c.finetune.distilled = True  # False: feature maps as initialised (the paper's "no distillation")
+
+    c.data = ConfigDict()
+    c.data.path = ""  # a folder of encoded latents; "sprites": encoded on the spot from the procedural set
+    c.data.clips = 0  # for "sprites"
+    c.data.two_sprites = 0.25  # share of clips with two sprites
+
+    c.evaluate = ConfigDict()
+    c.evaluate.prompts = 16
+    c.evaluate.batch = 4
+    c.evaluate.validation_clips = 64
+    c.evaluate.videos = 6  # shown in the report
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 200
+    c.checkpoint.keep = 2
+    c.log_every = 10
+
+    c.train = ConfigDict()  # `jsurgery train`: a tiny teacher from scratch
+    c.train.vae_base_dim = 16
+    c.train.z_dim = 16
+    c.train.vae_steps = 2000
+    c.train.vae_batch = 4
+    c.train.vae_learning_rate = 2e-3
+    c.train.vae_kl_weight = 1e-4
+    c.train.vae_crop = (9, 80, 80)
+    c.train.vocabulary = 64
+    c.train.text_dim = 64
+    c.train.text_layers = 2
+    c.train.clips = 4096
+    c.train.holdout_clips = 256
+    c.train.layers = 6
+    c.train.heads = 4
+    c.train.head_dim = 32
+    c.train.ffn_dim = 512
+    c.train.steps = 6000
+    c.train.batch = 16
+    c.train.optimizer = "muon"
+    c.train.learning_rate = 2e-3
+    c.train.warmup = 100
+    c.train.decay = 1000  # steps of linear decay to zero at the end
+    c.train.ema = 0.999
+    c.train.shift = 3.0  # of the training noise levels
+    c.train.condition_dropout = 0.1
+    return c
+
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "sampler.solver": ("euler", "euler_ancestral"),
+    "trace.solver": ("euler", "euler_ancestral"),
+    "hybrid.stabilizer": ("max", "lse"),
+    "hybrid.lattice": ("strided", "staggered"),
+    "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1"),
+    "distill.loss": ("value", "attention"),
+    "plan.selection": ("heterogeneous", "homogeneous"),
+    "finetune.subject": ("hybrid", "teacher"),
+    "train.optimizer": ("adamw", "muon"),
+}
+SHARES = ("finetune.teacher_weight", "finetune.condition_dropout", "data.two_sprites", "train.ema")
+MAY_BE_ZERO = {
+    "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
+    "distill.weight_decay", "finetune.weight_decay", "train.vae_kl_weight", *SHARES,
+}  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError naming the first field that is out of range, its value and what is allowed."""
+    for field, value in flat(config):
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            if value < 0 or (value == 0 and field not in MAY_BE_ZERO):
+                raise InputError(f"config.{field}: expected a positive number, found {value}")
+            if field in SHARES and value > 1:
+                raise InputError(f"config.{field}: expected a share between 0 and 1, found {value}")
+        if field in CHOICES and value not in CHOICES[field]:
+            raise InputError(f"config.{field}: expected one of {', '.join(CHOICES[field])}; found {value!r}")
+    check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
+    check_rates("config.hybrid.rates", config.hybrid.rates)
+    check_rates("config.plan.rates", config.plan.rates)
+    for rate in config.plan.rates:
+        if rate != 1 and rate not in config.hybrid.rates:
+            raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")
+    if config.trace.keep_steps > config.sampler.steps:
+        raise InputError(
+            f"config.trace.keep_steps: {config.trace.keep_steps} of config.sampler.steps = {config.sampler.steps}"
+        )
+    if config.trace.holdout >= config.trace.prompts:
+        raise InputError(
+            f"config.trace.holdout: {config.trace.holdout} of {config.trace.prompts} prompts leaves none to train on"
+        )
+
+
+def check_video(frames: int, height: int, width: int, prefix: str = "") -> None:
+    """Frames are 4k + 1 (the VAE's first frame stands alone), sizes multiples of 16 (8 for the VAE, 2 for patches)."""
+    if frames % 4 != 1:
+        below = max(1, (frames - 1) // 4 * 4 + 1)
+        raise InputError(f"{prefix}frames: expected 4k + 1, found {frames}; the nearest are {below} and {below + 4}")
+    for name, size in (("height", height), ("width", width)):
+        if size % 16:
+            below = max(16, size // 16 * 16)
+            raise InputError(
+                f"{prefix}{name}: expected a multiple of 16, found {size}; the nearest are {below} and {below + 16}"
+            )
+
+
+def check_rates(field: str, rates: Iterable[Any]) -> None:
+    """Rates are distinct, 'linear' or integers of which each divides the next larger one."""
+    rates = tuple(rates)
+    numeric = sorted(rate for rate in rates if rate != "linear")
+    for rate in numeric:
+        if not isinstance(rate, int) or rate < 1:
+            raise InputError(f"{field}: expected integers from 1 or 'linear', found {rate!r}")
+    if not rates or len(set(rates)) != len(rates):
+        raise InputError(f"{field}: expected distinct rates, found {rates}")
+    for small, large in zip(numeric, numeric[1:], strict=False):
+        if large % small:
+            raise InputError(f"{field}: expected a divisibility chain, but {small} does not divide {large}")
+
+
+def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen."""
+    path = config_path(name)
+    spec = importlib.util.spec_from_file_location(f"jsurgery_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    validate(config)
+    return config.lock()
+
+
+def config_path(name: str) -> pathlib.Path:
+    """A file, or a config that ships with the package: beside it in a checkout, inside it in a wheel."""
+    path = pathlib.Path(name)
+    if path.suffix == ".py":
+        if path.exists():
+            return path
+        raise InputError(f"--config={name}: no such file")
+    package = pathlib.Path(__file__).parent
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    for folder in folders:
+        if (folder / f"{name}.py").exists():
+            return folder / f"{name}.py"
+    shipped = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
+    raise InputError(f"--config={name}: expected a .py file or one of {', '.join(shipped)}")
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets `field` from its text; the type must be the default's."""
+    node = config
+    *parents, leaf = field.split(".")
+    known = [name for name, _ in flat(config)]
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or leaf not in node or isinstance(node[leaf], ConfigDict):
+        close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+        raise InputError(f"config.{field}: unknown field" + (f"; did you mean config.{close[0]}?" if close else ""))
+    old = node[leaf]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if field == "plan.budget":  # "15R2", or a number
+        node[leaf] = value
+        return
+    if isinstance(old, str):
+        value = text
+    elif isinstance(old, bool):
+        value = {"true": True, "false": False}.get(text.lower(), value)
+    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    elif isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if type(value) is not type(old):
+        raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")
+    with node.ignore_type():
+        node[leaf] = value
+
+
+def flat(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted field, value) of every leaf, in order."""
+    leaves = []
+    for name, value in config.items():
+        leaves += flat(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [(prefix + name, value)]
+    return leaves

@@ -1,0 +1,56 @@
+"""Records of named arrays in ArrayRecord shards: what `trace`, `encode` and `train` leave and what training reads.
+
+A record is the safetensors encoding of a flat dict of arrays; text travels as UTF-8 bytes in a uint8 array.
+"""
+
+from collections.abc import Iterable
+from typing import SupportsIndex
+
+import grain
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+from jsurgery.errors import InputError
+
+Record = dict[str, np.ndarray]
+
+
+def text_array(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def array_text(array: np.ndarray) -> str:
+    return array.tobytes().decode()
+
+
+def shard_path(folder: epath.PathLike, shard: int) -> epath.Path:
+    return epath.Path(folder) / f"{shard:05d}.array_record"
+
+
+def write_shard(path: epath.Path, records: Iterable[Record]) -> None:
+    """Writes one shard under a temporary name, then renames it: a shard with the final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in records:
+        writer.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in record.items()}))
+    writer.close()
+    temporary.replace(path)
+
+
+class Records:
+    """Random access to the records of a folder's shards, in order; a source for grain."""
+
+    def __init__(self, folder: epath.PathLike):
+        paths = sorted(str(path) for path in epath.Path(folder).glob("*.array_record"))
+        if not paths:
+            raise InputError(f"{folder}: expected ArrayRecord shards (*.array_record), found none")
+        self.source = grain.sources.ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        return safetensors.numpy.load(self.source[index])

@@ -1,0 +1,70 @@
+"""One mesh, four axes, and the one table that says which array dimension lies along which axis."""
+
+import re
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jsurgery.errors import DoesNotFit
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical dimension -> mesh axes.
+LOGICAL = {
+    "batch": ("data", "fsdp"),
+    "sequence": "context",
+    "heads": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    None: None,
+}
+
+# Parameter path -> logical dimensions, the trailing ones; anything else is replicated.
+PARAMETERS = [
+    (r"(to_q|to_k|to_v)/kernel$", ("embed", "heads")),
+    (r"to_out/kernel$", ("heads", "embed")),
+    (r"ffn_in/kernel$", ("embed", "mlp")),
+    (r"ffn_out/kernel$", ("mlp", "embed")),
+    (r"(query|key)_maps/kernels/\d+$", ("heads", None, None)),
+    (r"(query|key)_maps/biases/\d+$", ("heads", None)),
+]
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of `config.mesh`. Raises DoesNotFit when it asks for more devices than there are."""
+    shape = tuple(config[axis] for axis in AXES)
+    wanted = 1
+    for size in shape:
+        wanted *= size
+    devices = jax.devices()
+    if wanted > len(devices):
+        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, found {len(devices)} ({devices[0].platform})")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
+
+
+def sharding(mesh: Mesh, *dimensions: str | None) -> NamedSharding:
+    """The sharding of an array whose dimensions have these logical names."""
+    return NamedSharding(mesh, PartitionSpec(*(LOGICAL[dimension] for dimension in dimensions)))
+
+
+def parameter_shardings(mesh: Mesh, state: Any) -> Any:
+    """A sharding for every array of an NNX state (or anything shaped like one), by `PARAMETERS`."""
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        for pattern, dimensions in PARAMETERS:
+            if re.search(pattern, name.removesuffix("/value")):
+                return sharding(mesh, *(None,) * (leaf.ndim - len(dimensions)), *dimensions)
+        return sharding(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def place(mesh: Mesh, module: nnx.Module) -> None:
+    """Moves a module's parameters onto the mesh, in place."""
+    state = nnx.state(module)
+    nnx.update(module, jax.device_put(state, parameter_shardings(mesh, state)))

@@ -1,0 +1,81 @@
+"""What a running stage tells: a line with rate and time left, and metrics for TensorBoard and for the report."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Iterates over steps and reports them: on one line of a terminal, every few seconds in a log."""
+
+    def __init__(self, name: str, total: int, start: int = 0):
+        self.name, self.total, self.start = name, total, start
+        self.began = self.shown = time.monotonic()
+        self.note = ""
+
+    def over(self, steps: Iterable[int]) -> Iterator[int]:
+        for step in steps:
+            yield step
+            self.show(step + 1)
+        self.show(self.total, last=True)
+
+    def show(self, done: int, last: bool = False) -> None:
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if not last and now - self.shown < (0.2 if terminal else 10.0):
+            return
+        self.shown = now
+        elapsed = max(now - self.began, 1e-9)
+        rate = (done - self.start) / elapsed
+        left = f"ETA {clock((self.total - done) / rate)}" if rate and not last else f"took {clock(elapsed)}"
+        speed = f"{rate:.2f}/s" if rate >= 1 or not rate else f"{1 / rate:.2f} s each"
+        line = f"{self.name}: {done}/{self.total}  {speed}  {left}  {self.note}".rstrip()
+        print(f"\r\x1b[K{line}" if terminal else line, file=sys.stderr, end="" if terminal and not last else "\n")
+        sys.stderr.flush()
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Metrics:
+    """Scalars of a stage: `metrics.jsonl` (one object a logged step, read by the report) and TensorBoard events.
+
+    A resumed run drops what was logged after the step that it restarts from.
+    """
+
+    def __init__(self, folder: epath.PathLike, resume_step: int = 0):
+        self.folder = epath.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
+        self.rows = kept
+        self.board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def log(self, step: int, **values: Any) -> None:
+        row = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self.rows.append(row)
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        temporary = self.folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self.folder / "metrics.jsonl")
+        self.board.flush()
+
+
+def read_metrics(folder: epath.PathLike) -> list[dict[str, float]]:
+    path = epath.Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

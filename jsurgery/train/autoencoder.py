@@ -1,0 +1,101 @@
+"""Trains a small Wan VAE on crops of sprite clips, and measures its latents' mean and spread."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jsurgery.data import sprites
+from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.progress import Metrics, Progress, say
+from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
+
+STATISTICS_CLIPS = 48
+INITIAL_LOG_VARIANCE = -6.0
+
+
+def loss_fn(vae: WanVae, video_BxFxHxWx3: jax.Array, key: jax.Array, kl_weight: float) -> tuple[jax.Array, dict]:
+    """Mean absolute error of a sampled reconstruction, plus the KL divergence to a unit normal, per latent value."""
+    mean, logvar = vae.moments(video_BxFxHxWx3)
+    logvar = jnp.clip(logvar, -30, 20)
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = jnp.mean(jnp.abs(vae.pixels(z) - video_BxFxHxWx3))
+    kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+    return error + kl_weight * kl, {"error": error, "kl": kl}
+
+
+def crops(config: ConfigDict, step: int) -> np.ndarray:
+    """A batch [B, f, h, w, 3] of float32 crops; three of four hold a piece of a sprite's path."""
+    train, video = config.train, config.video
+    f, h, w = train.vae_crop
+    batch = []
+    for item in range(train.vae_batch):
+        rng = np.random.default_rng([config.seed, step, item])
+        scene = sprites.sample_scene(rng, two_sprites=0.5)
+        clip = sprites.render(scene, video.frames, video.height, video.width)
+        t = rng.integers(video.frames - f + 1)
+        top, left = rng.integers(video.height - h + 1), rng.integers(video.width - w + 1)
+        if rng.random() < 0.75:
+            sprite = scene.sprites[rng.integers(len(scene.sprites))]
+            y, x = sprite.centers(video.frames, video.height, video.width)[t + f // 2] + rng.uniform(-0.5, 0.5, 2) * (h, w)
+            top = int(np.clip(y - h / 2, 0, video.height - h))
+            left = int(np.clip(x - w / 2, 0, video.width - w))
+        batch.append(clip[t : t + f, top : top + h, left : left + w])
+    return sprites.to_float(np.stack(batch))
+
+
+def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> None:
+    """Trains (or goes on training) and writes a diffusers `vae/` folder."""
+    train = config.train
+    unit = dict(latents_mean=(0.0,) * train.z_dim, latents_std=(1.0,) * train.z_dim)
+    vae = WanVae(VaeConfig(base_dim=train.vae_base_dim, z_dim=train.z_dim, **unit), rngs=nnx.Rngs(config.seed))
+    # A posterior that starts narrow: at unit variance its noise would drown the mean before the encoder has learned one.
+    vae.quant_conv.bias[...] = vae.quant_conv.bias[...].at[train.z_dim :].set(INITIAL_LOG_VARIANCE)
+    graph, params = nnx.split(vae)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, train.vae_learning_rate, train.vae_steps // 20, train.vae_steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    @jax.jit
+    def update(params, opt_state, video, key):
+        objective = lambda params: loss_fn(nnx.merge(graph, params), video, key, train.vae_kl_weight)  # noqa: E731
+        (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, {"loss": loss, **parts}
+
+    checkpoints = Checkpoints(workdir / "vae", every=config.checkpoint.every, keep=1)
+    start, state = checkpoints.restore({"params": params, "opt_state": optimizer.init(params)})
+    metrics, progress = Metrics(workdir / "vae_metrics", start), Progress("vae", train.vae_steps, start)
+    for step in progress.over(range(start, train.vae_steps)):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        params, opt_state, parts = update(state["params"], state["opt_state"], crops(config, step), key)
+        state = {"params": params, "opt_state": opt_state}
+        if (step + 1) % config.log_every == 0:
+            metrics.log(step + 1, **parts)
+            metrics.flush()
+            progress.note = f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"
+        checkpoints.save(step + 1, state, last=step + 1 == train.vae_steps)
+    checkpoints.close()
+
+    vae = nnx.merge(graph, state["params"])
+    mean, std = latent_statistics(vae, config)
+    say(f"vae: latent std per channel {np.round(std, 2).tolist()}")
+    measured = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+    vae.config = measured
+    save_vae(vae, folder)
+
+
+def latent_statistics(vae: WanVae, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the posterior's mean, per channel [C], over whole clips."""
+    moments = nnx.jit(lambda vae, video: vae.moments(video)[0])
+    video, latents = config.video, []
+    for index in range(STATISTICS_CLIPS):
+        scene = sprites.scene_at(config.seed + 1, index, two_sprites=config.data.two_sprites)
+        clip = sprites.to_float(sprites.render(scene, video.frames, video.height, video.width))
+        latents.append(np.asarray(moments(vae, clip[None])))
+    stacked = np.concatenate(latents)
+    return stacked.mean(axis=(0, 1, 2, 3)), stacked.std(axis=(0, 1, 2, 3))

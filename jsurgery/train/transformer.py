@@ -1,0 +1,147 @@
+"""Trains a Wan transformer by flow matching, its text encoder with it, on encoded clips."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jsurgery.data.latents import batches
+from jsurgery.diffusion import add_noise, shift_sigma
+from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.mesh import make_mesh, parameter_shardings, sharding
+from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
+from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.transformer import WanConfig, WanTransformer
+
+VALIDATION_BATCHES = 4
+
+
+class Teacher(nnx.Module):
+    """What is trained together: the transformer and the text encoder whose embeddings it reads."""
+
+    def __init__(self, transformer: WanConfig, text_encoder: TextEncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.transformer = WanTransformer(transformer, dtype=dtype, rngs=rngs)
+        self.text_encoder = TextEncoder(text_encoder, rngs=rngs)
+
+    def __call__(self, latents, timesteps, token_ids, mask):
+        return self.transformer(latents, timesteps, encode_prompts(self.text_encoder, token_ids, mask))
+
+
+def flow_matching_loss(model: Teacher, batch: dict, key: jax.Array, *, shift: float, dropout: float) -> jax.Array:
+    """Mean squared velocity error at noise levels spread evenly over [0, 1] and shifted; some captions are blanked."""
+    latents = batch["latents"]
+    size = latents.shape[0]
+    key_level, key_noise, key_drop = jax.random.split(key, 3)
+    sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
+    noisy, velocity = add_noise(latents, jax.random.normal(key_noise, latents.shape), sigma_B)
+    blank_B = jax.random.permutation(key_drop, jnp.arange(size)) < dropout * size
+    token_ids = jnp.where(blank_B[:, None], batch["blank_ids"], batch["token_ids"])
+    mask = jnp.where(blank_B[:, None], batch["blank_mask"], batch["mask"])
+    return jnp.mean((model(noisy, 1000 * sigma_B, token_ids, mask) - velocity) ** 2)
+
+
+def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+    """Warm-up, a plateau, a linear decay at the end; Muon on the blocks' matrices or AdamW on everything."""
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, train.learning_rate, max(train.warmup, 1)),
+            optax.constant_schedule(train.learning_rate),
+            optax.linear_schedule(train.learning_rate, 0.0, max(train.decay, 1)),
+        ],
+        [train.warmup, train.steps - train.decay],
+    )
+    if train.optimizer == "adamw":
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01))
+
+    def stacked_kernels(params):
+        def of(path, leaf):
+            name = jax.tree_util.keystr(path)
+            return MuonDimensionNumbers(1, 2) if "blocks" in name and "kernel" in name and leaf.ndim == 3 else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    spectral = muon(schedule, adam_b2=0.99, muon_weight_dimension_numbers=stacked_kernels, consistent_rms=0.2)
+    return optax.chain(optax.clip_by_global_norm(1.0), spectral)
+
+
+def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tokenizer, latents: epath.Path) -> Teacher:
+    """Trains (or goes on training) on the shards in `latents/train`; returns the averaged (EMA) model."""
+    train = config.train
+    mesh = make_mesh(config.mesh)
+    transformer = WanConfig(
+        num_attention_heads=train.heads,
+        attention_head_dim=train.head_dim,
+        in_channels=train.z_dim,
+        out_channels=train.z_dim,
+        text_dim=train.text_dim,
+        ffn_dim=train.ffn_dim,
+        num_layers=train.layers,
+    )
+    text_encoder = TextEncoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        d_model=train.text_dim,
+        d_kv=train.text_dim // 4,
+        d_ff=2 * train.text_dim,
+        num_heads=4,
+        num_layers=train.text_layers,
+    )
+    model = Teacher(transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed))
+    graph, params = nnx.split(model)
+    params = jax.device_put(params, parameter_shardings(mesh, params))
+    optimizer = make_optimizer(train)
+    blank_ids, blank_mask = tokenizer([""], config.text_length)
+
+    def tokenized(element):
+        token_ids, mask = tokenizer(element["captions"], config.text_length)
+        arrays = {"latents": element["latents"], "token_ids": token_ids, "mask": mask}
+        placed = {name: jax.device_put(array, sharding(mesh, "batch")) for name, array in arrays.items()}
+        return placed | {"blank_ids": blank_ids, "blank_mask": blank_mask}
+
+    def loss(params, batch, key, dropout):
+        return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=train.shift, dropout=dropout)
+
+    @jax.jit
+    def update(state, batch, key):
+        value, grads = jax.value_and_grad(loss)(state["params"], batch, key, train.condition_dropout)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        # A young average would remember the initialisation for long.
+        decay = jnp.minimum(train.ema, (1 + state["step"]) / (10 + state["step"]))
+        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state["ema"], params)
+        new = {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}
+        return new, {"loss": value, "gradient_norm": optax.global_norm(grads)}
+
+    validation_loss = jax.jit(lambda params, batch, key: loss(params, batch, key, 0.0))
+    data = batches(latents / "train", train.batch, config.seed)
+    held_out = batches(latents / "holdout", train.batch, config.seed)
+
+    def validate(params) -> float:
+        """On fixed clips, noise and noise levels."""
+        keys = jax.random.split(jax.random.key(1), VALIDATION_BATCHES)
+        losses = [validation_loss(params, tokenized(held_out[i]), key) for i, key in enumerate(keys)]
+        return float(np.mean([float(value) for value in losses]))
+
+    checkpoints = Checkpoints(workdir / "transformer", every=config.checkpoint.every, keep=config.checkpoint.keep)
+    fresh = {"params": params, "opt_state": optimizer.init(params), "ema": params, "step": jnp.zeros((), jnp.int32)}
+    start, state = checkpoints.restore(fresh)
+    metrics, progress = Metrics(workdir / "transformer_metrics", start), Progress("train", train.steps, start)
+    for step in progress.over(range(start, train.steps)):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        state, values = update(state, tokenized(data[step]), key)
+        if (step + 1) % config.log_every == 0:
+            metrics.log(step + 1, **values)
+            progress.note = f"loss {values['loss']:.4f}"
+        if (step + 1) % config.checkpoint.every == 0:
+            metrics.log(step + 1, validation_loss=validate(state["ema"]))
+            metrics.flush()
+        checkpoints.save(step + 1, state, last=step + 1 == train.steps)
+    metrics.flush()
+    checkpoints.close()
+    return nnx.merge(graph, state["ema"])

@@ -1,0 +1,235 @@
+"""The UMT5 encoder, which turns Wan's prompts into the embeddings that cross-attention reads.
+
+T5 v1.1 (Raffel et al. 2020) with a relative position bias in every layer (UniMax, Chung et al. 2023).
+Attributes carry the tensor names of transformers' UMT5EncoderModel, so that a checkpoint is a mirror of the module.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from jsurgery.errors import InputError
+from jsurgery.wan.weights import load_mirrored, mirrored_tensors, read_tensors, write_tensors
+
+_FIXED_FIELDS = {
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "tokenizer_class": "T5Tokenizer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of a UMT5 encoder, in the field names of transformers' UMT5Config. The defaults are UMT5-XXL, Wan2.1's."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The config in a parsed `config.json`. Raises InputError for another architecture or a missing field."""
+        for name in ("model_type", "feed_forward_proj"):
+            if fields.get(name) != _FIXED_FIELDS[name]:
+                raise InputError(
+                    f"text encoder config: {name} must be {_FIXED_FIELDS[name]!r}, found {fields.get(name)!r}"
+                )
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise InputError(f"text encoder config: missing {', '.join(missing)}")
+        return cls(**{name: fields[name] for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of a `config.json` that transformers' UMT5EncoderModel.from_pretrained reads."""
+        return _FIXED_FIELDS | dataclasses.asdict(self) | {"num_decoder_layers": self.num_layers}
+
+
+def position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of every (query, key) pair, int32 [length, length] (Raffel et al. 2020, section 2.1).
+
+    Keys after the query use the upper half of the buckets. In each half, one half of the buckets hold one distance
+    each; the others widen logarithmically up to `max_distance`, and the last one holds all that lies beyond.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    offset_LxL = np.arange(length)[None, :] - np.arange(length)[:, None]
+    distance_LxL = np.abs(offset_LxL)
+    # In float32, as in every T5: the rounding decides which side of a bucket's edge a distance falls on.
+    ratio_LxL = np.log(np.maximum(distance_LxL, 1).astype(np.float32) / np.float32(exact))
+    steps_LxL = ratio_LxL / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    wide_LxL = np.minimum(exact + steps_LxL.astype(np.int32), half - 1)
+    bucket_LxL = np.where(distance_LxL < exact, distance_LxL, wide_LxL) + half * (offset_LxL > 0)
+    return bucket_LxL.astype(np.int32)
+
+
+class RMSNorm(nnx.Module):
+    """`weight * x / rms(x)` over the last axis, the mean square in float32."""
+
+    def __init__(self, dim: int, epsilon: float):
+        self.weight = nnx.Param(jnp.ones(dim))
+        self.epsilon = epsilon
+
+    def __call__(self, x_BxLxE: jax.Array) -> jax.Array:
+        mean_square_BxLx1 = jnp.mean(jnp.square(x_BxLxE.astype(jnp.float32)), axis=-1, keepdims=True)
+        weight_E = self.weight[...]
+        return (x_BxLxE * jax.lax.rsqrt(mean_square_BxLx1 + self.epsilon)).astype(weight_E.dtype) * weight_E
+
+
+def _linear(in_dim: int, out_dim: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(in_dim, out_dim, use_bias=False, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
+
+
+class SelfAttention(nnx.Module):
+    """Unscaled multi-head attention with a learned bias per bucket of relative position."""
+
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        inner_dim = config.num_heads * config.d_kv
+        # The query's initial scale holds the 1 / sqrt(d_kv) that the logits are not divided by.
+        self.q = _linear(config.d_model, inner_dim, (config.d_model * config.d_kv) ** -0.5, rngs)
+        self.k = _linear(config.d_model, inner_dim, config.d_model**-0.5, rngs)
+        self.v = _linear(config.d_model, inner_dim, config.d_model**-0.5, rngs)
+        self.o = _linear(inner_dim, config.d_model, inner_dim**-0.5, rngs)
+        self.relative_attention_bias = nnx.Embed(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            embedding_init=nnx.initializers.normal(config.d_model**-0.5),
+            rngs=rngs,
+        )
+        self.head_dim = config.d_kv
+        self.max_distance = config.relative_attention_max_distance
+
+    def __call__(self, x_BxLxE: jax.Array, mask_bias_Bx1x1xL: jax.Array) -> jax.Array:
+        batch, length, _ = x_BxLxE.shape
+        q_BxLxHxD, k_BxLxHxD, v_BxLxHxD = (
+            project(x_BxLxE).reshape(batch, length, -1, self.head_dim) for project in (self.q, self.k, self.v)
+        )
+        buckets_LxL = position_buckets(length, self.relative_attention_bias.num_embeddings, self.max_distance)
+        bias_HxLxL = self.relative_attention_bias(jnp.asarray(buckets_LxL)).transpose(2, 0, 1)
+        logits_BxHxLxL = jnp.einsum("bqhd,bkhd->bhqk", q_BxLxHxD, k_BxLxHxD) + bias_HxLxL[None] + mask_bias_Bx1x1xL
+        weights_BxHxLxL = jax.nn.softmax(logits_BxHxLxL.astype(jnp.float32)).astype(v_BxLxHxD.dtype)
+        y_BxLxHxD = jnp.einsum("bhqk,bkhd->bqhd", weights_BxHxLxL, v_BxLxHxD)
+        return self.o(y_BxLxHxD.reshape(batch, length, -1))
+
+
+class SelfAttentionLayer(nnx.Module):
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.SelfAttention = SelfAttention(config, rngs=rngs)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x_BxLxE: jax.Array, mask_bias_Bx1x1xL: jax.Array) -> jax.Array:
+        return x_BxLxE + self.SelfAttention(self.layer_norm(x_BxLxE), mask_bias_Bx1x1xL)
+
+
+class GatedFeedForward(nnx.Module):
+    """`wo(gelu(wi_0(x)) * wi_1(x))`, the GELU in its tanh form."""
+
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.wi_0 = _linear(config.d_model, config.d_ff, config.d_model**-0.5, rngs)
+        self.wi_1 = _linear(config.d_model, config.d_ff, config.d_model**-0.5, rngs)
+        self.wo = _linear(config.d_ff, config.d_model, config.d_ff**-0.5, rngs)
+
+    def __call__(self, x_BxLxE: jax.Array) -> jax.Array:
+        return self.wo(jax.nn.gelu(self.wi_0(x_BxLxE), approximate=True) * self.wi_1(x_BxLxE))
+
+
+class FeedForwardLayer(nnx.Module):
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.DenseReluDense = GatedFeedForward(config, rngs=rngs)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x_BxLxE: jax.Array) -> jax.Array:
+        return x_BxLxE + self.DenseReluDense(self.layer_norm(x_BxLxE))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.layer: nnx.List[Any] = nnx.List(
+            [SelfAttentionLayer(config, rngs=rngs), FeedForwardLayer(config, rngs=rngs)]
+        )
+
+    def __call__(self, x_BxLxE: jax.Array, mask_bias_Bx1x1xL: jax.Array) -> jax.Array:
+        attention, feed_forward = self.layer
+        return feed_forward(attention(x_BxLxE, mask_bias_Bx1x1xL))
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.block = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def __call__(self, x_BxLxE: jax.Array, mask_bias_Bx1x1xL: jax.Array) -> jax.Array:
+        for block in self.block:
+            x_BxLxE = block(x_BxLxE, mask_bias_Bx1x1xL)
+        return self.final_layer_norm(x_BxLxE)
+
+
+class TextEncoder(nnx.Module):
+    """UMT5's encoder: (token ids [B, L] int, mask [B, L], 1 on tokens and 0 on padding) -> embeddings [B, L, d_model].
+
+    Padded positions are not attended to; their own rows of the result are to be ignored (`encode_prompts` zeroes them).
+    """
+
+    def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = nnx.Embed(
+            config.vocab_size, config.d_model, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        )
+        self.encoder = Encoder(config, rngs=rngs)
+
+    def __call__(self, token_ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+        mask_bias_BxL = jnp.where(mask_BxL > 0, 0.0, jnp.finfo(jnp.float32).min)
+        return self.encoder(self.shared(token_ids_BxL), mask_bias_BxL[:, None, None, :])
+
+
+def encode_prompts(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Embeddings [B, L, d_model] as Wan's cross-attention takes them: zero wherever `mask` [B, L] is."""
+    embeddings = encoder(token_ids, mask)
+    return jnp.where(mask[:, :, None] > 0, embeddings, 0.0)
+
+
+def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
+    """The encoder in a `text_encoder/` folder (config.json, safetensors in one file or in shards with an index).
+
+    Raises InputError, naming the file, for a missing, damaged or foreign one.
+    """
+    folder = epath.Path(path)
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
+    try:
+        config = TextEncoderConfig.from_json(json.loads(config_file.read_text()))
+    except ValueError as error:
+        raise InputError(f"{config_file}: expected JSON, found {error}") from error
+    tensors = read_tensors(folder)
+    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+    encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
+    return encoder
+
+
+def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
+    """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(encoder.config.to_json(), indent=2, sort_keys=True) + "\n")
+    write_tensors(folder / "model.safetensors", mirrored_tensors(encoder))

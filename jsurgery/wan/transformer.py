@@ -1,0 +1,353 @@
+"""The Wan2.1 diffusion transformer, with full softmax or hybrid self-attention in each block.
+
+Names follow the diffusers checkpoint where they can; `weights.py` holds the one table between the two.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from jsurgery.attention.hybrid import FORMAT_VERSION, FeatureMap, HybridConfig, attend, init_feature_maps
+from jsurgery.attention.token_order import TokenOrder
+from jsurgery.errors import InputError
+from jsurgery.runtime.mesh import place
+from jsurgery.wan import weights
+from jsurgery.wan.rope import apply_rope, rope_tables
+from pallas_kernels import hybrid_attention
+
+CLASS_NAME = "WanTransformer3DModel"
+HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan transformer, named as in diffusers' config.json; the defaults are Wan2.1 1.3B."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+    hybrid: HybridConfig | None = None  # None: every block is full softmax, as published
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
+        """The config in a parsed config.json of diffusers or of jsurgery; raises InputError for another architecture."""
+        kind = fields.get("_class_name")
+        if kind not in (CLASS_NAME, HYBRID_CLASS_NAME):
+            raise InputError(f"{source}: expected _class_name {CLASS_NAME} or {HYBRID_CLASS_NAME}, found {kind!r}")
+        for name, wan in (("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None)):
+            if fields.get(name, wan) != wan:
+                raise InputError(f"{source}: {name}: the text-to-video Wan2.1 has {wan!r}, found {fields[name]!r}")
+        known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
+        known["patch_size"] = tuple(known.get("patch_size", (1, 2, 2)))
+        if kind == HYBRID_CLASS_NAME:
+            known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
+            if len(known["hybrid"].rates) != known.get("num_layers", cls.num_layers):
+                raise InputError(f"{source}: hybrid.rates has {len(known['hybrid'].rates)} entries, num_layers differs")
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of config.json; a hybrid has a class name of its own, so that stock diffusers refuses it."""
+        fields = dataclasses.asdict(self) | {"qk_norm": "rms_norm_across_heads", "image_dim": None}
+        fields |= {"added_kv_proj_dim": None, "pos_embed_seq_len": None}
+        hybrid = fields.pop("hybrid")
+        if hybrid is None:
+            return {"_class_name": CLASS_NAME, **fields}
+        return {"_class_name": HYBRID_CLASS_NAME, **fields, "hybrid": {"format_version": FORMAT_VERSION, **hybrid}}
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def rates(self) -> tuple:
+        return self.hybrid.rates if self.hybrid else (1,) * self.num_layers
+
+    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Tokens along time, height and width for latents of `latent_shape` = (T, H, W)."""
+        for name, size, patch in zip(("frames", "height", "width"), latent_shape, self.patch_size, strict=True):
+            if size % patch:
+                raise InputError(f"latents: {name} is {size}, not a multiple of the patch size {patch}")
+        return tuple(size // patch for size, patch in zip(latent_shape, self.patch_size, strict=True))  # type: ignore[return-value]
+
+
+class Linear(nnx.Linear):
+    """A linear layer that flattens its batch axes: XLA's CPU backward pass is twice as fast on matrices, TPUs do not care."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * weight).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis without gain and bias; float32 in and out."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+def timestep_embedding(timesteps_B: jax.Array, width: int) -> jax.Array:
+    """Sinusoids of timesteps in [0, 1000], cosines first: [B, width]."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps_B.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Projections and norms of an attention layer; queries and keys are normalised over the full width, before heads."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        dim = config.dim
+        self.heads, self.eps = config.num_attention_heads, config.eps
+        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(dim, dim, dtype=dtype, rngs=rngs) for _ in range(4))
+        self.norm_q = nnx.Param(jnp.ones(dim))
+        self.norm_k = nnx.Param(jnp.ones(dim))
+
+    def project(self, x_BxNxD: jax.Array, context_BxMxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, N, H, D/H] from `x`; k, v [B, M, H, D/H] from `context`."""
+        q = rms_norm(self.to_q(x_BxNxD), self.norm_q[...], self.eps)
+        k = rms_norm(self.to_k(context_BxMxD), self.norm_k[...], self.eps)
+        v = self.to_v(context_BxMxD)
+        return tuple(t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))  # type: ignore[return-value]
+
+    def output(self, y_BxNxHxD: jax.Array) -> jax.Array:
+        return self.to_out(y_BxNxHxD.reshape(*y_BxNxHxD.shape[:2], -1))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the timestep scales, shifts and gates (adaLN)."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        dim = config.dim
+        self.eps, self.cross_attn_norm = config.eps, config.cross_attn_norm
+        self.attn1 = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(config, dtype=dtype, rngs=rngs)
+        if config.cross_attn_norm:
+            self.norm2_scale = nnx.Param(jnp.ones(dim))
+            self.norm2_bias = nnx.Param(jnp.zeros(dim))
+        self.ffn_in = Linear(dim, config.ffn_dim, dtype=dtype, rngs=rngs)
+        self.ffn_out = Linear(config.ffn_dim, dim, dtype=dtype, rngs=rngs)
+        self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (6, dim)) / math.sqrt(dim))
+
+    def __call__(
+        self,
+        x_BxNxD: jax.Array,
+        text_BxMxD: jax.Array,
+        modulation_Bx6xD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        self_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        x, dtype = x_BxNxD, x_BxNxD.dtype
+        modulation = self.scale_shift_table[...] + modulation_Bx6xD.astype(jnp.float32)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
+
+        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
+        q, k, v = self.attn1.project(h, h)
+        y = self_attention(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        x = (x + self.attn1.output(y) * gate1).astype(dtype)
+
+        h = x
+        if self.cross_attn_norm:
+            h = (layer_norm(x, self.eps) * self.norm2_scale[...] + self.norm2_bias[...]).astype(dtype)
+        q, k, v = self.attn2.project(h, text_BxMxD)
+        x = x + self.attn2.output(hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]))
+
+        h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
+        h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
+        return (x + h * gate2).astype(dtype)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep and text, brought to the model's width."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        dim = config.dim
+        self.freq_dim = config.freq_dim
+        self.time_in = Linear(config.freq_dim, dim, rngs=rngs)
+        self.time_out = Linear(dim, dim, rngs=rngs)
+        self.time_proj = Linear(dim, 6 * dim, rngs=rngs)
+        self.text_in = Linear(config.text_dim, dim, dtype=dtype, rngs=rngs)
+        self.text_out = Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, timesteps_B: jax.Array, text_BxMxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Time embedding [B, D], modulation [B, 6, D], text [B, M, D]."""
+        time_BxD = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(timesteps_B, self.freq_dim))))
+        modulation = self.time_proj(jax.nn.silu(time_BxD)).reshape(time_BxD.shape[0], 6, -1)
+        text_BxMxD = self.text_out(jax.nn.gelu(self.text_in(text_BxMxE), approximate=True))
+        return time_BxD, modulation, text_BxMxD
+
+
+class WanTransformer(nnx.Module):
+    """velocity = transformer(latents [B, T, H, W, C], timesteps [B] in [0, 1000], text embeddings [B, M, text_dim]).
+
+    Block parameters are stacked [L, ...] and scanned, also when rates differ from block to block: compile time does
+    not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
+    """
+
+    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        dim, patch = config.dim, math.prod(config.patch_size)
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.patch_embedding = Linear(patch * config.in_channels, dim, dtype=dtype, rngs=rngs)
+        self.condition = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked_blocks(rngs)
+        self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (2, dim)) / math.sqrt(dim))
+        self.proj_out = Linear(dim, patch * config.out_channels, dtype=dtype, rngs=rngs)
+
+        hybrid = config.hybrid
+        if hybrid and hybrid.converted and hybrid.linear_branch:
+            shape = len(hybrid.converted), config.num_attention_heads, config.attention_head_dim
+            self.query_maps = FeatureMap(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
+            self.key_maps = FeatureMap(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array) -> jax.Array:
+        hybrid = self.config.hybrid
+        grid = self.config.token_grid(latents.shape[1:4])
+        order = hybrid.token_order(grid) if hybrid else None
+        num_tokens = math.prod(grid)
+        kinds = sorted(set(self.config.rates), key=str)
+        if hybrid is None or order is None:
+            full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=num_tokens), None)  # noqa: E731
+            return self.apply_blocks(latents, timesteps, text_embeddings, full, None, order=None)[0]
+
+        def planned(q, k, v, layer):
+            kind, maps = layer
+            branches = [
+                lambda q, k, v, maps, rate=rate: attend(
+                    q,
+                    k,
+                    v,
+                    *(maps or (None, None)),
+                    num_softmax=order.num_softmax(rate),
+                    stabilizer=hybrid.stabilizer,
+                    linear_branch=hybrid.linear_branch,
+                )
+                for rate in kinds
+            ]
+            return lax.switch(kind, branches, q, k, v, maps), None
+
+        kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
+        maps = None
+        if hybrid.linear_branch:
+            # A softmax block's slot is filled with some map that its branch never reads.
+            slot_L = jnp.array([sum(rate != 1 for rate in hybrid.rates[:i]) for i in range(len(hybrid.rates))])
+            slot_L = jnp.minimum(slot_L, len(hybrid.converted) - 1)
+            maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
+        return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
+
+    def apply_blocks(
+        self,
+        latents_BxTxHxWxC: jax.Array,
+        timesteps_B: jax.Array,
+        text_BxMxE: jax.Array,
+        self_attention: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+        layers: Any,
+        *,
+        order: TokenOrder | None,
+    ) -> tuple[jax.Array, Any]:
+        """The whole network around a given self-attention.
+
+        `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned: `layer` is this block's slice of the
+        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is the order that tokens lie in.
+        Returns (velocity [B, T, H, W, C], records).
+        """
+        config = self.config
+        grid = config.token_grid(latents_BxTxHxWxC.shape[1:4])
+        cos, sin = rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
+        x = self.patch_embedding(self.patchify(latents_BxTxHxWxC.astype(self.dtype)))
+        if order is not None:
+            x, cos, sin = x[:, order.permutation], cos[order.permutation], sin[order.permutation]
+        rope = jnp.asarray(cos), jnp.asarray(sin)
+        time, modulation, text = self.condition(timesteps_B, text_BxMxE.astype(self.dtype))
+
+        graph, stacked = nnx.split(self.blocks)
+
+        def body(x, layer):
+            state, layer = layer
+            records = []
+
+            def recorded(q, k, v):
+                y, record = self_attention(q, k, v, layer)
+                records.append(record)
+                return y
+
+            x = nnx.merge(graph, state)(x, text, modulation, rope, recorded)
+            return x, records[0]
+
+        x, records = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stacked, layers))
+
+        shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None, :].astype(jnp.float32), 2, axis=1)
+        x = self.proj_out((layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype))
+        if order is not None:
+            x = x[:, order.inverse]
+        return self.unpatchify(x, grid), records
+
+    def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens row-major."""
+        (pt, ph, pw), (b, t, h, w, c) = self.config.patch_size, latents_BxTxHxWxC.shape
+        x = latents_BxTxHxWxC.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+        return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+    def unpatchify(self, x_BxNxP: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        (pt, ph, pw), (t, h, w) = self.config.patch_size, grid
+        x = x_BxNxP.reshape(-1, t, h, w, pt, ph, pw, self.config.out_channels)
+        return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * pt, h * ph, w * pw, self.config.out_channels)
+
+
+def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
+    """A transformer from a diffusers-layout folder, published or operated on: config.json and safetensors.
+
+    Parameters are float32; `dtype` is that of matmuls. Raises InputError naming the file that is missing, damaged or
+    does not fit.
+    """
+    path = epath.Path(path)
+    file = path / "config.json"
+    if not file.exists():
+        raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON ({error})") from None
+    config = WanConfig.from_json(fields, source=str(file))
+    tensors = weights.read_tensors(path)
+    model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    weights.load_transformer_tensors(model, tensors, source=path)
+    if mesh is not None:
+        place(mesh, model)
+    return model
+
+
+def save_transformer(transformer: WanTransformer, path: epath.PathLike) -> None:
+    """Writes a folder that `load_transformer` reads, and diffusers too unless the transformer is a hybrid."""
+    path = epath.Path(path)
+    tensors = weights.transformer_tensors(transformer)
+    weights.write_tensors(path / "diffusion_pytorch_model.safetensors", tensors)
+    (path / "config.json").write_text(json.dumps(transformer.config.to_json(), indent=2) + "\n")

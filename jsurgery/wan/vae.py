@@ -1,0 +1,360 @@
+"""Wan2.1's causal video VAE: 4x fewer frames (the first is kept apart), 8x smaller sides, z_dim channels.
+
+The reference (diffusers' AutoencoderKLWan) streams a clip through feature caches, 4 frames at a time; here the whole
+clip goes through at once, which is the same function. Attribute names are the reference's parameter names.
+"""
+
+import dataclasses
+import json
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from jsurgery.errors import InputError
+from jsurgery.wan import weights
+
+WAN_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# What a config.json may also say, and the only values that are Wan2.1's.
+_FIXED_FIELDS = {
+    "attn_scales": [],
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """The fields of diffusers' vae/config.json, spelt as there; defaults are Wan2.1's."""
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None  # None: base_dim
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = WAN_LATENTS_STD
+
+    def __post_init__(self):
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            found = f"{len(self.latents_mean)} and {len(self.latents_std)}"
+            raise InputError(f"latents_mean, latents_std: expected z_dim = {self.z_dim} values each, found {found}")
+        if len(self.dim_mult) != 4 or len(self.temperal_downsample) != 3 or sum(self.temperal_downsample) != 2:
+            raise InputError(
+                "dim_mult, temperal_downsample: expected 4 levels and 3 steps between them, 2 of them temporal "
+                f"(stride 4, 8, 8), found {self.dim_mult} and {self.temperal_downsample}"
+            )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """From a parsed config.json; raises InputError on an unknown field or another architecture."""
+        fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "dropout"}
+        for name, fixed in _FIXED_FIELDS.items():
+            if (value := fields.pop(name, fixed)) != fixed:
+                raise InputError(f"{name}: Wan2.1's VAE has {fixed}, found {value}")
+        if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise InputError(f"{min(unknown)}: not a field of AutoencoderKLWan's config")
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {"_class_name": "AutoencoderKLWan", **fields, **_FIXED_FIELDS, "dropout": 0.0}
+
+
+def _per_channel(values: Any, x: jax.Array) -> jax.Array:
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class CausalConv(nnx.Module):
+    """Convolution over [B, T, H, W, C] that sees the present and the kt - 1 frames before it; sides keep their size.
+
+    Computed as one 2-D convolution over frames whose channels hold the kt time-shifted copies: XLA's 3-D convolution on
+    CPU is several times slower, and one path for all devices keeps their results comparable.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel_size: tuple[int, int, int], *, time_stride: int = 1, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*kernel_size, in_dim, out_dim)))
+        self.bias = nnx.Param(jnp.zeros(out_dim))
+        self.time_stride = time_stride
+
+    def __call__(self, x_BxTxHxWxC: jax.Array, pad_time: bool = True) -> jax.Array:
+        """With `pad_time`, zeros stand for the frames before the first; without, output starts at the kt-th frame."""
+        kt, kh, kw, in_dim, out_dim = self.kernel.shape
+        if pad_time:
+            x_BxTxHxWxC = jnp.pad(x_BxTxHxWxC, ((0, 0), (kt - 1, 0), (0, 0), (0, 0), (0, 0)))
+        last = x_BxTxHxWxC.shape[1] - kt + 1
+        shifted = [x_BxTxHxWxC[:, t : last + t : self.time_stride] for t in range(kt)]
+        x_BxTxHxWxK = jnp.concatenate(shifted, axis=-1)
+        kernel_HxWxKxO = self.kernel[...].transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * in_dim, out_dim)
+        y_NxHxWxO = jax.lax.conv_general_dilated(
+            x_BxTxHxWxK.reshape(-1, *x_BxTxHxWxK.shape[2:]),
+            kernel_HxWxKxO,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y_BxTxHxWxO = y_NxHxWxO.reshape(*x_BxTxHxWxK.shape[:-1], out_dim)
+        return y_BxTxHxWxO + _per_channel(self.bias[...], y_BxTxHxWxO)
+
+
+class RMSNorm(nnx.Module):
+    """Scales the channel vector to length sqrt(C), then by gamma, stored with the reference's trailing axes of one."""
+
+    def __init__(self, dim: int, trailing_axes: int):
+        self.gamma = nnx.Param(jnp.ones((dim,) + (1,) * trailing_axes))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        # The floor lies under the root, so that the gradient of an all-zero vector is finite.
+        square_length = jnp.sum(jnp.square(x_f32), axis=-1, keepdims=True)
+        unit = x_f32 * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
+        return unit.astype(x.dtype) * _per_channel(self.gamma[...], x) * x.shape[-1] ** 0.5
+
+
+class ResidualBlock(nnx.Module):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(in_dim, 3)
+        self.conv1 = CausalConv(in_dim, out_dim, (3, 3, 3), rngs=rngs)
+        self.norm2 = RMSNorm(out_dim, 3)
+        self.conv2 = CausalConv(out_dim, out_dim, (3, 3, 3), rngs=rngs)
+        self.conv_shortcut = CausalConv(in_dim, out_dim, (1, 1, 1), rngs=rngs) if in_dim != out_dim else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        x = self.conv1(nnx.silu(self.norm1(x)))
+        return shortcut + self.conv2(nnx.silu(self.norm2(x)))
+
+
+class FrameAttention(nnx.Module):
+    """Self-attention with one head over the pixels of each frame."""
+
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nnx.Conv(dim, 3 * dim, (1, 1), rngs=rngs)
+        self.proj = nnx.Conv(dim, dim, (1, 1), rngs=rngs)
+
+    def __call__(self, x_BxTxHxWxC: jax.Array) -> jax.Array:
+        batch, time, height, width, dim = x_BxTxHxWxC.shape
+        x_NxHxWxC = x_BxTxHxWxC.reshape(batch * time, height, width, dim)
+        qkv_NxPx1x3C = self.to_qkv(self.norm(x_NxHxWxC)).reshape(batch * time, height * width, 1, 3 * dim)
+        q, k, v = jnp.split(qkv_NxPx1x3C, 3, axis=-1)
+        # Frame by frame: the scores of all frames at once would be the largest array by far.
+        y_NxPx1xC = jax.lax.map(lambda qkv: jax.nn.dot_product_attention(*qkv), (q, k, v))
+        y_NxHxWxC = self.proj(y_NxPx1xC.reshape(x_NxHxWxC.shape))
+        return x_BxTxHxWxC + y_NxHxWxC.reshape(x_BxTxHxWxC.shape)
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([ResidualBlock(dim, dim, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([FrameAttention(dim, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        before, after = self.resnets
+        return after(self.attentions[0](before(x)))
+
+
+def _pad_right_and_bottom(x_NxHxWxC: jax.Array) -> jax.Array:
+    return jnp.pad(x_NxHxWxC, ((0, 0), (0, 1), (0, 1), (0, 0)))
+
+
+def _repeat_pixels(x_NxHxWxC: jax.Array) -> jax.Array:
+    return x_NxHxWxC.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def _apply_per_frame(layers: nnx.List, x_BxTxHxWxC: jax.Array) -> jax.Array:
+    batch, time = x_BxTxHxWxC.shape[:2]
+    x = x_BxTxHxWxC.reshape(-1, *x_BxTxHxWxC.shape[2:])
+    for layer in layers:
+        x = layer(x)
+    return x.reshape(batch, time, *x.shape[1:])
+
+
+class Downsample(nnx.Module):
+    """Halves the sides and, if temporal, the frames after the first, which is never mixed into."""
+
+    def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
+        conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding="VALID", rngs=rngs)
+        self.resample = nnx.List([_pad_right_and_bottom, conv])
+        self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, rngs=rngs) if temporal else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _apply_per_frame(self.resample, x)
+        if self.time_conv is None or x.shape[1] == 1:
+            return x
+        return jnp.concatenate([x[:, :1], self.time_conv(x, pad_time=False)], axis=1)
+
+
+class Upsample(nnx.Module):
+    """Doubles the sides, halves the channels and, if temporal, makes two frames of each after the first.
+
+    The first frame passes by the temporal convolution unseen: the reference's cache starts with zeros in its place.
+    """
+
+    def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
+        self.resample = nnx.List([_repeat_pixels, nnx.Conv(dim, dim // 2, (3, 3), rngs=rngs)])
+        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs) if temporal else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.time_conv is not None and x.shape[1] > 1:
+            batch, time, height, width, dim = x.shape
+            pairs_BxTxHxWx2xC = self.time_conv(x[:, 1:]).reshape(batch, time - 1, height, width, 2, dim)
+            later = jnp.moveaxis(pairs_BxTxHxWx2xC, 4, 2).reshape(batch, 2 * (time - 1), height, width, dim)
+            x = jnp.concatenate([x[:, :1], later], axis=1)
+        return _apply_per_frame(self.resample, x)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
+        self.conv_in = CausalConv(3, config.base_dim, (3, 3, 3), rngs=rngs)
+        dim, layers = config.base_dim, []
+        for level, mult in enumerate(config.dim_mult):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(dim, config.base_dim * mult, rngs=rngs))
+                dim = config.base_dim * mult
+            if level < len(config.temperal_downsample):
+                layers.append(Downsample(dim, config.temperal_downsample[level], rngs=rngs))
+        self.down_blocks = nnx.List(layers)
+        self.mid_block = MidBlock(dim, rngs=rngs)
+        self.norm_out = RMSNorm(dim, 3)
+        self.conv_out = CausalConv(dim, 2 * config.z_dim, (3, 3, 3), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(self.mid_block(x))))
+
+
+class UpBlock(nnx.Module):
+    def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, upsample: Upsample | None, *, rngs: nnx.Rngs):
+        dims = (in_dim,) + (out_dim,) * num_res_blocks
+        self.resnets = nnx.List([ResidualBlock(dim, out_dim, rngs=rngs) for dim in dims])
+        self.upsamplers = nnx.List([] if upsample is None else [upsample])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x)
+        return x
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
+        dims = [(config.decoder_base_dim or config.base_dim) * mult for mult in reversed(config.dim_mult)]
+        self.conv_in = CausalConv(config.z_dim, dims[0], (3, 3, 3), rngs=rngs)
+        self.mid_block = MidBlock(dims[0], rngs=rngs)
+        in_dim, blocks = dims[0], []
+        for dim, temporal in zip(dims, (*reversed(config.temperal_downsample), None), strict=True):
+            upsample = None if temporal is None else Upsample(dim, temporal, rngs=rngs)
+            blocks.append(UpBlock(in_dim, dim, config.num_res_blocks, upsample, rngs=rngs))
+            in_dim = dim // 2
+        self.up_blocks = nnx.List(blocks)
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = CausalConv(dims[-1], 3, (3, 3, 3), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class WanVae(nnx.Module):
+    """Video [B, F, H, W, 3] in [-1, 1] to latents [B, T, H/8, W/8, z_dim] and back; F = 4(T - 1) + 1.
+
+    `encode` and `decode` speak the normalised latents that the transformer takes; `moments` and `pixels` are the plain
+    VAE behind them, for training it.
+    """
+
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), rngs=rngs)
+        self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1), rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def moments(self, video_BxFxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log variance of the posterior, unnormalised and unclamped, each [B, T, H/8, W/8, z_dim].
+
+        Raises InputError unless F = 4k + 1 and H and W are multiples of 8.
+        """
+        _check_video_shape(video_BxFxHxWx3.shape)
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(video_BxFxHxWx3.astype(self._dtype))), 2, axis=-1)
+        return mean, logvar
+
+    def pixels(self, z_BxTxHxWxC: jax.Array) -> jax.Array:
+        """Unnormalised latents to video, not clipped: what a reconstruction loss wants."""
+        return self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)))
+
+    def encode(self, video_BxFxHxWx3: jax.Array) -> jax.Array:
+        """The posterior's mean, normalised per channel by the config's latents_mean and latents_std."""
+        mean, _ = self.moments(video_BxFxHxWx3)
+        return (mean - _per_channel(self.config.latents_mean, mean)) / _per_channel(self.config.latents_std, mean)
+
+    def decode(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
+        """Normalised latents to video in [-1, 1]."""
+        std = _per_channel(self.config.latents_std, latents_BxTxHxWxC)
+        mean = _per_channel(self.config.latents_mean, latents_BxTxHxWxC)
+        return jnp.clip(self.pixels(latents_BxTxHxWxC * std + mean), -1, 1)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return self.quant_conv.kernel.dtype
+
+
+def _check_video_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 5 or shape[-1] != 3:
+        raise InputError(f"video: expected [batch, frames, height, width, 3], found {list(shape)}")
+    _, frames, height, width, _ = shape
+    if frames % 4 != 1:
+        nearest = 4 * max(round((frames - 1) / 4), 0) + 1
+        raise InputError(f"frames: expected 4k + 1, found {frames}; the nearest that works is {nearest}")
+    for name, side in (("height", height), ("width", width)):
+        if side % 8 or side == 0:
+            nearest = 8 * max(round(side / 8), 1)
+            raise InputError(f"{name}: expected a multiple of 8, found {side}; the nearest that works is {nearest}")
+
+
+def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
+    """From a diffusers vae/ folder (config.json and safetensors); `dtype` is that of parameters and computation.
+
+    Raises InputError, naming the file, for a folder that is not there, incomplete, damaged, or of another architecture.
+    """
+    config_file = epath.Path(path) / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
+    try:
+        config = VaeConfig.from_json(json.loads(config_file.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan as JSON ({error})") from error
+    except InputError as error:
+        raise InputError(f"{config_file}: {error}") from error
+    vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    weights.load_mirrored(vae, weights.read_tensors(path), dtype=dtype, source=path)
+    return vae
+
+
+def save_vae(vae: WanVae, path: epath.PathLike) -> None:
+    """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
+    path = epath.Path(path)
+    weights.write_tensors(path / "diffusion_pytorch_model.safetensors", weights.mirrored_tensors(vae))
+    (path / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""The door to every implementation of hybrid attention."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import reference, xla
+from pallas_kernels.feature_map import FeatureMap
+
+IMPLEMENTATIONS = {"xla": xla.hybrid_attention, "reference": reference.hybrid_attention}
+STABILIZERS = ("max", "lse")
+
+
+def hybrid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    num_softmax: int,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention on the first `num_softmax` keys, linear attention on the rest: Attention Surgery, eq. 5.
+
+    With s_ij = q_i k_j / sqrt(D), S the first `num_softmax` keys and L the others,
+
+        n_S,i = sum_{j in S} exp(s_ij - c_i),  n_L,i = phi_q(q_i) . sum_{j in L} phi_k(k_j),
+        y_i = (sum_{j in S} exp(s_ij - c_i) v_j + phi_q(q_i) . sum_{j in L} phi_k(k_j)^T v_j) / (n_S,i + n_L,i).
+
+    The linear terms carry no exp(-c_i), so c_i is part of the model, and gradients pass through it.
+
+    Args:
+        q: queries [B, N, H, D], in prefix order, not yet scaled.
+        k: keys [B, M, H, D].
+        v: values [B, M, H, D].
+        query_map: phi_q; None where num_softmax = M.
+        key_map: phi_k; None where num_softmax = M.
+        num_softmax: how many keys keep softmax, 0 to M. M is full softmax attention; 0 is pure linear attention, whose
+            denominator is n_L + `EPSILON`.
+        key_valid: bool [B, M], False for padding. Unless num_softmax is 0, every batch entry needs a valid softmax key.
+        stabilizer: c_i: "max", the largest s_ij over the valid softmax keys (the paper), or "lse", their log-sum-exp,
+            with which n_S = 1.
+        implementation: "xla" (any backend), "reference" (O(N^2) memory), None for the best there is.
+
+    Returns:
+        [B, N, H, D] in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a missing map, an unknown stabilizer or implementation.
+    """
+    _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer)
+    name = "xla" if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {implementation!r}")
+    return IMPLEMENTATIONS[name](
+        q, k, v, query_map, key_map, num_softmax=num_softmax, key_valid=key_valid, stabilizer=stabilizer
+    )
+
+
+def _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer):
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, N, H, D], found shape {q.shape}")
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        batch, _, heads, width = q.shape
+        raise ValueError(f"k must be [{batch}, M, {heads}, {width}] to fit q {q.shape}, found shape {k.shape}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {k.shape}, found {v.shape}")
+    if not 0 <= num_softmax <= k.shape[1]:
+        raise ValueError(f"num_softmax must lie in 0..{k.shape[1]}, the number of keys, found {num_softmax}")
+    if num_softmax < k.shape[1] and (query_map is None or key_map is None):
+        linear = k.shape[1] - num_softmax
+        raise ValueError(f"{linear} of {k.shape[1]} keys are linear and need a query_map and a key_map, found None")
+    for name, feature_map in (("query_map", query_map), ("key_map", key_map)):
+        for leaf in jax.tree.leaves(feature_map):
+            if jnp.shape(leaf)[:1] != (q.shape[2],):
+                raise ValueError(f"{name}'s arrays must be [{q.shape[2]} heads, ...], found shape {jnp.shape(leaf)}")
+    if key_valid is not None and (key_valid.shape != k.shape[:2] or key_valid.dtype != bool):
+        raise ValueError(f"key_valid must be bool {k.shape[:2]}, found {key_valid.dtype} {key_valid.shape}")
+    if stabilizer not in STABILIZERS:
+        raise ValueError(f"stabilizer must be one of {', '.join(STABILIZERS)}, found {stabilizer!r}")

@@ -1,0 +1,133 @@
+"""Feature maps phi of linear attention, as pytrees: an attention kernel calls them, or reads and fuses their weights.
+
+A map takes heads [B, N, H, D] and returns non-negative features [B, N, H, F]. Its leaves are float32; callers may stack
+maps over blocks or rates and `jax.vmap` over the stack.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+# Non-negative all, so that odd powers keep the features, hence the attention weights, non-negative.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "softplus": jax.nn.softplus,
+    "exp": jnp.exp,
+    "sigmoid": jax.nn.sigmoid,
+    "elu1": lambda x: jax.nn.elu(x) + 1.0,
+}
+
+
+class FeatureMap(Protocol):
+    """What attention asks of phi: heads [B, N, H, D] -> non-negative features [B, N, H, F].
+
+    A pytree whose leaves have the head as first axis, so that kernels can take one head at a time.
+    """
+
+    def __call__(self, x: jax.Array, /) -> jax.Array: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PolynomialMap:
+    """phi(x) = exp(log_scale) [psi_1(x)^1, ..., psi_P(x)^P]: Attention Surgery, eq. 8, with a calibration per head.
+
+    The psi_p are the P equal slices of one network per head, D -> P*D -> ... -> P*D, with the activation after every
+    layer, the last included.
+
+    Attributes:
+        kernels: per layer [H, d_in, d_out].
+        biases: per layer [H, d_out].
+        log_scale: [H]. Sets the mass of the linear branch; of a pair of maps only the key's is ever other than zero.
+        degree: P.
+        activation: a key of `ACTIVATIONS`.
+    """
+
+    kernels: tuple[jax.Array, ...]
+    biases: tuple[jax.Array, ...]
+    log_scale: jax.Array
+    degree: int = dataclasses.field(metadata={"static": True})
+    activation: str = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
+        """Features [B, N, H, P*D] of heads [B, N, H, D]."""
+        activation = ACTIVATIONS[self.activation]
+        h_BxNxHxF = x_BxNxHxD
+        for kernel_HxDxF, bias_HxF in zip(self.kernels, self.biases, strict=True):
+            h_BxNxHxF = jnp.einsum("bnhd,hdf->bnhf", h_BxNxHxF, kernel_HxDxF.astype(x_BxNxHxD.dtype))
+            h_BxNxHxF = activation(h_BxNxHxF + bias_HxF.astype(x_BxNxHxD.dtype)[None, None])
+        slices = jnp.split(h_BxNxHxF, self.degree, axis=-1)
+        features_BxNxHxF = jnp.concatenate([psi**p for p, psi in enumerate(slices, start=1)], axis=-1)
+        return features_BxNxHxF * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
+
+
+def init_polynomial_map(
+    key: jax.Array, heads: int, width: int, degree: int = 2, layers: int = 2, activation: str = "relu"
+) -> PolynomialMap:
+    """A PolynomialMap for `heads` heads of `width` channels: LeCun-normal kernels, zero biases, zero log_scale.
+
+    Raises:
+        ValueError: fewer than one head, channel, degree or layer, or an unknown activation.
+    """
+    for name, value in (("heads", heads), ("width", width), ("degree", degree), ("layers", layers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+    widths = [width] + [degree * width] * layers
+    initializer = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+    kernels = tuple(
+        initializer(layer_key, (heads, d_in, d_out), jnp.float32)
+        for layer_key, d_in, d_out in zip(jax.random.split(key, layers), widths[:-1], widths[1:], strict=True)
+    )
+    biases = tuple(jnp.zeros((heads, d_out), jnp.float32) for d_out in widths[1:])
+    return PolynomialMap(kernels, biases, jnp.zeros((heads,), jnp.float32), degree, activation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class HedgehogMap:
+    """phi(x) = exp(log_scale) softmax([W x, -W x]): HedgeHog (arXiv 2402.04347), 2D features.
+
+    Attributes:
+        kernel: [H, D, D].
+        log_scale: [H].
+    """
+
+    kernel: jax.Array
+    log_scale: jax.Array
+
+    def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
+        """Features [B, N, H, 2*D] of heads [B, N, H, D]."""
+        h_BxNxHxD = jnp.einsum("bnhd,hde->bnhe", x_BxNxHxD, self.kernel.astype(x_BxNxHxD.dtype))
+        features_BxNxHxF = jax.nn.softmax(jnp.concatenate([h_BxNxHxD, -h_BxNxHxD], axis=-1), axis=-1)
+        return features_BxNxHxF * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
+
+
+def init_hedgehog_map(heads: int, width: int) -> HedgehogMap:
+    """A HedgehogMap that starts, as in the paper, from the identity."""
+    return HedgehogMap(jnp.tile(jnp.eye(width), (heads, 1, 1)), jnp.zeros((heads,), jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EluMap:
+    """phi(x) = exp(log_scale) (1 + elu(x)): the linear transformer (arXiv 2006.16236), D features.
+
+    Attributes:
+        log_scale: [H].
+    """
+
+    log_scale: jax.Array
+
+    def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
+        """Features [B, N, H, D] of heads [B, N, H, D]."""
+        return ACTIVATIONS["elu1"](x_BxNxHxD) * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
+
+
+def init_elu_map(heads: int) -> EluMap:
+    """An EluMap for `heads` heads."""
+    return EluMap(jnp.zeros((heads,), jnp.float32))

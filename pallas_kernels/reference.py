@@ -1,0 +1,86 @@
+"""Hybrid attention in plain jnp, O(N^2) in time and memory: the truth that other implementations are tested against."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.feature_map import FeatureMap
+
+# Added to the denominator of pure linear attention (num_softmax = 0), in which every feature may be zero. In a hybrid
+# nothing is added: the softmax mass n_S is at least 1.
+EPSILON = 1e-6
+
+
+def hybrid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    num_softmax: int,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+) -> jax.Array:
+    """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`."""
+    (o_S, n_S), (o_L, n_L) = _branches(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer)
+    y_BxHxNxD = (o_S + o_L) / (n_S + n_L)[..., None]
+    return y_BxHxNxD.swapaxes(1, 2).astype(v.dtype)
+
+
+def softmax_share(
+    q: jax.Array,
+    k: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    num_softmax: int,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+) -> jax.Array:
+    """The softmax branch's share of eq. 5's denominator, n_S / (n_S + n_L): float32 [B, N, H], in [0, 1].
+
+    Near 1 everywhere, the linear branch is bypassed. The arguments are those of `hybrid_attention`; memory is O(N^2).
+    """
+    (_, n_S), (_, n_L) = _branches(q, k, k, query_map, key_map, num_softmax, key_valid, stabilizer)
+    return (n_S / (n_S + n_L)).swapaxes(1, 2)
+
+
+def _branches(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    num_softmax: int,
+    key_valid: jax.Array | None,
+    stabilizer: str,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Numerator [B, H, N, D] and denominator [B, H, N] of the softmax branch, then of the linear branch."""
+    if key_valid is None:
+        key_valid = jnp.ones(k.shape[:2], bool)
+    f32 = jnp.float32
+    v_BxNxHxD = v.astype(f32)
+    o_S_BxHxNxD = o_L_BxHxNxD = jnp.zeros((), f32)
+    n_S_BxHxN = n_L_BxHxN = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), f32)
+
+    if num_softmax:
+        s_BxHxNxS = jnp.einsum("bnhd,bshd->bhns", q, k[:, :num_softmax], preferred_element_type=f32)
+        s_BxHxNxS *= q.shape[-1] ** -0.5
+        s_BxHxNxS = jnp.where(key_valid[:, None, None, :num_softmax], s_BxHxNxS, -jnp.inf)
+        if stabilizer == "max":
+            c_BxHxNx1 = s_BxHxNxS.max(axis=-1, keepdims=True)
+        else:
+            c_BxHxNx1 = jax.nn.logsumexp(s_BxHxNxS, axis=-1, keepdims=True)
+        weights_BxHxNxS = jnp.exp(s_BxHxNxS - c_BxHxNx1)
+        o_S_BxHxNxD = jnp.einsum("bhns,bshd->bhnd", weights_BxHxNxS, v_BxNxHxD[:, :num_softmax])
+        n_S_BxHxN = weights_BxHxNxS.sum(axis=-1)
+
+    if num_softmax < k.shape[1]:
+        assert query_map is not None and key_map is not None
+        phi_q_BxNxHxF = query_map(q).astype(f32)
+        phi_k_BxLxHxF = key_map(k[:, num_softmax:]).astype(f32)
+        phi_k_BxLxHxF = jnp.where(key_valid[:, num_softmax:, None, None], phi_k_BxLxHxF, 0.0)
+        weights_BxHxNxL = jnp.einsum("bnhf,blhf->bhnl", phi_q_BxNxHxF, phi_k_BxLxHxF)
+        o_L_BxHxNxD = jnp.einsum("bhnl,blhd->bhnd", weights_BxHxNxL, v_BxNxHxD[:, num_softmax:])
+        n_L_BxHxN = weights_BxHxNxL.sum(axis=-1) + (0.0 if num_softmax else EPSILON)
+    return (o_S_BxHxNxD, n_S_BxHxN), (o_L_BxHxNxD, n_L_BxHxN)

@@ -1,0 +1,95 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jsurgery.attention.token_order import TokenOrder
+from jsurgery.errors import InputError
+
+
+def softmax_tokens(num_tokens, rate, tokens_per_frame=None):
+    """T_S by its definition, one token at a time."""
+    kept = set()
+    for j in range(num_tokens):
+        offset = 0 if tokens_per_frame is None else j // tokens_per_frame
+        if (j + offset) % rate == 0:
+            kept.add(j)
+    return kept
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 600, 601, 1575])
+@pytest.mark.parametrize("rates", [(1, 2, 4, 8), (8, 2), (1, 3, 12), (2, "linear"), ("linear",), (1,)])
+def test_every_rate_keeps_a_prefix(num_tokens, rates):
+    order = TokenOrder(num_tokens, rates)
+    assert sorted(order.permutation) == list(range(num_tokens))
+    for rate in rates:
+        if rate == "linear":
+            assert order.num_softmax(rate) == 0
+            continue
+        count = order.num_softmax(rate)
+        assert count == math.ceil(num_tokens / rate)
+        assert set(order.permutation[:count]) == softmax_tokens(num_tokens, rate)
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(frames=st.integers(1, 9), tokens_per_frame=st.integers(1, 70), step=st.sampled_from([2, 3]))
+def test_the_staggered_lattice_keeps_nested_prefixes_too(frames, tokens_per_frame, step):
+    num_tokens = frames * tokens_per_frame
+    rates = (1, step, step**2, step**3)
+    order = TokenOrder(num_tokens, rates, "staggered", tokens_per_frame)
+    for rate in rates:
+        kept = softmax_tokens(num_tokens, rate, tokens_per_frame)
+        assert set(order.permutation[: order.num_softmax(rate)]) == kept
+
+
+def test_the_stagger_moves_the_sites_from_frame_to_frame():
+    def sites(lattice):
+        order = TokenOrder(5 * 24, (8,), lattice, 24)
+        kept = order.permutation[: order.num_softmax(8)]
+        return [tuple(kept[kept // 24 == frame] % 24) for frame in range(5)]
+
+    assert len(set(sites("strided"))) == 1
+    assert len(set(sites("staggered"))) == 5
+
+
+def test_prefix_order_by_hand():
+    order = TokenOrder(9, (1, 2, 4))
+    np.testing.assert_array_equal(order.permutation, [0, 4, 8, 2, 6, 1, 3, 5, 7])
+    assert [order.num_softmax(rate) for rate in (1, 2, 4)] == [9, 5, 3]
+
+
+@pytest.mark.parametrize("lattice", ["strided", "staggered"])
+def test_inverse_undoes_the_permutation(lattice):
+    order = TokenOrder(105, (2, 4), lattice, 35)
+    tokens = np.arange(105) * 3
+    assert (tokens[order.permutation] != tokens).any()
+    np.testing.assert_array_equal(tokens[order.permutation][order.inverse], tokens)
+
+
+def test_equal_orders_are_equal_and_hashable():
+    assert TokenOrder(8, [1, 2]) == TokenOrder(8, (1, 2))
+    assert hash(TokenOrder(8, [1, 2])) == hash(TokenOrder(8, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_tokens=8, rates=(1, 2, 3)), "2 and 3"),
+        (dict(num_tokens=8, rates=(0,)), "found 0"),
+        (dict(num_tokens=8, rates=("cubic",)), "cubic"),
+        (dict(num_tokens=0), "found 0"),
+        (dict(num_tokens=8, lattice="hexagonal"), "hexagonal"),
+        (dict(num_tokens=8, lattice="staggered"), "found None"),
+        (dict(num_tokens=8, lattice="staggered", tokens_per_frame=3), "found 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        TokenOrder(**arguments)
+
+
+def test_a_rate_outside_the_chain_is_refused():
+    with pytest.raises(InputError, match="found 3"):
+        TokenOrder(8, (2, 4)).num_softmax(3)

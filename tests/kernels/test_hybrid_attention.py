@@ -1,0 +1,339 @@
+"""Values against eq. 5 written out in float64 numpy, gradients against its finite differences."""
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import hybrid_attention, init_elu_map, init_hedgehog_map, init_polynomial_map, softmax_share, xla
+
+IMPLEMENTATIONS = ("xla", "reference")
+
+
+def numpy_phi(feature_map, head, x):
+    """Eq. 8 of one head, relu."""
+    for kernel, bias in zip(feature_map["kernels"], feature_map["biases"], strict=True):
+        x = np.maximum(x @ kernel[head] + bias[head], 0)
+    slices = np.split(x, feature_map["degree"], axis=-1)
+    return np.exp(feature_map["log_scale"][head]) * np.concatenate([s ** (p + 1) for p, s in enumerate(slices)], -1)
+
+
+def in_numpy(feature_map):
+    leaves = {name: getattr(feature_map, name) for name in ("kernels", "biases", "log_scale")}
+    return jax.tree.map(np.float64, leaves) | {"degree": feature_map.degree}
+
+
+def equation_5(q, k, v, query_map, key_map, num_softmax, key_valid=None, stabilizer="max", constants=None):
+    """(y, n_S / (n_S + n_L), c), one query at a time; `constants` holds c at given values."""
+    batch, num_queries, heads, width = q.shape
+    num_keys = k.shape[1]
+    query_map, key_map = in_numpy(query_map), in_numpy(key_map)
+    y = np.zeros(q.shape)
+    share = np.zeros((batch, num_queries, heads))
+    c = np.zeros((batch, num_queries, heads))
+    valid = np.ones((batch, num_keys), bool) if key_valid is None else key_valid
+    for b, h in np.ndindex(batch, heads):
+        in_S = [j for j in range(num_softmax) if valid[b, j]]
+        in_L = [j for j in range(num_softmax, num_keys) if valid[b, j]]
+        phi_q, phi_k = numpy_phi(query_map, h, q[b, :, h]), numpy_phi(key_map, h, k[b, :, h])
+        for i in range(num_queries):
+            scores = k[b, in_S, h] @ q[b, i, h] / np.sqrt(width)
+            if num_softmax:
+                c[b, i, h] = scores.max() if stabilizer == "max" else np.log(np.exp(scores).sum())
+            if constants is not None:
+                c[b, i, h] = constants[b, i, h]
+            softmax_weights = np.exp(scores - c[b, i, h])
+            linear_weights = np.array([phi_q[i] @ phi_k[j] for j in in_L])
+            epsilon = 1e-6 if num_softmax == 0 else 0.0
+            denominator = softmax_weights.sum() + linear_weights.sum() + epsilon
+            y[b, i, h] = (softmax_weights @ v[b, in_S, h] + linear_weights @ v[b, in_L, h]) / denominator
+            share[b, i, h] = softmax_weights.sum() / denominator
+    return y, share, c
+
+
+def problem(num_tokens, batch=2, heads=3, width=5, spread=1.0):
+    """q, k, v, query_map, key_map in float32."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, batch, num_tokens, heads, width)).astype(np.float32)
+    shape = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, width))
+    # Neither biases nor scales are zero: that would hide an implementation that drops them.
+    maps = [jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32), shape) for _ in range(2)]
+    return np.float32(spread) * q, np.float32(spread) * k, v, *maps
+
+
+def some_valid(num_tokens, batch=2):
+    valid = np.random.default_rng(1).random((batch, num_tokens)) < 0.6
+    valid[:, 0] = True
+    return valid
+
+
+@functools.partial(jax.jit, static_argnames=("num_softmax", "stabilizer", "implementation"))
+def attend(arguments, **options):
+    return hybrid_attention(*arguments, **options)
+
+
+def gradients(arguments, cotangent, **options):
+    return jax.jit(jax.grad(lambda args: (hybrid_attention(*args, **options) * cotangent).sum()))(arguments)
+
+
+def relative_error(actual, expected):
+    actual, expected = np.float64(actual), np.float64(expected)
+    return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
+
+
+def assert_trees_close(actual, expected):
+    for (path, e), a in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_allclose(a, e, rtol=2e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(params=["loop", "batched"])
+def small_tiles(request, monkeypatch):
+    """Several chunks of queries, the last one partial; in the CPU's loop, and in the batched form of accelerators."""
+    monkeypatch.setattr(xla, "TILE", 1)
+    monkeypatch.setattr(xla, "MIN_QUERIES", 8)
+    if request.param == "batched":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (1, "max"), (7, "max"), (7, "lse"), (21, "max")])
+def test_values_are_those_of_equation_5(implementation, masked, num_softmax, stabilizer):
+    arguments = problem(21, spread=2.0)
+    options = dict(num_softmax=num_softmax, key_valid=some_valid(21) if masked else None, stabilizer=stabilizer)
+    expected, _, _ = equation_5(*arguments, **options)
+    assert relative_error(attend(arguments, **options, implementation=implementation), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "lse")])
+def test_softmax_share(num_softmax, stabilizer):
+    q, k, v, query_map, key_map = problem(21)
+    options = dict(num_softmax=num_softmax, key_valid=some_valid(21), stabilizer=stabilizer)
+    _, expected, _ = equation_5(q, k, v, query_map, key_map, **options)
+    np.testing.assert_allclose(softmax_share(q, k, query_map, key_map, **options), expected, atol=1e-5)
+
+
+@settings(derandomize=True, max_examples=4, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9)),
+    fraction=st.floats(0, 1),
+    stabilizer=st.sampled_from(["max", "lse"]),
+)
+def test_values_at_any_shape(shape, fraction, stabilizer):
+    batch, num_tokens, heads, width = shape
+    arguments = problem(num_tokens, batch, heads, width)
+    options = dict(num_softmax=round(fraction * num_tokens), stabilizer=stabilizer)
+    expected, _, _ = equation_5(*arguments, **options)
+    for implementation in IMPLEMENTATIONS:
+        actual = attend(arguments, **options, implementation=implementation)
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_fewer_queries_than_keys(implementation):
+    q, *rest = problem(21)
+    expected, _, _ = equation_5(q, *rest, 7)
+    actual = attend((q[:, 3:8], *rest), num_softmax=7, implementation=implementation)
+    assert relative_error(actual, expected[:, 3:8]) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stabilizer", ["max", "lse"])
+def test_gradients_pass_through_the_stabilizer(implementation, stabilizer):
+    """Finite differences of eq. 5 agree; those with c held fixed, a stop_gradient, do not."""
+    arguments = problem(13)
+    q, *rest = jax.tree.map(np.float64, arguments)
+    direction, cotangent = np.random.default_rng(3).normal(size=(2, *q.shape))
+    _, _, constants = equation_5(q, *rest, 5, stabilizer=stabilizer)
+
+    def slope(constants):
+        ahead, behind = (
+            equation_5(q + step * direction, *rest, 5, stabilizer=stabilizer, constants=constants)[0]
+            for step in (1e-6, -1e-6)
+        )
+        return ((ahead - behind) * cotangent).sum() / 2e-6
+
+    options = dict(num_softmax=5, stabilizer=stabilizer, implementation=implementation)
+    dq, *_ = gradients(arguments, np.float32(cotangent), **options)
+    actual = (np.float64(dq) * direction).sum()
+    assert actual == pytest.approx(slope(None), rel=1e-4)
+    assert abs(actual - slope(constants)) > 1e-2 * abs(actual)
+
+
+@functools.cache
+def reference_gradients(num_softmax, stabilizer):
+    arguments = problem(21)
+    options = dict(num_softmax=num_softmax, stabilizer=stabilizer, key_valid=some_valid(21))
+    return gradients(arguments, np.cos(arguments[0]), **options, implementation="reference")
+
+
+@pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "max")])
+def test_chunks_and_masks_leave_values_and_gradients_alone(small_tiles, num_softmax, stabilizer):
+    arguments = problem(21)
+    options = dict(num_softmax=num_softmax, stabilizer=stabilizer, key_valid=some_valid(21))
+
+    @jax.jit
+    def value_and_gradients(arguments):
+        y, pullback = jax.vjp(lambda args: hybrid_attention(*args, **options, implementation="xla"), arguments)
+        return y, pullback(jnp.cos(arguments[0]))[0]
+
+    y, grads = value_and_gradients(arguments)
+    assert relative_error(y, equation_5(*arguments, **options)[0]) < 1e-5
+    assert_trees_close(grads, reference_gradients(num_softmax, stabilizer))
+
+
+def test_gradient_of_a_tied_maximum_is_shared_out():
+    q, k, v, *maps = problem(9)
+    k[:, 1] = k[:, 0]
+    arguments = (np.sign(k[:, :1]) * np.abs(q), k, v, *maps)
+    actual, expected = (
+        gradients(arguments, np.ones_like(q), num_softmax=2, implementation=name) for name in IMPLEMENTATIONS
+    )
+    assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("make", [init_hedgehog_map, lambda heads, width: init_elu_map(heads)])
+def test_other_feature_maps(make):
+    q, k, v, _, _ = problem(21)
+    actual, expected = (
+        gradients((q, k, v, make(3, 5), make(3, 5)), np.cos(q), num_softmax=7, implementation=name)
+        for name in IMPLEMENTATIONS
+    )
+    assert_trees_close(actual, expected)
+
+
+def test_full_softmax_is_stock_attention():
+    q, k, v, _, _ = problem(33, width=16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_gradients(attention, q, k, v):
+        y, pullback = jax.vjp(attention, q, k, v)
+        return y, pullback(jnp.cos(y))
+
+    actual = value_and_gradients(lambda q, k, v: hybrid_attention(q, k, v, None, None, num_softmax=33), q, k, v)
+    expected = value_and_gradients(jax.nn.dot_product_attention, q, k, v)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-6), actual, expected)
+
+
+def test_bfloat16(small_tiles):
+    q, k, v, *maps = problem(21)
+    expected, _, _ = equation_5(q, k, v, *maps, 7)
+
+    def loss(arrays, maps):
+        y = hybrid_attention(*arrays, *maps, num_softmax=7)
+        return y.astype(jnp.float32).sum(), y
+
+    arrays = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
+    grads, actual = jax.jit(jax.grad(loss, has_aux=True))(arrays, maps)
+    assert [x.dtype for x in (actual, *grads)] == [jnp.bfloat16] * 4
+    assert relative_error(actual, expected) < 0.03
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_scores_stay_finite(implementation):
+    """Scores of several thousands, where float32's exp overflows at 88."""
+    arguments = problem(21, spread=60.0)
+    expected, _, _ = equation_5(*jax.tree.map(np.float64, arguments), 7)
+    options = dict(num_softmax=7, implementation=implementation)
+    assert relative_error(attend(arguments, **options), expected) < 1e-3
+    grads = gradients(arguments, np.ones_like(arguments[0]), **options)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_maps_stacked_over_rates_vmap():
+    *arrays, query_map, key_map = problem(21)
+    loss = jax.value_and_grad(lambda maps: jnp.cos(hybrid_attention(*arrays, *maps, num_softmax=7)).sum())
+    pair = [(query_map, key_map), jax.tree.map(lambda x: x + np.float32(0.2), (query_map, key_map))]
+    stacked = jax.jit(jax.vmap(loss))(jax.tree.map(lambda *x: np.stack(x), *pair))
+    one = jax.jit(loss)
+    assert_trees_close(stacked, jax.tree.map(lambda *x: np.stack(x), *map(one, pair)))
+
+
+def sizes(jaxpr):
+    """Elements of every array in a jaxpr and in all that it calls."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        yield from (size for sub in jax.extend.core.jaxprs_in_params(equation.params) for size in sizes(sub))
+
+
+@pytest.mark.parametrize("num_softmax", [2048, 16384])
+def test_scores_are_never_n_by_n(num_softmax):
+    num_tokens, width = 16384, 8
+    scores = num_tokens * num_softmax
+    q = jax.ShapeDtypeStruct((1, num_tokens, 1, width), jnp.float32)
+    maps = jax.eval_shape(lambda: (init_polynomial_map(jax.random.key(0), 1, width),) * 2)
+
+    def step(implementation):
+        def loss(arguments):
+            return hybrid_attention(*arguments, num_softmax=num_softmax, implementation=implementation).sum()
+
+        return jax.jit(jax.grad(loss)).trace((q, q, q, *maps))
+
+    xla_step, reference_step = step("xla"), step("reference")
+    assert max(sizes(reference_step.jaxpr.jaxpr)) >= scores
+    assert max(sizes(xla_step.jaxpr.jaxpr)) <= scores / 16
+    assert xla_step.lower().compile().memory_analysis().temp_size_in_bytes < 4 * scores / 4
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(platform):
+    """Nothing but plain XLA: neither the CPU's loop over heads nor a call back to the host."""
+    step = jax.jit(jax.grad(lambda args: hybrid_attention(*args, num_softmax=6).sum()))
+    module = step.trace(problem(24)).lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.dot_general" in module
+    assert "stablehlo.while" not in module
+    assert "custom_call" not in module
+
+
+def test_sharded_over_batch_and_heads():
+    program = """
+        import jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+        from pallas_kernels import hybrid_attention, init_polynomial_map
+
+        q = jax.random.normal(jax.random.key(0), (4, 18, 2, 4))
+        maps = init_polynomial_map(jax.random.key(1), 2, 4), init_polynomial_map(jax.random.key(2), 2, 4)
+        step = jax.jit(jax.value_and_grad(lambda q, maps: (hybrid_attention(q, q, q, *maps, num_softmax=5) ** 2).sum()))
+        expected = step(q, maps)
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        q = jax.device_put(q, NamedSharding(mesh, PartitionSpec("data", None, "tensor")))
+        maps = jax.device_put(maps, NamedSharding(mesh, PartitionSpec("tensor")))
+        actual = step(q, maps)
+        assert len(actual[1].sharding.device_set) == 4
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-4), actual, expected)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_bad_arguments_are_refused_with_their_numbers():
+    q, k, v, query_map, key_map = problem(9)
+    four_heads = init_elu_map(4)
+    for arguments, options, message in [
+        ((q, k, v, query_map, key_map), dict(num_softmax=10), r"0\.\.9.*found 10"),
+        ((q, k, v, None, None), dict(num_softmax=3), "6 of 9 keys"),
+        ((q[0], k, v, None, None), dict(num_softmax=9), r"\(9, 3, 5\)"),
+        ((q, k[:, :, :2], v, None, None), dict(num_softmax=9), r"\(2, 9, 2, 5\)"),
+        ((q, k, v[:, :8], None, None), dict(num_softmax=9), r"\(2, 8, 3, 5\)"),
+        ((q, k, v, query_map, four_heads), dict(num_softmax=3), r"key_map.*3 heads.*\(4,\)"),
+        ((q, k, v, None, None), dict(num_softmax=9, key_valid=np.ones((2, 8), bool)), r"\(2, 8\)"),
+        ((q, k, v, None, None), dict(num_softmax=9, stabilizer="mean"), "mean"),
+        ((q, k, v, None, None), dict(num_softmax=9, implementation="tpu"), "xla, reference, found 'tpu'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            hybrid_attention(*arguments, **options)

@@ -1,0 +1,96 @@
+"""The transformer against diffusers' WanTransformer3DModel, every weight random and non-default."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from jsurgery.errors import InputError
+from jsurgery.wan import weights
+from jsurgery.wan.transformer import load_transformer, save_transformer
+
+SIZES = {
+    "small": dict(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
+        ffn_dim=48, num_layers=3, cross_attn_norm=True,
+    ),
+    "odd": dict(
+        num_attention_heads=3, attention_head_dim=20, in_channels=5, out_channels=6, text_dim=17, freq_dim=64,
+        ffn_dim=37, num_layers=2, cross_attn_norm=False, patch_size=(1, 2, 2), eps=1e-5,
+    ),
+}  # fmt: skip
+
+
+def random_reference(size: str) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    reference = WanTransformer3DModel(**SIZES[size]).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name and "weight" in name else 0.2 * noise)
+    return reference
+
+
+def inputs(size: str, shape=(3, 6, 10)):
+    rng = np.random.default_rng(1)
+    latents = rng.normal(size=(2, *shape, SIZES[size]["in_channels"])).astype(np.float32)
+    return latents, np.array([987.0, 13.5], np.float32), rng.normal(size=(2, 7, SIZES[size]["text_dim"])).astype(np.float32)
+
+
+def reference_velocity(reference, latents, timesteps, text):
+    with torch.no_grad():
+        velocity = reference(
+            torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(timesteps), torch.tensor(text), return_dict=False
+        )[0]
+    return velocity.permute(0, 2, 3, 4, 1).numpy()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_diffusers(size, tmp_path):
+    reference = random_reference(size)
+    reference.save_pretrained(tmp_path)
+    latents, timesteps, text = inputs(size)
+    expected = reference_velocity(reference, latents, timesteps, text)
+    velocity = load_transformer(tmp_path)(jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text))
+    assert np.abs(velocity - expected).max() / np.abs(expected).max() < 1e-5
+
+    save_transformer(load_transformer(tmp_path), tmp_path / "back")
+    back = WanTransformer3DModel.from_pretrained(tmp_path / "back").eval()
+    assert np.array_equal(reference_velocity(back, latents, timesteps, text), expected)
+
+
+def test_every_tensor_matters(tmp_path):
+    """The comparison above would notice any one tensor being ignored."""
+    reference = random_reference("small")
+    reference.save_pretrained(tmp_path)
+    tensors = weights.read_tensors(tmp_path)
+    model = load_transformer(tmp_path)
+    arguments = [jnp.asarray(x) for x in inputs("small")]
+    expected = model(*arguments)
+    for name in tensors:
+        # No tensor is exempt: even a bias of keys matters, as norm and RoPE come after it.
+        changed = tensors | {name: tensors[name] + 0.5 * np.sign(tensors[name])}
+        weights.load_transformer_tensors(model, changed)
+        assert np.abs(model(*arguments) - expected).max() > 1e-4, name
+
+
+def test_names_what_does_not_fit(tmp_path):
+    reference = random_reference("small")
+    reference.save_pretrained(tmp_path)
+    tensors = weights.read_tensors(tmp_path)
+    model = load_transformer(tmp_path)
+    del tensors["blocks.1.attn1.to_q.weight"]
+    tensors["extra"] = np.zeros(3)
+    tensors["proj_out.bias"] = np.zeros(5)
+    with pytest.raises(InputError) as error:
+        weights.load_transformer_tensors(model, tensors)
+    message = str(error.value)
+    assert "missing blocks.1.attn1.to_q.weight" in message and "unexpected extra (3,)" in message
+    assert "proj_out.bias should be (16,), is (5,)" in message and "\n" not in message
+
+
+def test_sizes_that_do_not_patch(tmp_path):
+    random_reference("small").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="height is 5"):
+        load_transformer(tmp_path)(jnp.zeros((1, 3, 5, 10, 4)), jnp.zeros(1), jnp.zeros((1, 7, 24)))

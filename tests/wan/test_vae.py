@@ -1,0 +1,299 @@
+"""The VAE against diffusers' AutoencoderKLWan, and its folder against good and bad files."""
+
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from flax import nnx
+
+from jsurgery.errors import InputError
+from jsurgery.wan.vae import RMSNorm, VaeConfig, WanVae, load_vae, save_vae
+from jsurgery.wan.weights import load_mirrored, mirrored_tensors, read_tensors, write_tensors
+
+CONFIGS = {
+    "wan": VaeConfig(base_dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0)),
+    "other": VaeConfig(
+        base_dim=6,
+        decoder_base_dim=10,
+        z_dim=3,
+        dim_mult=(2, 1, 2, 3),
+        num_res_blocks=1,
+        temperal_downsample=(True, False, True),
+        latents_mean=(0.1, -0.2, 0.3),
+        latents_std=(1.5, 0.5, 2.0),
+    ),
+}
+
+
+def random_reference(config: VaeConfig, seed: int = 0) -> AutoencoderKLWan:
+    """diffusers' model with every parameter, gains and biases included, away from its default."""
+    reference = AutoencoderKLWan.from_config(config.to_json()).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel()
+            parameter.copy_(
+                1 + 0.3 * noise if "gamma" in name else 0.2 * noise if "bias" in name else noise * fan_in**-0.5
+            )
+    return reference
+
+
+def ours(reference: AutoencoderKLWan, config: VaeConfig) -> WanVae:
+    vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    load_mirrored(vae, {name: tensor.numpy() for name, tensor in reference.state_dict().items()})
+    return vae
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[AutoencoderKLWan, WanVae]]:
+    references = {name: random_reference(config) for name, config in CONFIGS.items()}
+    return {name: (reference, ours(reference, CONFIGS[name])) for name, reference in references.items()}
+
+
+def random_video(frames: int, height: int, width: int, batch: int = 1) -> np.ndarray:
+    shape = (batch, frames, height, width, 3)
+    return np.random.default_rng(frames).uniform(-1, 1, shape).astype(np.float32)
+
+
+def channels_first(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def channels_last(x: torch.Tensor) -> np.ndarray:
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+def relative_error(found, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def quickly_compiled(function):
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize(
+    "name, frames, height, width, batch",
+    [
+        ("wan", 1, 24, 40, 1),
+        ("wan", 9, 40, 24, 1),
+        ("other", 5, 24, 40, 2),
+        ("other", 17, 16, 8, 1),
+    ],
+)
+def test_encode_and_decode_match_diffusers(pairs, name, frames, height, width, batch):
+    reference, vae = pairs[name]
+    config = vae.config
+    video = random_video(frames, height, width, batch)
+    with torch.no_grad():
+        posterior = reference.encode(channels_first(video)).latent_dist
+        mean = channels_last(posterior.mode())
+        logvar = channels_last(posterior.parameters.chunk(2, dim=1)[1])
+        expected_video = channels_last(reference.decode(posterior.mode()).sample)
+    expected_latents = (mean - np.array(config.latents_mean)) / np.array(config.latents_std)
+    assert mean.shape == (batch, (frames + 3) // 4, height // 8, width // 8, config.z_dim)
+
+    graph, state = nnx.split(vae)
+
+    @quickly_compiled
+    def run(state, video, latents):
+        vae = nnx.merge(graph, state)
+        mean, logvar = vae.moments(video)
+        return vae.encode(video), mean, logvar, vae.decode(latents), vae.pixels(mean)
+
+    found_latents, found_mean, found_logvar, found_video, found_pixels = run(
+        state, video, expected_latents.astype(np.float32)
+    )
+    assert relative_error(found_latents, expected_latents) < 1e-5
+    assert relative_error(found_mean, mean) < 1e-5
+    assert relative_error(found_logvar, logvar) < 1e-5
+    assert relative_error(found_video, expected_video) < 1e-5
+    assert relative_error(np.clip(found_pixels, -1, 1), expected_video) < 1e-5
+    assert float(np.abs(found_pixels).max()) > 1, "pixels are not to be clipped"
+    assert np.mean(np.abs(expected_video) == 1) < 0.9, "the clip should leave something to compare"
+
+
+def test_gradient_matches_diffusers(pairs):
+    reference, vae = pairs["other"]
+    video = random_video(9, 16, 8)
+    video_torch = channels_first(video).requires_grad_()
+    reference.decode(reference.encode(video_torch).latent_dist.mode()).sample.square().mean().backward()
+    assert video_torch.grad is not None
+    graph, state = nnx.split(vae)
+
+    @quickly_compiled
+    @jax.grad
+    def gradient(video, state):
+        vae = nnx.merge(graph, state)
+        return jnp.mean(jnp.square(vae.decode(vae.encode(video))))
+
+    assert relative_error(gradient(video, state), channels_last(video_torch.grad)) < 1e-4
+
+
+def test_gradient_of_black_is_finite():
+    norm = RMSNorm(4, 3)
+    assert jnp.all(jnp.isfinite(jax.grad(lambda x: jnp.sum(norm(x)))(jnp.zeros((1, 1, 1, 1, 4)))))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 6, 16, 16, 3), "frames: expected 4k + 1, found 6; the nearest that works is 5"),
+        ((1, 4, 16, 16, 3), "the nearest that works is 5"),
+        ((1, 0, 16, 16, 3), "the nearest that works is 1"),
+        ((1, 5, 30, 16, 3), "height: expected a multiple of 8, found 30; the nearest that works is 32"),
+        ((1, 5, 16, 3, 3), "width: expected a multiple of 8, found 3; the nearest that works is 8"),
+        ((1, 3, 5, 16, 16), "expected [batch, frames, height, width, 3]"),
+    ],
+)
+def test_sizes_that_do_not_work_are_refused(pairs, shape, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        pairs["wan"][1].encode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folder_from_diffusers(pairs, name, tmp_path):
+    reference, _ = pairs[name]
+    reference.save_pretrained(tmp_path)
+    vae = load_vae(tmp_path)
+    assert vae.config == CONFIGS[name]
+    expected = reference.state_dict()
+    found = mirrored_tensors(vae)
+    assert found.keys() == expected.keys()
+    for tensor, value in found.items():
+        np.testing.assert_array_equal(value, expected[tensor].numpy(), err_msg=tensor)
+    assert load_vae(tmp_path, dtype=jnp.bfloat16).encoder.conv_in.kernel.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folder_to_diffusers(pairs, name, tmp_path):
+    reference, vae = pairs[name]
+    save_vae(vae, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "AutoencoderKLWan"
+    loaded, report = AutoencoderKLWan.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    for tensor, value in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[tensor], value), tensor
+    for field, value in CONFIGS[name].to_json().items():
+        assert field.startswith("_") or loaded.config[field] == value, field
+
+
+def test_wan_defaults_are_those_of_diffusers():
+    fields = VaeConfig().to_json()
+    with torch.device("meta"):
+        reference = AutoencoderKLWan()
+    assert {name: reference.config[name] for name in fields if not name.startswith("_")} == {
+        name: value for name, value in fields.items() if not name.startswith("_")
+    }
+    params = nnx.state(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(
+        parameter.numel() for parameter in reference.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"z_dim": 8}, "z_dim = 8"),
+        ({"is_residual": True}, "is_residual"),
+        ({"patch_size": 2}, "patch_size"),
+        ({"attn_scales": [0.5]}, "attn_scales"),
+        ({"dim_mult": [1, 2, 4]}, "dim_mult"),
+        ({"temporal_downsample": [False, True, True]}, "temporal_downsample"),
+    ],
+)
+def test_config_of_another_architecture_is_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        VaeConfig.from_json(fields)
+
+
+def test_bfloat16_tensors_survive(tmp_path):
+    tensors = {"a": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3).T, "b": np.float32(2.5).reshape(())}
+    write_tensors(tmp_path / "w.safetensors", tensors)
+    found = read_tensors(tmp_path / "w.safetensors")
+    assert found.keys() == tensors.keys() and found["a"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found["a"], tensors["a"])
+    np.testing.assert_array_equal(found["b"], tensors["b"], strict=True)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: b"", "empty"),
+        (lambda data: data[:-7], "truncated"),
+        (lambda data: data[:5], "truncated"),
+        (lambda data: data + b"more", "damaged"),
+        (lambda data: b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "HTML"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n", "git-LFS"),
+    ],
+)
+def test_damaged_weights_are_refused(tmp_path, damage, message):
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    write_tensors(file, {"a": np.ones((3, 4), np.float32)})
+    file.write_bytes(damage(file.read_bytes()))
+    for path in (file, tmp_path):
+        with pytest.raises(InputError, match=f"{file.name}.*{message}") as refusal:
+            read_tensors(path)
+        assert "\n" not in str(refusal.value)
+
+
+def test_shards(tmp_path):
+    tensors = {name: np.full(2, i, np.float32) for i, name in enumerate("abc")}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}))
+    write_tensors(tmp_path / "1.safetensors", {"a": tensors["a"]})
+    with pytest.raises(InputError, match=r"index\.json.*2\.safetensors"):
+        read_tensors(tmp_path)
+    write_tensors(tmp_path / "2.safetensors", {"b": tensors["b"]})
+    with pytest.raises(InputError, match="no shard holds, such as c"):
+        read_tensors(tmp_path)
+    write_tensors(tmp_path / "2.safetensors", {"b": tensors["b"], "c": tensors["c"]})
+    np.testing.assert_equal(read_tensors(tmp_path), tensors)
+    index.write_text("{")
+    with pytest.raises(InputError, match=r"index\.json"):
+        read_tensors(tmp_path)
+
+
+def test_folders_without_usable_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        read_tensors(tmp_path / "absent")
+    with pytest.raises(InputError, match=r"no \.safetensors file"):
+        read_tensors(tmp_path)
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        load_vae(tmp_path)
+    (tmp_path / "config.json").write_text("<html>")
+    with pytest.raises(InputError, match=r"config\.json: expected the config"):
+        load_vae(tmp_path)
+    for variant in ("w.safetensors", "w.fp16.safetensors"):
+        write_tensors(tmp_path / variant, {"a": np.ones(1, np.float32)})
+    with pytest.raises(InputError, match="holds a, which another file"):
+        read_tensors(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_listed_and_change_nothing(pairs):
+    reference, vae = pairs["other"]
+    tensors = {name: 0 * tensor.numpy() for name, tensor in reference.state_dict().items()}
+    del tensors["quant_conv.bias"]
+    tensors["decoder.extra"] = np.zeros((2, 3))
+    tensors["encoder.conv_in.weight"] = np.zeros((6, 3, 1, 3, 3), np.float32)
+    with pytest.raises(InputError) as refusal:
+        load_mirrored(vae, tensors, source="vae/")
+    for part in (
+        "vae/: 3 tensors",
+        "missing quant_conv.bias (6,)",
+        "unexpected decoder.extra (2, 3)",
+        "encoder.conv_in.weight should be (6, 3, 3, 3, 3), is (6, 3, 1, 3, 3)",
+    ):
+        assert part in str(refusal.value)
+    np.testing.assert_array_equal(
+        mirrored_tensors(vae)["quant_conv.weight"], reference.state_dict()["quant_conv.weight"]
+    )
