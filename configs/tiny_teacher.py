@@ -17,7 +17,9 @@ def get_config():
     c.data.path = "sprites"
     c.train.vae_base_dim = 8
     c.train.z_dim = 8
-    c.train.vae_steps = 2000
-    c.train.vae_crop = (9, 64, 64)
-    c.train.vae_kl_weight = 5e-4
+    c.train.vae_res_blocks = 1
+    c.train.vae_steps = 3000
+    c.train.vae_batch = 6
+    c.train.vae_crop = (9, 32, 32)
+    c.train.vae_kl_weight = 3e-4
     return c

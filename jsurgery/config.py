@@ -105,10 +105,11 @@ def base() -> ConfigDict:
 
     c.train = ConfigDict()  # `jsurgery train`: a tiny teacher from scratch
     c.train.vae_base_dim = 16
+    c.train.vae_res_blocks = 2
     c.train.z_dim = 16
     c.train.vae_steps = 2000
     c.train.vae_batch = 4
-    c.train.vae_learning_rate = 2e-3
+    c.train.vae_learning_rate = 5e-3
     c.train.vae_kl_weight = 1e-4
     c.train.vae_crop = (9, 80, 80)
     c.train.vocabulary = 64

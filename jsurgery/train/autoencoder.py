@@ -9,11 +9,12 @@ import optax
 from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data import sprites
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.progress import Metrics, Progress, say
-from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
+from jsurgery.wan.vae import ResidualBlock, VaeConfig, WanVae, save_vae
 
 STATISTICS_CLIPS = 48
 INITIAL_LOG_VARIANCE = -6.0
@@ -27,6 +28,17 @@ def loss_fn(vae: WanVae, video_BxFxHxWx3: jax.Array, key: jax.Array, kl_weight: 
     error = jnp.mean(jnp.abs(vae.pixels(z) - video_BxFxHxWx3))
     kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
     return error + kl_weight * kl, {"error": error, "kl": kl}
+
+
+def convolutions(params: nnx.State) -> nnx.State:
+    """Muon's view of a convolution: one matrix from all inputs of the window to the outputs."""
+
+    def of(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        if "kernel" in jax.tree_util.keystr(path):
+            return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def crops(config: ConfigDict, step: int) -> np.ndarray:
@@ -53,12 +65,18 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
     """Trains (or goes on training) and writes a diffusers `vae/` folder."""
     train = config.train
     unit = dict(latents_mean=(0.0,) * train.z_dim, latents_std=(1.0,) * train.z_dim)
-    vae = WanVae(VaeConfig(base_dim=train.vae_base_dim, z_dim=train.z_dim, **unit), rngs=nnx.Rngs(config.seed))
+    sizes = VaeConfig(base_dim=train.vae_base_dim, z_dim=train.z_dim, num_res_blocks=train.vae_res_blocks, **unit)
+    vae = nnx.jit(lambda: WanVae(sizes, rngs=nnx.Rngs(config.seed)))()
+    # Residual branches that start at zero: the narrow, deep network is then shallow at first, and learns colours soon.
+    for _, module in nnx.iter_modules(vae):
+        if isinstance(module, ResidualBlock):
+            module.conv2.kernel[...] = jnp.zeros_like(module.conv2.kernel[...])
     # A posterior that starts narrow: at unit variance its noise would drown the mean before the encoder has learned one.
     vae.quant_conv.bias[...] = vae.quant_conv.bias[...].at[train.z_dim :].set(INITIAL_LOG_VARIANCE)
     graph, params = nnx.split(vae)
     schedule = optax.warmup_cosine_decay_schedule(0.0, train.vae_learning_rate, train.vae_steps // 20, train.vae_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+    spectral = muon(schedule, adam_b2=0.99, muon_weight_dimension_numbers=convolutions, consistent_rms=0.2)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), spectral)
 
     @jax.jit
     def update(params, opt_state, video, key):

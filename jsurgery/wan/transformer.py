@@ -322,13 +322,8 @@ class WanTransformer(nnx.Module):
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * pt, h * ph, w * pw, self.config.out_channels)
 
 
-def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
-    """A transformer from a diffusers-layout folder, published or operated on: config.json and safetensors.
-
-    Parameters are float32; `dtype` is that of matmuls. Raises InputError naming the file that is missing, damaged or
-    does not fit.
-    """
-    path = epath.Path(path)
+def read_config(path: epath.Path) -> WanConfig:
+    """The config of a transformer folder. Raises InputError when it is not there or is another architecture's."""
     file = path / "config.json"
     if not file.exists():
         raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
@@ -336,7 +331,16 @@ def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh 
         fields = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f"{file}: expected JSON ({error})") from None
-    config = WanConfig.from_json(fields, source=str(file))
+    return WanConfig.from_json(fields, source=str(file))
+
+
+def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
+    """A transformer from a diffusers-layout folder, published or operated on: config.json and safetensors.
+
+    Parameters are float32; `dtype` is that of matmuls. Raises InputError naming the file that is missing, damaged or
+    does not fit.
+    """
+    config = read_config(epath.Path(path))
     tensors = weights.read_tensors(path)
     model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     weights.load_transformer_tensors(model, tensors, source=path)

@@ -1,0 +1,47 @@
+"""Videos as files: mp4 (H.264), gif, or a png sheet of frames."""
+
+import json
+import pathlib
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from jsurgery.errors import InputError
+
+SHEET_FRAMES = 9
+
+
+def write_video(path: str | pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None) -> None:
+    """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comment = json.dumps(settings or {})
+    temporary = path.with_name(f".{path.name}{path.suffix}")
+    if path.suffix == ".mp4":
+        _write_mp4(temporary, video_FxHxWx3, fps, comment)
+    elif path.suffix == ".gif":
+        frames = [Image.fromarray(frame) for frame in video_FxHxWx3]
+        options = {"save_all": True, "append_images": frames[1:], "duration": 1000 // fps, "loop": 0, "comment": comment}
+        frames[0].save(temporary, **options)
+    elif path.suffix == ".png":
+        chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("settings", comment)
+        Image.fromarray(np.concatenate(list(video_FxHxWx3[chosen]), axis=1)).save(temporary, pnginfo=info)
+    else:
+        raise InputError(f"--output={path}: expected a name that ends in .mp4, .gif or .png")
+    temporary.replace(path)
+
+
+def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment: str) -> None:
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
+        stream.height, stream.width = video_FxHxWx3.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in video_FxHxWx3:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())

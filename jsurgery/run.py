@@ -1,0 +1,157 @@
+"""One run of the surgery in one workdir: the stages, in order, each skipped when its files are there already."""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.config import flat
+from jsurgery.data.latents import encode_sprites
+from jsurgery.errors import InputError
+from jsurgery.evaluate.stages import evaluate
+from jsurgery.report.page import write_report
+from jsurgery.runtime.stages import Stage, file_identity, write_json
+from jsurgery.surgery.distill import distill, load_maps
+from jsurgery.surgery.finetune import finetune
+from jsurgery.surgery.operate import operate, save_model
+from jsurgery.surgery.plan import check_budget, hybrid_config, plan, read_plan
+from jsurgery.surgery.trace import load_prompts, trace
+from jsurgery.wan.pipeline import load_pipeline, model_path, transformer_folder
+from jsurgery.wan.transformer import WanTransformer, load_transformer, read_config
+
+SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
+VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
+
+
+class Run:
+    """The stages of a config in a workdir. Everything that can be checked without work is checked here."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        self.config, self.workdir = config, epath.Path(workdir)
+        self.teacher_path = model_path(config.model.path)
+        self.model_config = read_config(transformer_folder(self.teacher_path))
+        load_prompts(config, config.trace.prompts + config.evaluate.prompts)
+        check_budget(config, self.model_config)
+        if config.finetune.steps and config.data.path != "sprites" and not epath.Path(config.data.path or "?").exists():
+            raise InputError(f"config.data.path: {config.data.path or '(empty)'}: no such folder; or 'sprites'")
+
+        identity = file_identity(self.teacher_path)
+        stage = functools.partial(Stage, self.workdir, config=config)
+        self.trace = stage("trace", fields=(*SAMPLING, "trace"), teacher=identity)
+        self.distill = stage("distill", fields=("hybrid", "distill"), after=[self.trace])
+        self.plan = stage("plan", fields=("plan",), after=[self.distill])
+        self.latents = stage("latents", fields=("video", "data", "seed"), teacher=identity)
+        self.operate = stage("hybrid", fields=("finetune.distilled",), after=[self.plan])
+        self.finetune = stage("finetune", fields=("finetune",), after=[self.operate, self.latents])
+        self.evaluate = stage("evaluation", fields=("evaluate",), after=[self.finetune])
+        self.report = stage("report", fields=(), after=[self.evaluate])
+
+    @functools.cached_property
+    def pipeline(self):
+        """The teacher, loaded when a stage first needs it."""
+        return load_pipeline(self.config.model.path, jnp.dtype(self.config.model.dtype))
+
+    @functools.cached_property
+    def teacher(self) -> WanTransformer:
+        return self.pipeline.transformer
+
+    def run_trace(self) -> None:
+        self.trace.run(lambda: trace(self.config, self.pipeline, self.trace.folder))
+
+    def run_distill(self) -> None:
+        self.needs(self.trace)
+        self.distill.run(lambda: distill(self.config, self.teacher, self.trace.folder, self.distill.folder))
+
+    def run_plan(self) -> None:
+        self.needs(self.distill)
+        self.plan.run(lambda: plan(self.config, self.model_config, self.distill.folder, self.plan.folder))
+
+    def run_operate(self) -> None:
+        self.needs(self.plan)
+        self.operate.run(lambda: save_model(self.operated(self.config.finetune.distilled), self.operate.folder, self.base))
+
+    def run_finetune(self) -> None:
+        self.needs(self.operate)
+        self.latents.run(self.encode_latents)
+        self.finetune.run(self.finetune_and_save)
+
+    def run_evaluate(self) -> None:
+        self.needs(self.finetune)
+        self.evaluate.run(self.evaluate_all)
+
+    def run_report(self) -> None:
+        self.needs(self.evaluate)
+        self.report.run(lambda: write_report(self.config, self.workdir))
+
+    @property
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """Every stage by its command, in order."""
+        return {
+            "trace": self.run_trace,
+            "distill": self.run_distill,
+            "plan": self.run_plan,
+            "operate": self.run_operate,
+            "finetune": self.run_finetune,
+            "evaluate": self.run_evaluate,
+            "report": self.run_report,
+        }
+
+    def needs(self, stage: Stage) -> None:
+        if not stage.done():
+            raise InputError(f"{stage.folder}: not there or not complete; run the stage before this one, or `jsurgery surgery`")
+
+    @property
+    def base(self) -> str:
+        """The model folder that a saved transformer names for its VAE and text encoder."""
+        return self.config.model.path
+
+    def operated(self, distilled: bool) -> WanTransformer:
+        """The hybrid model of the plan, with trained or with merely calibrated feature maps."""
+        rates = read_plan(self.plan.folder)["rates"]
+        hybrid = hybrid_config(self.config, rates)
+        file = self.distill.folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")
+        return operate(self.teacher, hybrid, load_maps(file, rates, hybrid.feature_map))
+
+    def encode_latents(self) -> None:
+        data = self.config.data
+        if data.path != "sprites":
+            return
+        common = {"video": self.config.video, "two_sprites": data.two_sprites}
+        encode_sprites(self.pipeline.vae, self.latents.folder / "train", seed=self.config.seed, clips=data.clips, **common)
+        clips = self.config.evaluate.validation_clips
+        seed = self.config.seed + VALIDATION_SEED
+        encode_sprites(self.pipeline.vae, self.latents.folder / "validation", seed=seed, clips=clips, **common)
+
+    @property
+    def training_latents(self) -> epath.Path:
+        path = self.config.data.path
+        return self.latents.folder / "train" if path == "sprites" else epath.Path(path)
+
+    @property
+    def validation_latents(self) -> epath.Path | None:
+        return self.latents.folder / "validation" if self.config.data.path == "sprites" else None
+
+    def finetune_and_save(self) -> None:
+        folder = transformer_folder(self.teacher_path) if self.config.finetune.subject == "teacher" else self.operate.folder
+        student = load_transformer(folder, jnp.dtype(self.config.model.dtype))
+        student.remat = self.config.model.remat
+        trained = finetune(self.config, student, self.pipeline, self.training_latents, self.finetune.folder)
+        save_model(trained, self.workdir / "model", self.base)
+
+    def evaluate_all(self) -> None:
+        dtype = jnp.dtype(self.config.model.dtype)
+        teacher = self.teacher
+        models = {
+            "teacher": lambda: teacher,
+            "not_distilled": lambda: self.operated(False),
+            "distilled": lambda: self.operated(True),
+            "finetuned": lambda: load_transformer(self.workdir / "model", dtype),
+        }
+        evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
+        self.pipeline.transformer = teacher
+
+    def write_config(self) -> None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(self.workdir / "config.json", dict(flat(self.config)))

@@ -1,0 +1,89 @@
+"""Stages of a run: which files a stage leaves, what they depend on, and whether they are there already."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.config import flat
+from jsurgery.errors import InputError
+from jsurgery.runtime.progress import say
+
+MARKER = "stage.json"
+
+
+class Stage:
+    """A stage's folder in the workdir and the marker that says with what it was made; written last, so it ends the stage.
+
+    `fields` are the config fields (or sections) that change the result, `after` the stages whose results it reads.
+    """
+
+    def __init__(self, workdir: epath.PathLike, name: str, config: ConfigDict, fields: Sequence[str], after: Sequence["Stage"] = (), **inputs: str):
+        self.name, self.folder = name, epath.Path(workdir) / name
+        chosen = {
+            field: value
+            for field, value in flat(config)
+            if any(field == prefix or field.startswith(prefix + ".") for prefix in fields)
+        }
+        self.made_with = json.loads(json.dumps({**chosen, **inputs, **{f"stage {s.name}": s.fingerprint for s in after}}))
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
+
+    def done(self) -> bool:
+        """Whether the stage has ended with this config. Raises InputError when it was begun with another one."""
+        marker = self.folder / MARKER
+        if not marker.exists():
+            return False
+        found = json.loads(marker.read_text())
+        if found["made_with"] != self.made_with:
+            raise InputError(f"{marker}: made with another config: {difference(found['made_with'], self.made_with)}; use another --workdir")
+        return found["complete"]
+
+    def begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._mark(complete=False)
+
+    def end(self) -> None:
+        self._mark(complete=True)
+
+    def _mark(self, complete: bool) -> None:
+        write_json(self.folder / MARKER, {"stage": self.name, "complete": complete, "made_with": self.made_with})
+
+    def run(self, work, *arguments: Any) -> None:
+        """Runs `work` unless the stage is done already, and says which."""
+        if self.done():
+            say(f"{self.name}: up to date, skipped")
+            return
+        self.begin()
+        work(*arguments)
+        self.end()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+    """Writes under a temporary name, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def file_identity(folder: epath.Path) -> str:
+    """A hash of a model folder's small files and of the size and both ends of its large ones."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        size = file.stat().length
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]

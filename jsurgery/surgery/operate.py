@@ -1,0 +1,34 @@
+"""operate: the teacher's weights and the distilled feature maps become one hybrid model."""
+
+import dataclasses
+import json
+
+from etils import epath
+from flax import nnx
+
+from jsurgery.attention.hybrid import FeatureMap, HybridConfig
+from jsurgery.surgery.distill import Maps
+from jsurgery.wan.transformer import WanTransformer, save_transformer
+
+
+def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps | None) -> WanTransformer:
+    """A new transformer whose blocks have the plan's rates; all other parameters are the given one's, shared.
+
+    `feature_maps` are those of the plan's converted blocks (`distill.load_maps`), leaves [converted, heads, ...].
+    """
+    config = dataclasses.replace(transformer.config, hybrid=plan)
+    build = lambda: WanTransformer(config, dtype=transformer.dtype, remat=transformer.remat, rngs=nnx.Rngs(0))  # noqa: E731
+    operated = nnx.eval_shape(build)
+    nnx.update(operated, nnx.state(transformer))
+    if feature_maps is not None and plan.linear_branch and plan.converted:
+        operated.query_maps, operated.key_maps = (FeatureMap(maps) for maps in feature_maps)
+    return operated
+
+
+def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: str) -> None:
+    """A transformer folder that also says where its VAE and text encoder are."""
+    save_transformer(transformer, folder)
+    file = folder / "config.json"
+    fields = json.loads(file.read_text()) | {"base_pipeline": base_pipeline}
+    file.write_text(json.dumps(fields, indent=2) + "\n")
+

@@ -1,0 +1,63 @@
+"""train: a whole tiny Wan from scratch, as a diffusers pipeline folder: tokenizer, VAE, latents, transformer with text encoder."""
+
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.data import sprites
+from jsurgery.data.latents import encode_sprites
+from jsurgery.train.autoencoder import train_vae
+from jsurgery.train.transformer import train_transformer
+from jsurgery.wan.text_encoder import save_text_encoder
+from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
+from jsurgery.wan.transformer import save_transformer
+from jsurgery.wan.vae import load_vae
+
+HOLDOUT_SEED = 1  # the set of scenes that validation clips come from
+
+MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+
+
+def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    """Trains, or goes on where it stopped; returns the model folder."""
+    workdir = epath.Path(workdir)
+    model = workdir / "model"
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (model / "tokenizer" / "spiece.model").exists():
+        train_tokenizer(sprites.all_captions(), model / "tokenizer", vocab_size=config.train.vocabulary)
+    if not (model / "vae" / "config.json").exists():
+        train_vae(config, workdir, model / "vae")
+
+    vae, latents = load_vae(model / "vae"), workdir / "latents"
+    common = {"video": config.video, "two_sprites": config.data.two_sprites}
+    holdout = config.train.holdout_clips
+    encode_sprites(vae, latents / "holdout", seed=config.seed + HOLDOUT_SEED, clips=holdout, **common)
+    encode_sprites(vae, latents / "train", seed=config.seed, clips=config.train.clips, **common)
+
+    teacher = train_transformer(config, workdir, tokenizer=Tokenizer(model / "tokenizer"), latents=latents)
+    save_transformer(teacher.transformer, model / "transformer")
+    save_text_encoder(teacher.text_encoder, model / "text_encoder")
+    write_pipeline_index(model, shift=config.sampler.shift)
+    return model
+
+
+def write_pipeline_index(model: epath.Path, shift: float) -> None:
+    """model_index.json and the scheduler: with them, diffusers' WanPipeline loads the folder."""
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+    }
+    (model / "scheduler").mkdir(parents=True, exist_ok=True)
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    (model / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")

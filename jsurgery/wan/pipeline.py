@@ -1,0 +1,161 @@
+"""Prompt to video: tokenizer, text encoder, transformer and VAE of one model folder."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jsurgery.diffusion import guided, sample
+from jsurgery.errors import InputError
+from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder
+from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.transformer import WanTransformer, load_transformer
+from jsurgery.wan.vae import WanVae, load_vae
+
+BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
+VAE_STRIDES = (4, 8, 8)
+
+
+def model_path(path: str) -> epath.Path:
+    """A model folder, or the name of a bundled one. Raises InputError when it is not there."""
+    found = epath.Path(BUNDLED.get(path, path))
+    if not path or not found.exists():
+        raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
+    return found
+
+
+def transformer_folder(path: epath.Path) -> epath.Path:
+    """The transformer of a pipeline folder, or the folder itself."""
+    return path / "transformer" if (path / "transformer").exists() else path
+
+
+def pipeline_folder(path: epath.Path) -> epath.Path:
+    """Where the VAE and the text encoder lie: beside the transformer, or where an operated model's base is."""
+    if (path / "vae").exists():
+        return path
+    file = path / "config.json"
+    base = json.loads(file.read_text()).get("base_pipeline") if file.exists() else None
+    if not base:
+        raise InputError(f"{path}: expected a pipeline folder (transformer/, vae/, text_encoder/, tokenizer/)")
+    return model_path(base)
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """A loaded model. `transformer` may be swapped for another of the same latents and text."""
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    transformer: WanTransformer
+    vae: WanVae
+
+    def embed(self, prompts: Sequence[str], length: int) -> jax.Array:
+        """Text embeddings [B, length, text_dim], zero after each prompt's end."""
+        token_ids, mask = self.tokenizer(list(prompts), length)
+        return _embed(self.text_encoder, token_ids, mask)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        t, h, w = VAE_STRIDES
+        return (frames - 1) // t + 1, height // h, width // w, self.transformer.config.in_channels
+
+    def sample(self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False) -> Any:
+        """Latents [B, T, H, W, C] of prompts, by `config.sampler` and `config.video`; with `record`, the trajectory too.
+
+        The noise of a prompt depends on the seed and on its number (`first`, `first` + 1, ...), not on the batch.
+        """
+        video, sampler = config.video, config.sampler
+        noise = initial_noise(seed, range(first, first + len(prompts)), self.latent_shape(video.frames, video.height, video.width))
+        text = self.embed(prompts, config.text_length)
+        blank = self.embed([sampler.negative_prompt], config.text_length)
+        key = jax.random.fold_in(jax.random.key(seed), first)
+        settings = Sampling(sampler.solver, sampler.steps, float(sampler.shift), float(sampler.guidance), record)
+        return _sample(self.transformer, text, blank, noise, key, settings)
+
+    def encode(self, video_BxFxHxWx3: np.ndarray) -> jax.Array:
+        """Latents [B, T, H, W, C] of float videos in [-1, 1]."""
+        return _encode(self.vae, video_BxFxHxWx3)
+
+    def decode(self, latents_BxTxHxWxC: jax.Array) -> np.ndarray:
+        """Videos uint8 [B, F, H, W, 3], one at a time."""
+        videos = [_decode(self.vae, latents[None])[0] for latents in latents_BxTxHxWxC]
+        return np.stack([np.asarray(jnp.round((video + 1) * 127.5), np.uint8) for video in videos])
+
+    def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:
+        """Videos uint8 [B, F, H, W, 3] of one prompt or several."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return self.decode(self.sample(prompts, config, seed=seed)[0])
+
+
+def load_pipeline(path: str, dtype: Any = jnp.float32) -> Pipeline:
+    """A pipeline folder in the diffusers layout, an operated model's folder, or a bundled name."""
+    folder = model_path(path)
+    base = pipeline_folder(folder)
+    return Pipeline(
+        tokenizer=Tokenizer(base / "tokenizer"),
+        text_encoder=load_text_encoder(base / "text_encoder"),
+        transformer=load_transformer(transformer_folder(folder), dtype),
+        vae=load_vae(base / "vae"),
+    )
+
+
+def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+    """Unit normal [B, *shape]; row b belongs to prompt number `numbers[b]` alone."""
+    key = jax.random.key(seed)
+    return jnp.stack([jax.random.normal(jax.random.fold_in(key, number), shape) for number in numbers])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    solver: str
+    steps: int
+    shift: float
+    guidance: float
+    record: bool = False
+
+
+@functools.partial(nnx.jit, static_argnames="settings")
+def _sample(transformer, text, blank, noise, key, settings: Sampling):
+    both = jnp.concatenate([text, jnp.broadcast_to(blank, text.shape)])
+
+    def velocity(x, timesteps):
+        return guided(transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timesteps, 2), both), settings.guidance)
+
+    return sample(
+        velocity,
+        noise,
+        steps=settings.steps,
+        shift=settings.shift,
+        solver=settings.solver,
+        key=key,
+        record=settings.record,
+    )
+
+
+@nnx.jit
+def _embed(text_encoder, token_ids, mask):
+    return encode_prompts(text_encoder, token_ids, mask)
+
+
+@nnx.jit
+def _encode(vae, video):
+    return vae.encode(video)
+
+
+@nnx.jit
+def _decode(vae, latents):
+    return vae.decode(latents)
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """(number of the first, batch) over `items`."""
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]
