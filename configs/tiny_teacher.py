@@ -11,7 +11,7 @@ def get_config():
     c.prompts = "sprites"
     c.model.path = "tiny_wan"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 17, 192, 160, 8
-    c.text_length = 32
+    c.text_length = 16
     c.sampler.steps = 20
     c.trace.keep_steps = 20
     c.data.path = "sprites"
@@ -22,4 +22,6 @@ def get_config():
     c.train.vae_batch = 6
     c.train.vae_crop = (9, 32, 32)
     c.train.vae_kl_weight = 3e-4
+    c.train.clips = 2048
+    c.train.learning_rate = 3e-3
     return c

@@ -35,7 +35,7 @@ def write_shard(path: epath.Path, records: Iterable[Record]) -> None:
     temporary = path.with_suffix(".tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
-        writer.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in record.items()}))
+        writer.write(safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in record.items()}))
     writer.close()
     temporary.replace(path)
 

@@ -79,7 +79,7 @@ def write_json(path: epath.Path, content: Any) -> None:
 def file_identity(folder: epath.Path) -> str:
     """A hash of a model folder's small files and of the size and both ends of its large ones."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for file in sorted(path for level in ("*", "*/*") for path in folder.glob(level) if not path.is_dir()):
         size = file.stat().length
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as stream:

@@ -1,0 +1,48 @@
+# make demo      the whole surgery on the bundled tiny model; prints the path of report.html
+# make test      the tests
+# make lint      ruff and pyright
+# make evidence  the tables of the README, re-run; takes hours
+#
+# Each sets up .venv by itself, with the first Python of 3.11 to 3.13 that it finds, or with PYTHON=...
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint constraints.txt
+# Where torch, which only the tests need, has wheels without CUDA's gigabytes.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test lint evidence clean
+
+demo: $(VENV)/base.stamp
+	$(BIN)/jsurgery surgery --config=tiny --workdir=runs/demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+evidence: $(VENV)/base.stamp
+	$(BIN)/jsurgery ablate --table=evidence --workdir=runs/evidence
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; none found on PATH. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "make: PYTHON=$(PYTHON): expected Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments: its venv or ensurepip module is missing (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+
+$(VENV)/base.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/base.stamp
+	$(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) torch==2.13.0
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@

@@ -1,0 +1,102 @@
+"""Line charts for a page: geometry in percent of the plot area, so that text keeps its size when the chart shrinks."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+POINTS = 240  # drawn per line at most
+SMOOTHING = 25  # the running mean spans this fraction of a line
+LOG_RANGE = 4.0  # a y range that spans more than this factor is drawn on a log axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """An SVG path of the raw values and one of their running mean, in a 100 x 100 plot with y downwards."""
+
+    label: str
+    raw: str
+    smooth: str
+    last: float  # of the running mean
+    depth: float  # 0 to 1: the place among the chart's lines, for its colour
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Ticks are (percent from the left or from the top, text)."""
+
+    title: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    log: bool
+
+
+def line_chart(title: str, rows: Sequence[dict[str, float]], names: dict[str, str]) -> Chart | None:
+    """`rows` over their "step", one line for each key of `names` (key -> label); None with fewer than two rows."""
+    steps = np.array([row["step"] for row in rows], float)
+    series = {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
+    everything = np.concatenate([*series.values(), np.array([])])
+    everything = everything[np.isfinite(everything)]
+    if len(steps) < 2 or not everything.size:
+        return None
+    low, high = float(everything.min()), float(everything.max())
+    log = low > 0 and high > LOG_RANGE * low
+    transform = np.log10 if log else np.asarray
+    bottom, top = (float(transform(value)) for value in (low, high))
+    margin = 0.06 * (top - bottom) or 0.5 * abs(top) or 1.0
+    bottom, top = bottom - margin, top + margin
+    first, last = steps[0], steps[-1]
+
+    def path(values: np.ndarray) -> str:
+        keep = np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int))
+        keep = keep[np.isfinite(values[keep])]
+        x = 100 * (steps[keep] - first) / (last - first)
+        y = 100 * (top - transform(values[keep])) / (top - bottom)
+        return "M" + "L".join(f"{a:.2f} {b:.2f}" for a, b in zip(x, y, strict=True))
+
+    lines = []
+    for index, (name, label) in enumerate(names.items()):
+        values = series[name]
+        if np.isfinite(values).any():
+            smooth = running_mean(values)
+            finite = smooth[np.isfinite(smooth)]
+            depth = (index + 1) / len(names)
+            lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth))
+
+    def at(value: float) -> float:
+        return 100 * (top - float(transform(value))) / (top - bottom)
+
+    y_values = log_ticks(10**bottom, 10**top) if log else linear_ticks(bottom, top)
+    return Chart(
+        title,
+        tuple(lines),
+        tuple((100 * (value - first) / (last - first), f"{value:,g}") for value in linear_ticks(first, last)),
+        tuple((at(value), f"{value:.4g}") for value in y_values),
+        log,
+    )
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over a centred window; what is missing or not finite does not count."""
+    width = 2 * (len(values) // (2 * SMOOTHING)) + 1
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0), np.ones(width), "same")
+    count = np.convolve(finite.astype(float), np.ones(width), "same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=finite & (count > 0))
+
+
+def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round values in [low, high]."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in [low, high]; powers alone when there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
+    return [value for power in powers for factor in factors if low <= (value := float(f"{factor}e{power}")) <= high]
