@@ -14,6 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint evidence clean
+.DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
 	$(BIN)/jsurgery surgery --config=tiny --workdir=runs/demo
@@ -35,14 +36,18 @@ clean:
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11, 3.12 or 3.13; none found on PATH. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "make: PYTHON=$(PYTHON): expected Python 3.11, 3.12 or 3.13" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments: its venv or ensurepip module is missing (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	"$(PYTHON)" -m venv --clear $(VENV)
+	@if "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then "$(PYTHON)" -m venv --clear $(VENV); \
+	elif "$(PYTHON)" -c 'import venv, pip' 2>/dev/null; then \
+		"$(PYTHON)" -m venv --clear --without-pip $(VENV) && "$(PYTHON)" -m pip --quiet --python $@ install pip; \
+	else echo "make: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; fi
 
 $(VENV)/base.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo 'Installing what jsurgery needs into $(VENV) (1 GB; once)'
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/base.stamp
-	$(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) torch==2.13.0
+	@echo 'Installing what the tests need into $(VENV) (1 GB more; once)'
+	$(PIP_INSTALL) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch
 	$(PIP_INSTALL) --editable '.[test]'
 	@touch $@

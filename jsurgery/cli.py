@@ -65,6 +65,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     for name, text in texts.items():
         sub = command(name, train if name == "train" else surgery, text)
         sub.add_argument("--workdir", required=True, help="where the files of this run go")
+    sub = command("ablate", ablate, "answer a question about the method by running its arms over several seeds")
+    sub.add_argument("--table", choices=["evidence"], required=True)
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--workdir", required=True)
     sub = command("sample", sample, "a prompt to a video")
     sub.add_argument("--model", default="tiny_wan", help="a model folder (default: the bundled tiny_wan)")
     sub.add_argument("--prompt", required=True)
@@ -90,6 +94,13 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jsurgery.train.teacher import train_teacher
 
     print(train_teacher(config, options.workdir))
+
+
+def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    from jsurgery.ablate import evidence
+
+    evidence(config, options.workdir, options.seeds)
 
 
 def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:

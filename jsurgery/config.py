@@ -6,12 +6,13 @@
 import ast
 import difflib
 import importlib.util
+import math
 import numbers
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from jsurgery.errors import InputError
 
@@ -74,7 +75,7 @@ def base() -> ConfigDict:
 
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
-    c.plan.budget = "15R2"  # also a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
+    c.plan.budget = FieldReference("15R2", object)  # also a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
@@ -130,7 +131,7 @@ def base() -> ConfigDict:
     c.train.ema = 0.999
     c.train.shift = 3.0  # of the training noise levels
     c.train.condition_dropout = 0.1
-    return c
+    return c.lock()  # against misspelt fields in config files; values may be set
 
 
 CHOICES = {
@@ -156,12 +157,15 @@ def validate(config: ConfigDict) -> None:
     """Raises InputError naming the first field that is out of range, its value and what is allowed."""
     for field, value in flat(config):
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            if value < 0 or (value == 0 and field not in MAY_BE_ZERO):
+            if not math.isfinite(value) or value < 0 or (value == 0 and field not in MAY_BE_ZERO):
                 raise InputError(f"config.{field}: expected a positive number, found {value}")
             if field in SHARES and value > 1:
                 raise InputError(f"config.{field}: expected a share between 0 and 1, found {value}")
         if field in CHOICES and value not in CHOICES[field]:
             raise InputError(f"config.{field}: expected one of {', '.join(CHOICES[field])}; found {value!r}")
+    budget = config.plan.budget
+    if isinstance(budget, bool) or not isinstance(budget, str | numbers.Real):
+        raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
     check_rates("config.plan.rates", config.plan.rates)
@@ -194,10 +198,10 @@ def check_video(frames: int, height: int, width: int, prefix: str = "") -> None:
 def check_rates(field: str, rates: Iterable[Any]) -> None:
     """Rates are distinct, 'linear' or integers of which each divides the next larger one."""
     rates = tuple(rates)
-    numeric = sorted(rate for rate in rates if rate != "linear")
-    for rate in numeric:
-        if not isinstance(rate, int) or rate < 1:
+    for rate in rates:
+        if rate != "linear" and (type(rate) is not int or rate < 1):
             raise InputError(f"{field}: expected integers from 1 or 'linear', found {rate!r}")
+    numeric = sorted(rate for rate in rates if rate != "linear")
     if not rates or len(set(rates)) != len(rates):
         raise InputError(f"{field}: expected distinct rates, found {rates}")
     for small, large in zip(numeric, numeric[1:], strict=False):
@@ -216,6 +220,11 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
         config = module.get_config()
     except Exception as error:
         raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path}: expected get_config() to return the ConfigDict of base(), found {config!r}")
+    fields, known = ({name for name, _ in flat(c)} for c in (config, base()))
+    if fields != known:
+        raise InputError(f"{path}: expected the fields of base(), found other or missing ones: {min(fields ^ known)}")
     for field, text in (overrides or {}).items():
         override(config, field, text)
     validate(config)
@@ -251,7 +260,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     old = node[leaf]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
         value = text
     if field == "plan.budget":  # "15R2", or a number
         node[leaf] = value
@@ -264,7 +273,10 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         value = float(value)
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
-    if type(value) is not type(old):
+    same = type(value) is type(old)
+    if isinstance(value, tuple):
+        same = same and {type(item) for item in value} <= {type(item) for item in old}
+    if not same:
         raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")
     with node.ignore_type():
         node[leaf] = value

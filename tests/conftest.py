@@ -1,3 +1,65 @@
+import math
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsurgery.data import sprites
+from jsurgery.train.teacher import write_pipeline_index
+from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, save_text_encoder
+from jsurgery.wan.tokenizer import train_tokenizer
+from jsurgery.wan.transformer import WanConfig, WanTransformer, save_transformer
+from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
+
+TINY_VAE = VaeConfig(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.0, 0.9, 1.1, 1.2))
+TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=1)
+TINY_TRANSFORMER = WanConfig(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=48,
+    num_layers=2,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A complete Wan pipeline folder with random weights: 2 blocks of 2 heads of 12, latents of 4 channels.
+
+    Shared by the whole session: copy it to change it. `--config.video.frames=5 --config.video.height=64
+    --config.video.width=48` gives 2 x 4 x 3 tokens.
+    """
+    folder = tmp_path_factory.mktemp("tiny_pipeline")
+    tokenizer = train_tokenizer(sprites.all_captions(), folder / "tokenizer", vocab_size=TINY_TEXT_ENCODER.vocab_size)
+    assert tokenizer.vocab_size <= TINY_TEXT_ENCODER.vocab_size
+    rng = np.random.default_rng(0)
+    save_vae(random_module(lambda: WanVae(TINY_VAE, rngs=nnx.Rngs(0)), rng), folder / "vae")
+    encoder = random_module(lambda: TextEncoder(TINY_TEXT_ENCODER, rngs=nnx.Rngs(0)), rng)
+    save_text_encoder(encoder, folder / "text_encoder")
+    transformer = random_module(lambda: WanTransformer(TINY_TRANSFORMER, rngs=nnx.Rngs(0)), rng)
+    save_transformer(transformer, folder / "transformer")
+    write_pipeline_index(folder, shift=3.0)
+    return folder
+
+
+def random_module(build, rng: np.random.Generator) -> nnx.Module:
+    """The module with NumPy's numbers for weights, every bias and gain off its default; nothing to compile."""
+    module = nnx.eval_shape(build)
+    for (*_, leaf), param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        values = rng.normal(size=param.shape)
+        if leaf in ("kernel", "embedding"):
+            values /= math.sqrt(math.prod(param.shape[:-1]))
+        elif leaf == "bias" or "scale_shift" in str(leaf):
+            values *= 0.1
+        else:
+            values = 1 + 0.1 * values
+        param.set_value(jnp.asarray(values, param.dtype))
+    return module

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 POINTS = 240  # drawn per line at most
-SMOOTHING = 25  # the running mean spans this fraction of a line
+SMOOTHING = 12  # the running mean spans this fraction of a line
 LOG_RANGE = 4.0  # a y range that spans more than this factor is drawn on a log axis
 
 

@@ -12,7 +12,7 @@ CLIP_HEIGHT = 320  # of a clip that is re-encoded
 
 
 def embed_rows(folder: epath.Path, names: list[str], count: int) -> list[dict[str, str]]:
-    """The clips `folder/NAME/0000.mp4`, ... of up to `count` prompts as name -> data URI, as many rows as fit a page."""
+    """The clips `folder/NAME/0000.mp4`, ... of up to `count` prompts as name -> data URI; as many rows as fit a page."""
     rows = []
     for number in range(count):
         files = {name: folder / name / f"{number:04d}.mp4" for name in names}

@@ -7,6 +7,7 @@
   const frames = Number(player.dataset.frames);
   const fps = Number(player.dataset.fps);
   const period = frames / fps;
+  const tolerance = Math.max(0.75 / fps, 0.05);
   let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 
   const leader = () => videos.find((video) => !video.paused) ?? videos[0];
@@ -36,7 +37,7 @@
       for (const video of videos) {
         const drift = video.currentTime - first.currentTime;
         const apart = drift - period * Math.round(drift / period);
-        if (!video.paused && !video.seeking && Math.abs(apart) > 1.5 / fps) video.currentTime = first.currentTime;
+        if (!video.paused && !video.seeking && Math.abs(apart) > tolerance) video.currentTime = first.currentTime;
       }
       show(frameOf(first));
     }

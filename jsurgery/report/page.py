@@ -33,6 +33,7 @@ PUBLISHED = {
 }
 TINY = 100_000_000  # parameters under which a model is called tiny
 FULL_SIZE = {"frames": 81, "height": 480, "width": 832}  # what savings are also computed for, with Wan2.1 1.3B
+UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
 DIMENSIONS = {
     "color": "the colours that the prompt names are there, and no others",
@@ -44,6 +45,7 @@ DIMENSIONS = {
     "total": "the mean of the dimensions",
 }
 RESAMPLES = 2000
+MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def write_report(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -113,17 +115,21 @@ def describe(config: ConfigDict, model: WanConfig, work: Workload) -> dict[str, 
 def stages(config: ConfigDict) -> dict[str, tuple[str, str]]:
     """(label, meaning) of the models that are compared."""
     control, steps = config.finetune.subject == "teacher", config.finetune.steps
-    start = "the original" if control else "the distilled model" if config.finetune.distilled else "the undistilled model"
+    operated = "the distilled model" if config.finetune.distilled else "the model without distillation"
+    start = "the original" if control else operated
     return {
         "teacher": ("Teacher", "the original model, every block with full softmax attention"),
         "not_distilled": ("No distillation", "after the operation, new parts merely calibrated"),
         "distilled": ("Distilled", "new parts trained to imitate the original attention"),
-        "finetuned": ("Teacher, fine-tuned" if control else "Fine-tuned", f"{start}, trained as a whole for {steps:,} steps"),
+        "finetuned": (
+            "Teacher, fine-tuned" if control else "Fine-tuned",
+            f"{start}, trained as a whole for {steps:,} steps",
+        ),
     }
 
 
 def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dict[str, Any]]:
-    """FLOPs of a mean block of the teacher and of the plan: of this model, then of Wan2.1 1.3B with the same mix of rates."""
+    """`cost_table` of this model, and of Wan2.1 1.3B at full size with the same mix of rates unless that is the same."""
     video = config.video
     tables = [{"full_size": False, "size": video.to_dict(), **cost_table(work, rates)}]
     full = Workload(PUBLISHED["Wan2.1 1.3B"], num_tokens(**FULL_SIZE), feature_map=work.feature_map)
@@ -133,15 +139,15 @@ def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dic
 
 
 def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
-    """Per block and part: each rate, the teacher, the plan's mean block and what it saves; and of a whole forward pass."""
+    """FLOPs by part: of a block at each rate, of the plan's mean block, what that saves; and of a whole forward pass."""
     used = sorted({1, *rates}, key=rate_key)
     by_rate = {rate: {part: getattr(block_flops(work, rate), part) for part in PARTS} for rate in used}
     mean = {part: sum(by_rate[rate][part] for rate in rates) / len(rates) for part in PARTS}
     blocks = work.config.num_layers
     teacher, hybrid = model_flops(work, [1] * blocks), model_flops(work, []) + blocks * mean["total"]
-    unit, scale = next((unit, scale) for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if by_rate[1]["total"] > scale / 10)
+    unit, scale = next(unit for unit in UNITS if by_rate[1]["total"] > unit[1] / 10)
     return {
-        "unit": f"{unit}FLOP",
+        "unit": unit,
         "scale": scale,
         "tokens": work.tokens,
         "by_rate": by_rate,
@@ -160,7 +166,8 @@ def error_table(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[s
 
     def cell(block: int, rate: Rate) -> dict[str, Any]:
         error = 0.0 if rate in softmax else errors["errors"][block][rates.index(rate)]
-        return {"error": error, "heat": math.sqrt(max(error, 0) / largest), "chosen": bool(chosen) and chosen[block] == rate}
+        marked = chosen is not None and chosen[block] == rate
+        return {"error": error, "heat": math.sqrt(error / largest), "chosen": marked}
 
     def means(name: str) -> list[float]:
         return [0.0] * len(softmax) + np.mean(errors[name], axis=0).tolist()
@@ -183,7 +190,7 @@ def share_table(errors: dict[str, Any]) -> dict[str, Any]:
 
 
 def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of scores: a row for each dimension, cells in the order of the models; None where nothing was measured."""
+    """The table of scores: a row for each dimension, cells in the models' order; None where nothing was measured."""
     models = evaluation["models"]
     scored = [model["score"] for model in models.values() if "score" in model]
     first = scored[0] if scored else {}
@@ -258,9 +265,9 @@ def training_charts(config: ConfigDict, workdir: epath.Path) -> list[Chart]:
     distilled, finetuned = read_metrics(workdir / "distill"), read_metrics(workdir / "finetune")
     rates = sorted(config.hybrid.rates, key=rate_key)
     by_rate = {f"loss_{rate}": rate_name(rate) for rate in rates if any(f"loss_{rate}" in row for row in distilled)}
-    loss = {"value": "error of the attention output", "attention": "error of the attention weights"}[config.distill.loss]
+    target = {"value": "output", "attention": "weights"}[config.distill.loss]
     candidates = [
-        line_chart(f"Distillation: {loss}, mean over blocks", distilled, by_rate),
+        line_chart(f"Distillation: error of the attention {target}, mean over blocks", distilled, by_rate),
         line_chart("Fine-tuning: loss", finetuned, {"loss": "loss"}),
         line_chart("Fine-tuning: gradient norm", finetuned, {"gradient_norm": "gradient norm"}),
     ]
@@ -288,7 +295,8 @@ def versions() -> dict[str, str]:
 def depths(rates: Sequence[Rate]) -> dict[Rate, int]:
     """How strongly each rate is coloured, in percent: softmax not at all, the fewest softmax tokens fully."""
     ordered = sorted({1, *rates}, key=rate_key)
-    return {rate: 100 if i == len(ordered) - 1 and i else round(55 * i / max(1, len(ordered) - 2)) for i, rate in enumerate(ordered)}
+    last = len(ordered) - 1
+    return {rate: 100 if i and i == last else 55 * i // max(1, last - 1) for i, rate in enumerate(ordered)}
 
 
 def rate_key(rate: Rate) -> float:
@@ -301,8 +309,8 @@ def rate_name(rate: Rate) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
+        return NOTHING
+    return f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float) -> str:
@@ -310,7 +318,7 @@ def signed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f}%".replace("-", "−")
+    return f"{100 * share:.1f}%".replace("-", MINUS)
 
 
 def count(value: int) -> str:

@@ -64,7 +64,12 @@ def parameter_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def put_state(mesh: Mesh, state: Any) -> Any:
+    """A training state (parameters, optimiser moments, counters) on the mesh, as a step will return it: no second compile."""
+    return jax.device_put(state, parameter_shardings(mesh, state))
+
+
 def place(mesh: Mesh, module: nnx.Module) -> None:
     """Moves a module's parameters onto the mesh, in place."""
     state = nnx.state(module)
-    nnx.update(module, jax.device_put(state, parameter_shardings(mesh, state)))
+    nnx.update(module, put_state(mesh, state))

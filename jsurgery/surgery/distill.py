@@ -24,6 +24,7 @@ from jsurgery.attention.hybrid import FeatureMapConfig, Rate, init_feature_maps,
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.errors import InputError
 from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.trace import TraceSteps
@@ -228,19 +229,24 @@ def calibrate(teacher: WanTransformer, batches: list[dict], maps: Maps, setup: S
 def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, folder: epath.Path) -> None:
     """Leaves `initial.safetensors` (calibrated, untrained), `feature_maps.safetensors` and `errors.json` in `folder`."""
     settings, setup = config.distill, Setup.of(config)
+    mesh = make_mesh(config.mesh)
+    place(mesh, teacher)
     split = config.trace.prompts - config.trace.holdout
     data = grain.MapDataset.source(TraceSteps(traces, range(split))).shuffle(seed=config.seed).repeat()
     data = data.batch(settings.batch, drop_remainder=True)
     held_out = TraceSteps(traces, range(split, config.trace.prompts))
 
-    maps = initial_maps(config, teacher)
+    def batch(index: int) -> dict[str, jax.Array]:
+        return jax.device_put(data[index], sharding(mesh, "batch"))
+
+    maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
-        maps = calibrate(teacher, [data[i] for i in range(CALIBRATION_BATCHES)], maps, setup)
+        maps = calibrate(teacher, [batch(i) for i in range(CALIBRATION_BATCHES)], maps, setup)
     save_maps(folder / "initial.safetensors", maps, setup.rates)
 
     optimizer = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start, state = checkpoints.restore({"maps": maps, "opt_state": optimizer.init(maps)})
+    start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": optimizer.init(maps)}))
 
     @jax.jit
     def apply(state, gradients):
@@ -250,8 +256,8 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
     for step in progress.over(range(start, settings.steps)):
         # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
-        batch = data[step // settings.updates_per_batch]
-        losses, gradients = losses_and_gradients(teacher, batch, state["maps"], setup)
+        replayed = batch(step // settings.updates_per_batch)
+        losses, gradients = losses_and_gradients(teacher, replayed, state["maps"], setup)
         state = apply(state, gradients)
         if (step + 1) % config.log_every == 0:
             by_rate = losses.mean(axis=0)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jsurgery.data.latents import batches
 from jsurgery.diffusion import add_noise, shift_sigma
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import make_mesh, place, sharding
+from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
@@ -40,6 +40,7 @@ def finetune(config: ConfigDict, student: WanTransformer, teacher: Pipeline, lat
     settings = config.finetune
     mesh = make_mesh(config.mesh)
     place(mesh, student)
+    place(mesh, teacher.transformer)
     graph, params = nnx.split(student)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
@@ -63,11 +64,11 @@ def finetune(config: ConfigDict, student: WanTransformer, teacher: Pipeline, lat
         value, gradients = jax.value_and_grad(loss)(state["params"])
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
         new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-        return new, {"loss": value, "gradient_norm": optax.global_norm(gradients)}
+        return new, {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
 
     teacher_graph, teacher_params = nnx.split(teacher.transformer)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start, state = checkpoints.restore({"params": params, "opt_state": optimizer.init(params)})
+    start, state = checkpoints.restore(put_state(mesh, {"params": params, "opt_state": optimizer.init(params)}))
     metrics, progress = Metrics(folder, start), Progress("finetune", settings.steps, start)
     for step in progress.over(range(start, settings.steps)):
         key = jax.random.fold_in(jax.random.key(config.seed), step)

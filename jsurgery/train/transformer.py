@@ -14,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jsurgery.data.latents import batches
 from jsurgery.diffusion import add_noise, shift_sigma
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import make_mesh, parameter_shardings, sharding
+from jsurgery.runtime.mesh import make_mesh, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
@@ -94,7 +94,6 @@ def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tok
     )
     model = Teacher(transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed))
     graph, params = nnx.split(model)
-    params = jax.device_put(params, parameter_shardings(mesh, params))
     optimizer = make_optimizer(train)
     blank_ids, blank_mask = tokenizer([""], config.text_length)
 
@@ -116,7 +115,7 @@ def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tok
         decay = jnp.minimum(train.ema, (1 + state["step"]) / (10 + state["step"]))
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state["ema"], params)
         new = {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}
-        return new, {"loss": value, "gradient_norm": optax.global_norm(grads)}
+        return new, {"loss": value, "gradient_norm": optax.tree.norm(grads)}
 
     validation_loss = jax.jit(lambda params, batch, key: loss(params, batch, key, 0.0))
     data = batches(latents / "train", train.batch, config.seed)
@@ -130,7 +129,7 @@ def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tok
 
     checkpoints = Checkpoints(workdir / "transformer", every=config.checkpoint.every, keep=config.checkpoint.keep)
     fresh = {"params": params, "opt_state": optimizer.init(params), "ema": params, "step": jnp.zeros((), jnp.int32)}
-    start, state = checkpoints.restore(fresh)
+    start, state = checkpoints.restore(put_state(mesh, fresh))
     metrics, progress = Metrics(workdir / "transformer_metrics", start), Progress("train", train.steps, start)
     for step in progress.over(range(start, train.steps)):
         key = jax.random.fold_in(jax.random.key(config.seed), step)

@@ -5,7 +5,7 @@ Only leaves differ: NNX keeps kernels input-first and channels last, torch keeps
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,24 +45,33 @@ def read_tensors(path: epath.PathLike) -> Tensors:
 
     Raises InputError, naming the file and the likely cause, where a file is missing or unreadable.
     """
-    path = epath.Path(path)
+    return _collect(epath.Path(path), _read_file)
+
+
+def check_tensors(path: epath.PathLike) -> None:
+    """Raises InputError where `read_tensors` would, having read the headers of the files and their sizes only."""
+    _collect(epath.Path(path), _read_header)
+
+
+def _collect(path: epath.Path, read: Callable[[epath.Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` makes of each file, by tensor name."""
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected safetensors weights")
     if not path.is_dir():
-        return _read_file(path)
+        return read(path)
 
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise InputError(f"{path}: expected one index of shards, found {', '.join(i.name for i in indices)}")
     if indices:
-        return _read_shards(indices[0])
+        return _collect_shards(indices[0], read)
 
-    tensors: Tensors = {}
+    tensors: dict[str, Any] = {}
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise InputError(f"{path}: no .safetensors file in this folder")
     for file in files:
-        shard = _read_file(file)
+        shard = read(file)
         if twice := tensors.keys() & shard.keys():
             raise InputError(
                 f"{file}: holds {min(twice)}, which another file of the folder holds too; keep one variant"
@@ -71,7 +80,7 @@ def read_tensors(path: epath.PathLike) -> Tensors:
     return tensors
 
 
-def _read_shards(index: epath.Path) -> Tensors:
+def _collect_shards(index: epath.Path, read: Callable[[epath.Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         shard_of = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(shard_of.values()))
@@ -81,12 +90,47 @@ def _read_shards(index: epath.Path) -> Tensors:
         raise InputError(
             f"{index}: names {len(shards)} shards, of which {', '.join(absent)} not there; download incomplete?"
         )
-    tensors: Tensors = {}
+    tensors: dict[str, Any] = {}
     for shard in shards:
-        tensors |= _read_file(index.parent / shard)
+        tensors |= read(index.parent / shard)
     if lost := shard_of.keys() - tensors.keys():
         raise InputError(f"{index}: names {len(lost)} tensors that no shard holds, such as {min(lost)}")
     return tensors
+
+
+def _damaged(file: epath.Path, start: bytes, size: int, fault: object) -> InputError:
+    """The error for a file that begins with `start` and is not safetensors, with the likely cause."""
+    start = start[:200].lstrip().lower()
+    if not size:
+        cause = "the file is empty"
+    elif start.startswith(b"version https://git-lfs"):
+        cause = "it is a git-LFS pointer; run `git lfs pull`"
+    elif start.startswith(b"<"):
+        cause = "it is an HTML or XML page, perhaps a download that needed a login"
+    else:
+        cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
+    return InputError(f"{file}: not a safetensors file: {cause}")
+
+
+def _read_header(file: epath.Path) -> dict[str, Any]:
+    """Each tensor's dtype, shape and place, from a file whose size is what they add up to."""
+    size = file.stat().length
+    with file.open("rb") as stream:
+        start = stream.read(200)
+        header_size = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or header_size > size - 8:
+            raise _damaged(file, start, size, "the header is cut short")
+        stream.seek(8)
+        text = stream.read(header_size)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, start, size, "the header is not JSON") from error
+    if size != expected:
+        raise _damaged(file, start, size, f"the header speaks of {expected}")
+    return header
 
 
 def _read_file(file: epath.Path) -> Tensors:
@@ -94,16 +138,7 @@ def _read_file(file: epath.Path) -> Tensors:
     try:
         parsed = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        head = data[:200].lstrip().lower()
-        if not data:
-            cause = "the file is empty"
-        elif head.startswith(b"version https://git-lfs"):
-            cause = "it is a git-LFS pointer; run `git lfs pull`"
-        elif head.startswith(b"<"):
-            cause = "it is an HTML or XML page, perhaps a download that needed a login"
-        else:
-            cause = f"its {len(data)} bytes are truncated or damaged ({error}); download it again"
-        raise InputError(f"{file}: not a safetensors file: {cause}") from error
+        raise _damaged(file, data, len(data), error) from error
     if foreign := {tensor["dtype"] for _, tensor in parsed} - _DTYPES.keys():
         raise InputError(
             f"{file}: holds tensors of type {', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"

@@ -1,0 +1,145 @@
+"""ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import HybridConfig, Rate
+from jsurgery.evaluate.stages import evaluate
+from jsurgery.run import Run
+from jsurgery.runtime.progress import say
+from jsurgery.runtime.stages import Stage, write_json
+from jsurgery.surgery.distill import load_maps, read_errors
+from jsurgery.surgery.finetune import finetune
+from jsurgery.surgery.operate import operate, save_model
+from jsurgery.surgery.plan import hybrid_config
+from jsurgery.wan.transformer import WanTransformer, load_transformer
+
+EVIDENCE_RATE = 8
+
+
+def evidence(config: ConfigDict, workdir: str, seeds: int) -> dict[str, Any]:
+    """Does each step of the surgery help? All blocks and half of them at rate 8, every arm beside the teacher.
+
+    Per plan: not distilled (calibrated maps as initialised), distilled, distilled and fine-tuned, no linear branch, and no
+    linear branch fine-tuned; besides them the teacher, and the teacher fine-tuned alike. Leaves `evidence.json` and
+    `evidence.md` in the workdir.
+    """
+    per_seed = [evidence_of_seed(config, epath.Path(workdir) / f"seed{seed}", seed) for seed in range(seeds)]
+    table = {"seeds": seeds, "prompts": config.evaluate.prompts, "arms": spread(per_seed), "per_seed": per_seed}
+    write_json(epath.Path(workdir) / "evidence.json", table)
+    text = markdown(table)
+    (epath.Path(workdir) / "evidence.md").write_text(text)
+    print(text)
+    return table
+
+
+def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict[str, Any]:
+    """One seed: of the traces, the initial maps, the order of data, the noise of training and of sampling, the prompts."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.seed = seed
+    run = Run(config.lock(), str(workdir))
+    run.write_config()
+    run.run_trace()
+    run.run_distill()
+    run.latents.run(run.encode_latents)
+    errors = read_errors(run.distill.folder)
+
+    blocks = run.model_config.num_layers
+    column = errors["rates"].index(EVIDENCE_RATE)
+    best = np.argsort([row[column] for row in errors["errors"]], kind="stable")
+    plans: dict[str, list[Rate]] = {
+        "all": [EVIDENCE_RATE] * blocks,
+        "half": [EVIDENCE_RATE if block in best[: blocks // 2] else 1 for block in range(blocks)],
+    }
+    models: dict[str, Callable[[], WanTransformer]] = {"teacher": lambda: run.teacher}
+    models["teacher_finetuned"] = finetuned(run, "teacher", lambda: load_teacher(run))
+    for name, rates in plans.items():
+        hybrid = hybrid_config(config, rates)
+        bare = HybridConfig(rates=hybrid.rates, chain=hybrid.chain, lattice=hybrid.lattice, linear_branch=False)
+        build = functools.partial(build_hybrid, run, hybrid)
+        models[f"{name}_not_distilled"] = functools.partial(build, "initial")
+        models[f"{name}_distilled"] = functools.partial(build, "feature_maps")
+        models[f"{name}_finetuned"] = finetuned(run, name, functools.partial(build, "feature_maps"))
+        models[f"{name}_no_linear"] = functools.partial(operate, run.teacher, bare, None)
+        models[f"{name}_no_linear_finetuned"] = finetuned(
+            run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
+        )
+    evaluated = Stage(workdir, "evaluation", config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+    teacher = run.teacher
+    evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
+    run.pipeline.transformer = teacher
+
+    found = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
+    arms = {name: {**measures(result)} for name, result in found.items()}
+    by_rate = {str(rate): float(np.mean([row[i] for row in errors["errors"]])) for i, rate in enumerate(errors["rates"])}
+    return {
+        "plans": plans,
+        "arms": arms,
+        "attention_error_by_rate": by_rate,
+        "softmax_share": {"rates": errors["rates"], "blocks": errors["softmax_share"], "teacher": errors["teacher_softmax_share"]},
+    }
+
+
+def load_teacher(run: Run) -> WanTransformer:
+    """A copy of its own of the teacher, which training may change."""
+    return operate(run.teacher, HybridConfig(rates=(1,) * run.model_config.num_layers), None)
+
+
+def build_hybrid(run: Run, hybrid: HybridConfig, maps: str) -> WanTransformer:
+    loaded = load_maps(run.distill.folder / f"{maps}.safetensors", hybrid.rates, hybrid.feature_map)
+    return operate(run.teacher, hybrid, loaded)
+
+
+def finetuned(run: Run, name: str, build: Callable[[], WanTransformer]) -> Callable[[], WanTransformer]:
+    """Loads the model that `build` gives, fine-tuned; trains it when it is first asked for."""
+
+    def load() -> WanTransformer:
+        stage = Stage(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
+        model = stage.folder / "model"
+
+        def work() -> None:
+            save_model(finetune(run.config, build(), run.pipeline, run.training_latents, stage.folder), model, run.base)
+
+        stage.run(work)
+        return load_transformer(model, jnp.dtype(run.config.model.dtype))
+
+    return load
+
+
+def measures(result: dict[str, Any]) -> dict[str, float]:
+    row = {"validation_loss": result["validation_loss"], "latent_rmse": float(np.mean(result["latent_rmse"]))}
+    if "score" in result:
+        row |= {dimension: score["normalized"] for dimension, score in result["score"].items()}
+    return row
+
+
+def spread(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """arm -> measure -> [mean, standard deviation over seeds]."""
+    arms = per_seed[0]["arms"]
+    values = lambda arm, measure: [seed["arms"][arm][measure] for seed in per_seed]  # noqa: E731
+    ddof = min(1, len(per_seed) - 1)
+    return {
+        arm: {m: [float(np.mean(values(arm, m))), float(np.std(values(arm, m), ddof=ddof))] for m in row}
+        for arm, row in arms.items()
+    }
+
+
+def markdown(table: dict[str, Any]) -> str:
+    columns = list(next(iter(table["arms"].values())))
+    lines = [f"| tiny model, {table['seeds']} seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm, row in table["arms"].items():
+        cells = [f"{row[column][0]:.4f} ± {row[column][1]:.4f}" for column in columns]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    errors = [seed["attention_error_by_rate"] for seed in table["per_seed"]]
+    lines += ["", "Relative L1 error of attention, mean over blocks and seeds: " + ", ".join(
+        f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0])]
+    say("evidence: done")
+    return "\n".join(lines) + "\n"

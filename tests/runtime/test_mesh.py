@@ -1,0 +1,41 @@
+"""The mesh and the rule table: every rule is used, big matrices are sharded, and too large a mesh is refused."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.errors import DoesNotFit
+from jsurgery.runtime.mesh import AXES, PARAMETERS, make_mesh, parameter_shardings
+from jsurgery.wan.transformer import WanConfig, WanTransformer
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(DoesNotFit, match=r"data 64 x fsdp 1 x context 1 x tensor 1 = 64 devices, found"):
+        make_mesh(ConfigDict({"data": 64, "fsdp": 1, "context": 1, "tensor": 1}))
+
+
+def test_every_rule_shards_a_parameter_of_a_hybrid():
+    config = WanConfig(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+        ffn_dim=128, num_layers=3, hybrid=HybridConfig(rates=(1, 2, 8)),
+    )  # fmt: skip
+    state = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    mesh = AbstractMesh((1, 2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+    used, replicated = set(), []
+    for path, sharding in jax.tree_util.tree_leaves_with_path(parameter_shardings(mesh, state)):
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        matching = [p for p, _ in PARAMETERS if re.search(p, name.removesuffix("/value"))]
+        used.update(matching)
+        if not matching:
+            assert sharding.is_fully_replicated
+            replicated.append(name)
+        else:
+            assert not sharding.is_fully_replicated, name
+    assert used == {pattern for pattern, _ in PARAMETERS}
+    assert not [name for name in replicated if "to_" in name and "kernel" in name]

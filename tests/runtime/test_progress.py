@@ -1,0 +1,24 @@
+from jsurgery.runtime.progress import Metrics, Progress, clock, read_metrics
+
+
+def test_metrics_survive_a_restart_without_what_came_after_it(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (10, 20, 30):
+        metrics.log(step, loss=1 / step)
+    metrics.flush()
+    again = Metrics(tmp_path, resume_step=20)
+    again.log(30, loss=5.0)
+    again.flush()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 5.0)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_progress_tells_rate_and_what_is_done(capsys):
+    progress = Progress("distill", 4, start=2)
+    assert list(progress.over(range(2, 4))) == [2, 3]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("distill: 4/4") and "took" in line
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65, 3700)] == ["5s", "1m05s", "1h01m"]

@@ -1,0 +1,323 @@
+"""Whole hybrid models against eq. 5 by brute force: float64, tokens in natural order, every pair of tokens weighed.
+
+The brute force is torch's, so that gradients come from another library too. It takes nothing from the project but the
+tensors, under the names of the diffusers layout.
+"""
+
+import functools
+import json
+import math
+import re
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch.nn import functional as F
+
+from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, token_order
+from jsurgery.errors import InputError
+from jsurgery.surgery.operate import operate
+from jsurgery.wan import weights
+from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, save_transformer
+from pallas_kernels import hybrid_attention
+
+SIZES = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 4, "text_dim": 12,
+    "freq_dim": 16, "ffn_dim": 40,
+}  # fmt: skip
+MIXED = (4, 1, "linear", 2, 8)
+GRIDS = {"24 tokens": (3, 2, 4), "27 tokens": (3, 3, 3)}  # rates 2, 4 and 8 divide 24, none divides 27
+
+
+def natural(j, rate, site):
+    return j % rate == 0
+
+
+def off_by_one(j, rate, site):
+    return j % rate == (1 if rate > 1 else 0)
+
+
+def staggered(j, rate, site):
+    return (j + site[0]) % rate == 0
+
+
+def phi(tensors, prefix, x, hybrid):
+    """Eq. 8 on one head-first tensor [H, N, D]."""
+    activation = {"relu": torch.relu, "softplus": F.softplus}[hybrid.feature_map.activation]
+    for layer in range(hybrid.feature_map.layers):
+        x = activation(x @ tensors[f"{prefix}.{layer}.kernel"] + tensors[f"{prefix}.{layer}.bias"][:, None])
+    slices = x.chunk(hybrid.feature_map.degree, dim=-1)
+    powers = torch.cat([piece**power for power, piece in enumerate(slices, 1)], dim=-1)
+    return powers * torch.exp(tensors[f"{prefix}.log_scale"])[:, None, None]
+
+
+def equation_5(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
+    """Heads first, [H, N, D]; w_ij is the weight that query i gives to token j."""
+    in_S = torch.tensor([rate != "linear" and lattice(j, rate, site) for j, site in enumerate(sites)])
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    w = torch.zeros_like(scores)
+    if in_S.any():
+        kept = scores.masked_fill(~in_S, -torch.inf)
+        take_max = hybrid.stabilizer == "max"
+        c = kept.amax(-1, keepdim=True) if take_max else torch.logsumexp(kept, -1, keepdim=True)
+        w = torch.exp(kept - c)
+    if not in_S.all() and hybrid.linear_branch:
+        linear = phi(tensors, f"{prefix}.phi_q", q, hybrid) @ phi(tensors, f"{prefix}.phi_k", k, hybrid).mT
+        w = w + linear.masked_fill(in_S, 0.0)
+    epsilon = 0.0 if in_S.any() else 1e-6
+    return w @ v / (w.sum(-1, keepdim=True) + epsilon)
+
+
+def turn(x, sites):
+    """RoPE on [H, N, D]: pairs of channels turn with time, then height, then width."""
+    width = x.shape[-1]
+    third = 2 * (width // 6)
+    angles = torch.tensor([
+        [
+            site[axis] * 10_000.0 ** (-pair / size)
+            for axis, size in enumerate((width - 2 * third, third, third))
+            for pair in range(0, size, 2)
+        ]
+        for site in sites
+    ]).double()  # fmt: skip
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def brute_force(tensors, config, latents, timestep, text, lattice=natural):
+    """Velocity [T, H, W, C] of one example."""
+    hybrid, heads = config.hybrid, config.num_attention_heads
+    frames, height, width, _ = latents.shape
+    sites = [(t, y, x) for t in range(frames) for y in range(height // 2) for x in range(width // 2)]
+
+    def linear(name, x):
+        return F.linear(x, tensors[f"{name}.weight"].flatten(1), tensors[f"{name}.bias"])
+
+    def norm(x):
+        return F.layer_norm(x, x.shape[-1:], eps=config.eps)
+
+    def project(name, x, context):
+        q, k, v = linear(f"{name}.to_q", x), linear(f"{name}.to_k", context), linear(f"{name}.to_v", context)
+        q, k = (
+            F.rms_norm(t, t.shape[-1:], tensors[f"{name}.norm_{side}.weight"], config.eps)
+            for side, t in (("q", q), ("k", k))
+        )
+        return (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
+
+    half = config.freq_dim // 2
+    angles = timestep * 10_000.0 ** (-torch.arange(half).double() / half)
+    time = linear("condition_embedder.time_embedder.linear_1", torch.cat([torch.cos(angles), torch.sin(angles)]))
+    time = linear("condition_embedder.time_embedder.linear_2", F.silu(time))
+    modulation = linear("condition_embedder.time_proj", F.silu(time)).unflatten(0, (6, -1))
+    text = F.gelu(linear("condition_embedder.text_embedder.linear_1", text), approximate="tanh")
+    text = linear("condition_embedder.text_embedder.linear_2", text)
+
+    patches = [latents[t, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].permute(2, 0, 1).flatten() for t, y, x in sites]
+    x = linear("patch_embedding", torch.stack(patches))
+    for i, rate in enumerate(hybrid.rates):
+        block = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = tensors[f"{block}.scale_shift_table"][0] + modulation
+        h = norm(x) * (1 + scale1) + shift1
+        q, k, v = project(f"{block}.attn1", h, h)
+        q, k = turn(q, sites), turn(k, sites)
+        y = equation_5(tensors, f"{block}.attn1", q, k, v, rate, sites, hybrid, lattice)
+        x = x + gate1 * linear(f"{block}.attn1.to_out.0", y.transpose(0, 1).flatten(1))
+        h = norm(x) * tensors[f"{block}.norm2.weight"] + tensors[f"{block}.norm2.bias"]
+        q, k, v = project(f"{block}.attn2", h, text)
+        y = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+        x = x + linear(f"{block}.attn2.to_out.0", y.transpose(0, 1).flatten(1))
+        h = norm(x) * (1 + scale2) + shift2
+        x = x + gate2 * linear(f"{block}.ffn.net.2", F.gelu(linear(f"{block}.ffn.net.0.proj", h), approximate="tanh"))
+    shift, scale = tensors["scale_shift_table"][0] + time
+    out = linear("proj_out", norm(x) * (1 + scale) + shift)
+    return out.unflatten(0, (frames, height // 2, width // 2)).unflatten(-1, (2, 2, -1)).transpose(2, 3).reshape(
+        frames, height, width, -1
+    )  # fmt: skip
+
+
+def random_model(hybrid: HybridConfig | None) -> WanTransformer:
+    """Every tensor random, none at its default."""
+    rng = np.random.default_rng(0)
+    config = WanConfig(**SIZES, num_layers=len(hybrid.rates) if hybrid else len(MIXED), hybrid=hybrid)
+    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(1 + 0.3 * noise if "norm" in name and "bias" not in name else 0.2 * noise)
+
+    nnx.update(model, jax.tree.map_with_path(draw, nnx.state(model)))
+    return model
+
+
+def inputs(grid):
+    rng = np.random.default_rng(1)
+    frames, height, width = grid
+    latents = rng.normal(size=(2, frames, 2 * height, 2 * width, SIZES["in_channels"])).astype(np.float32)
+    text = rng.normal(size=(2, 5, SIZES["text_dim"])).astype(np.float32)
+    # Not up to 1000: there the model's float32 sinusoids are 1e-4 off, which is not what is tested.
+    return latents, np.array([31.0, 4.5], np.float32), text
+
+
+# Compiling takes most of the time here, and small programs gain nothing from XLA's optimiser.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jit, static_argnums=(0, 5))
+def run(graph, params, latents, timesteps, text, order=None):
+    """Velocity; with an order given, full softmax on tokens in that order."""
+    model = nnx.merge(graph, params)
+    if order is None:
+        return model(latents, timesteps, text)
+    full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), None)
+    return model.apply_blocks(latents, timesteps, text, full, None, order=order)[0]
+
+
+@functools.partial(jit, static_argnums=0)
+def value_and_gradients(graph, params, arguments, cotangent):
+    velocity, pullback = jax.vjp(lambda params: nnx.merge(graph, params)(*arguments), params)
+    return velocity, pullback(cotangent)[0]
+
+
+def in_double(model):
+    tensors = weights.transformer_tensors(model).items()
+    return {name: torch.tensor(tensor, dtype=torch.float64, requires_grad=True) for name, tensor in tensors}
+
+
+def brute_force_batch(tensors, config, latents, timesteps, text, lattice=natural):
+    latents, timesteps, text = (torch.tensor(x).double() for x in (latents, timesteps, text))
+    examples = zip(latents, timesteps, text, strict=True)
+    return torch.stack([brute_force(tensors, config, *example, lattice) for example in examples])
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def gradient_error(gradients, tensors):
+    """The largest relative error of a tensor; a feature map counts as one, as the scale of a purely linear block's map
+    cancels and has a gradient of 0."""
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        groups.setdefault(re.sub(r"(phi_[qk]).*", r"\1", name), []).append(name)
+    flat = lambda arrays, names: np.concatenate([np.ravel(arrays[name]) for name in names])
+    expected = {name: tensor.grad.numpy() for name, tensor in tensors.items()}
+    return max(relative_error(flat(gradients, names), flat(expected, names)) for names in groups.values())
+
+
+CASES = {
+    "max": HybridConfig(MIXED, stabilizer="max"),
+    "lse": HybridConfig(MIXED, stabilizer="lse"),
+    "cubic": HybridConfig((2, 1, 4), (1, 2, 4), "staggered", feature_map=FeatureMapConfig(3, 1, "softplus")),
+    "no linear branch": HybridConfig((8, 1, 2), linear_branch=False),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "grid"),
+    [
+        ("max", "24 tokens"),
+        ("max", "27 tokens"),
+        ("lse", "24 tokens"),
+        ("lse", "27 tokens"),
+        ("cubic", "27 tokens"),
+        ("no linear branch", "27 tokens"),
+    ],
+)
+def test_values_and_gradients_are_those_of_equation_5_in_natural_order(case, grid):
+    model, arguments = random_model(CASES[case]), inputs(GRIDS[grid])
+    lattices = {"strided": natural, "staggered": staggered}
+    lattice = lattices.pop(CASES[case].lattice)
+    tensors = in_double(model)
+    expected = brute_force_batch(tensors, model.config, *arguments, lattice)
+    cotangent = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
+    (expected * torch.tensor(cotangent)).sum().backward()
+
+    graph, params = nnx.split(model)
+    velocity, gradients = value_and_gradients(graph, params, arguments, cotangent)
+    assert relative_error(velocity, expected.detach()) < 1e-5
+    gradients = weights.transformer_tensors(nnx.merge(graph, gradients))
+    assert gradients.keys() == tensors.keys()
+    assert gradient_error(gradients, tensors) < 1e-5
+
+    with torch.no_grad():
+        for wrong in (off_by_one, *lattices.values()):
+            other = brute_force_batch(tensors, model.config, *arguments, wrong)
+            assert relative_error(velocity, other) > 1e-2, wrong.__name__
+
+
+def test_the_comparison_notices_every_tensor():
+    """Nothing drops out of the brute force but the two scales of the linear block, which cancel."""
+    model, arguments = random_model(CASES["max"]), inputs(GRIDS["27 tokens"])
+    tensors = in_double(model)
+    brute_force_batch(tensors, model.config, *arguments).square().sum().backward()
+    blind = [name for name, tensor in tensors.items() if not tensor.grad.abs().max() > 1e-3]
+    assert sorted(blind) == ["blocks.2.attn1.phi_k.log_scale", "blocks.2.attn1.phi_q.log_scale"]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_model(None)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_an_all_softmax_plan_is_the_teacher(teacher, grid):
+    arguments = inputs(GRIDS[grid])
+    expected = run(*nnx.split(teacher), *arguments)
+    operated = operate(teacher, HybridConfig((1,) * len(MIXED)), None)
+    assert np.array_equal(run(*nnx.split(operated), *arguments), expected)
+
+    order = token_order(GRIDS[grid], (1, 2, 4, 8), "strided")
+    assert (order.permutation != np.arange(order.num_tokens)).any()
+    permuted = run(*nnx.split(teacher), *arguments, order)
+    assert not np.array_equal(permuted, expected)  # it was permuted
+    assert relative_error(permuted, expected) < 1e-5
+    assert np.abs(permuted - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_hybrid_folder_holds_the_whole_model(tmp_path):
+    hybrid = CASES["cubic"]
+    model = random_model(hybrid)
+    save_transformer(model, tmp_path)
+    loaded = load_transformer(tmp_path)
+    assert loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
+
+    tensors = weights.read_tensors(tmp_path)
+    of_maps = {name.split(".phi")[0] for name in tensors if ".phi_" in name}
+    assert of_maps == {"blocks.0.attn1", "blocks.2.attn1"}
+    assert np.array_equal(tensors["blocks.2.attn1.phi_k.0.kernel"], model.key_maps.kernels[0][...][1])
+
+    lacking = {name: tensor for name, tensor in tensors.items() if name != "blocks.2.attn1.phi_k.0.bias"}
+    weights.write_tensors(tmp_path / "diffusion_pytorch_model.safetensors", lacking)
+    with pytest.raises(InputError, match=r"missing blocks.2.attn1.phi_k.0.bias \(2, 48\)"):
+        load_transformer(tmp_path)
+
+
+def test_a_hybrid_of_another_format_is_refused(tmp_path):
+    save_transformer(random_model(CASES["cubic"]), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in [
+        ({"format_version": 99}, "hybrid.format_version: this jsurgery reads 1, found 99"),
+        ({"rates": [2, 1]}, "hybrid.rates has 2 entries"),
+        ({"temperature": 1.0}, "temperature"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"hybrid": config["hybrid"] | change}))
+        with pytest.raises(InputError, match=message):
+            load_transformer(tmp_path)
+
+
+def test_a_hybrid_has_no_original_layout():
+    with pytest.raises(InputError, match="no original layout"):
+        weights.transformer_tensors(random_model(CASES["cubic"]), "original")
+
+
+def test_diffusers_does_not_take_a_hybrid_for_a_wan_transformer(tmp_path):
+    save_transformer(random_model(CASES["cubic"]), tmp_path)
+    with pytest.raises(Exception, match="HybridWanTransformer3DModel"):
+        diffusers.AutoModel.from_pretrained(tmp_path)
