@@ -1,6 +1,7 @@
 """The commands. Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 does not fit, 4 parity breached."""
 
 import argparse
+import logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax talks about every save
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)

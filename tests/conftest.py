@@ -1,9 +1,11 @@
 import math
 import os
 import pathlib
+from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +18,13 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, save_transformer
 from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
 
-TINY_VAE = VaeConfig(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.0, 0.9, 1.1, 1.2))
+TINY_VAE = VaeConfig(
+    base_dim=4,
+    z_dim=4,
+    num_res_blocks=1,
+    latents_mean=(0.1, -0.2, 0.3, 0.0),
+    latents_std=(1.0, 0.9, 1.1, 1.2),
+)
 TINY_TEXT_ENCODER = TextEncoderConfig(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=1)
 TINY_TRANSFORMER = WanConfig(
     num_attention_heads=2,
@@ -63,3 +71,22 @@ def random_module(build, rng: np.random.Generator) -> nnx.Module:
             values = 1 + 0.1 * values
         param.set_value(jnp.asarray(values, param.dtype))
     return module
+
+
+@pytest.fixture(scope="session")
+def random_transformer() -> Callable[[WanConfig], WanTransformer]:
+    """Transformers, hybrid or not, with no tensor near its default: biases and gates weigh as much as kernels."""
+
+    def make(config: WanConfig) -> WanTransformer:
+        rng = np.random.default_rng(0)
+        model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+
+        def draw(path, leaf):
+            noise, name = rng.normal(size=leaf.shape), jax.tree_util.keystr(path)
+            gain = "norm" in name and "bias" not in name
+            return jnp.asarray(1 + 0.3 * noise if gain else 0.2 * noise, leaf.dtype)
+
+        nnx.update(model, jax.tree.map_with_path(draw, nnx.state(model)))
+        return model
+
+    return make

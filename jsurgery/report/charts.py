@@ -80,11 +80,15 @@ def line_chart(title: str, rows: Sequence[dict[str, float]], names: dict[str, st
 
 def running_mean(values: np.ndarray) -> np.ndarray:
     """The mean over a centred window; what is missing or not finite does not count."""
-    width = 2 * (len(values) // (2 * SMOOTHING)) + 1
+    reach = len(values) // (2 * SMOOTHING)
     finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0), np.ones(width), "same")
-    count = np.convolve(finite.astype(float), np.ones(width), "same")
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=finite & (count > 0))
+    total = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    start = np.maximum(np.arange(len(values)) - reach, 0)
+    end = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return np.divide(
+        total[end] - total[start], count[end] - count[start], out=np.full(len(values), np.nan), where=finite
+    )
 
 
 def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:

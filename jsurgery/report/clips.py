@@ -12,7 +12,7 @@ CLIP_HEIGHT = 320  # of a clip that is re-encoded
 
 
 def embed_rows(folder: epath.Path, names: list[str], count: int) -> list[dict[str, str]]:
-    """The clips `folder/NAME/0000.mp4`, ... of up to `count` prompts as name -> data URI; as many rows as fit a page."""
+    """The clips `folder/NAME/0000.mp4`, ... of `count` prompts as name -> data URI; as many prompts as fit a page."""
     rows = []
     for number in range(count):
         files = {name: folder / name / f"{number:04d}.mp4" for name in names}
@@ -38,17 +38,18 @@ def shrink(clip: bytes, size: int) -> bytes:
     with av.open(io.BytesIO(clip)) as source:
         rate = source.streams.video[0].average_rate
         frames = list(source.decode(video=0))
+    assert rate  # of every clip that `write_video` wrote
     height = min(CLIP_HEIGHT, frames[0].height)
     width = round(frames[0].width * height / frames[0].height / 2) * 2
-    bits_per_second = int(0.85 * 8 * size * rate / len(frames))
+    bits_per_second = int(0.85 * 8 * size * float(rate) / len(frames))
     limit = {"maxrate": str(bits_per_second), "bufsize": str(bits_per_second // 2)}
     result = io.BytesIO()
     with av.open(result, "w", format="mp4") as target:
         stream = target.add_stream("libx264", rate=rate, options=limit)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", bits_per_second
-        for frame in frames:
+        for number, frame in enumerate(frames):
             smaller = frame.reformat(width, height, "yuv420p")
-            smaller.pts = None  # counted anew, in the new stream's time base
+            smaller.pts, smaller.time_base = number, 1 / rate
             target.mux(stream.encode(smaller))
         target.mux(stream.encode())
     return result.getvalue()

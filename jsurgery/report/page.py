@@ -129,17 +129,18 @@ def stages(config: ConfigDict) -> dict[str, tuple[str, str]]:
 
 
 def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dict[str, Any]]:
-    """`cost_table` of this model, and of Wan2.1 1.3B at full size with the same mix of rates unless that is the same."""
+    """`cost_table` of this model; then, if that is another, of Wan2.1 1.3B at full size with the same mix of rates."""
     video = config.video
     tables = [{"full_size": False, "size": video.to_dict(), **cost_table(work, rates)}]
-    full = Workload(PUBLISHED["Wan2.1 1.3B"], num_tokens(**FULL_SIZE), feature_map=work.feature_map)
+    tokens = num_tokens(FULL_SIZE["frames"], FULL_SIZE["height"], FULL_SIZE["width"])
+    full = Workload(PUBLISHED["Wan2.1 1.3B"], tokens, feature_map=work.feature_map)
     if (full.config, full.tokens) != (dataclasses.replace(work.config, hybrid=None), work.tokens):
         tables.append({"full_size": True, "size": FULL_SIZE, **cost_table(full, rates)})
     return tables
 
 
 def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
-    """FLOPs by part: of a block at each rate, of the plan's mean block, what that saves; and of a whole forward pass."""
+    """FLOPs by part: a block at each rate, the plan's mean block, what it saves; and those of a whole forward pass."""
     used = sorted({1, *rates}, key=rate_key)
     by_rate = {rate: {part: getattr(block_flops(work, rate), part) for part in PARTS} for rate in used}
     mean = {part: sum(by_rate[rate][part] for rate in rates) / len(rates) for part in PARTS}

@@ -37,6 +37,7 @@ CALIBRATION_BATCHES = 8
 Maps = tuple[PolynomialMap, PolynomialMap]  # of queries and of keys, leaves [blocks, rates, heads, ...]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """Softmax over a set of keys: output [B, N, H, D], log-sum-exp [B, N, H] and largest score [B, N, H]."""
@@ -98,9 +99,10 @@ def value_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Bra
 def attention_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str):
     """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), the sum averaged over queries.
 
-    c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the features learn the mass that eq. 5 asks for
-    and nothing overflows. Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared difference is
-    never formed, and E has no gradient.
+    c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the features learn the mass that eq. 5 asks for.
+    A linear key may still score far above all softmax keys: a common factor exp(2 top) is taken out of the sum.
+    Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared difference is never formed, and E has
+    no gradient.
     """
     query_map, key_map = maps
     start = order.num_softmax(rate)
@@ -110,28 +112,37 @@ def attention_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full:
 
     @jax.checkpoint
     def example(q_NxD, k_MxD, shift_N, phi_q_NxF, phi_k_MxF):
-        e_NxM = jnp.exp(q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5 - shift_N[:, None])
+        s_NxM = q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5 - shift_N[:, None]
+        top = jnp.maximum(s_NxM.max(), 0.0)
+        e_NxM, phi_k_MxF = jnp.exp(s_NxM - top), phi_k_MxF * jnp.exp(-top)
         grams = jnp.sum((phi_q_NxF.T @ phi_q_NxF) * (phi_k_MxF.T @ phi_k_MxF))
-        return (jnp.sum(e_NxM**2) - 2 * jnp.sum(phi_q_NxF * (e_NxM @ phi_k_MxF)) + grams) / q_NxD.shape[0]
+        squares = jnp.sum(e_NxM**2) - 2 * jnp.sum(phi_q_NxF * (e_NxM @ phi_k_MxF)) + grams
+        return 2 * top + jnp.log1p(jnp.expm1(-2 * top) + squares / q_NxD.shape[0])
 
-    return jnp.mean(jnp.log1p(jax.vmap(example)(q, k[:, start:], shift, phi_q_BxNxF, phi_k_BxMxF)))
+    return jnp.mean(jax.vmap(example)(q, k[:, start:], shift, phi_q_BxNxF, phi_k_BxMxF))
 
 
 LOSSES = {"value": value_loss, "attention": attention_loss}
 
 
 def statistics(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str) -> dict[str, jax.Array]:
-    """Sums and means of one head: error and size of the output, the softmax share of the denominator, and the linear mass."""
+    """Sums and means of one head: error and size of the output; the softmax keys' share of the denominator, and in the
+    teacher; the linear keys' mass, and what the teacher's would be."""
     y, n_S_BxN, n_L_BxN = hybrid_output(maps, rate, q, k, v, branch, order, stabilizer)
     error, size = jnp.sum(jnp.abs(y - full.output)), jnp.sum(jnp.abs(full.output))
     if branch is None:
         wanted = n_L_BxN  # a ratio alone is left of n_L: any scale does
+        teacher_share = jnp.zeros(())
     else:
+        teacher_share = jnp.mean(jnp.exp(branch.lse - full.lse))
         # exp(lse) over the linear keys, in units of the stabiliser.
         shift = branch.largest if stabilizer == "max" else branch.lse
         wanted = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
     share = jnp.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON))
-    return {"error": error, "size": size, "share": share, "mass": jnp.mean(n_L_BxN), "wanted_mass": jnp.mean(wanted)}
+    mass, wanted_mass = jnp.mean(n_L_BxN), jnp.mean(wanted)
+    return {
+        "error": error, "size": size, "share": share, "teacher_share": teacher_share, "mass": mass, "wanted_mass": wanted_mass
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +175,11 @@ def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps
 
     def head(inputs):
         (q, k, v), maps_R = inputs
-        branches, full = jax.vmap(lambda q, k, v: _as_tuples(*nested_softmax(q, k, v, order, setup.rates)))(q, k, v)
-        full = Branch(*full)
+        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, order, setup.rates))(q, k, v)
         records = []
         for index, rate in enumerate(setup.rates):
-            branch = Branch(*branches[rate]) if rate in branches else None
             one_head = jax.tree.map(lambda leaf: leaf[index][None], maps_R)
-            records.append(visit(one_head, rate, q, k, v, branch, full, order, setup.stabilizer))
+            records.append(visit(one_head, rate, q, k, v, branches.get(rate), full, order, setup.stabilizer))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
     def attention(q, k, v, maps_RxH):
@@ -179,11 +188,6 @@ def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps
         return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
 
     return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], attention, maps, order=order)[1]
-
-
-def _as_tuples(branches: dict[Rate, Branch], full: Branch):
-    """Branches as plain tuples, which vmap can return."""
-    return {rate: dataclasses.astuple(b) for rate, b in branches.items()}, dataclasses.astuple(full)
 
 
 @functools.partial(nnx.jit, static_argnames="setup")
@@ -287,7 +291,7 @@ def held_out_errors(teacher: WanTransformer, held_out: TraceSteps, initial: Maps
         "errors": errors(after),
         "initial_errors": errors(before),
         "softmax_share": after["share"].mean(axis=(0, 3)).tolist(),
-        "teacher_softmax_share": (1 / (1 + after["wanted_mass"])).mean(axis=(0, 3)).tolist() if setup.stabilizer == "lse" else None,
+        "teacher_softmax_share": after["teacher_share"].mean(axis=(0, 3)).tolist(),
         "samples": len(held_out),
     }
 

@@ -7,6 +7,7 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.attention.hybrid import FeatureMap, HybridConfig
+from jsurgery.errors import InputError
 from jsurgery.surgery.distill import Maps
 from jsurgery.wan.transformer import WanTransformer, save_transformer
 
@@ -15,12 +16,18 @@ def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps 
     """A new transformer whose blocks have the plan's rates; all other parameters are the given one's, shared.
 
     `feature_maps` are those of the plan's converted blocks (`distill.load_maps`), leaves [converted, heads, ...].
+    Raises InputError when the plan is another model's, or the maps another plan's.
     """
+    if len(plan.rates) != transformer.config.num_layers:
+        raise InputError(f"plan: has {len(plan.rates)} rates, the transformer {transformer.config.num_layers} blocks")
+    found = 0 if feature_maps is None else feature_maps[0].log_scale.shape[0]
+    if plan.linear_branch and found != len(plan.converted):
+        raise InputError(f"feature_maps: the plan converts {len(plan.converted)} blocks, found maps for {found}")
     config = dataclasses.replace(transformer.config, hybrid=plan)
-    build = lambda: WanTransformer(config, dtype=transformer.dtype, remat=transformer.remat, rngs=nnx.Rngs(0))  # noqa: E731
+    build = lambda: WanTransformer(config, dtype=transformer.dtype, remat=transformer.remat, rngs=nnx.Rngs(0))
     operated = nnx.eval_shape(build)
     nnx.update(operated, nnx.state(transformer))
-    if feature_maps is not None and plan.linear_branch and plan.converted:
+    if feature_maps is not None and plan.linear_branch:
         operated.query_maps, operated.key_maps = (FeatureMap(maps) for maps in feature_maps)
     return operated
 

@@ -50,8 +50,20 @@ def budget_flops(budget: str | float, work: Workload) -> float:
     return budget * teacher if budget <= 1 else float(budget)
 
 
+def one_rate(config: ConfigDict) -> tuple[int, Rate]:
+    """What a homogeneous plan, the paper's baseline, converts: (15, 2) for "15R2"."""
+    budget, rates = config.plan.budget, tuple(config.plan.rates)
+    named = named_budget(budget) if isinstance(budget, str) else None
+    if named is None or named[1] not in rates:
+        expected = f"homogeneous plans take a name like '15R2' with a rate of {rates}"
+        raise InputError(f"config.plan.budget: {expected}, found {budget!r}")
+    return named
+
+
 def check_budget(config: ConfigDict, model: WanConfig) -> None:
     """Raises InputError when no plan fits the budget: before any long work starts."""
+    if config.plan.selection == "homogeneous":
+        one_rate(config)
     work = workload(config, model)
     budget = budget_flops(config.plan.budget, work)
     cheapest = model.num_layers * min(core_flops(work, rate) for rate in config.plan.rates)
@@ -67,7 +79,11 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
     """Leaves `plan.json` in `folder`: the rate of every block, cost and error in all, and the bound on the error."""
     found, work = read_errors(distilled), workload(config, model)
     rates: list[Rate] = list(config.plan.rates)
-    errors = np.array([[0.0 if rate == 1 else row[found["rates"].index(rate)] for rate in rates] for row in found["errors"]])
+    column = {rate: i for i, rate in enumerate(found["rates"])}
+    if unknown := [rate for rate in rates if rate != 1 and rate not in column]:
+        raise InputError(f"config.plan.rates: rate {unknown[0]} was not distilled, only {found['rates']} were")
+    error = lambda block, rate: 0.0 if rate == 1 else found["errors"][block][column[rate]]
+    errors = np.array([[error(block, rate) for rate in rates] for block in range(model.num_layers)])
     costs = np.tile([core_flops(work, rate) for rate in rates], (model.num_layers, 1))
     budget = budget_flops(config.plan.budget, work)
     bound = None
@@ -75,10 +91,11 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
         solution = solve(errors, costs, budget)
         chosen, bound = [rates[i] for i in solution.indices], solution.lower_bound
     else:
-        chosen = homogeneous(config.plan.budget, rates, errors, model.num_layers)
-    picked = [rates.index(rate) for rate in chosen]
+        count, rate = one_rate(config)
+        converted = select_homogeneous(errors, rates.index(rate), count)
+        chosen = [rate if block in converted else 1 for block in range(model.num_layers)]
     teacher = model.num_layers * core_flops(work, 1)
-    cost = float(costs[np.arange(len(picked)), picked].sum())
+    cost = sum(core_flops(work, rate) for rate in chosen)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "plan.json",
@@ -90,20 +107,10 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
             "cost_flops": cost,
             "teacher_flops": teacher,
             "share_of_teacher": cost / teacher,
-            "error": float(errors[np.arange(len(picked)), picked].sum()),
+            "error": sum(error(block, rate) for block, rate in enumerate(chosen)),
             "error_bound": bound,
         },
     )
-
-
-def homogeneous(budget: str | float, rates: Sequence[Rate], errors: np.ndarray, blocks: int) -> list[Rate]:
-    """One rate, and the blocks that bear it best: the paper's baseline."""
-    named = named_budget(budget) if isinstance(budget, str) else None
-    if named is None or named[1] not in rates:
-        raise InputError(f"config.plan.budget: homogeneous plans take a name like '15R2' with a rate of {rates}, found {budget!r}")
-    count, rate = named
-    converted = set(select_homogeneous(errors, rates.index(rate), count).tolist())
-    return [rate if block in converted else 1 for block in range(blocks)]
 
 
 def read_plan(folder: epath.Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BxLxE: jax.Array) -> jax.Array:
         mean_square_BxLx1 = jnp.mean(jnp.square(x_BxLxE.astype(jnp.float32)), axis=-1, keepdims=True)
         weight_E = self.weight[...]
-        return (x_BxLxE * jax.lax.rsqrt(mean_square_BxLx1 + self.epsilon)).astype(weight_E.dtype) * weight_E
+        return (x_BxLxE * jax.lax.rsqrt(mean_square_BxLx1 + self.epsilon)).astype(weight_E.dtype) * weight_E[None, None]
 
 
 def _linear(in_dim: int, out_dim: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:

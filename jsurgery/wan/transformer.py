@@ -95,10 +95,11 @@ class Linear(nnx.Linear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x_BxNxD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * weight).astype(x.dtype)
+    x = x_BxNxD.astype(jnp.float32)
+    normed = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (normed * weight_D[None, None]).astype(x_BxNxD.dtype)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -112,7 +113,7 @@ def timestep_embedding(timesteps_B: jax.Array, width: int) -> jax.Array:
     """Sinusoids of timesteps in [0, 1000], cosines first: [B, width]."""
     half = width // 2
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timesteps_B.astype(jnp.float32)[:, None] * frequencies
+    angles = timesteps_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -161,7 +162,7 @@ class Block(nnx.Module):
         self_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
         x, dtype = x_BxNxD, x_BxNxD.dtype
-        modulation = self.scale_shift_table[...] + modulation_Bx6xD.astype(jnp.float32)
+        modulation = self.scale_shift_table[None] + modulation_Bx6xD.astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
 
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
@@ -171,7 +172,7 @@ class Block(nnx.Module):
 
         h = x
         if self.cross_attn_norm:
-            h = (layer_norm(x, self.eps) * self.norm2_scale[...] + self.norm2_bias[...]).astype(dtype)
+            h = (layer_norm(x, self.eps) * self.norm2_scale[None, None] + self.norm2_bias[None, None]).astype(dtype)
         q, k, v = self.attn2.project(h, text_BxMxD)
         x = x + self.attn2.output(hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]))
 
@@ -304,7 +305,7 @@ class WanTransformer(nnx.Module):
 
         x, records = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stacked, layers))
 
-        shift, scale = jnp.split(self.scale_shift_table[...] + time[:, None, :].astype(jnp.float32), 2, axis=1)
+        shift, scale = jnp.split(self.scale_shift_table[None] + time[:, None].astype(jnp.float32), 2, axis=1)
         x = self.proj_out((layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype))
         if order is not None:
             x = x[:, order.inverse]
@@ -350,8 +351,13 @@ def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh 
 
 
 def save_transformer(transformer: WanTransformer, path: epath.PathLike) -> None:
-    """Writes a folder that `load_transformer` reads, and diffusers too unless the transformer is a hybrid."""
+    """Writes a folder that `load_transformer` reads, and diffusers too unless the transformer is a hybrid.
+
+    diffusers looks for its own file name whatever class config.json names, and drops the tensors that it does not know:
+    a hybrid's file is a variant, which it does not find.
+    """
     path = epath.Path(path)
+    variant = ".hybrid" if transformer.config.hybrid else ""
     tensors = weights.transformer_tensors(transformer)
-    weights.write_tensors(path / "diffusion_pytorch_model.safetensors", tensors)
+    weights.write_tensors(path / f"diffusion_pytorch_model{variant}.safetensors", tensors)
     (path / "config.json").write_text(json.dumps(transformer.config.to_json(), indent=2) + "\n")

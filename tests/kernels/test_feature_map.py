@@ -22,7 +22,7 @@ def heads(shape, seed=0):
     ("degree", "layers", "millions"), [(2, 2, "1.186"), (3, 2, "2.369"), (4, 2, "3.944"), (6, 3, "15.363")]
 )
 def test_parameter_counts_are_those_of_table_7(degree, layers, millions):
-    make = lambda key: init_polynomial_map(key, 12, 128, degree, layers)  # noqa: E731
+    make = lambda key: init_polynomial_map(key, 12, 128, degree, layers)
     feature_map = jax.eval_shape(make, jax.random.key(0))
     count = sum(leaf.size for leaf in feature_map.kernels + feature_map.biases)
     assert f"{count / 1e6:.3f}" == millions
@@ -72,7 +72,7 @@ def test_maps_stack_and_vmap(make):
     one = make()
     two = jax.tree.map(lambda leaf: leaf + 0.5, one)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
-    apply = lambda feature_map: feature_map(x)  # noqa: E731
+    apply = lambda feature_map: feature_map(x)
     features = jax.jit(jax.vmap(apply))(stacked)
     expected = np.stack([jax.jit(apply)(one), jax.jit(apply)(two)])
     np.testing.assert_allclose(features, expected, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_maps_stack_and_vmap(make):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(dict(degree=0), "degree.*0"), (dict(layers=0), "layers.*0"), (dict(activation="gelu"), "gelu")],
+    [({"degree": 0}, "degree.*0"), ({"layers": 0}, "layers.*0"), ({"activation": "gelu"}, "gelu")],
 )
 def test_impossible_maps_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

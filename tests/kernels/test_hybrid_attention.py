@@ -18,6 +18,9 @@ from pallas_kernels import hybrid_attention, init_elu_map, init_hedgehog_map, in
 
 IMPLEMENTATIONS = ("xla", "reference")
 
+# Compiling takes most of the time here, and small programs gain nothing from XLA's optimiser.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def numpy_phi(feature_map, head, x):
     """Eq. 8 of one head, relu."""
@@ -76,13 +79,13 @@ def some_valid(num_tokens, batch=2):
     return valid
 
 
-@functools.partial(jax.jit, static_argnames=("num_softmax", "stabilizer", "implementation"))
+@functools.partial(jit, static_argnames=("num_softmax", "stabilizer", "implementation"))
 def attend(arguments, **options):
     return hybrid_attention(*arguments, **options)
 
 
 def gradients(arguments, cotangent, **options):
-    return jax.jit(jax.grad(lambda args: (hybrid_attention(*args, **options) * cotangent).sum()))(arguments)
+    return jit(jax.grad(lambda args: (hybrid_attention(*args, **options) * cotangent).sum()))(arguments)
 
 
 def relative_error(actual, expected):
@@ -109,7 +112,7 @@ def small_tiles(request, monkeypatch):
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (1, "max"), (7, "max"), (7, "lse"), (21, "max")])
 def test_values_are_those_of_equation_5(implementation, masked, num_softmax, stabilizer):
     arguments = problem(21, spread=2.0)
-    options = dict(num_softmax=num_softmax, key_valid=some_valid(21) if masked else None, stabilizer=stabilizer)
+    options = {"num_softmax": num_softmax, "key_valid": some_valid(21) if masked else None, "stabilizer": stabilizer}
     expected, _, _ = equation_5(*arguments, **options)
     assert relative_error(attend(arguments, **options, implementation=implementation), expected) < 1e-5
 
@@ -117,9 +120,10 @@ def test_values_are_those_of_equation_5(implementation, masked, num_softmax, sta
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "lse")])
 def test_softmax_share(num_softmax, stabilizer):
     q, k, v, query_map, key_map = problem(21)
-    options = dict(num_softmax=num_softmax, key_valid=some_valid(21), stabilizer=stabilizer)
+    options = {"num_softmax": num_softmax, "key_valid": some_valid(21), "stabilizer": stabilizer}
     _, expected, _ = equation_5(q, k, v, query_map, key_map, **options)
-    np.testing.assert_allclose(softmax_share(q, k, query_map, key_map, **options), expected, atol=1e-5)
+    share = jit(lambda *arrays: softmax_share(*arrays, **options))(q, k, query_map, key_map)
+    np.testing.assert_allclose(share, expected, atol=1e-5)
 
 
 @settings(derandomize=True, max_examples=4, deadline=None)
@@ -131,7 +135,7 @@ def test_softmax_share(num_softmax, stabilizer):
 def test_values_at_any_shape(shape, fraction, stabilizer):
     batch, num_tokens, heads, width = shape
     arguments = problem(num_tokens, batch, heads, width)
-    options = dict(num_softmax=round(fraction * num_tokens), stabilizer=stabilizer)
+    options = {"num_softmax": round(fraction * num_tokens), "stabilizer": stabilizer}
     expected, _, _ = equation_5(*arguments, **options)
     for implementation in IMPLEMENTATIONS:
         actual = attend(arguments, **options, implementation=implementation)
@@ -162,7 +166,7 @@ def test_gradients_pass_through_the_stabilizer(implementation, stabilizer):
         )
         return ((ahead - behind) * cotangent).sum() / 2e-6
 
-    options = dict(num_softmax=5, stabilizer=stabilizer, implementation=implementation)
+    options = {"num_softmax": 5, "stabilizer": stabilizer, "implementation": implementation}
     dq, *_ = gradients(arguments, np.float32(cotangent), **options)
     actual = (np.float64(dq) * direction).sum()
     assert actual == pytest.approx(slope(None), rel=1e-4)
@@ -172,16 +176,16 @@ def test_gradients_pass_through_the_stabilizer(implementation, stabilizer):
 @functools.cache
 def reference_gradients(num_softmax, stabilizer):
     arguments = problem(21)
-    options = dict(num_softmax=num_softmax, stabilizer=stabilizer, key_valid=some_valid(21))
+    options = {"num_softmax": num_softmax, "stabilizer": stabilizer, "key_valid": some_valid(21)}
     return gradients(arguments, np.cos(arguments[0]), **options, implementation="reference")
 
 
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "max")])
 def test_chunks_and_masks_leave_values_and_gradients_alone(small_tiles, num_softmax, stabilizer):
     arguments = problem(21)
-    options = dict(num_softmax=num_softmax, stabilizer=stabilizer, key_valid=some_valid(21))
+    options = {"num_softmax": num_softmax, "stabilizer": stabilizer, "key_valid": some_valid(21)}
 
-    @jax.jit
+    @jit
     def value_and_gradients(arguments):
         y, pullback = jax.vjp(lambda args: hybrid_attention(*args, **options, implementation="xla"), arguments)
         return y, pullback(jnp.cos(arguments[0]))[0]
@@ -214,7 +218,7 @@ def test_other_feature_maps(make):
 def test_full_softmax_is_stock_attention():
     q, k, v, _, _ = problem(33, width=16)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def value_and_gradients(attention, q, k, v):
         y, pullback = jax.vjp(attention, q, k, v)
         return y, pullback(jnp.cos(y))
@@ -233,7 +237,7 @@ def test_bfloat16(small_tiles):
         return y.astype(jnp.float32).sum(), y
 
     arrays = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
-    grads, actual = jax.jit(jax.grad(loss, has_aux=True))(arrays, maps)
+    grads, actual = jit(jax.grad(loss, has_aux=True))(arrays, maps)
     assert [x.dtype for x in (actual, *grads)] == [jnp.bfloat16] * 4
     assert relative_error(actual, expected) < 0.03
 
@@ -243,7 +247,7 @@ def test_large_scores_stay_finite(implementation):
     """Scores of several thousands, where float32's exp overflows at 88."""
     arguments = problem(21, spread=60.0)
     expected, _, _ = equation_5(*jax.tree.map(np.float64, arguments), 7)
-    options = dict(num_softmax=7, implementation=implementation)
+    options = {"num_softmax": 7, "implementation": implementation}
     assert relative_error(attend(arguments, **options), expected) < 1e-3
     grads = gradients(arguments, np.ones_like(arguments[0]), **options)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -253,8 +257,8 @@ def test_maps_stacked_over_rates_vmap():
     *arrays, query_map, key_map = problem(21)
     loss = jax.value_and_grad(lambda maps: jnp.cos(hybrid_attention(*arrays, *maps, num_softmax=7)).sum())
     pair = [(query_map, key_map), jax.tree.map(lambda x: x + np.float32(0.2), (query_map, key_map))]
-    stacked = jax.jit(jax.vmap(loss))(jax.tree.map(lambda *x: np.stack(x), *pair))
-    one = jax.jit(loss)
+    stacked = jit(jax.vmap(loss))(jax.tree.map(lambda *x: np.stack(x), *pair))
+    one = jit(loss)
     assert_trees_close(stacked, jax.tree.map(lambda *x: np.stack(x), *map(one, pair)))
 
 
@@ -325,15 +329,15 @@ def test_bad_arguments_are_refused_with_their_numbers():
     q, k, v, query_map, key_map = problem(9)
     four_heads = init_elu_map(4)
     for arguments, options, message in [
-        ((q, k, v, query_map, key_map), dict(num_softmax=10), r"0\.\.9.*found 10"),
-        ((q, k, v, None, None), dict(num_softmax=3), "6 of 9 keys"),
-        ((q[0], k, v, None, None), dict(num_softmax=9), r"\(9, 3, 5\)"),
-        ((q, k[:, :, :2], v, None, None), dict(num_softmax=9), r"\(2, 9, 2, 5\)"),
-        ((q, k, v[:, :8], None, None), dict(num_softmax=9), r"\(2, 8, 3, 5\)"),
-        ((q, k, v, query_map, four_heads), dict(num_softmax=3), r"key_map.*3 heads.*\(4,\)"),
-        ((q, k, v, None, None), dict(num_softmax=9, key_valid=np.ones((2, 8), bool)), r"\(2, 8\)"),
-        ((q, k, v, None, None), dict(num_softmax=9, stabilizer="mean"), "mean"),
-        ((q, k, v, None, None), dict(num_softmax=9, implementation="tpu"), "xla, reference, found 'tpu'"),
+        ((q, k, v, query_map, key_map), {"num_softmax": 10}, r"0\.\.9.*found 10"),
+        ((q, k, v, None, None), {"num_softmax": 3}, "6 of 9 keys"),
+        ((q[0], k, v, None, None), {"num_softmax": 9}, r"\(9, 3, 5\)"),
+        ((q, k[:, :, :2], v, None, None), {"num_softmax": 9}, r"\(2, 9, 2, 5\)"),
+        ((q, k, v[:, :8], None, None), {"num_softmax": 9}, r"\(2, 8, 3, 5\)"),
+        ((q, k, v, query_map, four_heads), {"num_softmax": 3}, r"key_map.*3 heads.*\(4,\)"),
+        ((q, k, v, None, None), {"num_softmax": 9, "key_valid": np.ones((2, 8), bool)}, r"\(2, 8\)"),
+        ((q, k, v, None, None), {"num_softmax": 9, "stabilizer": "mean"}, "mean"),
+        ((q, k, v, None, None), {"num_softmax": 9, "implementation": "tpu"}, "xla, reference, found 'tpu'"),
     ]:
         with pytest.raises(ValueError, match=message):
             hybrid_attention(*arguments, **options)

@@ -35,7 +35,7 @@ def tiny_config(teacher):
     write(teacher / "config.json", MODEL.to_json())
     c = base()
     c.prompts, c.model.path, c.text_length = "sprites", str(teacher), 32
-    c.video.frames, c.video.height, c.video.width, c.video.fps = 9, 96, 80, 8
+    c.video.frames, c.video.height, c.video.width, c.video.fps = 17, 192, 160, 8
     c.plan.rates = (1, *RATES)
     return c
 
@@ -57,7 +57,7 @@ def workdir(tmp_path, finished_run):
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def write_run(folder, config, prompts=5, videos=2, hostile=True):
+def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80)):
     """What the stages leave, with made-up numbers and clips of blocky noise over sprites."""
     rng = np.random.default_rng(0)
     write(folder / "config.json", dict(flat(config)))
@@ -98,8 +98,8 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True):
     captions = [scene.caption for scene in scenes]
     if hostile:
         captions[0] = HOSTILE
-    video = config.video
-    real = [sprites.render(scene, video.frames, video.height, video.width) for scene in scenes[:videos]]
+    frames, height, width = size
+    real = [sprites.render(scene, *size) for scene in scenes[:videos]]
     models, upper, chance = {}, dict.fromkeys(DIMENSIONS, 0.95), dict.fromkeys(DIMENSIONS, 0.3)
     for name, level, distance in zip(MODELS, (0.88, 0.42, 0.74, 0.86), (0.0, 0.91, 0.38, 0.21), strict=True):
         per_clip = {dimension: np.clip(level + 0.12 * rng.standard_normal(prompts), 0, 1) for dimension in DIMENSIONS}
@@ -110,9 +110,9 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True):
             "score": summarize(per_clip, upper, chance, rng),
         }
         for number, clip in enumerate(real):
-            noise = rng.standard_normal((video.frames, video.height // 16, video.width // 16, 3))
+            noise = rng.standard_normal((frames, height // 16, width // 16, 3))
             noisy = np.clip(clip + 90 * distance * noise.repeat(16, axis=1).repeat(16, axis=2), 0, 255).astype(np.uint8)
-            write_video(folder / "evaluation" / "videos" / name / f"{number:04d}.mp4", noisy, video.fps)
+            write_video(folder / "evaluation" / "videos" / name / f"{number:04d}.mp4", noisy, config.video.fps)
     write(folder / "evaluation" / "evaluation.json", {"prompts": captions, "models": models})
 
 
@@ -351,7 +351,7 @@ def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
     page = report(config, workdir)
     embedded = [base64.b64decode(a.partition(",")[2]) for a in page.addresses if a.startswith("data:video")]
     assert len(embedded) == 2 * len(MODELS)  # the third prompt would have left too little for each
-    assert sum(map(len, embedded)) < full // 4
+    assert sum(map(len, embedded)) < 1.2 * (full // 4)
     assert "2 of 5 evaluated prompts are shown" in page.text
     with av.open(io.BytesIO(embedded[0])) as container:
         assert len(list(container.decode(video=0))) == 9
@@ -359,7 +359,7 @@ def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
 
 
 def test_a_page_stays_under_its_bound(config, workdir):
-    assert 4 / 3 * clips.PAGE_BYTES < 12e6  # base64
+    assert 1.2 * 4 / 3 * clips.PAGE_BYTES < 14e6  # a rate limit is met within 20 %; base64 adds a third
     write_report(config, workdir)
     size = (workdir / "report.html").stat().st_size
     assert size - 4 / 3 * sum(file.stat().st_size for file in workdir.rglob("*.mp4")) < 300_000

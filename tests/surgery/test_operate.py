@@ -1,0 +1,111 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
+from jsurgery.errors import InputError
+from jsurgery.surgery.distill import load_maps, save_maps
+from jsurgery.surgery.operate import operate, save_model
+from jsurgery.wan.transformer import WanConfig, load_transformer
+from pallas_kernels import init_polynomial_map
+
+BLOCKS, HEADS, WIDTH = 4, 2, 6
+RATES = (2, 8, "linear")
+PLAN = (8, 1, "linear", 2)
+PHI = FeatureMapConfig(degree=3, layers=2, activation="softplus")
+
+
+@pytest.fixture(scope="module")
+def teacher(random_transformer):
+    return random_transformer(
+        WanConfig(
+            num_attention_heads=HEADS, attention_head_dim=WIDTH, in_channels=3, out_channels=3, text_dim=6, freq_dim=8,
+            ffn_dim=16, num_layers=BLOCKS,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def maps():
+    """phi_q and phi_k of every block and rate; no two numbers alike."""
+    rng = np.random.default_rng(1)
+    make = lambda key: init_polynomial_map(key, HEADS, WIDTH, PHI.degree, PHI.layers, PHI.activation)
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    draw = lambda leaf: rng.normal(size=(BLOCKS, len(RATES), *leaf.shape)).astype(np.float32)
+    return jax.tree.map(draw, (shapes, shapes))
+
+
+@pytest.fixture(scope="module")
+def file(maps, tmp_path_factory):
+    path = epath.Path(tmp_path_factory.mktemp("distill")) / "feature_maps.safetensors"
+    save_maps(path, maps, RATES)
+    return path
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def chosen(maps, plan):
+    """The maps of the plan's converted blocks, picked one by one."""
+    picks = [(block, RATES.index(rate)) for block, rate in enumerate(plan) if rate != 1]
+    return jax.tree.map(lambda leaf: np.stack([leaf[pick] for pick in picks]), maps)
+
+
+@pytest.mark.parametrize("plan", [PLAN, (1, 1, 2, 1), (2, 2, 2, 2)])
+def test_a_plan_gets_the_maps_of_its_blocks_and_rates(maps, file, plan):
+    assert_equal(load_maps(file, plan, PHI), chosen(maps, plan))
+
+
+def test_an_all_softmax_plan_needs_no_maps(file):
+    assert load_maps(file, (1,) * BLOCKS, PHI) is None
+
+
+def test_a_rate_that_was_not_distilled(file):
+    with pytest.raises(InputError, match=r"feature_maps.safetensors: holds no blocks.2.rate_4.phi_q"):
+        load_maps(file, (1, 1, 4, 1), PHI)
+
+
+def parameters(model):
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.to_pure_dict(nnx.state(model)))}
+
+
+def test_the_operated_model_is_the_teacher_and_its_maps(teacher, maps, file, tmp_path):
+    before = parameters(teacher)
+    operated = operate(teacher, HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI))
+    assert_equal((operated.query_maps.maps, operated.key_maps.maps), chosen(maps, PLAN))
+    after = {path: leaf for path, leaf in parameters(operated).items() if "_maps" not in path}
+    assert after.keys() == before.keys()
+    assert all(after[path] is before[path] for path in before), "shared, not copied"
+
+    assert teacher.config.hybrid is None and not hasattr(teacher, "query_maps")
+    assert parameters(teacher).keys() == before.keys()
+
+    save_model(operated, epath.Path(tmp_path), "somewhere/wan")
+    loaded = load_transformer(tmp_path)
+    assert loaded.config == operated.config
+    assert_equal(parameters(loaded), parameters(operated))
+    assert json.loads((tmp_path / "config.json").read_text())["base_pipeline"] == "somewhere/wan"
+
+
+def test_without_a_linear_branch_there_are_no_maps(teacher, file):
+    operated = operate(teacher, HybridConfig(PLAN, feature_map=PHI, linear_branch=False), load_maps(file, PLAN, PHI))
+    assert parameters(operated).keys() == parameters(teacher).keys()
+
+
+@pytest.mark.parametrize(
+    ("plan", "rates_of_maps", "message"),
+    [
+        ((2, 1), (2, 1, 1, 1), "plan: has 2 rates, the transformer 4 blocks"),
+        (PLAN, (2, 1, 1, 1), "the plan converts 3 blocks, found maps for 1"),
+        (PLAN, (1, 1, 1, 1), "the plan converts 3 blocks, found maps for 0"),
+    ],
+)
+def test_what_does_not_belong_together(teacher, file, plan, rates_of_maps, message):
+    with pytest.raises(InputError, match=message):
+        operate(teacher, HybridConfig(plan, feature_map=PHI), load_maps(file, rates_of_maps, PHI))

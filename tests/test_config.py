@@ -1,0 +1,184 @@
+import pathlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jsurgery.config import CHOICES, base, config_path, flat, load_config, override, validate
+from jsurgery.errors import InputError
+
+SHIPPED = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def fails(overrides, *parts, name="tiny"):
+    with pytest.raises(InputError) as raised:
+        load_config(name, overrides)
+    message = str(raised.value)
+    for part in parts:
+        assert part in message, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_by_path_and_by_name(path):
+    config = load_config(str(path))
+    assert config == load_config(path.stem)
+    assert [name for name, _ in flat(config)] == [name for name, _ in flat(base())]
+    assert config_path(path.stem) == path
+
+
+def test_a_loaded_config_is_locked():
+    config = load_config("tiny")
+    with pytest.raises(AttributeError):
+        config.video.frame = 17
+
+
+def test_the_base_config_is_valid_itself():
+    validate(base())
+
+
+def test_overrides_take_the_type_of_the_default():
+    given_texts = {
+        "seed": "7",
+        "sampler.shift": "5",
+        "sampler.guidance": "1e-1",
+        "model.path": "123",
+        "model.remat": "true",
+        "hybrid.linear_branch": "False",
+        "hybrid.rates": "(2, 8, 'linear')",
+        "plan.rates": "[1, 2]",
+        "train.vae_crop": "(5, 64, 48)",
+    }
+    config = dict(flat(load_config("tiny", given_texts)))
+    assert {field: config[field] for field in given_texts} == {
+        "seed": 7,
+        "sampler.shift": 5.0,
+        "sampler.guidance": 0.1,
+        "model.path": "123",
+        "model.remat": True,
+        "hybrid.linear_branch": False,
+        "hybrid.rates": (2, 8, "linear"),
+        "plan.rates": (1, 2),
+        "train.vae_crop": (5, 64, 48),
+    }
+    assert type(config["sampler.shift"]) is float
+
+
+@pytest.mark.parametrize(("text", "budget"), [("15R2", "15R2"), ("3Rlinear", "3Rlinear"), ("0.6", 0.6), ("2e12", 2e12), ("1", 1)])
+def test_a_budget_is_a_name_or_a_number(text, budget):
+    config = load_config("tiny", {"plan.budget": text})
+    assert config.plan.budget == budget
+    with config.unlocked():
+        assert config.copy_and_resolve_references().plan.budget == budget
+
+
+def test_one_rate_needs_no_parentheses_that_a_shell_would_eat():
+    assert load_config("tiny", {"plan.rates": "8"}).plan.rates == (8,)
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "parts"),
+    [
+        ("video.frame", "17", ["config.video.frame", "unknown", "did you mean config.video.frames?"]),
+        ("finetune.learning_rte", "1", ["did you mean config.finetune.learning_rate?"]),
+        ("video", "17", ["config.video", "unknown field"]),
+        ("seed.x", "1", ["config.seed.x", "unknown field"]),
+        ("", "1", ["unknown field"]),
+        ("seed", "1.5", ["config.seed", "int", "'1.5'"]),
+        ("seed", "True", ["config.seed", "int", "'True'"]),
+        ("seed", "{[]}", ["config.seed", "int"]),
+        ("sampler.shift", "high", ["config.sampler.shift", "float", "'high'"]),
+        ("sampler.shift", "1e999", ["config.sampler.shift", "inf"]),
+        ("sampler.shift", "-1", ["config.sampler.shift", "positive", "-1"]),
+        ("finetune.batch", "0", ["config.finetune.batch", "positive"]),
+        ("model.remat", "yes", ["config.model.remat", "bool", "'yes'"]),
+        ("data.two_sprites", "1.5", ["config.data.two_sprites", "between 0 and 1"]),
+        ("plan.budget", "(1, 2)", ["config.plan.budget", "15R2"]),
+        ("plan.budget", "True", ["config.plan.budget", "15R2"]),
+        ("plan.budget", "-0.5", ["config.plan.budget", "positive"]),
+        ("hybrid.rates", "(2, 3)", ["config.hybrid.rates", "2 does not divide 3"]),
+        ("hybrid.rates", "(2, 2)", ["config.hybrid.rates", "distinct"]),
+        ("hybrid.rates", "()", ["config.hybrid.rates"]),
+        ("hybrid.rates", "(0, 2)", ["config.hybrid.rates", "found 0"]),
+        ("hybrid.rates", "(2, 'lin')", ["config.hybrid.rates", "'lin'"]),
+        ("hybrid.rates", "(2, (4,))", ["config.hybrid.rates"]),
+        ("hybrid.rates", "(2, 4.0)", ["config.hybrid.rates"]),
+        ("plan.rates", "(1, 16)", ["config.plan.rates", "rate 16"]),
+        ("train.vae_crop", "abc", ["config.train.vae_crop", "tuple"]),
+        ("video.frames", "20", ["config.video.frames", "4k + 1", "17 and 21"]),
+        ("video.frames", "3", ["1 and 5"]),
+        ("video.height", "200", ["config.video.height", "multiple of 16", "192 and 208"]),
+        ("video.width", "8", ["config.video.width", "16"]),
+        ("trace.keep_steps", "99", ["config.trace.keep_steps", "99"]),
+        ("trace.holdout", "9999", ["config.trace.holdout"]),
+    ],
+)
+def test_bad_values_name_the_field_and_what_is_allowed(field, text, parts):
+    fails({field: text}, *parts)
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_choices_are_listed(field):
+    fails({field: "nonsense"}, f"config.{field}", "'nonsense'", *CHOICES[field])
+    for choice in CHOICES[field]:
+        assert dict(flat(load_config("tiny", {field: choice})))[field] == choice
+
+
+def test_an_unknown_name_lists_the_shipped_ones():
+    fails({}, "--config=tinny", *(path.stem for path in SHIPPED), name="tinny")
+    fails({}, "--config=no/such.py", "no such file", name="no/such.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("c.video.frame = 17", ["frame"]),
+        ("c.video.frames = 'many'", ["many"]),
+        ("c.video.frames = 16", ["config.video.frames", "13 and 17"]),
+        ("c = None", ["ConfigDict", "None"]),
+        ("c.unlock(); c.extra = 1", ["extra"]),
+        ("del c", ["UnboundLocalError"]),
+        ("raise RuntimeError('line one\\nline two')", ["RuntimeError"]),
+    ],
+)
+def test_a_bad_config_file_is_bad_input(tmp_path, body, parts):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    {body}\n    return c\n")
+    with pytest.raises(InputError) as raised:
+        load_config(str(file))
+    assert all(part in str(raised.value) for part in parts), raised.value
+
+
+def test_a_config_file_may_set_a_budget_of_any_kind(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    c.plan.budget = 0.6\n    return c\n")
+    assert load_config(str(file)).plan.budget == 0.6
+
+
+VALUES = {
+    int: st.integers(),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(),
+    tuple: st.lists(st.integers(1), min_size=1).map(tuple),
+}
+
+
+@st.composite
+def fields_and_values(draw):
+    field, default = draw(st.sampled_from(flat(base())))
+    return field, draw(VALUES[type(default)])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(fields_and_values())
+def test_every_field_reads_back_what_was_written(field_and_value):
+    field, value = field_and_value
+    config = base()
+    before = dict(flat(config))
+    override(config, field, value if isinstance(value, str) else repr(value))
+    after = dict(flat(config))
+    if field != "plan.budget":
+        assert after[field] == value
+        assert type(after[field]) is type(before[field])
+    assert {name for name in after if after[name] != before[name]} <= {field}

@@ -1,0 +1,116 @@
+"""The wheel, in an environment of its own: what it installs, and that its command finds what it ships."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import pytest
+
+import jsurgery
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = ("jsurgery", "pallas_kernels", "configs", "pyproject.toml", "setup.py", "LICENSE", "README.md")
+
+
+def run(*command: object, cwd: pathlib.Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """Built from a copy, so that nothing is left in the checkout and nothing that lies about there gets in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    run(*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir=dist", cwd=folder)
+    (built,) = (folder / "dist").iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> pathlib.Path:
+    """The Python of a fresh environment with the wheel; the dependencies are those of the environment that runs the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # Behind site-packages on the path, and without the .pth files of an editable install.
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def test_the_wheel_holds_two_packages_and_all_their_files(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "jsurgery",
+        "pallas_kernels",
+        f"jsurgery-{jsurgery.__version__}.dist-info",
+    }
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("jsurgery", "pallas_kernels")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    configs = {f"jsurgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("*.py")}
+    assert len(files) > 30 and len(configs) > 1
+    assert files | configs == {name for name in names if ".dist-info/" not in name}
+
+
+def test_the_command_works_from_anywhere(python, tmp_path):
+    assert "surgery" in run(python.with_name("jsurgery"), "--help", cwd=tmp_path)
+    assert "surgery" in run(python, "-m", "jsurgery", "--help", cwd=tmp_path)
+    failing = subprocess.run([python.with_name("jsurgery"), "surgery"], cwd=tmp_path, capture_output=True)
+    assert failing.returncode == 2
+
+
+def test_shipped_configs_are_found_by_name(python, tmp_path):
+    code = """if True:
+        import json, sys
+        import jsurgery.config
+        names = sys.argv[1:]
+        print(json.dumps({name: [str(jsurgery.config.config_path(name)), jsurgery.config.load_config(name).seed] for name in names}))
+    """
+    names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    found = json.loads(run(python, "-c", code, *names, cwd=tmp_path))
+    installed = str(python.parents[1])
+    assert list(found) == names
+    assert all(path.startswith(installed) and path.endswith(f"jsurgery/configs/{name}.py") for name, (path, _) in found.items())
+
+
+def test_nothing_else_becomes_importable(python, tmp_path):
+    code = "import importlib.util as u; print([n for n in ('configs', 'export', 'tests', 'setup') if u.find_spec(n)])"
+    assert run(python, "-c", code, cwd=tmp_path).strip() == "[]"
+
+
+def test_the_package_and_its_public_names(python, tmp_path):
+    code = """if True:
+        import sys
+        import jsurgery
+        assert jsurgery.__file__.startswith(sys.prefix), jsurgery.__file__
+        loaded = {"jax", "flax", "numpy"} & set(sys.modules)
+        assert not loaded, loaded
+        sys.modules |= dict.fromkeys(("torch", "tensorflow", "transformers", "diffusers"))  # importing them now fails
+        public = [getattr(jsurgery, name) for name in jsurgery.__all__]
+        assert all(callable(item) for item in public) and set(jsurgery.__all__) <= set(dir(jsurgery))
+        try:
+            jsurgery.nonsense
+        except AttributeError as error:
+            print(error)
+    """
+    assert "nonsense" in run(python, "-c", code, cwd=tmp_path)
