@@ -25,7 +25,7 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 evidence: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=evidence --workdir=runs/evidence

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel carries the shipped configs as jsurgery/configs, where `config_path` looks."""
+"""What pyproject.toml cannot say: a wheel carries configs/ as jsurgery/configs, where `--config=NAME` looks."""
 
 from setuptools import find_packages, setup
 

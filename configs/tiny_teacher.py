@@ -1,6 +1,6 @@
 """A tiny Wan2.1 trained from scratch on sprites: the teacher that the tiny surgery operates on.
 
-    jsurgery train --config=tiny_teacher --workdir=runs/teacher
+jsurgery train --config=tiny_teacher --workdir=runs/teacher
 """
 
 from jsurgery.config import base

@@ -27,8 +27,8 @@ EVIDENCE_RATE = 8
 def evidence(config: ConfigDict, workdir: str, seeds: int) -> dict[str, Any]:
     """Does each step of the surgery help? All blocks and half of them at rate 8, every arm beside the teacher.
 
-    Per plan: not distilled (calibrated maps as initialised), distilled, distilled and fine-tuned, no linear branch, and no
-    linear branch fine-tuned; besides them the teacher, and the teacher fine-tuned alike. Leaves `evidence.json` and
+    Per plan: not distilled (calibrated maps as initialised), distilled, distilled and fine-tuned, no linear branch, and
+    no linear branch fine-tuned; besides them the teacher, and the teacher fine-tuned alike. Leaves `evidence.json` and
     `evidence.md` in the workdir.
     """
     per_seed = [evidence_of_seed(config, epath.Path(workdir) / f"seed{seed}", seed) for seed in range(seeds)]
@@ -41,7 +41,7 @@ def evidence(config: ConfigDict, workdir: str, seeds: int) -> dict[str, Any]:
 
 
 def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict[str, Any]:
-    """One seed: of the traces, the initial maps, the order of data, the noise of training and of sampling, the prompts."""
+    """One seed: of the traces, the initial maps, the order of data, all noise, and the prompts."""
     config = config.copy_and_resolve_references()
     config.unlock()
     config.seed = seed
@@ -79,12 +79,18 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
 
     found = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
     arms = {name: {**measures(result)} for name, result in found.items()}
-    by_rate = {str(rate): float(np.mean([row[i] for row in errors["errors"]])) for i, rate in enumerate(errors["rates"])}
+    by_rate = {
+        str(rate): float(np.mean([row[i] for row in errors["errors"]])) for i, rate in enumerate(errors["rates"])
+    }
     return {
         "plans": plans,
         "arms": arms,
         "attention_error_by_rate": by_rate,
-        "softmax_share": {"rates": errors["rates"], "blocks": errors["softmax_share"], "teacher": errors["teacher_softmax_share"]},
+        "softmax_share": {
+            "rates": errors["rates"],
+            "blocks": errors["softmax_share"],
+            "teacher": errors["teacher_softmax_share"],
+        },
     }
 
 
@@ -124,7 +130,7 @@ def measures(result: dict[str, Any]) -> dict[str, float]:
 def spread(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """arm -> measure -> [mean, standard deviation over seeds]."""
     arms = per_seed[0]["arms"]
-    values = lambda arm, measure: [seed["arms"][arm][measure] for seed in per_seed]  # noqa: E731
+    values = lambda arm, measure: [seed["arms"][arm][measure] for seed in per_seed]
     ddof = min(1, len(per_seed) - 1)
     return {
         arm: {m: [float(np.mean(values(arm, m))), float(np.std(values(arm, m), ddof=ddof))] for m in row}
@@ -139,7 +145,10 @@ def markdown(table: dict[str, Any]) -> str:
         cells = [f"{row[column][0]:.4f} ± {row[column][1]:.4f}" for column in columns]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     errors = [seed["attention_error_by_rate"] for seed in table["per_seed"]]
-    lines += ["", "Relative L1 error of attention, mean over blocks and seeds: " + ", ".join(
-        f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0])]
+    lines += [
+        "",
+        "Relative L1 error of attention, mean over blocks and seeds: "
+        + ", ".join(f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0]),
+    ]
     say("evidence: done")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@
 import ast
 import difflib
 import importlib.util
+import itertools
 import math
 import numbers
 import pathlib
@@ -75,7 +76,7 @@ def base() -> ConfigDict:
 
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
-    c.plan.budget = FieldReference("15R2", object)  # also a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
+    c.plan.budget = FieldReference("15R2", object)  # or a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
@@ -204,7 +205,7 @@ def check_rates(field: str, rates: Iterable[Any]) -> None:
     numeric = sorted(rate for rate in rates if rate != "linear")
     if not rates or len(set(rates)) != len(rates):
         raise InputError(f"{field}: expected distinct rates, found {rates}")
-    for small, large in zip(numeric, numeric[1:], strict=False):
+    for small, large in itertools.pairwise(numeric):
         if large % small:
             raise InputError(f"{field}: expected a divisibility chain, but {small} does not divide {large}")
 

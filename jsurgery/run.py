@@ -76,7 +76,9 @@ class Run:
 
     def run_operate(self) -> None:
         self.needs(self.plan)
-        self.operate.run(lambda: save_model(self.operated(self.config.finetune.distilled), self.operate.folder, self.base))
+        self.operate.run(
+            lambda: save_model(self.operated(self.config.finetune.distilled), self.operate.folder, self.base)
+        )
 
     def run_finetune(self) -> None:
         self.needs(self.operate)
@@ -106,7 +108,9 @@ class Run:
 
     def needs(self, stage: Stage) -> None:
         if not stage.done():
-            raise InputError(f"{stage.folder}: not there or not complete; run the stage before this one, or `jsurgery surgery`")
+            raise InputError(
+                f"{stage.folder}: not there or not complete; run the stage before this one, or `jsurgery surgery`"
+            )
 
     @property
     def base(self) -> str:
@@ -125,7 +129,9 @@ class Run:
         if data.path != "sprites":
             return
         common = {"video": self.config.video, "two_sprites": data.two_sprites}
-        encode_sprites(self.pipeline.vae, self.latents.folder / "train", seed=self.config.seed, clips=data.clips, **common)
+        encode_sprites(
+            self.pipeline.vae, self.latents.folder / "train", seed=self.config.seed, clips=data.clips, **common
+        )
         clips = self.config.evaluate.validation_clips
         seed = self.config.seed + VALIDATION_SEED
         encode_sprites(self.pipeline.vae, self.latents.folder / "validation", seed=seed, clips=clips, **common)
@@ -140,7 +146,9 @@ class Run:
         return self.latents.folder / "validation" if self.config.data.path == "sprites" else None
 
     def finetune_and_save(self) -> None:
-        folder = transformer_folder(self.teacher_path) if self.config.finetune.subject == "teacher" else self.operate.folder
+        folder = (
+            transformer_folder(self.teacher_path) if self.config.finetune.subject == "teacher" else self.operate.folder
+        )
         student = load_transformer(folder, jnp.dtype(self.config.model.dtype))
         student.remat = self.config.model.remat
         trained = finetune(self.config, student, self.pipeline, self.training_latents, self.finetune.folder)

@@ -1,4 +1,4 @@
-"""Bad input ends in one line on stderr and exit code 2, before anything is written. Real processes, as a user starts them."""
+"""Bad input ends in one line on stderr and exit code 2, with nothing written. Real processes, as a user starts them."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from jsurgery.run import Run
 from jsurgery.wan.weights import check_tensors, read_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = {"video.frames": "5", "video.height": "64", "video.width": "48", "plan.budget": "0.9"}
+SMALL = {"video.frames": "5", "video.height": "64", "video.width": "48", "plan.budget": "1R8"}
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
@@ -40,7 +40,7 @@ def refusal(folder: pathlib.Path, *arguments: str) -> str:
 
 def surgery(model: pathlib.Path | str, **overrides: str) -> list[str]:
     fields = SMALL | {"model.path": str(model)} | overrides
-    return ["surgery", "--config=tiny", "--workdir=run", *(f"--config.{field}={text}" for field, text in fields.items())]
+    return ["surgery", "--config=tiny", "--workdir=run", *(f"--config.{name}={text}" for name, text in fields.items())]
 
 
 def truncate(file: pathlib.Path) -> None:

@@ -64,7 +64,9 @@ def test_overrides_take_the_type_of_the_default():
     assert type(config["sampler.shift"]) is float
 
 
-@pytest.mark.parametrize(("text", "budget"), [("15R2", "15R2"), ("3Rlinear", "3Rlinear"), ("0.6", 0.6), ("2e12", 2e12), ("1", 1)])
+@pytest.mark.parametrize(
+    ("text", "budget"), [("15R2", "15R2"), ("3Rlinear", "3Rlinear"), ("0.6", 0.6), ("2e12", 2e12), ("1", 1)]
+)
 def test_a_budget_is_a_name_or_a_number(text, budget):
     config = load_config("tiny", {"plan.budget": text})
     assert config.plan.budget == budget
@@ -143,7 +145,9 @@ def test_an_unknown_name_lists_the_shipped_ones():
 )
 def test_a_bad_config_file_is_bad_input(tmp_path, body, parts):
     file = tmp_path / "mine.py"
-    file.write_text(f"from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    {body}\n    return c\n")
+    file.write_text(
+        f"from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    {body}\n    return c\n"
+    )
     with pytest.raises(InputError) as raised:
         load_config(str(file))
     assert all(part in str(raised.value) for part in parts), raised.value
@@ -151,7 +155,9 @@ def test_a_bad_config_file_is_bad_input(tmp_path, body, parts):
 
 def test_a_config_file_may_set_a_budget_of_any_kind(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    c.plan.budget = 0.6\n    return c\n")
+    file.write_text(
+        "from jsurgery.config import base\n\ndef get_config():\n    c = base()\n    c.plan.budget = 0.6\n    return c\n"
+    )
     assert load_config(str(file)).plan.budget == 0.6
 
 

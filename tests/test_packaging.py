@@ -21,7 +21,12 @@ SOURCES = ("jsurgery", "pallas_kernels", "configs", "pyproject.toml", "setup.py"
 def run(*command: object, cwd: pathlib.Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
     ended = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
@@ -43,7 +48,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> pathlib.Path:
-    """The Python of a fresh environment with the wheel; the dependencies are those of the environment that runs the tests."""
+    """The Python of a fresh environment with the wheel, which borrows the dependencies of the one that runs the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
@@ -82,15 +87,16 @@ def test_the_command_works_from_anywhere(python, tmp_path):
 def test_shipped_configs_are_found_by_name(python, tmp_path):
     code = """if True:
         import json, sys
-        import jsurgery.config
-        names = sys.argv[1:]
-        print(json.dumps({name: [str(jsurgery.config.config_path(name)), jsurgery.config.load_config(name).seed] for name in names}))
+        from jsurgery.config import config_path, load_config
+        print(json.dumps({name: [str(config_path(name)), load_config(name).seed] for name in sys.argv[1:]}))
     """
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
     found = json.loads(run(python, "-c", code, *names, cwd=tmp_path))
     installed = str(python.parents[1])
     assert list(found) == names
-    assert all(path.startswith(installed) and path.endswith(f"jsurgery/configs/{name}.py") for name, (path, _) in found.items())
+    assert all(
+        path.startswith(installed) and path.endswith(f"jsurgery/configs/{name}.py") for name, (path, _) in found.items()
+    )
 
 
 def test_nothing_else_becomes_importable(python, tmp_path):

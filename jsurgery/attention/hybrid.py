@@ -1,4 +1,4 @@
-"""Hybrid attention in a network: which block keeps how much softmax, and the feature maps that stand in for the rest."""
+"""Hybrid attention in a network: which block keeps how much softmax, and the maps that stand in for the rest."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,7 +44,9 @@ class HybridConfig:
             raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {found}")
         try:
             feature_map = FeatureMapConfig(**fields.pop("feature_map"))
-            return cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=feature_map, **fields)
+            return cls(
+                rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=feature_map, **fields
+            )
         except (KeyError, TypeError) as error:
             raise InputError(f"{source}: hybrid: {error}") from None
 
@@ -88,7 +90,7 @@ class FeatureMap(nnx.Module):
 
 def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, config: FeatureMapConfig) -> PolynomialMap:
     """`count` freshly initialised maps, stacked on the first axis of every leaf."""
-    make = lambda k: init_polynomial_map(  # noqa: E731
+    make = lambda k: init_polynomial_map(
         k, heads, head_dim, degree=config.degree, layers=config.layers, activation=config.activation
     )
     return jax.vmap(make)(jax.random.split(key, count))

@@ -24,7 +24,9 @@ def encode_sprites(
 
     def records(indices):
         for start in range(0, len(indices), batch):
-            scenes = [sprites.scene_at(seed, index, two_sprites=two_sprites) for index in indices[start : start + batch]]
+            scenes = [
+                sprites.scene_at(seed, index, two_sprites=two_sprites) for index in indices[start : start + batch]
+            ]
             shape = video.frames, video.height, video.width
             clip = sprites.to_float(np.stack([sprites.render(scene, *shape) for scene in scenes]))
             for scene, latents in zip(scenes, np.asarray(encode(vae, clip), np.float16), strict=True):

@@ -81,7 +81,9 @@ def sample_all(config: ConfigDict, pipeline: Pipeline, prompts: list[str], name:
 def calibrate_sprites(config: ConfigDict, pipeline: Pipeline) -> tuple[dict[str, float], dict[str, float]]:
     """What real clips score after the VAE's round trip, and what they score under shuffled captions."""
     video = config.video
-    scenes = [sprites.scene_at(config.seed + 2, i, two_sprites=config.data.two_sprites) for i in range(CALIBRATION_CLIPS)]
+    scenes = [
+        sprites.scene_at(config.seed + 2, i, two_sprites=config.data.two_sprites) for i in range(CALIBRATION_CLIPS)
+    ]
     clips = [sprites.render(scene, video.frames, video.height, video.width) for scene in scenes]
 
     def round_trip(clip: np.ndarray) -> np.ndarray:

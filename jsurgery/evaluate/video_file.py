@@ -14,7 +14,9 @@ from jsurgery.errors import InputError
 SHEET_FRAMES = 9
 
 
-def write_video(path: str | pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None) -> None:
+def write_video(
+    path: str | pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None
+) -> None:
     """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +26,13 @@ def write_video(path: str | pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, s
         _write_mp4(temporary, video_FxHxWx3, fps, comment)
     elif path.suffix == ".gif":
         frames = [Image.fromarray(frame) for frame in video_FxHxWx3]
-        options = {"save_all": True, "append_images": frames[1:], "duration": 1000 // fps, "loop": 0, "comment": comment}
+        options = {
+            "save_all": True,
+            "append_images": frames[1:],
+            "duration": 1000 // fps,
+            "loop": 0,
+            "comment": comment,
+        }
         frames[0].save(temporary, **options)
     elif path.suffix == ".png":
         chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)

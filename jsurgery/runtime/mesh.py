@@ -65,7 +65,7 @@ def parameter_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def put_state(mesh: Mesh, state: Any) -> Any:
-    """A training state (parameters, optimiser moments, counters) on the mesh, as a step will return it: no second compile."""
+    """A training state (parameters, optimiser moments, counters) placed as a step returns it: no second compile."""
     return jax.device_put(state, parameter_shardings(mesh, state))
 
 

@@ -16,19 +16,29 @@ MARKER = "stage.json"
 
 
 class Stage:
-    """A stage's folder in the workdir and the marker that says with what it was made; written last, so it ends the stage.
+    """A stage's folder in the workdir and the marker that says with what it was made; its last writing ends the stage.
 
     `fields` are the config fields (or sections) that change the result, `after` the stages whose results it reads.
     """
 
-    def __init__(self, workdir: epath.PathLike, name: str, config: ConfigDict, fields: Sequence[str], after: Sequence["Stage"] = (), **inputs: str):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        name: str,
+        config: ConfigDict,
+        fields: Sequence[str],
+        after: Sequence["Stage"] = (),
+        **inputs: str,
+    ):
         self.name, self.folder = name, epath.Path(workdir) / name
         chosen = {
             field: value
             for field, value in flat(config)
             if any(field == prefix or field.startswith(prefix + ".") for prefix in fields)
         }
-        self.made_with = json.loads(json.dumps({**chosen, **inputs, **{f"stage {s.name}": s.fingerprint for s in after}}))
+        self.made_with = json.loads(
+            json.dumps({**chosen, **inputs, **{f"stage {s.name}": s.fingerprint for s in after}})
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -41,7 +51,10 @@ class Stage:
             return False
         found = json.loads(marker.read_text())
         if found["made_with"] != self.made_with:
-            raise InputError(f"{marker}: made with another config: {difference(found['made_with'], self.made_with)}; use another --workdir")
+            raise InputError(
+                f"{marker}: made with another config: {difference(found['made_with'], self.made_with)}; "
+                "use another --workdir"
+            )
         return found["complete"]
 
     def begin(self) -> None:

@@ -1,8 +1,8 @@
 """distill: the feature maps of every block at every rate, in one pass of the teacher over its traces.
 
-Each step runs the teacher once. In every block, the softmax over the nested token zones is computed once and merged into
-the softmax branch of every rate (and into the teacher's own output); the feature maps get their gradients on the spot from
-the queries, keys and values that pass by. Nothing but gradients leaves a block.
+Each step runs the teacher once. In every block, the softmax over the nested token zones is computed once and merged
+into the softmax branch of every rate (and into the teacher's own output); the feature maps get their gradients on the
+spot from the queries, keys and values that pass by. Nothing but gradients leaves a block.
 """
 
 import dataclasses
@@ -75,7 +75,14 @@ def nested_softmax(q_NxD, k_NxD, v_NxD, order: TokenOrder, rates: Sequence[Rate]
 
 
 def hybrid_output(
-    maps: Maps, rate: Rate, q_BxNxD: jax.Array, k_BxNxD: jax.Array, v_BxNxD: jax.Array, branch: Branch | None, order: TokenOrder, stabilizer: str
+    maps: Maps,
+    rate: Rate,
+    q_BxNxD: jax.Array,
+    k_BxNxD: jax.Array,
+    v_BxNxD: jax.Array,
+    branch: Branch | None,
+    order: TokenOrder,
+    stabilizer: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eq. 5 of one head from its finished softmax branch: y [B, N, D], n_S [B, N], n_L [B, N]."""
     query_map, key_map = maps
@@ -91,12 +98,16 @@ def hybrid_output(
     return y, n_S_BxN, n_L_BxN
 
 
-def value_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str):
+def value_loss(
+    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
+):
     """Eq. 7: the mean absolute difference of the block's attention output."""
     return jnp.mean(jnp.abs(hybrid_output(maps, rate, q, k, v, branch, order, stabilizer)[0] - full.output))
 
 
-def attention_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str):
+def attention_loss(
+    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
+):
     """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), the sum averaged over queries.
 
     c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the features learn the mass that eq. 5 asks for.
@@ -125,7 +136,9 @@ def attention_loss(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full:
 LOSSES = {"value": value_loss, "attention": attention_loss}
 
 
-def statistics(maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str) -> dict[str, jax.Array]:
+def statistics(
+    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
+) -> dict[str, jax.Array]:
     """Sums and means of one head: error and size of the output; the softmax keys' share of the denominator, and in the
     teacher; the linear keys' mass, and what the teacher's would be."""
     y, n_S_BxN, n_L_BxN = hybrid_output(maps, rate, q, k, v, branch, order, stabilizer)
@@ -158,7 +171,9 @@ class Setup:
     @classmethod
     def of(cls, config: ConfigDict) -> "Setup":
         hybrid = config.hybrid
-        return cls(tuple(hybrid.rates), rate_chain(hybrid.rates), hybrid.lattice, hybrid.stabilizer, config.distill.loss)
+        return cls(
+            tuple(hybrid.rates), rate_chain(hybrid.rates), hybrid.lattice, hybrid.stabilizer, config.distill.loss
+        )
 
 
 def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
@@ -178,7 +193,7 @@ def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps
         branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, order, setup.rates))(q, k, v)
         records = []
         for index, rate in enumerate(setup.rates):
-            one_head = jax.tree.map(lambda leaf: leaf[index][None], maps_R)
+            one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
             records.append(visit(one_head, rate, q, k, v, branches.get(rate), full, order, setup.stabilizer))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
@@ -231,7 +246,7 @@ def calibrate(teacher: WanTransformer, batches: list[dict], maps: Maps, setup: S
 
 
 def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, folder: epath.Path) -> None:
-    """Leaves `initial.safetensors` (calibrated, untrained), `feature_maps.safetensors` and `errors.json` in `folder`."""
+    """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`."""
     settings, setup = config.distill, Setup.of(config)
     mesh = make_mesh(config.mesh)
     place(mesh, teacher)
@@ -274,7 +289,9 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     write_json(folder / "errors.json", held_out_errors(teacher, held_out, maps, state["maps"], setup))
 
 
-def held_out_errors(teacher: WanTransformer, held_out: TraceSteps, initial: Maps, trained: Maps, setup: Setup) -> dict[str, Any]:
+def held_out_errors(
+    teacher: WanTransformer, held_out: TraceSteps, initial: Maps, trained: Maps, setup: Setup
+) -> dict[str, Any]:
     """Relative L1 error of the attention output per block and rate over held-out steps, before and after training."""
 
     def totals(maps, name):
@@ -285,7 +302,7 @@ def held_out_errors(teacher: WanTransformer, held_out: TraceSteps, initial: Maps
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
 
     before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
-    errors = lambda stats: (stats["error"].sum(axis=(0, 3)) / stats["size"].sum(axis=(0, 3))).tolist()  # noqa: E731
+    errors = lambda stats: (stats["error"].sum(axis=(0, 3)) / stats["size"].sum(axis=(0, 3))).tolist()
     return {
         "rates": list(setup.rates),
         "errors": errors(after),
@@ -306,7 +323,11 @@ def save_maps(path: epath.Path, maps: Maps, rates: Sequence[Rate]) -> None:
                 for index, rate in enumerate(rates):
                     tensors[f"blocks.{block}.rate_{rate}.{side}.{leaf_name}"] = array[block, index]
     phi = maps[0]
-    write_tensors(path, tensors, metadata={"degree": str(phi.degree), "layers": str(len(phi.kernels)), "activation": phi.activation})
+    write_tensors(
+        path,
+        tensors,
+        metadata={"degree": str(phi.degree), "layers": str(len(phi.kernels)), "activation": phi.activation},
+    )
 
 
 def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) -> Maps | None:

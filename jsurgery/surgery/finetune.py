@@ -20,9 +20,14 @@ VALIDATION_BATCH = 8
 
 
 def velocity_loss(
-    student: WanTransformer, teacher: WanTransformer, batch: dict[str, jax.Array], key: jax.Array, shift: float, teacher_weight: float
+    student: WanTransformer,
+    teacher: WanTransformer,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    shift: float,
+    teacher_weight: float,
 ) -> jax.Array:
-    """Mean squared error against (1 - w) the flow-matching velocity and w the teacher's, at evenly spread noise levels."""
+    """Mean squared error against (1 - w) the flow-matching velocity and w the teacher's, at evenly spread levels."""
     latents, size = batch["latents"], batch["latents"].shape[0]
     key_level, key_noise = jax.random.split(key)
     sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
@@ -35,7 +40,9 @@ def velocity_loss(
     return loss
 
 
-def finetune(config: ConfigDict, student: WanTransformer, teacher: Pipeline, latents: epath.Path, folder: epath.Path) -> WanTransformer:
+def finetune(
+    config: ConfigDict, student: WanTransformer, teacher: Pipeline, latents: epath.Path, folder: epath.Path
+) -> WanTransformer:
     """Trains `student` (or goes on) on the shards in `latents`; checkpoints and metrics go to `folder`."""
     settings = config.finetune
     mesh = make_mesh(config.mesh)
@@ -59,7 +66,9 @@ def finetune(config: ConfigDict, student: WanTransformer, teacher: Pipeline, lat
     def update(state, teacher_params, batch, key):
         def loss(params):
             reference = nnx.merge(teacher_graph, teacher_params)
-            return velocity_loss(nnx.merge(graph, params), reference, batch, key, config.sampler.shift, settings.teacher_weight)
+            return velocity_loss(
+                nnx.merge(graph, params), reference, batch, key, config.sampler.shift, settings.teacher_weight
+            )
 
         value, gradients = jax.value_and_grad(loss)(state["params"])
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
@@ -94,5 +103,7 @@ def validation_loss(config: ConfigDict, model: WanTransformer, pipeline: Pipelin
     for index in range(max(1, config.evaluate.validation_clips // VALIDATION_BATCH)):
         element = data[index]
         batch = {"latents": element["latents"], "text": pipeline.embed(element["captions"], config.text_length)}
-        losses.append(float(_validation_loss(model, batch, jax.random.fold_in(jax.random.key(0), index), config.sampler.shift)))
+        losses.append(
+            float(_validation_loss(model, batch, jax.random.fold_in(jax.random.key(0), index), config.sampler.shift))
+        )
     return float(np.mean(losses))

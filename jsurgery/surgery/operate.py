@@ -38,4 +38,3 @@ def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: s
     file = folder / "config.json"
     fields = json.loads(file.read_text()) | {"base_pipeline": base_pipeline}
     file.write_text(json.dumps(fields, indent=2) + "\n")
-

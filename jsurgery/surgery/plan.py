@@ -70,7 +70,7 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
     if budget < cheapest * (1 - 1e-9):
         share = cheapest / (model.num_layers * core_flops(work, 1))
         raise InputError(
-            f"config.plan.budget: {config.plan.budget} allows {budget:.4g} FLOPs of attention, the cheapest plan of rates "
+            f"config.plan.budget: {config.plan.budget} allows {budget:.4g} attention FLOPs, the cheapest plan of rates "
             f"{tuple(config.plan.rates)} takes {cheapest:.4g} (a share of {share:.3f})"
         )
 

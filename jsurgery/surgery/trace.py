@@ -35,9 +35,9 @@ def kept_steps(steps: int, keep: int) -> np.ndarray:
 
 
 def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
-    """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one record a prompt, the last the negative prompt).
+    """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
-    A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (which guidance branch to replay, a coin toss)
+    A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
     and `prompt`, a number into the texts.
     """
     sampler, count, size = config.sampler, config.trace.prompts, config.trace.batch
@@ -45,7 +45,10 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
     texts = np.asarray(pipeline.embed([*prompts, sampler.negative_prompt], config.text_length), np.float32)
     write_shard(
         shard_path(folder / "text", 0),
-        ({"embedding": e, "prompt": text_array(p)} for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)),
+        (
+            {"embedding": e, "prompt": text_array(p)}
+            for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)
+        ),
     )
     kept = kept_steps(sampler.steps, config.trace.keep_steps)
     timesteps = 1000 * sampling_sigmas(sampler.steps, sampler.shift)[kept]
@@ -78,7 +81,7 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
 
 
 class TraceSteps:
-    """Random access to traced steps of some prompts, each with the text that it is replayed with; a source for grain."""
+    """Random access to traced steps of some prompts, each with the text to replay it with; a source for grain."""
 
     def __init__(self, folder: epath.Path, prompts: range):
         self.steps, self.texts = Records(folder / "steps"), Records(folder / "text")

@@ -54,7 +54,10 @@ def crops(config: ConfigDict, step: int) -> np.ndarray:
         top, left = rng.integers(video.height - h + 1), rng.integers(video.width - w + 1)
         if rng.random() < 0.75:
             sprite = scene.sprites[rng.integers(len(scene.sprites))]
-            y, x = sprite.centers(video.frames, video.height, video.width)[t + f // 2] + rng.uniform(-0.5, 0.5, 2) * (h, w)
+            y, x = sprite.centers(video.frames, video.height, video.width)[t + f // 2] + rng.uniform(-0.5, 0.5, 2) * (
+                h,
+                w,
+            )
             top = int(np.clip(y - h / 2, 0, video.height - h))
             left = int(np.clip(x - w / 2, 0, video.width - w))
         batch.append(clip[t : t + f, top : top + h, left : left + w])
@@ -71,7 +74,7 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
     for _, module in nnx.iter_modules(vae):
         if isinstance(module, ResidualBlock):
             module.conv2.kernel[...] = jnp.zeros_like(module.conv2.kernel[...])
-    # A posterior that starts narrow: at unit variance its noise would drown the mean before the encoder has learned one.
+    # A posterior that starts narrow: at unit variance, noise would drown the mean before there is one.
     vae.quant_conv.bias[...] = vae.quant_conv.bias[...].at[train.z_dim :].set(INITIAL_LOG_VARIANCE)
     graph, params = nnx.split(vae)
     schedule = optax.warmup_cosine_decay_schedule(0.0, train.vae_learning_rate, train.vae_steps // 20, train.vae_steps)
@@ -80,7 +83,7 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
 
     @jax.jit
     def update(params, opt_state, video, key):
-        objective = lambda params: loss_fn(nnx.merge(graph, params), video, key, train.vae_kl_weight)  # noqa: E731
+        objective = lambda params: loss_fn(nnx.merge(graph, params), video, key, train.vae_kl_weight)
         (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, {"loss": loss, **parts}

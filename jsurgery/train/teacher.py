@@ -1,4 +1,4 @@
-"""train: a whole tiny Wan from scratch, as a diffusers pipeline folder: tokenizer, VAE, latents, transformer with text encoder."""
+"""train: a whole tiny Wan from scratch, as a diffusers pipeline folder."""
 
 import json
 

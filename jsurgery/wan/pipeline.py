@@ -67,13 +67,17 @@ class Pipeline:
         t, h, w = VAE_STRIDES
         return (frames - 1) // t + 1, height // h, width // w, self.transformer.config.in_channels
 
-    def sample(self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False) -> Any:
-        """Latents [B, T, H, W, C] of prompts, by `config.sampler` and `config.video`; with `record`, the trajectory too.
+    def sample(
+        self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False
+    ) -> Any:
+        """Latents [B, T, H, W, C] of prompts, by `config.sampler` and `config.video`, and with `record` the trajectory.
 
         The noise of a prompt depends on the seed and on its number (`first`, `first` + 1, ...), not on the batch.
         """
         video, sampler = config.video, config.sampler
-        noise = initial_noise(seed, range(first, first + len(prompts)), self.latent_shape(video.frames, video.height, video.width))
+        noise = initial_noise(
+            seed, range(first, first + len(prompts)), self.latent_shape(video.frames, video.height, video.width)
+        )
         text = self.embed(prompts, config.text_length)
         blank = self.embed([sampler.negative_prompt], config.text_length)
         key = jax.random.fold_in(jax.random.key(seed), first)

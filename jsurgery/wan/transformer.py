@@ -48,7 +48,7 @@ class WanConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
-        """The config in a parsed config.json of diffusers or of jsurgery; raises InputError for another architecture."""
+        """The config in a parsed config.json of diffusers or jsurgery; raises InputError for another architecture."""
         kind = fields.get("_class_name")
         if kind not in (CLASS_NAME, HYBRID_CLASS_NAME):
             raise InputError(f"{source}: expected _class_name {CLASS_NAME} or {HYBRID_CLASS_NAME}, found {kind!r}")
@@ -89,7 +89,7 @@ class WanConfig:
 
 
 class Linear(nnx.Linear):
-    """A linear layer that flattens its batch axes: XLA's CPU backward pass is twice as fast on matrices, TPUs do not care."""
+    """A linear layer that flattens its batch axes: XLA's CPU backward is twice as fast on matrices, TPUs do not care."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -118,7 +118,7 @@ def timestep_embedding(timesteps_B: jax.Array, width: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Projections and norms of an attention layer; queries and keys are normalised over the full width, before heads."""
+    """Projections and norms of an attention layer; queries and keys are normalised over the full width."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         dim = config.dim
@@ -236,7 +236,7 @@ class WanTransformer(nnx.Module):
         num_tokens = math.prod(grid)
         kinds = sorted(set(self.config.rates), key=str)
         if hybrid is None or order is None:
-            full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=num_tokens), None)  # noqa: E731
+            full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=num_tokens), None)
             return self.apply_blocks(latents, timesteps, text_embeddings, full, None, order=None)[0]
 
         def planned(q, k, v, layer):
@@ -277,7 +277,7 @@ class WanTransformer(nnx.Module):
         """The whole network around a given self-attention.
 
         `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned: `layer` is this block's slice of the
-        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is the order that tokens lie in.
+        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is how tokens lie.
         Returns (velocity [B, T, H, W, C], records).
         """
         config = self.config

@@ -217,8 +217,8 @@ def _from_torch(leaf: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(_KERNEL_AXES[array.ndim]) if leaf == "kernel" else array
 
 
-# The transformer. Ours, diffusers' name, the original repository's name; `{i}` counts blocks, which ours keeps stacked, `{j}` the
-# layers of a feature map, of which each converted block has its own. A layer stands for its kernel and its bias.
+# The transformer. Ours, diffusers' name, the original repository's name; `{i}` counts blocks, which ours keeps stacked,
+# `{j}` the layers of a feature map, of which each converted block has its own. A layer is a kernel and a bias.
 TRANSFORMER_LAYERS = (
     ("patch_embedding", "patch_embedding", "patch_embedding"),
     ("condition.text_in", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
@@ -276,9 +276,9 @@ def transformer_tensors(model: nnx.Module, layout: str = "diffusers") -> Tensors
 def load_transformer_tensors(
     model: nnx.Module, tensors: Mapping[str, np.ndarray], layout: str = "diffusers", source: epath.PathLike = "weights"
 ) -> None:
-    """Fills a WanTransformer, which may be abstract (from nnx.eval_shape), in place; raises InputError as `load_mirrored` does."""
+    """Fills a WanTransformer, which may be abstract (from nnx.eval_shape); raises InputError like `load_mirrored`."""
     entries = list(_transformer_params(model, layout))
-    stand_in = lambda param, slot: np.broadcast_to(0, param.shape if slot is None else param.shape[1:])  # noqa: E731
+    stand_in = lambda param, slot: np.broadcast_to(0, param.shape if slot is None else param.shape[1:])
     expected = {
         name: _transformer_to_torch(path, stand_in(param, slot), model.config).shape
         for name, path, slot, param in entries

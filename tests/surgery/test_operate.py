@@ -72,7 +72,7 @@ def test_a_rate_that_was_not_distilled(file):
 
 
 def parameters(model):
-    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.to_pure_dict(nnx.state(model)))}
+    return {".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(nnx.state(model))}
 
 
 def test_the_operated_model_is_the_teacher_and_its_maps(teacher, maps, file, tmp_path):
