@@ -2,8 +2,8 @@
 
     jsurgery surgery --config=tiny --workdir=runs/demo
 
-Every block is converted, at the cost of six blocks at rate 8; the planner spends it as it likes. What this shows is about a tiny
-model on procedural clips, not about Wan2.1 1.3B.
+Every block is converted, at the cost of six blocks at rate 8; the planner spends it as it likes. What this shows is
+about a tiny model on procedural clips, not about Wan2.1 1.3B.
 """
 
 from jsurgery.config import base

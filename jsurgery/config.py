@@ -8,7 +8,6 @@ import difflib
 import importlib.util
 import itertools
 import math
-import numbers
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -157,7 +156,7 @@ MAY_BE_ZERO = {
 def validate(config: ConfigDict) -> None:
     """Raises InputError naming the first field that is out of range, its value and what is allowed."""
     for field, value in flat(config):
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value) or value < 0 or (value == 0 and field not in MAY_BE_ZERO):
                 raise InputError(f"config.{field}: expected a positive number, found {value}")
             if field in SHARES and value > 1:
@@ -165,7 +164,7 @@ def validate(config: ConfigDict) -> None:
         if field in CHOICES and value not in CHOICES[field]:
             raise InputError(f"config.{field}: expected one of {', '.join(CHOICES[field])}; found {value!r}")
     budget = config.plan.budget
-    if isinstance(budget, bool) or not isinstance(budget, str | numbers.Real):
+    if isinstance(budget, bool) or not isinstance(budget, str | int | float):
         raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
@@ -274,10 +273,10 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         value = float(value)
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
-    same = type(value) is type(old)
-    if isinstance(value, tuple):
-        same = same and {type(item) for item in value} <= {type(item) for item in old}
-    if not same:
+    fits = type(value) is type(old)
+    if isinstance(value, tuple) and isinstance(old, tuple):
+        fits = {type(item) for item in value} <= {type(item) for item in old}
+    if not fits:
         raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")
     with node.ignore_type():
         node[leaf] = value

@@ -4,13 +4,16 @@ x_t = (1 - sigma) x_0 + sigma * noise, velocity = noise - x_0, timestep = 1000 *
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
-def shift_sigma(sigma: jax.Array, shift: float) -> jax.Array:
+
+def shift_sigma(sigma: Array, shift: float) -> Array:
     """Moves noise levels in [0, 1] towards high noise (shift > 1)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -53,6 +53,9 @@ class Run:
         self.finetune = stage("finetune", fields=("finetune",), after=[self.operate, self.latents])
         self.evaluate = stage("evaluation", fields=("evaluate",), after=[self.finetune])
         self.report = stage("report", fields=(), after=[self.evaluate])
+        for made in vars(self).copy().values():
+            if isinstance(made, Stage):
+                made.done()  # refuses a workdir of another config before anything is written
 
     @functools.cached_property
     def pipeline(self):

@@ -14,7 +14,14 @@ from jsurgery.run import Run
 from jsurgery.wan.weights import check_tensors, read_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = {"video.frames": "5", "video.height": "64", "video.width": "48", "plan.budget": "1R8"}
+SMALL = {
+    "video.frames": "5",
+    "video.height": "64",
+    "video.width": "48",
+    "hybrid.rates": "(2, 8)",
+    "plan.rates": "(1, 2, 8)",
+    "plan.budget": "1R8",
+}
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",

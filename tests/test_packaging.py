@@ -48,7 +48,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> pathlib.Path:
-    """The Python of a fresh environment with the wheel, which borrows the dependencies of the one that runs the tests."""
+    """The Python of a fresh environment with the wheel, borrowing all dependencies from the one that runs the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"

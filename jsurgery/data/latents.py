@@ -1,5 +1,8 @@
 """Encoded clips: latents and captions, from the procedural set or from a folder, and batches of them."""
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import grain
 import numpy as np
 from etils import epath
@@ -43,7 +46,7 @@ def encode_sprites(
         )
 
 
-def batches(folder: epath.PathLike, batch: int, seed: int) -> grain.MapDataset:
+def batches(folder: epath.PathLike, batch: int, seed: int) -> Sequence[dict[str, Any]]:
     """Shuffled, endless batches; batch number i is the same whenever it is asked for.
 
     An element holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings.
@@ -54,4 +57,4 @@ def batches(folder: epath.PathLike, batch: int, seed: int) -> grain.MapDataset:
         return {"latents": latents, "captions": [array_text(record["caption"]) for record in records]}
 
     dataset = grain.MapDataset.source(Records(folder)).shuffle(seed=seed).repeat()
-    return dataset.batch(batch, drop_remainder=True, batch_fn=collate)
+    return cast(Sequence[dict[str, Any]], dataset.batch(batch, drop_remainder=True, batch_fn=collate))

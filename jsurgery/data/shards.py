@@ -4,7 +4,7 @@ A record is the safetensors encoding of a flat dict of arrays; text travels as U
 """
 
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -14,7 +14,7 @@ from etils import epath
 
 from jsurgery.errors import InputError
 
-Record = dict[str, np.ndarray]
+Record = dict[str, Any]
 
 
 def text_array(text: str) -> np.ndarray:
@@ -50,7 +50,7 @@ class Records:
         self.source = grain.sources.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source)  # type: ignore[arg-type]
 
     def __getitem__(self, index: SupportsIndex) -> Record:
         return safetensors.numpy.load(self.source[index])

@@ -1,6 +1,7 @@
 """Videos as files: mp4 (H.264), gif, or a png sheet of frames."""
 
 import json
+import os
 import pathlib
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ SHEET_FRAMES = 9
 
 
 def write_video(
-    path: str | pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None
+    path: str | os.PathLike[str], video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None
 ) -> None:
     """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON."""
     path = pathlib.Path(path)

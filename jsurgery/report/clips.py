@@ -37,7 +37,7 @@ def shrink(clip: bytes, size: int) -> bytes:
         return clip
     with av.open(io.BytesIO(clip)) as source:
         rate = source.streams.video[0].average_rate
-        frames = list(source.decode(video=0))
+        frames = list(source.decode(video=0))  # type: ignore[attr-defined]
     assert rate  # of every clip that `write_video` wrote
     height = min(CLIP_HEIGHT, frames[0].height)
     width = round(frames[0].width * height / frames[0].height / 2) * 2

@@ -108,12 +108,12 @@ def value_loss(
 def attention_loss(
     maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
 ):
-    """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), the sum averaged over queries.
+    """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), averaged over queries.
 
-    c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the features learn the mass that eq. 5 asks for.
-    A linear key may still score far above all softmax keys: a common factor exp(2 top) is taken out of the sum.
-    Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared difference is never formed, and E has
-    no gradient.
+    The average is inside the logarithm. c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the
+    features learn the mass that eq. 5 asks for. A linear key may still score far above all softmax keys: a common factor
+    exp(2 top) is taken out of the sum. Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared
+    difference is never formed, and E has no gradient.
     """
     query_map, key_map = maps
     start = order.num_softmax(rate)
@@ -154,8 +154,13 @@ def statistics(
     share = jnp.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON))
     mass, wanted_mass = jnp.mean(n_L_BxN), jnp.mean(wanted)
     return {
-        "error": error, "size": size, "share": share, "teacher_share": teacher_share, "mass": mass, "wanted_mass": wanted_mass
-    }  # fmt: skip
+        "error": error,
+        "size": size,
+        "share": share,
+        "teacher_share": teacher_share,
+        "mass": mass,
+        "wanted_mass": wanted_mass,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +273,7 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": optimizer.init(maps)}))
 
     @jax.jit
-    def apply(state, gradients):
+    def apply(state: dict[str, Any], gradients: Any) -> dict[str, Any]:
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
         return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}
 

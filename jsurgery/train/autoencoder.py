@@ -1,6 +1,7 @@
 """Trains a small Wan VAE on crops of sprite clips, and measures its latents' mean and spread."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def loss_fn(vae: WanVae, video_BxFxHxWx3: jax.Array, key: jax.Array, kl_weight: 
     return error + kl_weight * kl, {"error": error, "kl": kl}
 
 
-def convolutions(params: nnx.State) -> nnx.State:
+def convolutions(params: Any) -> Any:
     """Muon's view of a convolution: one matrix from all inputs of the window to the outputs."""
 
     def of(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:

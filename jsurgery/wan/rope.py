@@ -12,7 +12,7 @@ THETA = 10_000.0
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with time, height and width; the latter two get a third each, rounded down to even."""
+    """Channels of a head that turn with time, height, width; the latter two get a third each, rounded down to even."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 

@@ -80,7 +80,7 @@ class WanConfig:
     def rates(self) -> tuple:
         return self.hybrid.rates if self.hybrid else (1,) * self.num_layers
 
-    def token_grid(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along time, height and width for latents of `latent_shape` = (T, H, W)."""
         for name, size, patch in zip(("frames", "height", "width"), latent_shape, self.patch_size, strict=True):
             if size % patch:
@@ -89,7 +89,7 @@ class WanConfig:
 
 
 class Linear(nnx.Linear):
-    """A linear layer that flattens its batch axes: XLA's CPU backward is twice as fast on matrices, TPUs do not care."""
+    """A linear layer that flattens its batch axes: XLA's CPU backward is twice as fast so, TPUs do not care."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

@@ -6,7 +6,7 @@ Only leaves differ: NNX keeps kernels input-first and channels last, torch keeps
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
+
+if TYPE_CHECKING:
+    from jsurgery.wan.transformer import WanTransformer
 
 Tensors = dict[str, np.ndarray]
 
@@ -259,13 +262,13 @@ TRANSFORMER_ARRAYS = (
 def transformer_names(layout: str = "diffusers") -> dict[str, str]:
     """Our parameter path -> the tensor name of a layout ("diffusers" or "original"), with `{i}` and `{j}` left in."""
     column = {"diffusers": 1, "original": 2}[layout]
-    names = {row[0]: row[column] for row in TRANSFORMER_ARRAYS if row[column]}
+    names = {row[0]: name for row in TRANSFORMER_ARRAYS if (name := row[column])}
     for row in TRANSFORMER_LAYERS:
         names |= {f"{row[0]}.kernel": f"{row[column]}.weight", f"{row[0]}.bias": f"{row[column]}.bias"}
     return names
 
 
-def transformer_tensors(model: nnx.Module, layout: str = "diffusers") -> Tensors:
+def transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> Tensors:
     """The parameters of a WanTransformer under a layout's names and shapes."""
     return {
         name: _transformer_to_torch(path, np.asarray(param[...] if slot is None else param[slot]), model.config)
@@ -274,7 +277,10 @@ def transformer_tensors(model: nnx.Module, layout: str = "diffusers") -> Tensors
 
 
 def load_transformer_tensors(
-    model: nnx.Module, tensors: Mapping[str, np.ndarray], layout: str = "diffusers", source: epath.PathLike = "weights"
+    model: "WanTransformer",
+    tensors: Mapping[str, np.ndarray],
+    layout: str = "diffusers",
+    source: epath.PathLike = "weights",
 ) -> None:
     """Fills a WanTransformer, which may be abstract (from nnx.eval_shape); raises InputError like `load_mirrored`."""
     entries = list(_transformer_params(model, layout))
@@ -295,10 +301,11 @@ def load_transformer_tensors(
             param.set_value(jnp.asarray(values[0] if slot is None else np.stack(values)))
 
 
-def _transformer_params(model: nnx.Module, layout: str) -> Iterator[tuple[str, str, int | None, nnx.Param]]:
+def _transformer_params(model: "WanTransformer", layout: str) -> Iterator[tuple[str, str, int | None, nnx.Param]]:
     """(tensor name, our path, index on the stacked axis or None, parameter) for each tensor of the layout."""
     names = transformer_names(layout)
     config = model.config
+    converted = config.hybrid.converted if config.hybrid else ()
     for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parts = [str(key) for key in keys]
         path = ".".join(parts)
@@ -309,7 +316,7 @@ def _transformer_params(model: nnx.Module, layout: str) -> Iterator[tuple[str, s
         if "{i}" not in pattern:
             yield pattern, path, None, param
             continue
-        blocks = range(config.num_layers) if parts[0] == "blocks" else config.hybrid.converted
+        blocks = range(config.num_layers) if parts[0] == "blocks" else converted
         for slot, block in enumerate(blocks):
             yield pattern.format(i=block, j=layer), path, slot, param
 

@@ -33,7 +33,7 @@ def test_loss_is_zero_for_the_true_velocity_and_blanks_a_share_of_captions():
 
     assert flow_matching_loss(oracle, batch, jax.random.key(0), shift=3.0, dropout=0.25) < 1e-8
     assert seen["blank"].sum() == 2 and np.array_equal(seen["mask"].sum(axis=1) == 0, seen["blank"])
-    assert 0 < seen["timesteps"].min() and seen["timesteps"].max() <= 1000
+    assert seen["timesteps"].min() > 0 and seen["timesteps"].max() <= 1000
     # One noise level in each eighth of [0, 1], before the shift by 3.
     sigma = seen["timesteps"] / 1000
     assert np.array_equal(np.floor(8 * sigma / (3 - 2 * sigma)), np.arange(8))
