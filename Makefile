@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --constraint constraints.txt
-# Where torch, which only the tests need, has wheels without CUDA's gigabytes.
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# Only the tests need torch, and any build of it does. To save CUDA's gigabytes, name an index of CPU wheels:
+# make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 .PHONY: demo test lint evidence clean
 .DELETE_ON_ERROR:
@@ -48,6 +49,6 @@ $(VENV)/base.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
 
 $(VENV)/test.stamp: $(VENV)/base.stamp
 	@echo 'Installing what the tests need into $(VENV) (1 GB more; once)'
-	$(PIP_INSTALL) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) torch
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps) torch
 	$(PIP_INSTALL) --editable '.[test]'
 	@touch $@

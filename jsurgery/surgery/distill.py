@@ -111,7 +111,7 @@ def attention_loss(
     """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), averaged over queries.
 
     The average is inside the logarithm. c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the
-    features learn the mass that eq. 5 asks for. A linear key may still score far above all softmax keys: a common factor
+    features learn the mass that eq. 5 asks for. A linear key may still score far above all softmax keys: a factor
     exp(2 top) is taken out of the sum. Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared
     difference is never formed, and E has no gradient.
     """
@@ -275,7 +275,7 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     @jax.jit
     def apply(state: dict[str, Any], gradients: Any) -> dict[str, Any]:
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
-        return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}
+        return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}  # type: ignore[arg-type]
 
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
     for step in progress.over(range(start, settings.steps)):

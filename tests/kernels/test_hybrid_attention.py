@@ -18,9 +18,6 @@ from pallas_kernels import hybrid_attention, init_elu_map, init_hedgehog_map, in
 
 IMPLEMENTATIONS = ("xla", "reference")
 
-# Compiling takes most of the time here, and small programs gain nothing from XLA's optimiser.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def numpy_phi(feature_map, head, x):
     """Eq. 8 of one head, relu."""
@@ -79,13 +76,13 @@ def some_valid(num_tokens, batch=2):
     return valid
 
 
-@functools.partial(jit, static_argnames=("num_softmax", "stabilizer", "implementation"))
+@functools.partial(jax.jit, static_argnames=("num_softmax", "stabilizer", "implementation"))
 def attend(arguments, **options):
     return hybrid_attention(*arguments, **options)
 
 
 def gradients(arguments, cotangent, **options):
-    return jit(jax.grad(lambda args: (hybrid_attention(*args, **options) * cotangent).sum()))(arguments)
+    return jax.jit(jax.grad(lambda args: (hybrid_attention(*args, **options) * cotangent).sum()))(arguments)
 
 
 def relative_error(actual, expected):
@@ -122,7 +119,7 @@ def test_softmax_share(num_softmax, stabilizer):
     q, k, v, query_map, key_map = problem(21)
     options = {"num_softmax": num_softmax, "key_valid": some_valid(21), "stabilizer": stabilizer}
     _, expected, _ = equation_5(q, k, v, query_map, key_map, **options)
-    share = jit(lambda *arrays: softmax_share(*arrays, **options))(q, k, query_map, key_map)
+    share = jax.jit(lambda *arrays: softmax_share(*arrays, **options))(q, k, query_map, key_map)
     np.testing.assert_allclose(share, expected, atol=1e-5)
 
 
@@ -185,7 +182,7 @@ def test_chunks_and_masks_leave_values_and_gradients_alone(small_tiles, num_soft
     arguments = problem(21)
     options = {"num_softmax": num_softmax, "stabilizer": stabilizer, "key_valid": some_valid(21)}
 
-    @jit
+    @jax.jit
     def value_and_gradients(arguments):
         y, pullback = jax.vjp(lambda args: hybrid_attention(*args, **options, implementation="xla"), arguments)
         return y, pullback(jnp.cos(arguments[0]))[0]
@@ -218,7 +215,7 @@ def test_other_feature_maps(make):
 def test_full_softmax_is_stock_attention():
     q, k, v, _, _ = problem(33, width=16)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(attention, q, k, v):
         y, pullback = jax.vjp(attention, q, k, v)
         return y, pullback(jnp.cos(y))
@@ -237,7 +234,7 @@ def test_bfloat16(small_tiles):
         return y.astype(jnp.float32).sum(), y
 
     arrays = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
-    grads, actual = jit(jax.grad(loss, has_aux=True))(arrays, maps)
+    grads, actual = jax.jit(jax.grad(loss, has_aux=True))(arrays, maps)
     assert [x.dtype for x in (actual, *grads)] == [jnp.bfloat16] * 4
     assert relative_error(actual, expected) < 0.03
 
@@ -257,8 +254,8 @@ def test_maps_stacked_over_rates_vmap():
     *arrays, query_map, key_map = problem(21)
     loss = jax.value_and_grad(lambda maps: jnp.cos(hybrid_attention(*arrays, *maps, num_softmax=7)).sum())
     pair = [(query_map, key_map), jax.tree.map(lambda x: x + np.float32(0.2), (query_map, key_map))]
-    stacked = jit(jax.vmap(loss))(jax.tree.map(lambda *x: np.stack(x), *pair))
-    one = jit(loss)
+    stacked = jax.jit(jax.vmap(loss))(jax.tree.map(lambda *x: np.stack(x), *pair))
+    one = jax.jit(loss)
     assert_trees_close(stacked, jax.tree.map(lambda *x: np.stack(x), *map(one, pair)))
 
 

@@ -51,8 +51,7 @@ def reference_velocity(reference, latents, timesteps, text):
     return velocity.permute(0, 2, 3, 4, 1).numpy()
 
 
-# Compiling takes most of the time here, and small programs gain nothing from XLA's optimiser.
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=0)
 def run(graph, params, *arguments):
     return nnx.merge(graph, params)(*arguments)
 
