@@ -13,6 +13,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # Only the tests need torch, and any build of it does. To save CUDA's gigabytes, name an index of CPU wheels:
 # make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# Two processes of one thread each: tests compile more than they compute, and compilers use one core.
+ONE_THREAD := XLA_FLAGS='--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1' OMP_NUM_THREADS=1
 
 .PHONY: demo test lint evidence clean
 .DELETE_ON_ERROR:
@@ -21,7 +23,7 @@ demo: $(VENV)/base.stamp
 	$(BIN)/jsurgery surgery --config=tiny --workdir=runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
