@@ -72,7 +72,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
         models[f"{name}_no_linear_finetuned"] = finetuned(
             run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
         )
-    evaluated = Stage(workdir, "evaluation", config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+    evaluated = Stage(workdir, "evidence", config, ("evaluate", "finetune"), after=[run.distill, run.latents])
     teacher = run.teacher
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
     run.pipeline.transformer = teacher

@@ -84,9 +84,8 @@ def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jsurgery.run import Run
 
     run = Run(config, options.workdir)
-    run.write_config()
     for name in STAGES if options.name == "surgery" else (options.name,):
-        run.stages[name]()
+        run.stage(name)
     if options.name in ("surgery", "report"):
         print(run.workdir / "report.html")
 

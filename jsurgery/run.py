@@ -1,7 +1,6 @@
 """One run of the surgery in one workdir: the stages, in order, each skipped when its files are there already."""
 
 import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from etils import epath
@@ -48,7 +47,7 @@ class Run:
         self.trace = stage("trace", fields=(*SAMPLING, "trace"), teacher=identity)
         self.distill = stage("distill", fields=("hybrid", "distill"), after=[self.trace])
         self.plan = stage("plan", fields=("plan",), after=[self.distill])
-        self.latents = stage("latents", fields=("video", "data", "seed"), teacher=identity)
+        self.latents = stage("latents", fields=("video", "data", "seed", "evaluate.validation_clips"), teacher=identity)
         self.operate = stage("hybrid", fields=("finetune.distilled",), after=[self.plan])
         self.finetune = stage("finetune", fields=("finetune",), after=[self.operate, self.latents])
         self.evaluate = stage("evaluation", fields=("evaluate",), after=[self.finetune])
@@ -70,50 +69,42 @@ class Run:
         self.trace.run(lambda: trace(self.config, self.pipeline, self.trace.folder))
 
     def run_distill(self) -> None:
-        self.needs(self.trace)
         self.distill.run(lambda: distill(self.config, self.teacher, self.trace.folder, self.distill.folder))
 
     def run_plan(self) -> None:
-        self.needs(self.distill)
         self.plan.run(lambda: plan(self.config, self.model_config, self.distill.folder, self.plan.folder))
 
     def run_operate(self) -> None:
-        self.needs(self.plan)
         self.operate.run(
             lambda: save_model(self.operated(self.config.finetune.distilled), self.operate.folder, self.base)
         )
 
     def run_finetune(self) -> None:
-        self.needs(self.operate)
         self.latents.run(self.encode_latents)
         self.finetune.run(self.finetune_and_save)
 
     def run_evaluate(self) -> None:
-        self.needs(self.finetune)
         self.evaluate.run(self.evaluate_all)
 
     def run_report(self) -> None:
-        self.needs(self.evaluate)
         self.report.run(lambda: write_report(self.config, self.workdir))
 
-    @property
-    def stages(self) -> dict[str, Callable[[], None]]:
-        """Every stage by its command, in order."""
-        return {
-            "trace": self.run_trace,
-            "distill": self.run_distill,
-            "plan": self.run_plan,
-            "operate": self.run_operate,
-            "finetune": self.run_finetune,
-            "evaluate": self.run_evaluate,
-            "report": self.run_report,
+    def stage(self, name: str) -> None:
+        """Runs one stage by its command. Raises InputError, with nothing written, when the one before is not done."""
+        stages = {
+            "trace": (None, self.run_trace),
+            "distill": (self.trace, self.run_distill),
+            "plan": (self.distill, self.run_plan),
+            "operate": (self.plan, self.run_operate),
+            "finetune": (self.operate, self.run_finetune),
+            "evaluate": (self.finetune, self.run_evaluate),
+            "report": (self.evaluate, self.run_report),
         }
-
-    def needs(self, stage: Stage) -> None:
-        if not stage.done():
-            raise InputError(
-                f"{stage.folder}: not there or not complete; run the stage before this one, or `jsurgery surgery`"
-            )
+        before, run = stages[name]
+        if before is not None and not before.done():
+            raise InputError(f"{before.folder}: not there or not complete; run that stage first, or `jsurgery surgery`")
+        self.write_config()
+        run()
 
     @property
     def base(self) -> str:

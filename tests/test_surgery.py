@@ -65,7 +65,8 @@ def test_another_config_is_refused_and_nothing_is_touched(surgery, capsys):
 def test_a_stage_without_what_it_needs(tiny_pipeline, tmp_path, capsys):
     arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
     assert main(["plan", *arguments, f"--config.model.path={tiny_pipeline}", f"--workdir={tmp_path / 'new'}"]) == 2
-    assert "run the stage before" in capsys.readouterr().err
+    assert "run that stage first" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_sample_writes_a_video(surgery, tmp_path):

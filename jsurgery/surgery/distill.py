@@ -270,7 +270,8 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
 
     optimizer = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": optimizer.init(maps)}))
+    opt_state = optimizer.init(maps)  # type: ignore[arg-type]
+    start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": opt_state}))
 
     @jax.jit
     def apply(state: dict[str, Any], gradients: Any) -> dict[str, Any]:
