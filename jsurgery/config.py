@@ -169,6 +169,12 @@ def validate(config: ConfigDict) -> None:
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
     check_rates("config.plan.rates", config.plan.rates)
+    if 1 in config.hybrid.rates:
+        raise InputError(
+            "config.hybrid.rates: 1 is full softmax, which has nothing to distil; leave it to config.plan.rates"
+        )
+    if "linear" in config.plan.rates and not config.hybrid.linear_branch:
+        raise InputError("config.plan.rates: 'linear' needs config.hybrid.linear_branch=True")
     for rate in config.plan.rates:
         if rate != 1 and rate not in config.hybrid.rates:
             raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")

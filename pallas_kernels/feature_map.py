@@ -41,7 +41,7 @@ class PolynomialMap:
     Attributes:
         kernels: per layer [H, d_in, d_out].
         biases: per layer [H, d_out].
-        log_scale: [H]. Sets the mass of the linear branch; of a pair of maps only the key's is ever other than zero.
+        log_scale: [H]. Sets the mass of the linear branch; of a pair of maps, calibration sets the key's.
         degree: P.
         activation: a key of `ACTIVATIONS`.
     """

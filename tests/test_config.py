@@ -188,3 +188,10 @@ def test_every_field_reads_back_what_was_written(field_and_value):
         assert after[field] == value
         assert type(after[field]) is type(before[field])
     assert {name for name in after if after[name] != before[name]} <= {field}
+
+
+def test_rate_1_is_not_distilled_and_linear_needs_its_branch():
+    with pytest.raises(InputError, match=r"hybrid\.rates: 1 is full softmax"):
+        load_config("tiny", {"hybrid.rates": '(1, 2, 4, 8, "linear")'})
+    with pytest.raises(InputError, match=r"plan\.rates: 'linear' needs"):
+        load_config("tiny", {"hybrid.linear_branch": "False"})

@@ -287,6 +287,7 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
         if (step + 1) % config.log_every == 0:
             by_rate = losses.mean(axis=0)
             metrics.log(step + 1, **{f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)})
+            metrics.flush()
             progress.note = f"loss {losses.mean():.4f}"
         checkpoints.save(step + 1, state, last=step + 1 == settings.steps)
     checkpoints.close()

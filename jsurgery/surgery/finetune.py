@@ -84,6 +84,7 @@ def finetune(
         state, values = update(state, teacher_params, embedded(step), key)
         if (step + 1) % config.log_every == 0:
             metrics.log(step + 1, **values)
+            metrics.flush()
             progress.note = f"loss {values['loss']:.4f}"
         checkpoints.save(step + 1, state, last=step + 1 == settings.steps)
     metrics.flush()
