@@ -1,5 +1,6 @@
 """ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     models["teacher_finetuned"] = finetuned(run, "teacher", lambda: load_teacher(run))
     for name, rates in plans.items():
         hybrid = hybrid_config(config, rates)
-        bare = HybridConfig(rates=hybrid.rates, chain=hybrid.chain, lattice=hybrid.lattice, linear_branch=False)
+        bare = dataclasses.replace(hybrid, linear_branch=False)
         build = functools.partial(build_hybrid, run, hybrid)
         models[f"{name}_not_distilled"] = functools.partial(build, "initial")
         models[f"{name}_distilled"] = functools.partial(build, "feature_maps")
@@ -78,7 +79,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     run.pipeline.transformer = teacher
 
     found = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
-    arms = {name: {**measures(result)} for name, result in found.items()}
+    arms = {name: measures(result) for name, result in found.items()}
     by_rate = {
         str(rate): float(np.mean([row[i] for row in errors["errors"]])) for i, rate in enumerate(errors["rates"])
     }
