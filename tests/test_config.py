@@ -27,6 +27,18 @@ def test_shipped_configs_are_valid_by_path_and_by_name(path):
     assert config_path(path.stem) == path
 
 
+def test_the_wan_configs_hold_the_papers_numbers():
+    """Appendix A.1: 50 steps, guidance 5, Euler ancestral, AdamW 1e-3 on batches of 1; then 1e-5, 16, 1000 times."""
+    for name, tokens in (("wan_1_3b_lowres", 12_600), ("wan_1_3b", 32_760), ("wan_14b", 32_760)):
+        c = load_config(name)
+        assert ((c.video.frames - 1) // 4 + 1) * (c.video.height // 16) * (c.video.width // 16) == tokens
+        assert (c.sampler.steps, c.sampler.guidance, c.trace.solver) == (50, 5.0, "euler_ancestral")
+        assert (c.distill.loss, c.distill.learning_rate, c.distill.batch) == ("value", 1e-3, 1)
+        assert (c.finetune.learning_rate, c.finetune.batch, c.finetune.steps) == (1e-5, 16, 1000)
+        assert (c.hybrid.degree, c.hybrid.layers, tuple(c.plan.rates)) == (2, 2, (1, 2, 4, 8))
+        assert (c.model.dtype, c.plan.budget) == ("bfloat16", "20R2" if name == "wan_14b" else "15R2")
+
+
 def test_a_loaded_config_is_locked():
     config = load_config("tiny")
     with pytest.raises(AttributeError):

@@ -34,6 +34,7 @@ from pallas_kernels import PolynomialMap
 from pallas_kernels.reference import EPSILON
 
 CALIBRATION_BATCHES = 8
+LARGEST_LOG_SCALE = 20.0
 Maps = tuple[PolynomialMap, PolynomialMap]  # of queries and of keys, leaves [blocks, rates, heads, ...]
 
 
@@ -247,6 +248,8 @@ def calibrate(teacher: WanTransformer, batches: list[dict], maps: Maps, setup: S
     found = [measure(teacher, batch, maps, setup) for batch in batches]
     mass, wanted = (sum(stats[name] for stats in found) for name in ("mass", "wanted_mass"))
     log_scale = jnp.log(jnp.maximum(wanted, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
+    # A linear key may score 88 above the stabiliser, and its mass is then infinite in float32.
+    log_scale = jnp.clip(log_scale, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
     return maps[0], dataclasses.replace(maps[1], log_scale=maps[1].log_scale + log_scale)
 
 

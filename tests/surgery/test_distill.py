@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from jsurgery.attention.hybrid import token_order
 from jsurgery.attention.token_order import TokenOrder
@@ -232,6 +233,17 @@ def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, n
     np.testing.assert_allclose(mass, wanted, rtol=1e-4)
     with pytest.raises(AssertionError):  # it had something to do
         np.testing.assert_allclose(found["mass"], found["wanted_mass"], rtol=0.1)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_calibration_stays_finite_where_a_linear_key_scores_far_above_the_stabilizer(teacher, batches, maps, name):
+    graph, state = nnx.split(teacher)
+    sharp = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    sharp.blocks.attn1.norm_k[...] *= 300
+    found = measure(sharp, batches[0], maps, SETUPS[name])
+    assert np.isinf(found["wanted_mass"]).any()
+    _, key_maps = calibrate(sharp, batches, maps, SETUPS[name])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(key_maps))
 
 
 @pytest.fixture(scope="module")

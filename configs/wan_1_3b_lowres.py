@@ -1,0 +1,19 @@
+"""Wan2.1 1.3B at 320x480, 81 frames: 21 x 20 x 30 = 12,600 tokens. The paper's ablations.
+
+    jsurgery surgery --config=wan_1_3b_lowres --workdir=gs://bucket/run --config.mesh.fsdp=8 \\
+        --config.model.path=/path/to/Wan2.1-T2V-1.3B-Diffusers --config.prompts=prompts.txt --config.data.path=latents/
+
+Fine-tuning keeps 16 bytes a parameter (weights, gradients, two AdamW moments), 22.7 GB spread over `fsdp`, and 1.2 GB
+of block inputs per example: 8 TPU v5e of 16 GB or one GPU of 80 GB, by that arithmetic. What the paper states about
+sampling, distillation, planning and fine-tuning (appendix A.1, section 4) are the values of `jsurgery.config.base()`.
+"""
+
+from jsurgery.config import base
+
+
+def get_config():
+    c = base()
+    c.model.dtype = "bfloat16"
+    c.model.remat = True
+    c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 320, 480, 16
+    return c

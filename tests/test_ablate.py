@@ -1,0 +1,66 @@
+"""The evidence table on a random model: its arms, its spreads, and that it resumes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jsurgery.cli import main
+
+SIZES = {
+    "video.frames": 5, "video.height": 64, "video.width": 48, "sampler.steps": 2, "trace.prompts": 3,
+    "trace.holdout": 1, "trace.keep_steps": 2, "trace.batch": 3, "hybrid.rates": '(2, 8, "linear")', "distill.steps": 2,
+    "plan.rates": "(2, 8)", "plan.budget": "2R2", "finetune.steps": 1, "finetune.batch": 2, "data.clips": 4,
+    "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.validation_clips": 8, "evaluate.videos": 1, "log_every": 1,
+}  # fmt: skip
+ARMS = ["teacher", "teacher_finetuned"] + [
+    f"{plan}_{arm}"
+    for plan in ("all", "half")
+    for arm in ("not_distilled", "distilled", "finetuned", "no_linear", "no_linear_finetuned")
+]
+
+
+@pytest.fixture(scope="module")
+def ablated(tiny_pipeline, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evidence")
+    arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
+    arguments += ["ablate", "--table=evidence", "--seeds=2", "--config=tiny", f"--workdir={workdir}"]
+    arguments += [f"--config.model.path={tiny_pipeline}"]
+    assert main(arguments) == 0
+    return workdir, arguments
+
+
+def test_every_arm_is_there_with_the_spread_over_seeds(ablated):
+    workdir, _ = ablated
+    table = json.loads((workdir / "evidence.json").read_text())
+    assert list(table["arms"]) == ARMS
+    first, second = (seed["arms"] for seed in table["per_seed"])
+    for arm in ARMS:
+        for measure in ("validation_loss", "latent_rmse"):
+            (mean, deviation), a, b = table["arms"][arm][measure], first[arm][measure], second[arm][measure]
+            assert mean == pytest.approx((a + b) / 2) and deviation == pytest.approx(abs(a - b) / 2**0.5, abs=1e-9)
+        assert "total" in table["arms"][arm]
+    assert first["teacher"]["latent_rmse"] == 0 < first["teacher_finetuned"]["latent_rmse"]
+    losses = [first[arm]["validation_loss"] for arm in ARMS]
+    assert len(set(losses)) == len(losses)  # twelve different models
+    assert first["teacher"]["validation_loss"] != second["teacher"]["validation_loss"]
+
+
+def test_half_converts_the_blocks_of_least_error(ablated):
+    workdir, _ = ablated
+    for seed in (0, 1):
+        found = json.loads((workdir / "evidence.json").read_text())["per_seed"][seed]
+        errors = json.loads((workdir / f"seed{seed}" / "distill" / "errors.json").read_text())
+        at_rate_8 = [row[1] for row in errors["errors"]]
+        assert found["plans"]["all"] == [8, 8]
+        assert found["plans"]["half"] == [8 if block == np.argmin(at_rate_8) else 1 for block in (0, 1)]
+        assert found["attention_error_by_rate"]["8"] == pytest.approx(np.mean(at_rate_8))
+
+
+def test_it_resumes(ablated):
+    workdir, arguments = ablated
+    kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")}
+    table = (workdir / "evidence.json").read_text()
+    assert len(kept) > 10 and main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")} == kept
+    assert (workdir / "evidence.json").read_text() == table
