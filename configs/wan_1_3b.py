@@ -3,8 +3,8 @@
     jsurgery surgery --config=wan_1_3b --workdir=gs://bucket/run --config.mesh.fsdp=16 \\
         --config.model.path=/path/to/Wan2.1-T2V-1.3B-Diffusers --config.prompts=prompts.txt --config.data.path=latents/
 
-Beside the 22.7 GB of state that wan_1_3b_lowres.py counts, an example's block inputs take 3.0 GB: 16 TPU v5e of 16 GB or
-two GPUs of 80 GB, by that arithmetic. The paper fine-tunes here on 22,000 clips that Wan2.1 14B made.
+Beside the 22.7 GB of state that wan_1_3b_lowres.py counts, an example's block inputs take 3.0 GB: 16 TPU v5e of 16 GB
+or two GPUs of 80 GB, by that arithmetic. The paper fine-tunes here on 22,000 clips that Wan2.1 14B made.
 """
 
 from jsurgery.config import base
