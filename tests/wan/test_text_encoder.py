@@ -20,7 +20,7 @@ from jsurgery.wan.text_encoder import (
     save_text_encoder,
 )
 from jsurgery.wan.tokenizer import train_tokenizer
-from jsurgery.wan.weights import mirrored_tensors
+from jsurgery.wan.weights import load_mirrored, mirrored_tensors
 
 CONFIGS = [
     TextEncoderConfig(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=2),
@@ -89,6 +89,19 @@ def test_equals_transformers(tmp_path, config, lengths, padded_to):
     assert relative_error(embed(encoder, token_ids, mask), expected) < 1e-5
     # Without the mask the result must differ, or the test would say nothing about padding.
     assert relative_error(embed(encoder, token_ids, np.ones_like(mask)), expected) > 1e-2
+
+
+def test_every_tensor_matters(tmp_path):
+    """The comparison above would notice any one tensor being ignored."""
+    reference = random_reference(CONFIGS[0])
+    reference.save_pretrained(tmp_path)
+    encoder = load_text_encoder(tmp_path)
+    token_ids, mask = batch(CONFIGS[0], [9, 40], 41)
+    expected = reference_embeddings(reference, token_ids, mask)
+    tensors = mirrored_tensors(encoder)
+    for name, tensor in tensors.items():
+        load_mirrored(encoder, tensors | {name: tensor * 1.05})
+        assert relative_error(embed(encoder, token_ids, mask), expected) > 1e-4, name
 
 
 def test_encode_prompts_zeroes_padding_and_ignores_it(encoder):

@@ -1,8 +1,10 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -56,6 +58,60 @@ def test_ids_equal_transformers(folder, tmp_path, length, kept):
     assert token_ids.dtype == mask.dtype == np.int32
     np.testing.assert_array_equal(token_ids, expected.input_ids)
     np.testing.assert_array_equal(mask, expected.attention_mask)
+
+
+# Each line is drawn upon to make prompts that no vocabulary foresaw.
+CORPUS = [
+    "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage.",
+    "Several giant woolly mammoths approach, treading through a snowy meadow; their fur lightly blows in the wind.",
+    "一只可爱的橘猫在阳光下的窗台上打盹，窗外是樱花盛开的街道。",
+    "夜晚的城市，霓虹灯闪烁；镜头缓缓推进，电影质感，4K 高清。",
+    "Ein Mann fährt mit dem Fahrrad über eine Brücke – die Straße glänzt vom Regen.",
+    "Une fille court sur la plage, l'été, à contre‑jour… « magnifique » !",
+    "青い海と白い砂浜、カメラはゆっくりと上昇する。",
+    "Кот сидит на подоконнике и смотрит на улицу.",
+    "&lt;b&gt;Tom &amp; Jerry&lt;/b&gt; &quot;run&quot; &#39;fast&#39; &amp;amp; &eacute; &#x1F600;",
+    "🐱🚀✨ 👨‍👩‍👧‍👦 🇯🇵 ☃️ ½ ² ﬁ Ⅳ ｆｕｌｌ　ｗｉｄｔｈ",
+    "tabs\tand\nnewlines\r\n  and    many   spaces\u00a0\u3000\u200b.",
+    "camera: 35mm, f/1.8; 24fps @ 1/48s -- [wide shot] {b-roll} <lora:film:0.8> C:\\path\\file.mp4 100%",
+]
+
+
+def two_hundred_prompts() -> list[str]:
+    rng = np.random.default_rng(0)
+    prompts = ["", " ", *CORPUS, " ".join(CORPUS) * 12]
+    while len(prompts) < 200:
+        pieces = rng.choice(CORPUS, size=rng.integers(1, 4))
+        cuts = [sorted(rng.integers(0, len(piece) + 1, size=2)) for piece in pieces]
+        separator = str(rng.choice(["", " ", "\n", "，", "&nbsp;"]))
+        prompts.append(separator.join(piece[a:b] for piece, (a, b) in zip(pieces, cuts, strict=True)))
+    return prompts
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_ids_of_two_hundred_prompts_of_any_language_equal_transformers(tmp_path, byte_fallback):
+    """A vocabulary with UMT5's conventions (pad 0, end 1, unknown 3), trained here on fewer scripts than the prompts'."""
+    with open(tmp_path / "spiece.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS[:7]), model_writer=file, vocab_size=460, minloglevel=2, pad_id=0, eos_id=1,
+            bos_id=2, unk_id=3, byte_fallback=byte_fallback, hard_vocab_limit=False,
+        )  # fmt: skip
+    reference = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
+    # transformers takes the unknown piece to be T5's and bytes to be absent; UMT5's tokenizer.json says otherwise.
+    vocabulary = json.loads(reference.backend_tokenizer.to_str())["model"]["vocab"]
+    reference.backend_tokenizer.model = tokenizers.models.Unigram(
+        [tuple(entry) for entry in vocabulary], unk_id=3, byte_fallback=byte_fallback
+    )
+    prompts, length = two_hundred_prompts(), 512
+    cleaned = [prompt_clean(prompt) for prompt in prompts]
+    expected = reference(cleaned, padding="max_length", max_length=length, truncation=True)
+    token_ids, mask = Tokenizer(tmp_path)(prompts, length)
+    np.testing.assert_array_equal(token_ids, expected.input_ids)
+    np.testing.assert_array_equal(mask, expected.attention_mask)
+    lengths = [len(ids) for ids in reference(cleaned).input_ids]
+    assert len(prompts) == 200 and max(lengths) > 600 and (3 in token_ids) == (not byte_fallback)
+    raw = reference(prompts, padding="max_length", max_length=length, truncation=True)
+    assert not np.array_equal(token_ids, raw.input_ids)  # cleaning has work to do here
 
 
 def test_every_word_of_the_captions_is_one_piece(folder):
