@@ -90,7 +90,7 @@ def two_hundred_prompts() -> list[str]:
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
 def test_ids_of_two_hundred_prompts_of_any_language_equal_transformers(tmp_path, byte_fallback):
-    """A vocabulary with UMT5's conventions (pad 0, end 1, unknown 3), trained here on fewer scripts than the prompts'."""
+    """With UMT5's conventions (pad 0, end 1, unknown 3), trained here on fewer scripts than the prompts'."""
     with open(tmp_path / "spiece.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS[:7]), model_writer=file, vocab_size=460, minloglevel=2, pad_id=0, eos_id=1,
