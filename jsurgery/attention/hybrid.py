@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jsurgery.attention.token_order import TokenOrder
+from jsurgery.attention.token_order import LATTICES, Rate, TokenOrder
 from jsurgery.errors import InputError
 from pallas_kernels import PolynomialMap, hybrid_attention, init_polynomial_map
+from pallas_kernels.api import STABILIZERS
+from pallas_kernels.feature_map import ACTIVATIONS
 
 FORMAT_VERSION = 1
-Rate = int | str  # 1 is full softmax, "linear" has no softmax token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,22 @@ class HybridConfig:
         if (found := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {found}")
         try:
-            feature_map = FeatureMapConfig(**fields.pop("feature_map"))
-            return cls(
-                rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=feature_map, **fields
-            )
+            phi = FeatureMapConfig(**fields.pop("feature_map"))
+            config = cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=phi, **fields)
         except (KeyError, TypeError) as error:
             raise InputError(f"{source}: hybrid: {error}") from None
+        for name, found, choices in (
+            ("lattice", config.lattice, LATTICES),
+            ("stabilizer", config.stabilizer, STABILIZERS),
+            ("activation", phi.activation, tuple(ACTIVATIONS)),
+        ):
+            if found not in choices:
+                raise InputError(f"{source}: hybrid: {name}: expected one of {', '.join(choices)}, found {found!r}")
+        allowed = (1, *config.chain, *(["linear"] if config.linear_branch else []))
+        if unknown := [rate for rate in config.rates if rate not in allowed]:
+            names = ", ".join(map(str, dict.fromkeys(allowed)))
+            raise InputError(f"{source}: hybrid.rates: expected rates of {names}, found {unknown[0]!r}")
+        return config
 
     @property
     def converted(self) -> tuple[int, ...]:

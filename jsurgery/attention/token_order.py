@@ -9,7 +9,7 @@ import numpy as np
 from jsurgery.errors import InputError
 
 LATTICES = ("strided", "staggered")
-Rate = int | str
+Rate = int | str  # 1 is full softmax, "linear" has no softmax token
 
 
 @dataclasses.dataclass(frozen=True)
