@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,6 +9,18 @@ from jsurgery.config import load_config
 from jsurgery.errors import DoesNotFit, InputError, ParityError
 
 STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
+SAMPLE_FIELDS = {
+    "model": "model.path",
+    "frames": "video.frames",
+    "height": "video.height",
+    "width": "video.width",
+    "steps": "sampler.steps",
+    "guidance": "sampler.guidance",
+    "shift": "sampler.shift",
+    "solver": "sampler.solver",
+    "negative_prompt": "sampler.negative_prompt",
+    "seed": "seed",
+}
 CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4}
 
 
@@ -47,9 +58,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     parser = Parser(prog="jsurgery", description="Attention surgery for video diffusion transformers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, run: Callable, text: str) -> Parser:
+    def command(name: str, run: Callable, text: str, config: str | None = "tiny") -> Parser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--config", default="tiny", help="a config file, or the name of a shipped one (default: tiny)")
+        kind = f"a config file, or the name of a shipped one (default: {config or 'by the model'})"
+        sub.add_argument("--config", default=config, help=kind)
         sub.set_defaults(command=run, name=name)
         return sub
 
@@ -71,11 +83,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--table", choices=["evidence"], required=True)
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--workdir", required=True)
-    sub = command("sample", sample, "a prompt to a video")
-    sub.add_argument("--model", default="tiny_wan", help="a model folder (default: the bundled tiny_wan)")
-    sub.add_argument("--prompt", required=True)
-    sub.add_argument("--output", default="out.mp4", help=".mp4, .gif or .png")
-    sub.add_argument("--seed", type=int, default=0)
+    sub = command("sample", sample, "prompts to videos", config=None)
+    prompts = sub.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompts_file", help="one prompt a line; running it again makes the videos still missing")
+    sub.add_argument("--output", help=".mp4, .gif or .png (default: out.mp4); with --prompts_file a folder of mp4")
+    for flag, field in SAMPLE_FIELDS.items():
+        sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+    sub = command("convert", convert, "a transformer from one checkpoint layout to another")
+    sub.add_argument("--model", required=True, help="a folder, file or repository; or the original VAE or T5 .pth file")
+    sub.add_argument("--output", required=True, help="a new folder; for comfyui a new .safetensors file")
+    sub.add_argument("--layout", choices=["diffusers", "original", "comfyui"], default="diffusers")
     return parser.parse_args(rest), overrides
 
 
@@ -105,17 +123,23 @@ def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
-    output = pathlib.Path(options.output)
-    if output.suffix not in (".mp4", ".gif", ".png"):
-        raise InputError(f"--output={output}: expected a name that ends in .mp4, .gif or .png")
-    from jsurgery.evaluate.video_file import write_video
-    from jsurgery.wan.pipeline import load_pipeline
+    given = {field: getattr(options, flag) for flag, field in SAMPLE_FIELDS.items()}
+    overrides |= {field: text for field, text in given.items() if text is not None}
+    from jsurgery.sample import read_prompts, sample_videos, sampling_config
 
-    video = load_pipeline(options.model)(options.prompt, config, seed=options.seed)[0]
-    settings = {"prompt": options.prompt, "seed": options.seed, **config.sampler.to_dict(), **config.video.to_dict()}
-    write_video(output, video, config.video.fps, settings)
-    print(output)
+    config = sampling_config(options.config, overrides)
+    single = options.prompts_file is None
+    prompts = [options.prompt] if single else read_prompts(options.prompts_file)
+    for file in sample_videos(config, prompts, options.output or ("out.mp4" if single else "samples"), single):
+        print(file, flush=True)
+
+
+def convert(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if overrides:
+        raise InputError(f"--config.{min(overrides)}: convert takes no config")
+    from jsurgery.wan.convert import convert as converted
+
+    print(converted(options.model, options.output, options.layout))
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ def base() -> ConfigDict:
     c.text_length = 512  # text tokens, zero-padded
 
     c.sampler = ConfigDict()
-    c.sampler.solver = "euler"
+    c.sampler.solver = "euler"  # "unipc" is Wan's own
     c.sampler.steps = 50
     c.sampler.shift = 3.0
-    c.sampler.guidance = 5.0
+    c.sampler.guidance = 5.0  # 1: the prompt alone, one velocity a step
+    c.sampler.guidance_batched = True  # False: the two velocities one after the other, in half the memory
     c.sampler.negative_prompt = ""
 
     c.hybrid = ConfigDict()
@@ -127,7 +128,7 @@ def base() -> ConfigDict:
     c.train.optimizer = "muon"
     c.train.learning_rate = 2e-3
     c.train.warmup = 100
-    c.train.decay = 1000  # steps of linear decay to zero at the end
+    c.train.decay = 1000  # steps of the decay to zero at the end
     c.train.ema = 0.999
     c.train.shift = 3.0  # of the training noise levels
     c.train.condition_dropout = 0.1
@@ -136,7 +137,7 @@ def base() -> ConfigDict:
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "sampler.solver": ("euler", "euler_ancestral"),
+    "sampler.solver": ("euler", "euler_ancestral", "unipc"),
     "trace.solver": ("euler", "euler_ancestral"),
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered"),
@@ -166,6 +167,8 @@ def validate(config: ConfigDict) -> None:
     budget = config.plan.budget
     if isinstance(budget, bool) or not isinstance(budget, str | int | float):
         raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
+    if config.seed >= 2**32:
+        raise InputError(f"config.seed: expected less than 2^32, found {config.seed}")
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
     check_rates("config.plan.rates", config.plan.rates)

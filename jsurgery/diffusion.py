@@ -1,16 +1,22 @@
 """Flow matching: noise levels, solvers and guidance.
 
 x_t = (1 - sigma) x_0 + sigma * noise, velocity = noise - x_0, timestep = 1000 * sigma.
+
+Every solver here is the same step with other coefficients: the velocity predicts the data, x - sigma * velocity, and
+the next x is a linear combination of x, of the latest data predictions and, for some solvers, of fresh noise.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+LEAST_SIGMA = 0.001  # of the 1000 training timesteps
 
 
 def shift_sigma(sigma: Array, shift: float) -> Array:
@@ -19,7 +25,7 @@ def shift_sigma(sigma: Array, shift: float) -> Array:
 
 
 def sampling_sigmas(steps: int, shift: float) -> np.ndarray:
-    """`steps + 1` noise levels from 1 to 0, float32."""
+    """`steps + 1` noise levels from 1 to 0, float32: those of "euler_ancestral"."""
     return np.asarray(shift_sigma(np.linspace(1, 0, steps + 1), shift), np.float32)
 
 
@@ -29,31 +35,134 @@ def add_noise(latents: jax.Array, noise: jax.Array, sigma_B: jax.Array) -> tuple
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
 
-def guided(velocity_2B: jax.Array, guidance: float) -> jax.Array:
-    """Classifier-free guidance on a batch [conditional; unconditional]."""
-    conditional, unconditional = jnp.split(velocity_2B, 2)
+def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
+    """Classifier-free guidance: 0 is the unconditional velocity, 1 the conditional one."""
     return unconditional + guidance * (conditional - unconditional)
 
 
-def solver_step(
-    x: jax.Array, velocity: jax.Array, sigma: jax.Array, next_sigma: jax.Array, noise: jax.Array, solver: str
-) -> jax.Array:
-    """One step from `sigma` to `next_sigma`.
+class Schedule(NamedTuple):
+    """The steps of a solver, a row each. NumPy float64 [steps, ...]."""
 
-    "euler" is deterministic. "euler_ancestral" goes down to sigma_d = next_sigma^2 / sigma and renoises up to
-    next_sigma; a = 1 - sigma scales the data, so that x keeps the variance that the model expects.
+    sigma: Any  # the noise level of x before the step
+    timestep: Any  # what the model is told of it
+    corrector: (
+        Any  # [steps, 5]: of x, x before the last step (corrected), the data of two steps ago, of the last, of this
+    )
+    predictor: Any  # [steps, 3]: of the corrected x, the data of the last step, of this one
+    renoise: Any  # of fresh noise
+
+    def row(self, step: int) -> "Schedule":
+        return Schedule(*(column[step] for column in self))
+
+
+class State(NamedTuple):
+    """What a step hands to the next: x, and what the corrector and the predictor look back on, all [B, ...]."""
+
+    x: jax.Array
+    previous_x: jax.Array
+    older_data: jax.Array
+    last_data: jax.Array
+
+
+def schedule(solver: str, steps: int, shift: float) -> Schedule:
+    """The coefficients of "euler", "euler_ancestral" or "unipc" from noise to data.
+
+    "euler" and "unipc" step through the noise levels of diffusers' FlowMatchEulerDiscreteScheduler and
+    UniPCMultistepScheduler (with flow sigmas), which differ.
     """
-    if solver == "euler":
-        return x + (next_sigma - sigma) * velocity
-    down = next_sigma**2 / sigma
-    data = x - sigma * velocity
-    scale = (1 - next_sigma) / (1 - down)
-    renoise = jnp.sqrt(jnp.maximum(next_sigma**2 - (down * scale) ** 2, 0.0))
-    return scale * (down / sigma * x + (1 - down / sigma) * data) + renoise * noise
+    sigmas, timesteps = noise_levels(solver, steps, shift)
+    sigma, ratio = sigmas[:-1], sigmas[1:] / sigmas[:-1]
+    corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (steps, 1))
+    predictor = np.stack([ratio, np.zeros(steps), 1 - ratio], axis=1)
+    renoise = np.zeros(steps)
+    if solver == "euler_ancestral":
+        predictor, renoise = ancestral_coefficients(sigmas)
+    elif solver == "unipc":
+        corrector, predictor = unipc_coefficients(sigmas)
+    return Schedule(sigma, timesteps, corrector, predictor, renoise)
+
+
+def noise_levels(solver: str, steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels [steps + 1], the last of them 0, and timesteps [steps]."""
+    if solver == "unipc":
+        sigma = shift_sigma(np.linspace(1, LEAST_SIGMA, steps + 1)[:-1], shift)
+        sigma[0] -= 1e-6  # pure noise has no finite log-SNR
+        timesteps = np.floor(1000 * sigma)
+    elif solver == "euler":
+        first, last = shift_sigma(np.array([1, LEAST_SIGMA]), shift)  # diffusers shifts the last level twice
+        sigma = shift_sigma(np.linspace(first, last, steps), shift)
+        timesteps = 1000 * sigma
+    else:
+        sigma = sampling_sigmas(steps, shift)[:-1]
+        timesteps = 1000 * sigma
+    return np.append(sigma, 0).astype(np.float32).astype(np.float64), timesteps.astype(np.float64)
+
+
+def ancestral_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predictor and renoise of Euler ancestral: down to sigma_d = next^2 / sigma, then up to `next` by fresh noise.
+
+    a = 1 - sigma scales the data, so that x keeps the variance that the model expects.
+    """
+    sigma, following = sigmas[:-1], sigmas[1:]
+    down = following**2 / sigma
+    scale = (1 - following) / (1 - down)
+    predictor = np.stack([scale * down / sigma, np.zeros_like(sigma), scale * (1 - down / sigma)], axis=1)
+    return predictor, np.sqrt(np.maximum(following**2 - (down * scale) ** 2, 0.0))
+
+
+def unipc_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corrector and predictor of UniPC-2 with B_2(h) on data predictions (Zhao et al., arXiv 2302.04867).
+
+    The corrector moves x once its velocity is known, by the same interval that the last predictor crossed. The first
+    interval has one data prediction only and is of order 1; so is the last predictor, where the log-SNR is infinite.
+    """
+    steps = len(sigmas) - 1
+    log_snr = np.log((1 - sigmas[:-1]) / sigmas[:-1])
+    ratio = sigmas[1:] / sigmas[:-1]  # of x carried over; 1 - ratio is of data, as in Euler's step
+    corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
+    corrector[0, 0] = 1
+    for i in range(1, steps):
+        h = log_snr[i] - log_snr[i - 1]
+        older, new = 0.0, 0.5
+        if i > 1:
+            r = (log_snr[i - 2] - log_snr[i - 1]) / h
+            first = -1 / np.expm1(-h) - 1 / h
+            second = -1 / np.expm1(-h) - 2 * first / h
+            rho = (first - second) / (1 - r)
+            older, new = rho / r, first - rho
+        data = 1 - ratio[i - 1]
+        corrector[i] = 0, ratio[i - 1], data * older, data * (1 - older - new), data * new
+    for i in range(steps):
+        last = 0.0
+        if 0 < i < steps - 1:
+            last = 0.5 * (log_snr[i + 1] - log_snr[i]) / (log_snr[i - 1] - log_snr[i])
+        predictor[i] = ratio[i], (1 - ratio[i]) * last, (1 - ratio[i]) * (1 - last)
+    return corrector, predictor
+
+
+def initial_state(noise: jax.Array) -> State:
+    zeros = jnp.zeros_like(noise)
+    return State(noise, zeros, zeros, zeros)
+
+
+def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array | None = None) -> State:
+    """One step from `state` by a row of a schedule. `key` draws the fresh noise, None for a solver that takes none."""
+    data = state.x - row.sigma * velocity(state.x, jnp.full(state.x.shape[0], row.timestep))
+    seen = (state.x, state.previous_x, state.older_data, state.last_data, data)
+    corrected = sum((row.corrector[i] * term for i, term in enumerate(seen)), start=jnp.zeros_like(data))
+    x = row.predictor[0] * corrected + row.predictor[1] * state.last_data + row.predictor[2] * data
+    if key is not None:
+        x += row.renoise * jax.random.normal(key, x.shape, x.dtype)
+    return State(x, corrected, state.last_data, data)
+
+
+def step_keys(rows: Schedule, key: jax.Array) -> jax.Array | None:
+    """A key for every step, or None where the solver takes no fresh noise."""
+    return jax.random.split(key, len(rows.renoise)) if np.any(rows.renoise) else None
 
 
 def sample(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Velocity,
     noise: jax.Array,
     *,
     steps: int,
@@ -66,12 +175,12 @@ def sample(
 
     Returns (latents, trajectory): trajectory [steps, B, ...] holds x before every step when `record`, else None.
     """
-    sigmas = jnp.asarray(sampling_sigmas(steps, shift))
+    rows = schedule(solver, steps, shift)
 
-    def step(x, inputs):
-        sigma, next_sigma, key = inputs
-        v = velocity(x, jnp.full(x.shape[0], 1000 * sigma))
-        new = solver_step(x, v, sigma, next_sigma, jax.random.normal(key, x.shape, x.dtype), solver)
-        return new, x if record else None
+    def step(state, inputs):
+        return solver_step(velocity, state, *inputs), state.x if record else None
 
-    return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:], jax.random.split(key, steps)))
+    state, trajectory = jax.lax.scan(
+        step, initial_state(noise), (jax.tree.map(jnp.asarray, rows), step_keys(rows, key))
+    )
+    return state.x, trajectory

@@ -1,15 +1,24 @@
-"""Solvers against closed forms and against diffusers' flow-matching scheduler."""
-
-import itertools
+"""Solvers against closed forms and against diffusers' schedulers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from jsurgery.diffusion import add_noise, guided, sample, sampling_sigmas, solver_step
+from jsurgery.diffusion import (
+    add_noise,
+    guided,
+    initial_state,
+    noise_levels,
+    sample,
+    sampling_sigmas,
+    schedule,
+    solver_step,
+)
+
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(50, 5.0), (7, 3.0), (1, 1.0)])
@@ -27,50 +36,130 @@ def test_noise_and_velocity():
     np.testing.assert_allclose(velocity, noise - latents, atol=1e-6)
 
 
-def test_guidance_runs_from_the_unconditional_half_past_the_conditional_one():
-    both = jnp.array([[3.0], [5.0], [1.0], [1.0]])
-    np.testing.assert_allclose(guided(both, 1.0), both[:2])
-    np.testing.assert_allclose(guided(both, 0.0), both[2:])
-    np.testing.assert_allclose(guided(both, 5.0), [[11.0], [21.0]])
+def test_guidance_runs_from_the_unconditional_velocity_past_the_conditional_one():
+    conditional, unconditional = jnp.array([3.0, 5.0]), jnp.array([1.0, 1.0])
+    np.testing.assert_allclose(guided(conditional, unconditional, 1.0), conditional)
+    np.testing.assert_allclose(guided(conditional, unconditional, 0.0), unconditional)
+    np.testing.assert_allclose(guided(conditional, unconditional, 5.0), [11.0, 21.0])
 
 
 def curved_velocity(x, timesteps):
-    return np.cos(3 * x) + timesteps[0] / 1000 * x
+    """Nonlinear in x, and told of the timestep as a Wan transformer is."""
+    return jnp.cos(3 * x) + timesteps[0] / 1000 * x
 
 
-def test_euler_is_that_of_diffusers():
-    noise = np.random.default_rng(0).normal(size=(2, 1, 3, 3, 4)).astype(np.float32)
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=sampling_sigmas(9, 3.0)[:-1].tolist())
-    expected, path = torch.tensor(noise), []
+def trajectory_of_diffusers(scheduler, noise, steps):
+    """x before every step and after the last one."""
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(0)
+    x, path = torch.tensor(noise), []
     for timestep in scheduler.timesteps:
-        path.append(expected.numpy())
-        velocity = curved_velocity(expected.numpy(), [timestep.item()])
-        expected = scheduler.step(torch.tensor(velocity), timestep, expected, return_dict=False)[0]
+        path.append(x.numpy())
+        velocity = np.array(curved_velocity(x.numpy(), np.array([timestep.item()], np.float32)))
+        x = scheduler.step(torch.tensor(velocity), timestep, x, return_dict=False)[0]
+    return np.stack([*path, x.numpy()])
 
-    velocity = lambda x, timesteps: jnp.cos(3 * x) + timesteps[0] / 1000 * x
+
+def trajectory_of(rows, noise):
+    state = initial_state(jnp.asarray(noise))
+    path = [state.x]
+    for i in range(len(rows.sigma)):
+        state = solver_step(curved_velocity, state, rows.row(i))
+        path.append(state.x)
+    return np.stack(path)
+
+
+def distance(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def toy_noise():
+    return np.random.default_rng(0).normal(size=(2, 1, 3, 3, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 5.0), (50, 1.0), (3, 3.0), (2, 8.0), (1, 3.0)])
+def test_noise_levels_are_those_of_diffusers(steps, shift):
+    for solver, scheduler in (
+        ("euler", FlowMatchEulerDiscreteScheduler(shift=shift)),
+        ("unipc", UniPCMultistepScheduler(**UNIPC, flow_shift=shift)),
+    ):
+        scheduler.set_timesteps(steps)
+        sigmas, timesteps = noise_levels(solver, steps, shift)
+        np.testing.assert_allclose(sigmas, scheduler.sigmas, atol=2e-7)
+        np.testing.assert_allclose(timesteps, scheduler.timesteps, rtol=2e-7)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 5.0), (4, 8.0), (3, 3.0), (2, 1.0), (1, 3.0)])
+def test_unipc_is_that_of_diffusers(steps, shift, toy_noise):
+    expected = trajectory_of_diffusers(UniPCMultistepScheduler(**UNIPC, flow_shift=shift), toy_noise, steps)
+    assert distance(trajectory_of(schedule("unipc", steps, shift), toy_noise), expected) < 1e-5
+
+
+def test_the_parity_of_unipc_sees_a_coefficient_an_order_and_a_schedule(toy_noise):
+    rows = schedule("unipc", 20, 3.0)
+    found = trajectory_of(rows, toy_noise)
+    for other in (
+        {"solver_order": 1},
+        {"solver_order": 3},
+        {"solver_type": "bh1"},
+        {"disable_corrector": [7]},
+        {"flow_shift": 3.1},
+    ):
+        scheduler = UniPCMultistepScheduler(**UNIPC | {"flow_shift": 3.0} | other)
+        expected = trajectory_of_diffusers(scheduler, toy_noise, 20)
+        assert distance(found[:-1], expected[:-1]) > 1e-4, other  # bh1 ends in NaN there
+    expected = trajectory_of_diffusers(UniPCMultistepScheduler(**UNIPC, flow_shift=3.0), toy_noise, 20)
+    for field in ("corrector", "predictor"):
+        for column in range(getattr(rows, field).shape[1]):
+            perturbed = getattr(rows, field).copy()
+            perturbed[9, column] += 1e-3
+            assert distance(trajectory_of(rows._replace(**{field: perturbed}), toy_noise), expected) > 5e-5, field
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 5.0), (9, 1.0), (1, 3.0)])
+def test_euler_is_that_of_diffusers(steps, shift, toy_noise):
+    expected = trajectory_of_diffusers(FlowMatchEulerDiscreteScheduler(shift=shift), toy_noise, steps)
+    assert distance(trajectory_of(schedule("euler", steps, shift), toy_noise), expected) < 1e-5
+
+
+def test_the_parity_of_euler_sees_a_coefficient_and_a_schedule(toy_noise):
+    expected = trajectory_of_diffusers(FlowMatchEulerDiscreteScheduler(shift=3.0), toy_noise, 20)
+    rows = schedule("euler", 20, 3.0)
+    perturbed = rows.predictor.copy()
+    perturbed[9, 0] += 1e-3
+    assert distance(trajectory_of(rows._replace(predictor=perturbed), toy_noise), expected) > 1e-4
+    assert distance(trajectory_of(schedule("unipc", 20, 3.0), toy_noise), expected) > 1e-3
+    assert distance(trajectory_of(schedule("euler", 20, 3.1), toy_noise), expected) > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_the_compiled_loop_takes_the_same_steps_and_records_them(solver, toy_noise):
     key = jax.random.key(0)
-    latents, trajectory = sample(velocity, noise, steps=9, shift=3.0, solver="euler", key=key, record=True)
-    np.testing.assert_allclose(latents, expected, atol=2e-6)
-    np.testing.assert_allclose(trajectory, path, atol=2e-6)
+    latents, trajectory = sample(curved_velocity, toy_noise, steps=6, shift=3.0, solver=solver, key=key, record=True)
+    expected = trajectory_of(schedule(solver, 6, 3.0), toy_noise)
+    np.testing.assert_allclose(trajectory, expected[:-1], atol=2e-6)
+    np.testing.assert_allclose(latents, expected[-1], atol=2e-6)
 
 
 def moments(solver, steps, data_mean, data_variance):
     """Mean and variance after each step, and those that they should be, for Gaussian data and its exact velocity.
 
-    Every step is then affine in x and in the fresh noise: three evaluations give its coefficients.
+    A step is affine in x, so two evaluations give its coefficients, and adds fresh noise of a known scale.
     """
     mean, variance, found, expected = 0.0, 1.0, [], []
     with jax.enable_x64(True):
-        sigmas = sampling_sigmas(steps, 3.0).astype(np.float64)
-        for sigma, next_sigma in itertools.pairwise(sigmas):
-            x, noise = np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 1.0])
-            total = (1 - sigma) ** 2 * data_variance + sigma**2
-            residual = (x - (1 - sigma) * data_mean) / total
-            velocity = sigma * residual - data_mean - (1 - sigma) * data_variance * residual
-            after = np.asarray(solver_step(x, velocity, sigma, next_sigma, noise, solver))
-            constant, slope, spread = after[0], after[1] - after[0], after[2] - after[0]
-            mean, variance = slope * mean + constant, slope**2 * variance + spread**2
+        rows = schedule(solver, steps, 3.0)
+        for i, (sigma, next_sigma) in enumerate(zip(rows.sigma, [*rows.sigma[1:], 0.0], strict=True)):
+
+            def velocity(x, timesteps, sigma=sigma):
+                residual = (x - (1 - sigma) * data_mean) / ((1 - sigma) ** 2 * data_variance + sigma**2)
+                return sigma * residual - data_mean - (1 - sigma) * data_variance * residual
+
+            row = rows.row(i)
+            constant, one = solver_step(velocity, initial_state(jnp.array([0.0, 1.0])), row).x
+            slope = one - constant
+            mean, variance = slope * mean + constant, slope**2 * variance + row.renoise**2
             found.append((mean, variance))
             expected.append(((1 - next_sigma) * data_mean, (1 - next_sigma) ** 2 * data_variance + next_sigma**2))
     return np.array(found), np.array(expected)
@@ -92,8 +181,17 @@ def test_gaussian_data_keep_their_moments_as_steps_get_smaller(solver):
 
 def test_ancestral_steps_draw_fresh_noise():
     noise = jnp.zeros((2, 1, 4, 4, 3))
-    velocity = lambda x, _: x
+    velocity = lambda x, timesteps: x
     run = lambda solver, seed: sample(velocity, noise, steps=4, shift=3.0, solver=solver, key=jax.random.key(seed))[0]
     assert np.array_equal(run("euler", 0), run("euler", 1))
     assert np.array_equal(run("euler_ancestral", 0), run("euler_ancestral", 0))
     assert not np.array_equal(run("euler_ancestral", 0), run("euler_ancestral", 1))
+
+
+def test_the_scale_of_fresh_noise():
+    rows = schedule("euler_ancestral", 4, 3.0)
+    row = rows.row(1)
+    state = initial_state(jnp.zeros((1, 100_000)))
+    drawn = solver_step(lambda x, timesteps: x, state, row, jax.random.key(0)).x
+    np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, row.renoise], atol=0.01)
+    assert row.renoise > 0.3

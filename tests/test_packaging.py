@@ -15,7 +15,8 @@ import pytest
 import jsurgery
 
 ROOT = pathlib.Path(__file__).parents[1]
-SOURCES = ("jsurgery", "pallas_kernels", "configs", "pyproject.toml", "setup.py", "LICENSE", "README.md")
+SOURCES = ("jsurgery", "pallas_kernels", "configs", "export", "pyproject.toml", "setup.py", "LICENSE", "README.md")
+MOVED = ("configs", "export")  # into the package
 
 
 def run(*command: object, cwd: pathlib.Path) -> str:
@@ -72,9 +73,9 @@ def test_the_wheel_holds_two_packages_and_all_their_files(wheel):
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    configs = {f"jsurgery/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").glob("*.py")}
-    assert len(files) > 30 and len(configs) > 1
-    assert files | configs == {name for name in names if ".dist-info/" not in name}
+    moved = {f"jsurgery/{path.relative_to(ROOT).as_posix()}" for name in MOVED for path in (ROOT / name).glob("*.py")}
+    assert len(files) > 30 and len(moved) > 3
+    assert files | moved == {name for name in names if ".dist-info/" not in name}
 
 
 def test_the_command_works_from_anywhere(python, tmp_path):
@@ -97,6 +98,23 @@ def test_shipped_configs_are_found_by_name(python, tmp_path):
     assert all(
         path.startswith(installed) and path.endswith(f"jsurgery/configs/{name}.py") for name, (path, _) in found.items()
     )
+
+
+def test_export_is_part_of_the_package(python, tmp_path):
+    """Under one name in a wheel and, where it lies beside the package, in a checkout; without diffusers."""
+    code = """if True:
+        import sys
+        from jsurgery.export import torch_model
+        loaded = {"diffusers", "tensorflow"} & set(sys.modules)
+        assert not loaded, loaded
+        print(torch_model.__name__, torch_model.__file__)
+    """
+    (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
+    for interpreter, cwd, file in [
+        (python, tmp_path, site_packages / "jsurgery" / "export" / "torch_model.py"),
+        (sys.executable, ROOT, ROOT / "export" / "torch_model.py"),
+    ]:
+        assert run(interpreter, "-c", code, cwd=cwd).split() == ["jsurgery.export.torch_model", str(file)]
 
 
 def test_nothing_else_becomes_importable(python, tmp_path):

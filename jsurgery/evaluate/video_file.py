@@ -7,19 +7,30 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import av.error
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from jsurgery.errors import InputError
 
 SHEET_FRAMES = 9
+SUFFIXES = (".mp4", ".gif", ".png")
+
+
+def check_suffix(path: pathlib.Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--output={path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
 def write_video(
     path: str | os.PathLike[str], video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None
 ) -> None:
-    """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON."""
+    """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON.
+
+    The file appears under its name when it is complete.
+    """
     path = pathlib.Path(path)
+    check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(settings or {})
     temporary = path.with_name(f".{path.name}{path.suffix}")
@@ -35,14 +46,28 @@ def write_video(
             "comment": comment,
         }
         frames[0].save(temporary, **options)
-    elif path.suffix == ".png":
+    else:
         chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)
         info = PngImagePlugin.PngInfo()
         info.add_text("settings", comment)
         Image.fromarray(np.concatenate(list(video_FxHxWx3[chosen]), axis=1)).save(temporary, pnginfo=info)
-    else:
-        raise InputError(f"--output={path}: expected a name that ends in .mp4, .gif or .png")
     temporary.replace(path)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that `write_video` left in a file; empty for any other file."""
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".mp4":
+            with av.open(str(path)) as container:
+                comment = container.metadata.get("comment", "")
+        else:
+            with Image.open(path) as image:
+                comment = image.info.get("settings" if path.suffix == ".png" else "comment", "")
+        settings = json.loads(comment)
+    except (av.error.FFmpegError, OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment: str) -> None:

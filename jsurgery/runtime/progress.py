@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 
 def say(message: str) -> None:
@@ -60,6 +59,8 @@ class Metrics:
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
         self.rows = kept
+        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it then imports
+
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def log(self, step: int, **values: Any) -> None:

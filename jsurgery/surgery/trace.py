@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, shard_path, text_array, write_shard
-from jsurgery.diffusion import sampling_sigmas
+from jsurgery.diffusion import schedule
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.pipeline import Pipeline
@@ -51,7 +51,7 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
         ),
     )
     kept = kept_steps(sampler.steps, config.trace.keep_steps)
-    timesteps = 1000 * sampling_sigmas(sampler.steps, sampler.shift)[kept]
+    timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]
     with config.unlocked():
         traced = config.copy_and_resolve_references()
     traced.sampler.solver = config.trace.solver

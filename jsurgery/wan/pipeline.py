@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,15 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.diffusion import guided, sample
+from jsurgery.diffusion import State, Velocity, guided, initial_state, sample, schedule, solver_step, step_keys
 from jsurgery.errors import InputError
+from jsurgery.wan import hub
+from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.transformer import WanTransformer, load_transformer
+from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, read_config
 from jsurgery.wan.vae import WanVae, load_vae
+from jsurgery.wan.weights import check_tensors
 
 BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
 VAE_STRIDES = (4, 8, 8)
@@ -27,7 +30,7 @@ VAE_STRIDES = (4, 8, 8)
 
 def model_path(path: str) -> epath.Path:
     """A model folder, or the name of a bundled one. Raises InputError when it is not there."""
-    found = epath.Path(BUNDLED.get(path, path))
+    found = epath.Path(BUNDLED.get(path) or hub.local_path(path))
     if not path or not found.exists():
         raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
     return found
@@ -49,6 +52,29 @@ def pipeline_folder(path: epath.Path) -> epath.Path:
     return model_path(base)
 
 
+def check_pipeline(path: str) -> WanConfig:
+    """The transformer's config. Raises InputError where `load_pipeline` would, having read the weights' headers."""
+    folder = model_path(path)
+    base = pipeline_folder(folder)
+    config = read_config(transformer_folder(folder))
+    for weights in (transformer_folder(folder), base / "vae", base / "text_encoder"):
+        check_tensors(weights)
+    Tokenizer(base / "tokenizer")
+    return config
+
+
+def check_size(config: WanConfig, frames: int, height: int, width: int) -> None:
+    """Raises InputError for a video that patches do not divide or that is longer than RoPE's table on an axis."""
+    grid = config.token_grid(latent_grid(frames, height, width))
+    rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
+
+
+def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of a video's latents."""
+    t, h, w = VAE_STRIDES
+    return (frames - 1) // t + 1, height // h, width // w
+
+
 @dataclasses.dataclass
 class Pipeline:
     """A loaded model. `transformer` may be swapped for another of the same latents and text."""
@@ -64,8 +90,7 @@ class Pipeline:
         return _embed(self.text_encoder, token_ids, mask)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        t, h, w = VAE_STRIDES
-        return (frames - 1) // t + 1, height // h, width // w, self.transformer.config.in_channels
+        return *latent_grid(frames, height, width), self.transformer.config.in_channels
 
     def sample(
         self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False
@@ -74,15 +99,40 @@ class Pipeline:
 
         The noise of a prompt depends on the seed and on its number (`first`, `first` + 1, ...), not on the batch.
         """
+        return _sample(self.transformer, *self._inputs(prompts, config, seed, first), _Sampling.of(config, record))
+
+    def sample_by_steps(
+        self,
+        prompts: Sequence[str],
+        config: ConfigDict,
+        *,
+        seed: int,
+        first: int = 0,
+        on_step: Callable[[int], None] = lambda done: None,
+    ) -> jax.Array:
+        """The latents of `sample` by a compiled step instead of a compiled loop; `on_step` hears how many are done."""
+        text, blank, noise, key = self._inputs(prompts, config, seed, first)
+        sampler = config.sampler
+        rows = schedule(sampler.solver, sampler.steps, sampler.shift)
+        keys = step_keys(rows, key)
+        state = initial_state(noise)
+        for i in range(sampler.steps):
+            inputs = text, blank, state, rows.row(i), None if keys is None else keys[i]
+            state = _step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
+            state.x.block_until_ready()
+            on_step(i + 1)
+        return state.x
+
+    def _inputs(
+        self, prompts: Sequence[str], config: ConfigDict, seed: int, first: int
+    ) -> tuple[Any, Any, jax.Array, jax.Array]:
+        """Text, negative text (None where guidance does not read it), noise, and the key of fresh noise."""
         video, sampler = config.video, config.sampler
-        noise = initial_noise(
-            seed, range(first, first + len(prompts)), self.latent_shape(video.frames, video.height, video.width)
-        )
+        shape = self.latent_shape(video.frames, video.height, video.width)
+        noise = initial_noise(seed, range(first, first + len(prompts)), shape)
         text = self.embed(prompts, config.text_length)
-        blank = self.embed([sampler.negative_prompt], config.text_length)
-        key = jax.random.fold_in(jax.random.key(seed), first)
-        settings = Sampling(sampler.solver, sampler.steps, float(sampler.shift), float(sampler.guidance), record)
-        return _sample(self.transformer, text, blank, noise, key, settings)
+        blank = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
+        return text, blank, noise, jax.random.fold_in(jax.random.key(seed), first)
 
     def encode(self, video_BxFxHxWx3: np.ndarray) -> jax.Array:
         """Latents [B, T, H, W, C] of float videos in [-1, 1]."""
@@ -118,23 +168,27 @@ def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class _Sampling:
+    """What a compiled sampler is specialised to."""
+
     solver: str
     steps: int
     shift: float
     guidance: float
+    guidance_batched: bool
     record: bool = False
+
+    @classmethod
+    def of(cls, config: ConfigDict, record: bool = False) -> Self:
+        chosen = config.sampler.to_dict()
+        del chosen["negative_prompt"]
+        return cls(**chosen, record=record)
 
 
 @functools.partial(nnx.jit, static_argnames="settings")
-def _sample(transformer, text, blank, noise, key, settings: Sampling):
-    both = jnp.concatenate([text, jnp.broadcast_to(blank, text.shape)])
-
-    def velocity(x, timesteps):
-        return guided(transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timesteps, 2), both), settings.guidance)
-
+def _sample(transformer, text, blank, noise, key, settings: _Sampling):
     return sample(
-        velocity,
+        guided_velocity(transformer, text, blank, settings.guidance, settings.guidance_batched),
         noise,
         steps=settings.steps,
         shift=settings.shift,
@@ -142,6 +196,33 @@ def _sample(transformer, text, blank, noise, key, settings: Sampling):
         key=key,
         record=settings.record,
     )
+
+
+@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
+def _step(transformer, text, blank, state: State, row, key, guidance: float, batched: bool):
+    return solver_step(guided_velocity(transformer, text, blank, guidance, batched), state, row, key)
+
+
+def guided_velocity(
+    transformer: WanTransformer, text: jax.Array, blank: jax.Array | None, guidance: float, batched: bool
+) -> Velocity:
+    """The velocity (x, timesteps) of text [B, L, D] guided away from `blank` [1, L, D]; float32.
+
+    `batched` runs both branches as one batch of 2 B, else one after the other. Without `blank` there is one branch.
+    """
+    if blank is None:
+        return lambda x, timesteps: transformer(x, timesteps, text).astype(jnp.float32)
+    blank = jnp.broadcast_to(blank, text.shape)
+
+    def velocity(x, timesteps):
+        if batched:
+            both = transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timesteps, 2), jnp.concatenate([text, blank]))
+            conditional, unconditional = jnp.split(both, 2)
+        else:
+            conditional, unconditional = (transformer(x, timesteps, words) for words in (text, blank))
+        return guided(conditional.astype(jnp.float32), unconditional.astype(jnp.float32), guidance)
+
+    return velocity
 
 
 @nnx.jit

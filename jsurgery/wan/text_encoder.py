@@ -16,7 +16,9 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.wan.weights import load_mirrored, mirrored_tensors, read_tensors, write_tensors
+from jsurgery.runtime.stages import write_json
+from jsurgery.wan.safetensors_files import open_tensors, write_shards
+from jsurgery.wan.weights import load_mirrored, mirrored_tensors
 
 _FIXED_FIELDS = {
     "architectures": ["UMT5EncoderModel"],
@@ -220,7 +222,7 @@ def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> T
         config = TextEncoderConfig.from_json(json.loads(config_file.read_text()))
     except ValueError as error:
         raise InputError(f"{config_file}: expected JSON, found {error}") from error
-    tensors = read_tensors(folder)
+    tensors = open_tensors(folder)
     tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
     encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
     load_mirrored(encoder, tensors, dtype=dtype, source=folder)
@@ -230,6 +232,5 @@ def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> T
 def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
     """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
     folder = epath.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(encoder.config.to_json(), indent=2, sort_keys=True) + "\n")
-    write_tensors(folder / "model.safetensors", mirrored_tensors(encoder))
+    write_shards(folder, "model", mirrored_tensors(encoder))
+    write_json(folder / "config.json", encoder.config.to_json())

@@ -19,13 +19,25 @@ from jax.sharding import Mesh
 from jsurgery.attention.hybrid import FORMAT_VERSION, FeatureMap, HybridConfig, attend, init_feature_maps
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.errors import InputError
-from jsurgery.runtime.mesh import place
+from jsurgery.runtime.mesh import parameter_shardings
+from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
 from jsurgery.wan.rope import apply_rope, rope_tables
+from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, write_shards, write_tensors
 from pallas_kernels import hybrid_attention
 
 CLASS_NAME = "WanTransformer3DModel"
 HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
+ORIGINAL_CLASS_NAME = "WanModel"
+# Our size -> its name in the original repository's config.json, which leaves out the other sizes.
+ORIGINAL_SIZES = {
+    "dim": "dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +71,9 @@ class WanConfig:
         known["patch_size"] = tuple(known.get("patch_size", (1, 2, 2)))
         if kind == HYBRID_CLASS_NAME:
             known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
-            if len(known["hybrid"].rates) != known.get("num_layers", cls.num_layers):
-                raise InputError(f"{source}: hybrid.rates has {len(known['hybrid'].rates)} entries, num_layers differs")
+            rates, layers = known["hybrid"].rates, known.get("num_layers", cls.num_layers)
+            if len(rates) != layers:
+                raise InputError(f"{source}: hybrid.rates has {len(rates)} entries, num_layers is {layers}")
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
@@ -323,41 +336,110 @@ class WanTransformer(nnx.Module):
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * pt, h * ph, w * pw, self.config.out_channels)
 
 
-def read_config(path: epath.Path) -> WanConfig:
-    """The config of a transformer folder. Raises InputError when it is not there or is another architecture's."""
-    file = path / "config.json"
-    if not file.exists():
-        raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
+def read_config(path: epath.PathLike) -> WanConfig:
+    """The config of a transformer's folder or file, of any layout.
+
+    A config.json in the folder, or beside the file, is diffusers', ours or the original repository's; without one, the
+    tensors' shapes tell all but the number of heads, which is that of the published models: of 128 channels each.
+    Raises InputError when it is another architecture's or cannot be told.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected a transformer")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    fields = _read_fields(file) if file.exists() else {}
+    kind = fields.get("_class_name")
+    if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
+        return WanConfig.from_json(fields, source=str(file))
+
+    tensors = weights.open_tensors(path)
+    layout = weights.transformer_layout(tensors, path)
+    if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
+        expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
+        raise InputError(f"{file}: expected _class_name {expected}, found {kind!r}")
+    if any(".phi_q." in name for name in tensors):
+        raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
+    sizes = weights.transformer_sizes(tensors, layout, path)
+    if kind != ORIGINAL_CLASS_NAME and not path.is_dir():
+        fields = {}  # of something else that lies beside the file
+    heads = _check_original(fields, sizes, file)
+    sizes["eps"] = fields.get("eps", WanConfig.eps)
+    dim = sizes.pop("dim")
+    if heads is None and dim % 128:
+        raise InputError(f"{path}: a width of {dim} is not heads of 128 channels; expected the heads in {file}")
+    heads = heads or dim // 128
+    return WanConfig(num_attention_heads=heads, attention_head_dim=dim // heads, **sizes)
+
+
+def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:
+    """The number of heads in the original repository's config.json, if it says and agrees with the tensors."""
+    told = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
+    for name, expected in told.items():
+        if (found := fields.get(name, expected)) != expected:
+            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {found!r}")
+    heads = fields.get("num_heads")
+    if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
+        raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")
+    return heads
+
+
+def _read_fields(file: epath.Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text())
     except ValueError as error:
         raise InputError(f"{file}: expected JSON ({error})") from None
-    return WanConfig.from_json(fields, source=str(file))
+    if not isinstance(fields, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(fields).__name__}")
+    return fields
 
 
 def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
-    """A transformer from a diffusers-layout folder, published or operated on: config.json and safetensors.
+    """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
 
-    Parameters are float32; `dtype` is that of matmuls. Raises InputError naming the file that is missing, damaged or
-    does not fit.
+    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and put one by one where they belong
+    on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
-    config = read_config(epath.Path(path))
-    tensors = weights.read_tensors(path)
+    config = read_config(path)
+    tensors = weights.open_tensors(path)
     model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    weights.load_transformer_tensors(model, tensors, source=path)
     if mesh is not None:
-        place(mesh, model)
+        state = nnx.state(model)
+        placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        nnx.update(model, jax.tree.map(placed, state, parameter_shardings(mesh, state)))
+    weights.load_transformer_tensors(model, tensors, weights.transformer_layout(tensors, path), source=path)
     return model
 
 
-def save_transformer(transformer: WanTransformer, path: epath.PathLike) -> None:
-    """Writes a folder that `load_transformer` reads, and diffusers too unless the transformer is a hybrid.
+def save_transformer(
+    transformer: WanTransformer, path: epath.PathLike, layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes what `load_transformer` reads, in shards above `shard_bytes`.
+
+    "diffusers" is a folder that diffusers reads too, unless the transformer is a hybrid; "original" a folder as the
+    original repository's, "comfyui" one file. Raises InputError for a hybrid in any but the first.
+    """
+    tensors = weights.lazy_transformer_tensors(transformer, layout)
+    write_transformer(tensors, transformer.config, path, layout, shard_bytes)
+
+
+def write_transformer(
+    tensors: Tensors, config: WanConfig, path: epath.PathLike, layout: str, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes tensors that are named in `layout`.
 
     diffusers looks for its own file name whatever class config.json names, and drops the tensors that it does not know:
-    a hybrid's file is a variant, which it does not find.
+    a hybrid's file has another name, which is no variant of that one either.
     """
     path = epath.Path(path)
-    variant = ".hybrid" if transformer.config.hybrid else ""
-    tensors = weights.transformer_tensors(transformer)
-    weights.write_tensors(path / f"diffusion_pytorch_model{variant}.safetensors", tensors)
-    (path / "config.json").write_text(json.dumps(transformer.config.to_json(), indent=2) + "\n")
+    if layout == "comfyui":
+        if config.attention_head_dim != 128:
+            raise InputError(f"{path}: ComfyUI's layout takes heads of 128 channels, found {config.attention_head_dim}")
+        write_tensors(path, tensors)
+        return
+    write_shards(path, "hybrid_wan" if config.hybrid else "diffusion_pytorch_model", tensors, shard_bytes)
+    fields = config.to_json()
+    if layout == "original":
+        fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": "t2v", "text_len": 512, "eps": config.eps}
+        fields |= {original: getattr(config, name) for name, original in ORIGINAL_SIZES.items()}
+        fields["num_heads"] = config.num_attention_heads
+    write_json(path / "config.json", fields)

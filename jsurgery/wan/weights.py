@@ -1,175 +1,52 @@
-"""Safetensors in and out of NNX modules.
+"""Tensor names and shapes of checkpoints, and NNX modules filled from them and written out under them.
 
 A module *mirrors* a reference checkpoint when its attribute path is the tensor's name ("encoder.down_blocks.0.conv1").
-Only leaves differ: NNX keeps kernels input-first and channels last, torch keeps weights output-first.
+Only leaves differ: NNX keeps kernels input-first and channels last, torch keeps weights output-first. The transformer's
+names differ more: one table serves both ways and all layouts.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.wan.safetensors_files import LazyTensor, Tensors
+from jsurgery.wan.safetensors_files import check_tensors as check_tensors
+from jsurgery.wan.safetensors_files import open_tensors as open_tensors
+from jsurgery.wan.safetensors_files import read_tensors as read_tensors
+from jsurgery.wan.safetensors_files import write_tensors as write_tensors
 
 if TYPE_CHECKING:
     from jsurgery.wan.transformer import WanTransformer
-
-Tensors = dict[str, np.ndarray]
 
 # A torch weight's axes in the order in which NNX keeps them, by their number: linear, 2-D and 3-D convolution.
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight"}
 
-# safetensors' own reader for NumPy knows no bfloat16.
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
 
-
-def read_tensors(path: epath.PathLike) -> Tensors:
-    """All tensors of a .safetensors file, or of a folder of them (sharded, with an index, or not).
-
-    Raises InputError, naming the file and the likely cause, where a file is missing or unreadable.
-    """
-    return _collect(epath.Path(path), _read_file)
-
-
-def check_tensors(path: epath.PathLike) -> None:
-    """Raises InputError where `read_tensors` would, having read the headers of the files and their sizes only."""
-    _collect(epath.Path(path), _read_header)
-
-
-def _collect(path: epath.Path, read: Callable[[epath.Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `read` makes of each file, by tensor name."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected safetensors weights")
-    if not path.is_dir():
-        return read(path)
-
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise InputError(f"{path}: expected one index of shards, found {', '.join(i.name for i in indices)}")
-    if indices:
-        return _collect_shards(indices[0], read)
-
-    tensors: dict[str, Any] = {}
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{path}: no .safetensors file in this folder")
-    for file in files:
-        shard = read(file)
-        if twice := tensors.keys() & shard.keys():
-            raise InputError(
-                f"{file}: holds {min(twice)}, which another file of the folder holds too; keep one variant"
-            )
-        tensors |= shard
-    return tensors
-
-
-def _collect_shards(index: epath.Path, read: Callable[[epath.Path], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(shard_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: expected JSON with a weight_map of tensor to file ({error!r})") from error
-    if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
-        raise InputError(
-            f"{index}: names {len(shards)} shards, of which {', '.join(absent)} not there; download incomplete?"
-        )
-    tensors: dict[str, Any] = {}
-    for shard in shards:
-        tensors |= read(index.parent / shard)
-    if lost := shard_of.keys() - tensors.keys():
-        raise InputError(f"{index}: names {len(lost)} tensors that no shard holds, such as {min(lost)}")
-    return tensors
-
-
-def _damaged(file: epath.Path, start: bytes, size: int, fault: object) -> InputError:
-    """The error for a file that begins with `start` and is not safetensors, with the likely cause."""
-    start = start[:200].lstrip().lower()
-    if not size:
-        cause = "the file is empty"
-    elif start.startswith(b"version https://git-lfs"):
-        cause = "it is a git-LFS pointer; run `git lfs pull`"
-    elif start.startswith(b"<"):
-        cause = "it is an HTML or XML page, perhaps a download that needed a login"
-    else:
-        cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
-    return InputError(f"{file}: not a safetensors file: {cause}")
-
-
-def _read_header(file: epath.Path) -> dict[str, Any]:
-    """Each tensor's dtype, shape and place, from a file whose size is what they add up to."""
-    size = file.stat().length
-    with file.open("rb") as stream:
-        start = stream.read(200)
-        header_size = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or header_size > size - 8:
-            raise _damaged(file, start, size, "the header is cut short")
-        stream.seek(8)
-        text = stream.read(header_size)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(file, start, size, "the header is not JSON") from error
-    if size != expected:
-        raise _damaged(file, start, size, f"the header speaks of {expected}")
-    return header
-
-
-def _read_file(file: epath.Path) -> Tensors:
-    data = file.read_bytes()
-    try:
-        parsed = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise _damaged(file, data, len(data), error) from error
-    if foreign := {tensor["dtype"] for _, tensor in parsed} - _DTYPES.keys():
-        raise InputError(
-            f"{file}: holds tensors of type {', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
-        )
-    return {name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in parsed}
-
-
-def write_tensors(
-    path: epath.PathLike, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
-) -> None:
-    """Writes one .safetensors file under a temporary name, then renames it: a file with the final name is complete."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors writes an array's buffer as it lies, so a transposed view has to be copied first.
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(safetensors.numpy.save(contiguous, metadata={"format": "pt"} | (metadata or {})))
-    temporary.replace(path)
-
-
-def mirrored_tensors(module: nnx.Module) -> Tensors:
+def mirrored_tensors(module: nnx.Module) -> dict[str, np.ndarray]:
     """The module's parameters under the reference library's names and layouts."""
     return {name: _to_torch(leaf, np.asarray(param[...])) for name, leaf, param in _mirrored_params(module)}
 
 
+def mirrored_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of `mirrored_tensors`, also of an abstract module."""
+    # A stand-in without memory: only the shape in the reference's layout is wanted.
+    stand_in = lambda param: np.broadcast_to(0, param.shape)
+    return {name: _to_torch(leaf, stand_in(param)).shape for name, leaf, param in _mirrored_params(module)}
+
+
 def load_mirrored(
     module: nnx.Module,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Tensors,
     *,
     dtype: jnp.dtype | None = None,
     source: epath.PathLike = "weights",
@@ -177,30 +54,73 @@ def load_mirrored(
     """Fills the module, which may be abstract (from nnx.eval_shape), in place.
 
     Parameters keep their sharding, if they have one, and their dtype, unless `dtype` is given.
-    Raises InputError, naming `source`, with all missing, unexpected and mis-shaped tensors; nothing is then filled.
+    Raises InputError, naming `source`, with the missing, unexpected and mis-shaped tensors; nothing is then filled.
     """
-    params = {name: (leaf, param) for name, leaf, param in _mirrored_params(module)}
-    # A stand-in without memory: only the shape in the reference's layout is wanted.
-    expected = {name: _to_torch(leaf, np.broadcast_to(0, param.shape)).shape for name, (leaf, param) in params.items()}
-    _check_fit(expected, tensors, source)
-    for name, (leaf, param) in params.items():
-        value = _from_torch(leaf, tensors[name]).astype(dtype or param.dtype)
-        param.set_value(jax.device_put(value, param.get_value().sharding))
+    check_fit(mirrored_shapes(module), tensors, source)
+    for name, leaf, param in _mirrored_params(module):
+        _fill(param, [tensors[name]], functools.partial(_from_torch, leaf), stacked=False, dtype=dtype)
 
 
-def _check_fit(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray], source: epath.PathLike
-) -> None:
-    """Raises InputError with all missing, unexpected and mis-shaped tensors."""
+def check_fit(expected: Mapping[str, tuple[int, ...]], tensors: Tensors, source: epath.PathLike) -> None:
+    """Raises InputError with the missing, unexpected and mis-shaped tensors: the first 20, and how many more."""
     problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {name} {tensors[name].shape}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in sorted(tensors.keys() - expected.keys())]
     problems += [
-        f"{name} should be {shape}, is {tensors[name].shape}"
+        f"{name} should be {shape}, is {tuple(tensors[name].shape)}"
         for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
     if problems:
-        raise InputError(f"{source}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
+        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError(f"{source}: {len(problems)} tensors do not fit: {listed}")
+
+
+def _fill(
+    param: nnx.Param,
+    sources: Sequence[np.ndarray | LazyTensor],
+    from_torch: Callable[[np.ndarray], np.ndarray],
+    *,
+    stacked: bool,
+    dtype: jnp.dtype | None = None,
+) -> None:
+    """Sets `param` to the one source, or with `stacked` to all on a new first axis, in its sharding and dtype.
+
+    Sources are read one at a time, and only for the parts that lie on this process's devices.
+    """
+    shape, dtype = param.shape, np.dtype(dtype or param.dtype)
+
+    def part(index: Any) -> np.ndarray:
+        filled = _aligned(np.broadcast_to(0, shape)[index].shape, dtype)
+        if not stacked:
+            _copy(filled, from_torch(np.asarray(sources[0]))[index])
+        else:
+            for row, source in zip(filled, sources[index[0]], strict=True):
+                _copy(row, from_torch(np.asarray(source))[index[1:]])
+        return filled
+
+    value = param.get_value()
+    placed = not isinstance(value, jax.Array) or value.committed
+    if placed and value.sharding is not None:
+        param.set_value(jax.make_array_from_callback(shape, value.sharding, part))
+    else:
+        param.set_value(jax.device_put(part((slice(None),) * len(shape))))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX on a CPU takes as it is, where it would copy one at another address."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source, in strips when that is a transpose: several times faster, as strips stay in the cache."""
+    if source.ndim < 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, source.shape[-1], 256):
+        target[..., start : start + 256] = source[..., start : start + 256]
 
 
 def _mirrored_params(module: nnx.Module) -> list[tuple[str, str, nnx.Param]]:
@@ -259,59 +179,128 @@ TRANSFORMER_ARRAYS = (
 )
 
 
+# ComfyUI's files are the original repository's with a prefix; ours are diffusers', with the tensors of phi in a hybrid.
+LAYOUTS = ("diffusers", "original", "comfyui")
+_COMFYUI_PREFIX = "model.diffusion_model."
+
+# What a file without the transformer's tensors is, by how a tensor's name begins; and the models that Wan also made.
+_FOREIGN = {
+    "encoder.block.": "a UMT5 text encoder",
+    "token_embedding.": "a UMT5 text encoder",
+    "decoder.": "a VAE",
+}
+_OTHER_TASKS = re.compile(r"img_emb|image_embedder|k_img|add_k_proj|vace|control_adapter|ref_conv")
+
+
 def transformer_names(layout: str = "diffusers") -> dict[str, str]:
-    """Our parameter path -> the tensor name of a layout ("diffusers" or "original"), with `{i}` and `{j}` left in."""
-    column = {"diffusers": 1, "original": 2}[layout]
+    """Our parameter path -> the tensor name of one of LAYOUTS, with `{i}` and `{j}` left in."""
+    column = {"diffusers": 1, "original": 2, "comfyui": 2}[layout]
     names = {row[0]: name for row in TRANSFORMER_ARRAYS if (name := row[column])}
     for row in TRANSFORMER_LAYERS:
         names |= {f"{row[0]}.kernel": f"{row[column]}.weight", f"{row[0]}.bias": f"{row[column]}.bias"}
-    return names
+    return {path: _COMFYUI_PREFIX + name for path, name in names.items()} if layout == "comfyui" else names
 
 
-def transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> Tensors:
-    """The parameters of a WanTransformer under a layout's names and shapes."""
+def transformer_layout(names: Iterable[str], source: epath.PathLike = "weights") -> str:
+    """Which of LAYOUTS a checkpoint has, by its tensors' names.
+
+    Raises InputError, saying what it is instead, for a checkpoint that is not a text-to-video Wan transformer.
+    """
+    names = list(names)
+    patterns = [re.sub(r"(phi_[qk])\.\d+\.", r"\1.{j}.", re.sub(r"\bblocks\.\d+\.", "blocks.{i}.", n)) for n in names]
+    known = {layout: set(transformer_names(layout).values()) for layout in LAYOUTS}
+    score = {layout: sum(pattern in known[layout] for pattern in patterns) for layout in LAYOUTS}
+    layout = max(score, key=lambda layout: score[layout])
+    if not score[layout]:
+        found = next((kind for begin, kind in _FOREIGN.items() for n in names if n.startswith(begin)), None)
+        found = found or (f"tensors such as {min(names)}" if names else "no tensor")
+        raise InputError(f"{source}: expected the weights of a Wan transformer, found {found}")
+    if other := next((name for name in names if _OTHER_TASKS.search(name)), None):
+        raise InputError(f"{source}: holds {other}: not a text-to-video model of Wan2.1, which is all that is read")
+    return layout
+
+
+def transformer_sizes(tensors: Tensors, layout: str, source: epath.PathLike = "weights") -> dict[str, Any]:
+    """The fields of WanConfig that the tensors' shapes tell, and `dim`: all but heads, eps and RoPE's length.
+
+    Raises InputError where one that tells is missing or has not the axes that it should.
+    """
+    names = transformer_names(layout)
+
+    def shape(path: str, axes: int) -> tuple[int, ...]:
+        name = names[path].format(i=0)
+        if name not in tensors:
+            raise InputError(f"{source}: missing {name}, which would tell the model's size")
+        if len(tensors[name].shape) != axes:
+            raise InputError(f"{source}: {name} should have {axes} axes, is {tuple(tensors[name].shape)}")
+        return tuple(tensors[name].shape)
+
+    dim, in_channels, *patch_size = shape("patch_embedding.kernel", 5)
+    blocks = (match for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.", name)))
     return {
-        name: _transformer_to_torch(path, np.asarray(param[...] if slot is None else param[slot]), model.config)
-        for name, path, slot, param in _transformer_params(model, layout)
+        "dim": dim,
+        "patch_size": tuple(patch_size),
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.kernel", 2)[0] // math.prod(patch_size),
+        "text_dim": shape("condition.text_in.kernel", 2)[1],
+        "freq_dim": shape("condition.time_in.kernel", 2)[1],
+        "ffn_dim": shape("blocks.ffn_in.kernel", 2)[0],
+        "num_layers": 1 + max(int(match[1]) for match in blocks),
+        "cross_attn_norm": names["blocks.norm2_scale"].format(i=0) in tensors,
     }
+
+
+def transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> dict[str, np.ndarray]:
+    """The parameters of a WanTransformer under a layout's names and shapes."""
+    return {name: np.asarray(tensor) for name, tensor in lazy_transformer_tensors(model, layout).items()}
+
+
+def lazy_transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> dict[str, LazyTensor]:
+    """Like `transformer_tensors`, each fetched from its device when it is used; shapes also of an abstract model."""
+
+    def lazy(path: str, slot: int | None, param: nnx.Param) -> LazyTensor:
+        fetch = lambda: _transformer_to_torch(path, np.asarray(param[...] if slot is None else param[slot]), config)
+        stand_in = np.broadcast_to(0, param.shape if slot is None else param.shape[1:])
+        return LazyTensor(_transformer_to_torch(path, stand_in, config).shape, np.dtype(param.dtype), fetch)
+
+    config = model.config
+    return {name: lazy(path, slot, param) for name, path, slot, param in _transformer_params(model, layout)}
 
 
 def load_transformer_tensors(
-    model: "WanTransformer",
-    tensors: Mapping[str, np.ndarray],
-    layout: str = "diffusers",
-    source: epath.PathLike = "weights",
+    model: "WanTransformer", tensors: Tensors, layout: str = "diffusers", source: epath.PathLike = "weights"
 ) -> None:
-    """Fills a WanTransformer, which may be abstract (from nnx.eval_shape); raises InputError like `load_mirrored`."""
-    entries = list(_transformer_params(model, layout))
-    stand_in = lambda param, slot: np.broadcast_to(0, param.shape if slot is None else param.shape[1:])
-    expected = {
-        name: _transformer_to_torch(path, stand_in(param, slot), model.config).shape
-        for name, path, slot, param in entries
-    }
-    _check_fit(expected, tensors, source)
-    slices: dict[str, list[np.ndarray]] = {}
-    for name, path, _, _ in entries:
-        slices.setdefault(path, []).append(
-            _transformer_from_torch(path, tensors[name].astype(np.float32), model.config)
-        )
-    for _, path, slot, param in entries:
-        if path in slices:
-            values = slices.pop(path)
-            param.set_value(jnp.asarray(values[0] if slot is None else np.stack(values)))
+    """Fills a WanTransformer, which may be abstract (from nnx.eval_shape); otherwise like `load_mirrored`."""
+    expected = {name: tensor.shape for name, tensor in lazy_transformer_tensors(model, layout).items()}
+    check_fit(expected, tensors, source)
+    grouped: dict[str, tuple[nnx.Param, bool, list[np.ndarray | LazyTensor]]] = {}
+    for name, path, slot, param in _transformer_params(model, layout):
+        grouped.setdefault(path, (param, slot is not None, []))[2].append(tensors[name])
+    for path, (param, stacked, sources) in grouped.items():
+        from_torch = functools.partial(_transformer_from_torch, path, config=model.config)
+        _fill(param, sources, from_torch, stacked=stacked)
+
+
+def renamed_transformer(
+    model: "WanTransformer", tensors: Tensors, old: str, new: str, source: epath.PathLike = "weights"
+) -> Tensors:
+    """The same tensors, untouched, under the names of another layout; `model` may be abstract."""
+    check_fit({name: t.shape for name, t in lazy_transformer_tensors(model, old).items()}, tensors, source)
+    both = zip(_transformer_params(model, old), _transformer_params(model, new), strict=True)
+    return {after: tensors[before] for (before, *_), (after, *_) in both}
 
 
 def _transformer_params(model: "WanTransformer", layout: str) -> Iterator[tuple[str, str, int | None, nnx.Param]]:
     """(tensor name, our path, index on the stacked axis or None, parameter) for each tensor of the layout."""
-    names = transformer_names(layout)
     config = model.config
+    if config.hybrid and layout != "diffusers":
+        raise InputError(f"a hybrid transformer has no {layout} layout; use diffusers")
+    names = transformer_names(layout)
     converted = config.hybrid.converted if config.hybrid else ()
     for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parts = [str(key) for key in keys]
         path = ".".join(parts)
-        pattern = names.get(".".join("{j}" if part.isdigit() else part for part in parts))
-        if pattern is None:
-            raise InputError(f"{path}: a hybrid transformer has no {layout} layout; use diffusers")
+        pattern = names[".".join("{j}" if part.isdigit() else part for part in parts)]
         layer = next((part for part in parts if part.isdigit()), None)
         if "{i}" not in pattern:
             yield pattern, path, None, param

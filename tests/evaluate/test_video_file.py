@@ -7,7 +7,8 @@ from PIL import Image
 
 from jsurgery.data import sprites
 from jsurgery.errors import InputError
-from jsurgery.evaluate.video_file import write_video
+from jsurgery.evaluate import video_file
+from jsurgery.evaluate.video_file import read_settings, write_video
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +40,32 @@ def test_gif_and_sheet(clip, tmp_path):
 def test_other_suffix(clip, tmp_path):
     with pytest.raises(InputError, match=r"\.mp4, \.gif or \.png"):
         write_video(tmp_path / "a.webm", clip, 8)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_settings_come_back(clip, tmp_path, suffix):
+    settings = {"prompt": 'ein "roter" Kreis, 红色的圆圈\n' * 20, "seed": 3, "shift": 0.1}
+    write_video(tmp_path / f"a{suffix}", clip[:2], 8, settings)
+    assert read_settings(tmp_path / f"a{suffix}") == settings
+    (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes()[:40])
+    assert read_settings(tmp_path / f"b{suffix}") == {}
+
+
+def test_settings_of_a_file_of_others(clip, tmp_path):
+    Image.fromarray(clip[0]).save(tmp_path / "a.png")
+    assert read_settings(tmp_path / "a.png") == {}
+
+
+def test_an_interrupted_write_leaves_the_finished_file(clip, tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", clip[:2], 8, {"seed": 1})
+
+    def half(path, *rest):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video_file, "_write_mp4", half)
+    for name in ("a.mp4", "b.mp4"):
+        with pytest.raises(KeyboardInterrupt):
+            write_video(tmp_path / name, clip, 8, {"seed": 2})
+    assert read_settings(tmp_path / "a.mp4") == {"seed": 1} and not (tmp_path / "b.mp4").exists()

@@ -1,0 +1,406 @@
+"""The Wan2.1 diffusion transformer in torch, with full softmax or hybrid self-attention in each block.
+
+Modules are named so that their state dict is a checkpoint in the diffusers layout plus the feature maps `phi_q` and
+`phi_k` of the converted blocks. diffusers itself is not needed, unless a caller asks for its output class.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from jsurgery.attention.hybrid import FeatureMapConfig, Rate
+from jsurgery.errors import InputError
+from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.transformer import WanConfig
+from pallas_kernels.reference import EPSILON
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "softplus": F.softplus,
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "elu1": lambda x: F.elu(x) + 1.0,
+}
+# What stays float32 whatever `load`'s dtype is, by parts of tensor names.
+FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "log_scale")
+
+
+def apply_rope(x_BxHxNxD: torch.Tensor, cos_NxE: torch.Tensor, sin_NxE: torch.Tensor) -> torch.Tensor:
+    """Rotates the channel pairs (0, 1), (2, 3), ... of every head by the angles of its token; E = D / 2."""
+    real, imag = x_BxHxNxD[..., 0::2], x_BxHxNxD[..., 1::2]
+    turned = torch.stack([real * cos_NxE - imag * sin_NxE, real * sin_NxE + imag * cos_NxE], dim=-1)
+    return turned.flatten(-2).to(x_BxHxNxD.dtype)
+
+
+def timestep_embedding(timesteps_B: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of timesteps in [0, 1000], cosines first: [B, width], float32."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps_B.device) / half)
+    angles = timesteps_B.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class HeadLinear(nn.Module):
+    """One linear layer per head: [B, H, N, d_in] -> [B, H, N, d_out]."""
+
+    def __init__(self, heads: int, d_in: int, d_out: int):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(heads, d_in, d_out) / math.sqrt(d_in))
+        self.bias = nn.Parameter(torch.zeros(heads, d_out))
+
+    def forward(self, x_BxHxNxD: torch.Tensor) -> torch.Tensor:
+        return x_BxHxNxD @ self.kernel + self.bias[:, None]
+
+
+class FeatureMap(nn.ModuleList):
+    """phi of eq. 8, a network per head: [B, H, N, D] -> non-negative features [B, H, N, P*D], float32."""
+
+    def __init__(self, heads: int, head_dim: int, config: FeatureMapConfig):
+        widths = [head_dim] + [config.degree * head_dim] * config.layers
+        super().__init__(HeadLinear(heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths))
+        self.log_scale = nn.Parameter(torch.zeros(heads))
+        self.degree, self.activation = config.degree, config.activation
+
+    def forward(self, x_BxHxNxD: torch.Tensor) -> torch.Tensor:
+        h = x_BxHxNxD
+        for layer in self:
+            h = ACTIVATIONS[self.activation](layer(h))
+        features = torch.cat([psi**p for p, psi in enumerate(h.chunk(self.degree, dim=-1), start=1)], dim=-1)
+        return features.float() * self.log_scale.float().exp()[:, None, None]
+
+
+def hybrid_attention(
+    q_BxHxNxD: torch.Tensor,
+    k_BxHxNxD: torch.Tensor,
+    v_BxHxNxD: torch.Tensor,
+    phi_q: nn.Module | None,
+    phi_k: nn.Module | None,
+    *,
+    num_softmax: int,
+    stabilizer: str,
+) -> torch.Tensor:
+    """Eq. 5 of Attention Surgery on tokens in prefix order; without feature maps, softmax over the prefix alone.
+
+    The softmax branch is softmax itself, (o_S / n_S), for the sake of fused kernels; the linear branch is divided by
+    n_S instead: 1 for "lse"; for "max", whose largest term is exp(0), the inverse of the largest probability.
+    """
+    dtype = v_BxHxNxD.dtype
+    k_S, k_L = k_BxHxNxD[:, :, :num_softmax], k_BxHxNxD[:, :, num_softmax:]
+    v_S, v_L = v_BxHxNxD[:, :, :num_softmax], v_BxHxNxD[:, :, num_softmax:]
+    if phi_q is None or phi_k is None or num_softmax == k_BxHxNxD.shape[2]:
+        return F.scaled_dot_product_attention(q_BxHxNxD, k_S, v_S)
+
+    phi_q_BxHxNxF, phi_k_BxHxLxF = phi_q(q_BxHxNxD), phi_k(k_L)
+    state_BxHxFxD = phi_k_BxHxLxF.mT @ v_L.float()
+    mass_BxHxFx1 = phi_k_BxHxLxF.sum(dim=2)[..., None]
+    if num_softmax == 0:
+        return (phi_q_BxHxNxF @ state_BxHxFxD / (phi_q_BxHxNxF @ mass_BxHxFx1 + EPSILON)).to(dtype)
+
+    if stabilizer == "lse":
+        o_BxHxNxD = F.scaled_dot_product_attention(q_BxHxNxD, k_S, v_S).float()
+    else:
+        scores_BxHxNxS = q_BxHxNxD.float() @ k_S.float().mT / math.sqrt(q_BxHxNxD.shape[-1])
+        p_BxHxNxS = scores_BxHxNxS.softmax(dim=-1)
+        o_BxHxNxD = p_BxHxNxS @ v_S.float()
+        phi_q_BxHxNxF = phi_q_BxHxNxF * p_BxHxNxS.amax(dim=-1, keepdim=True)
+    y_BxHxNxD = (o_BxHxNxD + phi_q_BxHxNxF @ state_BxHxFxD) / (1.0 + phi_q_BxHxNxF @ mass_BxHxFx1)
+    return y_BxHxNxD.to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with gain and bias; float32 in and out."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class Attention(nn.Module):
+    """Projections and norms of an attention layer; queries and keys are normalised over the full width."""
+
+    def __init__(self, config: WanConfig, *, converted: bool = False):
+        super().__init__()
+        dim, hybrid = config.dim, config.hybrid
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+        self.stabilizer = hybrid.stabilizer if hybrid else "lse"
+        self.phi_q = self.phi_k = None
+        if converted and hybrid and hybrid.linear_branch:
+            self.phi_q, self.phi_k = (
+                FeatureMap(self.heads, config.attention_head_dim, hybrid.feature_map) for _ in range(2)
+            )
+
+    def forward(
+        self,
+        x_BxNxD: torch.Tensor,
+        context_BxMxD: torch.Tensor,
+        num_softmax: int,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        q, k, v = self.norm_q(self.to_q(x_BxNxD)), self.norm_k(self.to_k(context_BxMxD)), self.to_v(context_BxMxD)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        y = hybrid_attention(q, k, v, self.phi_q, self.phi_k, num_softmax=num_softmax, stabilizer=self.stabilizer)
+        return self.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+class GeluLinear(nn.Module):
+    """The first layer of a feed-forward with its activation, which the checkpoint calls `proj`."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.proj = nn.Linear(d_in, d_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GeluLinear(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the timestep scales, shifts and gates (adaLN)."""
+
+    def __init__(self, config: WanConfig, rate: Rate):
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.attn1 = Attention(config, converted=rate != 1)
+        self.attn2 = Attention(config)
+        self.norm2 = LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+
+    def forward(
+        self,
+        x_BxNxD: torch.Tensor,
+        text_BxMxD: torch.Tensor,
+        modulation_Bx6xD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        num_softmax: int,
+    ) -> torch.Tensor:
+        """Tokens in prefix order, of which the first `num_softmax` keep softmax; `rope` in the same order."""
+        x, dtype = x_BxNxD, x_BxNxD.dtype
+        modulation = self.scale_shift_table.float() + modulation_Bx6xD.float()
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+
+        h = (plain_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
+        x = (x + self.attn1(h, h, num_softmax, rope) * gate1).to(dtype)
+
+        x = x + self.attn2(self.norm2(x).to(dtype), text_BxMxD, text_BxMxD.shape[1])
+
+        h = (plain_norm(x, self.eps) * (1 + scale2) + shift2).to(dtype)
+        return (x + self.ffn(h) * gate2).to(dtype)
+
+
+def plain_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Layer norm over the last axis without gain and bias, float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+class TwoLayers(nn.Module):
+    """linear_2(activation(linear_1(x)))."""
+
+    def __init__(self, d_in: int, dim: int, activation: nn.Module):
+        super().__init__()
+        self.linear_1, self.activation, self.linear_2 = nn.Linear(d_in, dim), activation, nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.activation(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep and text, brought to the model's width."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        dim = config.dim
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLayers(config.freq_dim, dim, nn.SiLU())
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLayers(config.text_dim, dim, nn.GELU(approximate="tanh"))
+
+    def forward(
+        self, timesteps_B: torch.Tensor, text_BxMxE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Time embedding [B, D], modulation [B, 6, D], text [B, M, D]."""
+        time_BxD = self.time_embedder(timestep_embedding(timesteps_B, self.freq_dim))
+        modulation_Bx6xD = self.time_proj(F.silu(time_BxD)).unflatten(1, (6, -1))
+        return time_BxD, modulation_Bx6xD, self.text_embedder(text_BxMxE)
+
+
+class HybridWanTransformer3DModel(nn.Module):
+    """What `diffusers.WanPipeline` takes for its transformer, called and named as diffusers' WanTransformer3DModel is.
+
+    diffusers checks the class of what `from_pretrained` is given, so the pipeline is built of its components:
+
+        base = WanPipeline.from_pretrained(folder)
+        pipeline = WanPipeline(**base.components | {"transformer": load(hybrid_folder)})
+    """
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        dim, patch = config.dim, config.patch_size
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, kernel_size=patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in config.rates)
+        self.proj_out = nn.Linear(dim, math.prod(patch) * config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / math.sqrt(dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents, text and matmuls."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def cache_context(self, name: str, **step: Any) -> contextlib.AbstractContextManager[None]:
+        """Where diffusers announces the pass that comes next; nothing is cached here."""
+        return contextlib.nullcontext()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Velocity of latents [B, C, T, H, W], timesteps [B] in [0, 1000] and text embeddings [B, M, text_dim].
+
+        Returns diffusers' Transformer2DModelOutput, or (velocity,) when not `return_dict`. Raises InputError for sizes
+        that do not divide into patches or outgrow RoPE's table, and for inputs that only other Wan models have.
+        """
+        if encoder_hidden_states_image is not None:
+            raise InputError("encoder_hidden_states_image: a text-to-video transformer takes none")
+        if attention_kwargs:
+            raise InputError(f"attention_kwargs: expected none, found {', '.join(attention_kwargs)}")
+        if timestep.ndim != 1:
+            raise InputError(f"timestep: expected one for each sample, found shape {tuple(timestep.shape)}")
+        config = self.config
+        grid = config.token_grid(tuple(hidden_states.shape[2:]))
+        order = config.hybrid.token_order(grid) if config.hybrid else None
+
+        x = self.patch_embedding(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2)
+        tables = rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
+        cos, sin = (torch.from_numpy(table).to(x.device) for table in tables)
+        if order is not None:
+            permutation = torch.from_numpy(order.permutation).to(x.device)
+            x, cos, sin = x[:, permutation], cos[permutation], sin[permutation]
+        time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
+
+        for block, rate in zip(self.blocks, config.rates, strict=True):
+            num_softmax = order.num_softmax(rate) if order is not None else x.shape[1]
+            x = block(x, text, modulation, (cos, sin), num_softmax)
+
+        shift, scale = (self.scale_shift_table.float() + time[:, None].float()).chunk(2, dim=1)
+        x = self.proj_out((plain_norm(x, config.eps) * (1 + scale) + shift).to(x.dtype))
+        if order is not None:
+            x = x[:, torch.from_numpy(order.inverse).to(x.device)]
+        velocity = self.unpatchify(x, grid)
+        if not return_dict:
+            return (velocity,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=velocity)
+
+    def unpatchify(self, x_BxNxP: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """[B, N, pt * ph * pw * C] in natural order -> [B, C, T, H, W]."""
+        (pt, ph, pw), (t, h, w) = self.config.patch_size, grid
+        x = x_BxNxP.reshape(-1, t, h, w, pt, ph, pw, self.config.out_channels)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.out_channels, t * pt, h * ph, w * pw)
+
+
+def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> HybridWanTransformer3DModel:
+    """A transformer from a local folder in the diffusers layout, published or operated on, in evaluation mode.
+
+    `dtype` is that of matmuls; norms, modulation, the time embedding and the scales of the feature maps stay float32.
+    Raises InputError naming the file that is missing, damaged or does not fit, and the tensors that do not.
+    """
+    folder = pathlib.Path(path)
+    config = WanConfig.from_json(_read_json(folder / "config.json"), source=str(folder / "config.json"))
+    tensors = _read_tensors(folder)
+    with torch.device("meta"):
+        model = HybridWanTransformer3DModel(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name} {found[name]}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} should be {shape}, is {found[name]}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if problems:
+        raise InputError(f"{folder}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
+    for name, tensor in tensors.items():
+        kept = any(part in name for part in FLOAT32)
+        tensors[name] = tensor.to(torch.float32 if kept else dtype)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file}: expected JSON ({error})") from None
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder's safetensors, one file or the shards that an index names."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    if not files:
+        raise InputError(f"{folder}: no .safetensors file in this folder")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            shard = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: missing, or not a safetensors file ({error})") from None
+        if twice := tensors.keys() & shard.keys():
+            raise InputError(f"{file}: holds {min(twice)}, which another file of the folder holds too")
+        tensors |= shard
+    return tensors

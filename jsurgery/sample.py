@@ -1,0 +1,138 @@
+"""sample: prompts to video files with a model folder."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.config import load_config
+from jsurgery.errors import InputError
+from jsurgery.evaluate.video_file import SUFFIXES, check_suffix, read_settings, write_video
+from jsurgery.runtime.progress import Progress, say
+from jsurgery.runtime.stages import difference, file_identity
+from jsurgery.wan.pipeline import (
+    check_pipeline,
+    check_size,
+    load_pipeline,
+    model_path,
+    pipeline_folder,
+    transformer_folder,
+)
+from jsurgery.wan.transformer import read_config
+
+CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}  # by the transformer's width; anything else is of the tiny kind
+SCHEDULERS = {"UniPCMultistepScheduler": ("unipc", "flow_shift"), "FlowMatchEulerDiscreteScheduler": ("euler", "shift")}
+
+
+def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
+    """The config of `name`; without one, the one for the model's size, with its scheduler's solver and shift."""
+    overrides = {"trace.keep_steps": "1"} | overrides  # a rule of `trace` that would forbid few steps
+    if name is None:
+        folder = model_path(overrides.setdefault("model.path", "tiny_wan"))
+        name = CONFIGS.get(read_config(transformer_folder(folder)).dim, "tiny")
+        overrides = scheduler_settings(pipeline_folder(folder)) | overrides
+    return load_config(name, overrides)
+
+
+def scheduler_settings(folder: epath.Path) -> dict[str, str]:
+    """Overrides of the sampler from scheduler/scheduler_config.json, where it names a solver that we have."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return {}
+    try:
+        fields = json.loads(file.read_text())
+        solver, shift = SCHEDULERS.get(fields["_class_name"], (None, None))
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file}: expected the config of a diffusers scheduler as JSON") from None
+    return {"sampler.solver": solver, "sampler.shift": str(fields.get(shift, 1.0))} if solver else {}
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file that are not blank."""
+    try:
+        lines = epath.Path(path).read_text().removeprefix("\ufeff").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts_file={path}: expected a text file in UTF-8 ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts_file={path}: expected one prompt a line, found none")
+    return prompts
+
+
+def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[pathlib.Path]:
+    """Makes the video of every prompt and yields its file: `output` itself, or `output`/0000.mp4 and so on.
+
+    Numbered files that are there already are kept. Everything that can be checked without the weights is checked first.
+    Raises InputError where a kept file was made with other settings.
+    """
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("--prompt: expected a text, found an empty one")
+    model = check_pipeline(config.model.path)
+    check_size(model, config.video.frames, config.video.height, config.video.width)
+    folder = pathlib.Path(output)
+    files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
+    identity = file_identity(transformer_folder(model_path(config.model.path)))
+    wanted = [settings(config, prompt, number, identity) for number, prompt in enumerate(prompts)]
+    missing = [number for number, file in enumerate(files) if single or not finished(file, wanted[number])]
+    make_room(folder, single)
+    if len(missing) < len(prompts):
+        say(f"sample: {len(prompts) - len(missing)} of {len(prompts)} videos are finished already")
+    if not missing:
+        return
+
+    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    for number in missing:
+        progress = Progress("sample" if single else f"sample {number + 1}/{len(prompts)}", config.sampler.steps)
+        latents = pipeline.sample_by_steps(
+            [prompts[number]], config, seed=config.seed, first=number, on_step=progress.show
+        )
+        progress.show(config.sampler.steps, last=True)
+        write_video(files[number], pipeline.decode(latents)[0], config.video.fps, wanted[number])
+        yield files[number]
+
+
+def settings(config: ConfigDict, prompt: str, number: int, identity: str) -> dict[str, Any]:
+    """What the pixels of a video depend on, for its metadata."""
+    sampler = config.sampler.to_dict()
+    del sampler["guidance_batched"]
+    return {
+        "prompt": prompt,
+        "number": number,
+        "seed": config.seed,
+        **sampler,
+        **config.video.to_dict(),
+        "text_length": config.text_length,
+        "dtype": config.model.dtype,
+        "model": model_path(config.model.path).name,
+        "transformer": identity,
+    }
+
+
+def finished(file: pathlib.Path, wanted: dict[str, Any]) -> bool:
+    """Whether a video is there. Raises InputError when it was made with other settings."""
+    if not file.exists():
+        return False
+    found = read_settings(file)
+    if found != wanted:
+        raise InputError(f"{file}: made with other settings: {difference(found, wanted)}; use another --output")
+    return True
+
+
+def make_room(output: pathlib.Path, single: bool) -> None:
+    """Makes the folder of the output. Raises InputError where a file of that name cannot be written."""
+    try:
+        if single:
+            check_suffix(output)
+            if output.is_dir():
+                raise InputError(f"--output={output}: expected a file, found a folder")
+            output.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            if output.suffix in SUFFIXES:
+                raise InputError(f"--output={output}: expected a folder for the videos of --prompts_file, found a file")
+            output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output}: {error.strerror}") from None

@@ -1,0 +1,186 @@
+"""Checkpoints from one layout to another, tensor by tensor, every value and type untouched.
+
+The VAE and the text encoder of the original repository come as pickles; torch reads them, for tensors only.
+"""
+
+import functools
+import json
+import pickle
+import re
+import zipfile
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from jsurgery.errors import InputError
+from jsurgery.runtime.stages import write_json
+from jsurgery.wan import hub, weights
+from jsurgery.wan.safetensors_files import LazyTensor, Tensors, damaged, open_tensors, write_shards
+from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig
+from jsurgery.wan.transformer import WanTransformer, read_config, write_transformer
+from jsurgery.wan.vae import VaeConfig, WanVae
+
+# transformers' name -> the original repository's.
+_TEXT_ENCODER = (
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.(\d+)\.", r"blocks.\1."),
+    (r"layer\.0\.SelfAttention\.relative_attention_bias\.", "pos_embedding.embedding."),
+    (r"layer\.0\.SelfAttention\.", "attn."),
+    (r"layer\.0\.layer_norm\.", "norm1."),
+    (r"layer\.1\.layer_norm\.", "norm2."),
+    (r"layer\.1\.DenseReluDense\.wi_0\.", "ffn.gate.0."),
+    (r"layer\.1\.DenseReluDense\.wi_1\.", "ffn.fc1."),
+    (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
+)
+
+# diffusers' name -> the original repository's; `original_vae_name` adds the rule for the decoder's levels.
+_VAE = (
+    (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
+    (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
+    (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+)
+
+
+def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> epath.Path:
+    """Writes the transformer at `model` in another layout ("diffusers", "original", "comfyui") and returns `output`.
+
+    `model` is a transformer's folder or file, a pipeline folder or a repository id; or a file of the original
+    repository's VAE or text encoder (.pth, or .safetensors of the same names), which becomes a diffusers folder.
+    Raises InputError for what does not convert, and for an output that is there already.
+    """
+    source, output = epath.Path(hub.local_path(model)), epath.Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output={output}: is there already; name a new {'folder' if output.is_dir() else 'file'}")
+    if (layout == "comfyui") != (output.suffix == ".safetensors"):
+        expected = "a name that ends in .safetensors" if layout == "comfyui" else "the name of a folder"
+        raise InputError(f"--output={output}: --layout={layout} takes {expected}")
+    if (source / "transformer").exists():
+        source = source / "transformer"
+
+    tensors = _open_pickle(source) if source.suffix == ".pth" else open_tensors(source)
+    for prefix, to_diffusers in (("token_embedding.", _text_encoder), ("decoder.conv1.", _vae)):
+        if any(name.startswith(prefix) for name in tensors):
+            if layout != "diffusers":
+                raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
+            to_diffusers(tensors, source, output)
+            return output
+    _transformer(tensors, source, output, layout)
+    return output
+
+
+def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
+    found = weights.transformer_layout(tensors, source)
+    config = read_config(source)
+    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    write_transformer(weights.renamed_transformer(model, tensors, found, layout, source), config, output, layout)
+    if config.hybrid:  # where its VAE and text encoder are is said there too
+        fields = json.loads((source / "config.json").read_text())
+        written = json.loads((output / "config.json").read_text())
+        write_json(output / "config.json", fields | written)
+
+
+def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+    shape = lambda name: _shape(tensors, name, source)
+    (vocab_size, d_model), (d_ff, _) = shape("token_embedding.weight"), shape("blocks.0.ffn.fc1.weight")
+    num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight")
+    config = TextEncoderConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=shape("blocks.0.attn.q.weight")[0] // num_heads,
+        d_ff=d_ff,
+        num_heads=num_heads,
+        num_layers=1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))),
+        relative_attention_num_buckets=num_buckets,
+    )
+    encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    write_shards(output, "model", _renamed(encoder, original_text_encoder_name, tensors, source))
+    write_json(output / "config.json", config.to_json())
+
+
+def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+    # Latents' mean and std stand in no file: a VAE of other channels than Wan2.1's will not fit.
+    config = VaeConfig(base_dim=_shape(tensors, "encoder.conv1.weight", source, axes=5)[0])
+    vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
+    write_json(output / "config.json", config.to_json())
+
+
+def _shape(tensors: Tensors, name: str, source: epath.Path, axes: int = 2) -> tuple[int, ...]:
+    if name not in tensors or len(tensors[name].shape) != axes:
+        raise InputError(f"{source}: missing {name} of {axes} axes, which would tell the model's size")
+    return tuple(tensors[name].shape)
+
+
+def _renamed(module: nnx.Module, original_name, tensors: Tensors, source: epath.Path) -> Tensors:
+    """The original repository's tensors under the names that an abstract module mirrors."""
+    shapes = weights.mirrored_shapes(module)
+    weights.check_fit({original_name(name): shape for name, shape in shapes.items()}, tensors, source)
+    return {name: tensors[original_name(name)] for name in shapes}
+
+
+def original_text_encoder_name(name: str) -> str:
+    """The original repository's name of a tensor of transformers' UMT5EncoderModel."""
+    for pattern, replacement in _TEXT_ENCODER:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def original_vae_name(name: str) -> str:
+    """The original repository's name of a tensor of diffusers' AutoencoderKLWan."""
+
+    def flat(match: re.Match) -> str:
+        """The original's decoder is one list: three residual blocks and an upsampler a level."""
+        level, kind, number = match.groups()
+        return f".upsamples.{4 * int(level) + (3 if kind == 'upsamplers' else int(number))}."
+
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
+    for pattern, replacement in _VAE:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
+    """The tensors of a file of torch.save, memory-mapped where its format allows. Nothing in it is executed."""
+    if not file.exists():
+        raise InputError(f"{file}: no such file")
+    with file.open("rb") as stream:
+        start = stream.read(200)
+    size, zipped = file.stat().length, zipfile.is_zipfile(file)
+    broken = functools.partial(damaged, file, start.removeprefix(b"PK"), size, expected="a file of torch.save")
+    if not zipped and not start.startswith(b"\x80"):
+        raise broken("neither a zip archive nor a pickle")
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{file}: reading a pickle takes torch; `pip install torch`") from None
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{file}: refused: it names {named[1]}, which a file of tensors does not") from None
+        raise InputError(f"{file}: not a file of torch.save: its {size} bytes are truncated or damaged") from None
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+        raise InputError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
+
+    def lazy(tensor: torch.Tensor) -> LazyTensor:
+        if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+            fetch = lambda: tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return LazyTensor(tuple(tensor.shape), np.dtype(ml_dtypes.bfloat16), fetch)
+        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        return LazyTensor(tuple(tensor.shape), dtype, lambda: tensor.detach().contiguous().numpy())
+
+    return {name: lazy(tensor) for name, tensor in loaded.items()}

@@ -1,0 +1,256 @@
+"""Safetensors files: looked into without being read, written tensor by tensor; one file, or shards with an index."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from jsurgery.errors import InputError
+from jsurgery.runtime.stages import write_json
+
+SHARD_BYTES = 5_000_000_000  # diffusers' and transformers' own limit
+
+# NumPy has no bfloat16 of its own, which is why its names are not the format's.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor whose values are fetched each time that NumPy asks for them, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.fetch(), dtype=dtype, copy=copy)
+
+
+Tensors = Mapping[str, np.ndarray | LazyTensor]
+
+
+def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
+    """All tensors of a .safetensors file, or of a folder of them (sharded, with an index, or not), memory-mapped.
+
+    Only headers are read here. Raises InputError, naming the file and the likely cause, where a file is missing or
+    damaged.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected safetensors weights")
+    if not path.is_dir():
+        return _open_file(path)
+
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise InputError(f"{path}: expected one index of shards, found {', '.join(i.name for i in indices)}")
+    if indices:
+        return _open_shards(indices[0])
+
+    tensors: dict[str, LazyTensor] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt") for file in path.glob(end))
+        hint = f", but {', '.join(pickles)}; pickles are not read" if pickles else ""
+        raise InputError(f"{path}: no .safetensors file in this folder{hint}")
+    for file in files:
+        if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name):
+            raise InputError(f"{file}: a shard without its index (*.safetensors.index.json); download incomplete?")
+        shard = _open_file(file)
+        if twice := tensors.keys() & shard.keys():
+            raise InputError(
+                f"{file}: holds {min(twice)}, which another file of the folder holds too; keep one variant"
+            )
+        tensors |= shard
+    return tensors
+
+
+def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """Like `open_tensors`, with all values in memory."""
+    return {name: np.array(tensor) for name, tensor in open_tensors(path).items()}
+
+
+def check_tensors(path: epath.PathLike) -> None:
+    """Raises InputError where `read_tensors` would, having read the headers of the files and their sizes only."""
+    open_tensors(path)
+
+
+def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
+    try:
+        shard_of = json.loads(index.read_text())["weight_map"]
+        shards = sorted(set(shard_of.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: expected JSON with a weight_map of tensor to file ({error!r})") from error
+    if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
+        raise InputError(
+            f"{index}: names {len(shards)} shards, of which {', '.join(absent)} not there; download incomplete?"
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for shard in shards:
+        tensors |= _open_file(index.parent / shard)
+    if lost := shard_of.keys() - tensors.keys():
+        raise InputError(f"{index}: names {len(lost)} tensors that no shard holds, such as {min(lost)}")
+    return tensors
+
+
+def damaged(
+    file: epath.Path, start: bytes, size: int, fault: object, expected: str = "a safetensors file"
+) -> InputError:
+    """The error for a file that begins with `start` and is not what was expected, with the likely cause."""
+    text = start[:200].lstrip().lower()
+    if not size:
+        cause = "the file is empty"
+    elif text.startswith(b"version https://git-lfs"):
+        cause = "it is a git-LFS pointer; run `git lfs pull`"
+    elif text.startswith(b"<"):
+        cause = "it is an HTML or XML page, perhaps a download that needed a login"
+    elif start.startswith((b"PK\x03\x04", b"\x80")):
+        cause = "it is a pickle, as torch.save writes, and was not unpickled"
+    else:
+        cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
+    return InputError(f"{file}: not {expected}: {cause}")
+
+
+def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
+    """Each tensor of a file whose size is what its header adds up to."""
+    size = file.stat().length
+    with file.open("rb") as stream:
+        start = stream.read(200)
+        header_size = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or header_size > size - 8:
+            raise damaged(file, start, size, "the header is cut short")
+        stream.seek(8)
+        text = stream.read(header_size)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            places[name] = entry["dtype"], tuple(map(int, entry["shape"])), begin, end
+        expected = 8 + header_size + max((place[3] for place in places.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(file, start, size, "the header is not JSON") from error
+    if size != expected:
+        raise damaged(file, start, size, f"the header speaks of {expected}")
+    if foreign := {dtype for dtype, *_ in places.values()} - _DTYPES.keys():
+        raise InputError(
+            f"{file}: holds tensors of type {', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
+        )
+    tensors = {}
+    for name, (dtype, shape, begin, end) in places.items():
+        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise damaged(file, start, size, f"{name} has {end - begin} bytes for {dtype} {shape}")
+        tensors[name] = _stored(file, _DTYPES[dtype], shape, 8 + header_size + begin)
+    return tensors
+
+
+def _stored(file: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
+    def fetch() -> np.ndarray:
+        size = math.prod(shape) * dtype.itemsize
+        if size and "://" not in str(file):
+            # A mapping of its own for each tensor: its pages are given back with it.
+            return np.memmap(file, dtype, "r", offset, shape)
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return np.frombuffer(stream.read(size), dtype).reshape(shape)
+
+    return LazyTensor(shape, dtype, fetch)
+
+
+def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Writes one .safetensors file under a temporary name, then renames it: a file with the final name is complete."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_file(_temporary(path), tensors, metadata)
+    _temporary(path).replace(path)
+
+
+def write_shards(folder: epath.PathLike, stem: str, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `stem`.safetensors, or above `shard_bytes` shards with an index, named as diffusers and transformers do.
+
+    All files are complete before the first gets its final name, and the index comes last. What an earlier save of other
+    shards left is removed.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, shard_bytes)
+    count = len(shards)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(_temporary(folder / name), shard)
+
+    index = folder / f"{stem}.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    for name in names:
+        _temporary(folder / name).replace(folder / name)
+    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    for file in folder.glob("*.safetensors"):
+        if ours.fullmatch(file.name) and file.name not in names:
+            file.unlink()
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
+        write_json(index, content)
+
+
+def _split(tensors: Tensors, shard_bytes: int) -> list[Tensors]:
+    shards: list[dict[str, Any]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and _size(tensor) > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= _size(tensor)
+    return list(shards)
+
+
+def _size(tensor: np.ndarray | LazyTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _temporary(path: epath.Path) -> epath.Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """One file, never holding more than one tensor; a file that could not be finished is removed."""
+    # Widest type first, so that every tensor lies aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    end = 0
+    for name in names:
+        begin, end = end, end + _size(tensors[name])
+        dtype = _DTYPE_NAMES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                # A buffer is written as it lies, so a transposed view has to be copied first.
+                stream.write(np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

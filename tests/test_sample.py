@@ -1,0 +1,166 @@
+"""`jsurgery sample`: files, what they say of themselves, resuming, defaults, and refusals before weights are read."""
+
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+
+from jsurgery import sample
+from jsurgery.cli import main
+from jsurgery.errors import InputError
+from jsurgery.evaluate.video_file import read_settings
+from jsurgery.sample import sampling_config
+from jsurgery.wan.transformer import WanConfig
+
+PROMPTS = ("a red circle", "a blue square", "a green triangle")
+SIZE = ["--frames=5", "--height=32", "--width=48", "--steps=2"]
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n\n".join(PROMPTS) + "\n")
+    return file
+
+
+def frames(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
+
+
+def alike(one, other):
+    """x264 does not always code equal frames equally."""
+    return np.abs(one - other).mean() < 3
+
+
+def test_many_prompts_resume(tmp_path, tiny_pipeline, prompts_file, capsys):
+    videos = tmp_path / "videos"
+    command = ["sample", f"--model={tiny_pipeline}", f"--prompts_file={prompts_file}", f"--output={videos}", *SIZE]
+    assert main(command) == 0
+    files = [videos / f"000{number}.mp4" for number in range(3)]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    first = [frames(file) for file in files]
+    assert first[0].shape == (5, 32, 48, 3) and np.abs(first[0] - first[1]).mean() > 20
+    stored = [read_settings(file) for file in files]
+    assert [(s["prompt"], s["number"], s["seed"]) for s in stored] == [(p, n, 0) for n, p in enumerate(PROMPTS)]
+    assert (stored[0]["steps"], stored[0]["solver"], stored[0]["shift"], stored[0]["width"]) == (2, "unipc", 3.0, 48)
+
+    files[1].unlink()
+    (videos / ".0001.mp4.mp4").write_bytes(b"left by a run that was killed")
+    written = {number: files[number].stat().st_mtime_ns for number in (0, 2)}
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert output.out.split() == [str(files[1])] and "2 of 3" in output.err and "sample 2/3: 2/2" in output.err
+    assert written == {number: files[number].stat().st_mtime_ns for number in (0, 2)}
+    assert alike(frames(files[1]), first[1])
+    assert sorted(videos.iterdir()) == files
+
+    assert main([*command, "--seed=1"]) == 2
+    message = capsys.readouterr().err
+    assert "0000.mp4" in message and "seed was 0, is 1" in message
+
+    alone = tmp_path / "alone.mp4"
+    assert main(["sample", f"--model={tiny_pipeline}", f"--prompt={PROMPTS[0]}", f"--output={alone}", *SIZE]) == 0
+    assert alike(frames(alone), first[0])
+
+
+def test_nothing_is_loaded_when_all_is_finished(tmp_path, tiny_pipeline, prompts_file, monkeypatch, capsys):
+    prompts_file.write_text(PROMPTS[0])
+    command = ["sample", f"--model={tiny_pipeline}", f"--prompts_file={prompts_file}", *SIZE, f"--output={tmp_path}"]
+    assert main(command) == 0
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    assert main(command) == 0
+    assert "1 of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--frames=16"], ["config.video.frames", "4k + 1", "13 and 17"]),
+        (["--frames=many"], ["config.video.frames", "int", "'many'"]),
+        (["--height=100"], ["config.video.height", "96 and 112"]),
+        (["--width=100"], ["config.video.width"]),
+        (["--width=32000"], ["width axis", "2000", "1024"]),
+        (["--solver=heun"], ["config.sampler.solver", "unipc", "'heun'"]),
+        (["--steps=0"], ["config.sampler.steps", "positive"]),
+        (["--shift=-1"], ["config.sampler.shift", "positive"]),
+        (["--guidance=nan"], ["config.sampler.guidance"]),
+        (["--seed=-1"], ["config.seed"]),
+        ([f"--seed={2**32}"], ["config.seed", "2^32"]),
+        (["--model=no/such/model"], ["no/such/model", "no such folder"]),
+        (["--prompt= "], ["--prompt", "empty"]),
+        (["--prompts_file=prompts.txt"], ["--prompts_file", "not allowed with"]),
+        (["--output=out.webm"], ["--output=out.webm", ".mp4"]),
+        (["--output=."], ["--output=.", ".mp4"]),
+    ],
+)
+def test_refusals(tmp_path, tiny_pipeline, monkeypatch, capsys, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    assert main(["sample", f"--model={tiny_pipeline}", "--prompt=a red circle", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "parts"),
+    [
+        (None, "videos", ["prompts.txt", "No such file"]),
+        (b"", "videos", ["prompts.txt", "one prompt a line", "none"]),
+        (b"\n  \n", "videos", ["prompts.txt", "none"]),
+        (b"\xff\xfe\xff", "videos", ["prompts.txt", "UTF-8"]),
+        (b"a red circle", "out.mp4", ["--output=out.mp4", "folder"]),
+        (b"a red circle", "prompts.txt", ["--output=prompts.txt", "exists"]),
+        (b"a red circle", "prompts.txt/videos", ["--output=prompts.txt/videos", "directory"]),
+    ],
+)
+def test_refusals_of_many(tmp_path, tiny_pipeline, monkeypatch, capsys, content, output, parts):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    assert main(["sample", f"--model={tiny_pipeline}", "--prompts_file=prompts.txt", f"--output={output}"]) == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def wan_folder(folder, config, scheduler):
+    for part in ("transformer", "vae", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config.to_json()))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return {"model.path": str(folder)}
+
+
+def test_a_published_model_brings_its_own_settings(tmp_path):
+    unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
+    model = wan_folder(tmp_path / "1.3b", WanConfig(), unipc)
+    config = sampling_config(None, model)
+    assert (config.video.frames, config.video.height, config.video.width, config.text_length) == (81, 480, 832, 512)
+    assert (config.sampler.solver, config.sampler.shift, config.sampler.steps) == ("unipc", 5.0, 50)
+    config = sampling_config(None, model | {"sampler.shift": "3", "sampler.solver": "euler", "sampler.steps": "4"})
+    assert (config.sampler.solver, config.sampler.shift, config.sampler.steps) == ("euler", 3.0, 4)
+    config = sampling_config("wan_1_3b_lowres", model)
+    assert (config.video.height, config.sampler.shift) == (320, 3.0)
+
+    large = WanConfig(num_attention_heads=40, num_layers=40)
+    euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
+    config = sampling_config(None, wan_folder(tmp_path / "14b", large, euler))
+    assert (config.text_length, config.sampler.solver, config.sampler.shift) == (512, "euler", 7.0)
+    unknown = sampling_config(None, wan_folder(tmp_path / "other", large, {"_class_name": "DDIMScheduler"}))
+    assert (unknown.sampler.solver, unknown.sampler.shift) == ("euler", 3.0)
+    with pytest.raises(InputError, match=r"scheduler_config.json: expected the config of a diffusers scheduler"):
+        sampling_config(None, wan_folder(tmp_path / "broken", large, []))
+
+
+def test_the_bundled_model_is_the_default(tiny_pipeline, tmp_path):
+    config = sampling_config(None, {})
+    assert (config.model.path, config.text_length, config.sampler.solver) == ("tiny_wan", 16, "unipc")
+    bare = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    shutil.rmtree(bare / "scheduler")
+    assert sampling_config(None, {"model.path": str(bare)}).sampler.solver == "euler"

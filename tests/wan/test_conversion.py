@@ -1,0 +1,254 @@
+"""`jsurgery convert`: transformers between layouts, and the original repository's VAE and text encoder."""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from flax import nnx
+from torch.nn import functional as F
+
+from jsurgery import cli
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.errors import InputError
+from jsurgery.wan import weights
+from jsurgery.wan.convert import convert, original_text_encoder_name, original_vae_name
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
+from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder, position_buckets
+from jsurgery.wan.transformer import WanConfig, save_transformer
+from jsurgery.wan.vae import VaeConfig, WanVae, load_vae
+
+ONE_HEAD = WanConfig(
+    num_attention_heads=1, in_channels=4, out_channels=4, text_dim=24, freq_dim=32, ffn_dim=48, num_layers=2
+)
+UMT5 = {"vocab": 40, "dim": 24, "heads": 3, "head_dim": 4, "ffn": 20, "layers": 2, "buckets": 32}
+
+
+def test_a_transformer_around_all_layouts(tmp_path, random_transformer, capsys):
+    """Types too: a bfloat16 file stays one."""
+    save_transformer(random_transformer(ONE_HEAD), tmp_path / "float32", "original")
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in read_tensors(tmp_path / "float32").items()}
+    write_tensors(tmp_path / "start" / "weights.safetensors", tensors)
+
+    steps = [
+        ("comfyui", "comfy.safetensors"),
+        ("diffusers", "diffusers"),
+        ("comfyui", "b.safetensors"),
+        ("original", "c"),
+    ]
+    previous = "start"
+    for layout, output in steps:
+        arguments = [f"--model={tmp_path / previous}", f"--output={tmp_path / output}", f"--layout={layout}"]
+        assert cli.main(["convert", *arguments]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / output)
+        previous = output
+    assert set(read_tensors(tmp_path / "diffusers")) == set(weights.transformer_tensors(random_transformer(ONE_HEAD)))
+    found = read_tensors(tmp_path / "c")
+    assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in found.values())
+    np.testing.assert_equal(found, tensors)
+
+
+def test_a_pipeline_folder_and_a_hybrid(tmp_path, tiny_pipeline, random_transformer, capsys):
+    convert(str(tiny_pipeline), tmp_path / "original", "original")
+    convert(str(tmp_path / "original"), tmp_path / "back", "diffusers")
+    expected = tiny_pipeline / "transformer"
+    np.testing.assert_equal(read_tensors(tmp_path / "back"), read_tensors(expected))
+    assert (tmp_path / "back" / "config.json").read_text() == (expected / "config.json").read_text()
+
+    hybrid = tmp_path / "hybrid"
+    save_transformer(random_transformer(WanConfig(**vars(ONE_HEAD) | {"hybrid": HybridConfig((1, 2))})), hybrid)
+    fields = json.loads((hybrid / "config.json").read_text()) | {"base_pipeline": "somewhere"}
+    (hybrid / "config.json").write_text(json.dumps(fields))
+    convert(str(hybrid), tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "config.json").read_text()) == fields
+    np.testing.assert_equal(read_tensors(tmp_path / "copy"), read_tensors(hybrid))
+    assert cli.main(["convert", f"--model={hybrid}", f"--output={tmp_path / 'no'}", "--layout=original"]) == 2
+    assert "a hybrid transformer has no original layout" in capsys.readouterr().err
+
+
+def original_umt5(vocab, dim, heads, head_dim, ffn, layers, buckets) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the original repository's encoder, written down from its modules."""
+    shapes = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        block = {f"attn.{side}": (heads * head_dim, dim) for side in "qkv"} | {"attn.o": (dim, heads * head_dim)}
+        block |= {
+            "ffn.gate.0": (ffn, dim),
+            "ffn.fc1": (ffn, dim),
+            "ffn.fc2": (dim, ffn),
+            "norm1": (dim,),
+            "norm2": (dim,),
+        }
+        block |= {"pos_embedding.embedding": (buckets, heads)}
+        shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in block.items()}
+    return shapes
+
+
+def umt5_embeddings(tensors: dict[str, torch.Tensor], ids: np.ndarray, heads: int) -> np.ndarray:
+    """The original's forward pass of one prompt, on its own names."""
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * tensors[f"{name}.weight"]
+
+    x = tensors["token_embedding.weight"][torch.tensor(ids)]
+    buckets = torch.tensor(position_buckets(len(ids), 32, 128)).long()
+    for i in range(UMT5["layers"]):
+        linear = lambda name, x, block=f"blocks.{i}": x @ tensors[f"{block}.{name}.weight"].T
+        h = norm(x, f"blocks.{i}.norm1")
+        q, k, v = (linear(f"attn.{side}", h).unflatten(-1, (heads, -1)).transpose(0, 1) for side in "qkv")
+        bias = tensors[f"blocks.{i}.pos_embedding.embedding.weight"][buckets].permute(2, 0, 1)
+        y = torch.softmax(q @ k.mT + bias, -1) @ v
+        x = x + linear("attn.o", y.transpose(0, 1).flatten(1))
+        h = norm(x, f"blocks.{i}.norm2")
+        x = x + linear("ffn.fc2", linear("ffn.fc1", h) * F.gelu(linear("ffn.gate.0", h), approximate="tanh"))
+    return norm(x, "norm").numpy()
+
+
+def test_the_text_encoder_from_a_pth(tmp_path):
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape) * 0.5 for name, shape in original_umt5(**UMT5).items()}
+    torch.save(tensors, tmp_path / "t5.pth")
+    convert(str(tmp_path / "t5.pth"), tmp_path / "text_encoder")
+    ids = np.array([3, 17, 5, 39, 1])
+    encoder = load_text_encoder(tmp_path / "text_encoder")
+    found = encoder(ids[None], np.ones((1, 5), np.int32))[0]
+    expected = umt5_embeddings(tensors, ids, UMT5["heads"])
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    # The comparison would notice two tensors of one shape in each other's places.
+    tensors["blocks.1.ffn.gate.0.weight"], tensors["blocks.1.ffn.fc1.weight"] = (
+        tensors["blocks.1.ffn.fc1.weight"],
+        tensors["blocks.1.ffn.gate.0.weight"],
+    )
+    assert np.abs(found - umt5_embeddings(tensors, ids, UMT5["heads"])).max() > 1e-3
+
+
+def test_bfloat16_in_a_pth_stays_bfloat16(tmp_path):
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in original_umt5(**UMT5).items()}
+    torch.save(tensors, tmp_path / "t5.pth")
+    convert(str(tmp_path / "t5.pth"), tmp_path / "text_encoder")
+    found = read_tensors(tmp_path / "text_encoder")
+    for name, tensor in found.items():
+        assert tensor.dtype == ml_dtypes.bfloat16
+        assert np.array_equal(tensor.astype(np.float32), tensors[original_text_encoder_name(name)].float().numpy())
+    assert found["shared.weight"].shape == (40, 24)
+
+
+def test_names_of_umt5_xxl():
+    shapes = weights.mirrored_shapes(nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0))))
+    found = {original_text_encoder_name(name): shape for name, shape in shapes.items()}
+    expected = original_umt5(vocab=256384, dim=4096, heads=64, head_dim=64, ffn=10240, layers=24, buckets=32)
+    assert found == expected and len(found) == 242
+
+
+def test_names_of_the_vae():
+    """diffusers' own converter is the judge."""
+    shapes = weights.mirrored_shapes(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
+    original = {original_vae_name(name): name for name in shapes}
+    assert len(original) == len(shapes) == 194
+    assert convert_wan_vae_to_diffusers(dict(original)) == {name: name for name in shapes}
+    pairs = {
+        "encoder.downsamples.3.shortcut.weight": (192, 96, 1, 1, 1),
+        "encoder.downsamples.8.time_conv.weight": (384, 384, 3, 1, 1),
+        "decoder.upsamples.4.residual.2.weight": (384, 192, 3, 3, 3),
+        "decoder.upsamples.11.resample.1.weight": (96, 192, 3, 3),
+        "decoder.upsamples.14.residual.6.bias": (96,),
+        "decoder.middle.1.to_qkv.weight": (1152, 384, 1, 1),
+        "encoder.head.2.weight": (32, 384, 3, 3, 3),
+        "conv1.weight": (32, 32, 1, 1, 1),
+        "conv2.bias": (16,),
+    }
+    for name, shape in pairs.items():
+        assert shapes[original[name]] == shape, name
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_the_vae_from_the_original_names(tmp_path, kind):
+    torch.manual_seed(0)
+    reference = AutoencoderKLWan(base_dim=4)
+    expected = reference.state_dict()
+    tensors = {original_vae_name(name): tensor for name, tensor in expected.items()}
+    file = tmp_path / f"Wan2.1_VAE.{kind}"
+    if kind == "pth":
+        torch.save(tensors, file)
+    else:
+        write_tensors(file, {name: tensor.numpy() for name, tensor in tensors.items()})
+    convert(str(file), tmp_path / "vae")
+    assert load_vae(tmp_path / "vae").config == VaeConfig(base_dim=4)
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
+
+    del tensors["decoder.middle.0.residual.3.gamma"]
+    write_tensors(tmp_path / "lacking.safetensors", {name: tensor.numpy() for name, tensor in tensors.items()})
+    with pytest.raises(InputError, match=r"lacking.*missing decoder\.middle\.0\.residual\.3\.gamma \(16, 1, 1, 1\)"):
+        convert(str(tmp_path / "lacking.safetensors"), tmp_path / "other")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload-ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_payload_does_not_run(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    tensors = {"token_embedding.weight": torch.zeros(3, 2), "conv1.weight": Payload()}
+    torch.save(tensors, "model.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"model\.pth: refused: it names posix\.mkdir"):
+        convert("model.pth", "out")
+    assert not pathlib.Path("payload-ran").exists() and not pathlib.Path("out").exists()
+    torch.load("model.pth", weights_only=False)
+    assert pathlib.Path("payload-ran").exists()  # it does, where a pickle is trusted
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (lambda sound: b"", "the file is empty"),
+        (lambda sound: b"<!DOCTYPE html>", "HTML"),
+        (lambda sound: b"version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer"),
+        (lambda sound: sound[:-40], "truncated"),
+        (lambda sound: sound[:200], "truncated"),
+        (lambda sound: b"\x80\x02garbage", "truncated or damaged"),
+    ],
+)
+def test_a_damaged_pth(tmp_path, content, cause):
+    file = tmp_path / "Wan2.1_VAE.pth"
+    torch.save({"conv1.weight": torch.zeros(300)}, file)
+    file.write_bytes(content(file.read_bytes()))
+    with pytest.raises(InputError, match=f"Wan2.1_VAE.pth: not a file of torch.save: .*{cause}"):
+        convert(str(file), tmp_path / "out")
+
+
+def test_what_is_not_a_checkpoint(tmp_path, monkeypatch, tiny_pipeline, capsys):
+    def refusal(model, output="out", layout="diffusers") -> str:
+        arguments = [f"--model={model}", f"--output={tmp_path / output}", f"--layout={layout}"]
+        assert cli.main(["convert", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not (tmp_path / "out").exists()
+        return line
+
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    assert "list.pth: expected a dictionary of tensors, found list" in refusal(tmp_path / "list.pth")
+    torch.save({"step": torch.zeros(3)}, tmp_path / "other.pth")
+    assert "found tensors such as step" in refusal(tmp_path / "other.pth")
+    assert "absent.pth: no such file" in refusal(tmp_path / "absent.pth")
+    assert "found a VAE" in refusal(tiny_pipeline / "vae")
+    assert "token_embedding.weight of 2 axes" in (
+        torch.save({"token_embedding.weight": torch.zeros(3)}, tmp_path / "t5.pth") or refusal(tmp_path / "t5.pth")
+    )
+    assert "not a transformer" in refusal(tmp_path / "t5.pth", layout="original")
+    assert "takes a name that ends in .safetensors" in refusal(tiny_pipeline, layout="comfyui")
+    assert "takes the name of a folder" in refusal(tiny_pipeline, output="out.safetensors")
+    shutil.copytree(tiny_pipeline / "vae", tmp_path / "there")
+    assert "is there already" in refusal(tiny_pipeline, output="there")
+    assert cli.main(["convert", "--model=a", "--output=b", "--config.seed=1"]) == 2
+    assert "convert takes no config" in capsys.readouterr().err
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install torch" in refusal(tmp_path / "t5.pth")

@@ -1,0 +1,162 @@
+"""Prompt to video against diffusers' WanPipeline on the bundled model, and the ways to take the same steps."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+from jsurgery.config import load_config
+from jsurgery.errors import InputError
+from jsurgery.wan.pipeline import BUNDLED, check_size, guided_velocity, initial_noise, load_pipeline
+from jsurgery.wan.transformer import WanConfig
+
+PROMPT = "a red circle moves left over a grey background"
+NEGATIVE = "a blue square"
+SMALL = {"video.frames": "5", "video.height": "64", "video.width": "48", "sampler.solver": "unipc"}
+
+
+def small(**fields):
+    named = {f"sampler.{name}": str(value) for name, value in fields.items()}
+    return load_config("tiny", SMALL | {"trace.keep_steps": "1", "sampler.negative_prompt": NEGATIVE} | named)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return load_pipeline("tiny_wan")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    pipeline = WanPipeline.from_pretrained(BUNDLED["tiny_wan"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_diffusers_loads_the_bundled_folder(theirs):
+    assert {name for name, part in theirs.components.items() if part is None} <= {"transformer_2"}
+    scheduler = theirs.scheduler.config
+    assert (scheduler.prediction_type, scheduler.use_flow_sigmas, scheduler.flow_shift) == (
+        "flow_prediction",
+        True,
+        3.0,
+    )
+
+
+def latents_of_diffusers(pipeline, config, noise_BxTxHxWxC, negative=NEGATIVE):
+    sampler, video = config.sampler, config.video
+    latents = pipeline(
+        PROMPT,
+        negative_prompt=negative,
+        height=video.height,
+        width=video.width,
+        num_frames=video.frames,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance,
+        latents=torch.tensor(np.asarray(noise_BxTxHxWxC)).permute(0, 4, 1, 2, 3),
+        output_type="latent",
+        max_sequence_length=config.text_length,
+    ).frames
+    return latents.permute(0, 2, 3, 4, 1).numpy()
+
+
+def distance(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def test_unipc_with_guidance_ends_where_diffusers_does(ours, theirs):
+    config = small(steps=20, guidance=5.0)
+    noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
+    expected = latents_of_diffusers(theirs, config, noise)
+    found = ours.sample_by_steps([PROMPT], config, seed=7)
+    assert found.shape == expected.shape and distance(found, expected) < 1e-3
+    video = ours.decode(found)[0]
+    decoded = theirs.vae.decode(unnormalised(theirs.vae, expected), return_dict=False)[0].detach()
+    decoded = np.round((decoded[0].permute(1, 2, 3, 0).clamp(-1, 1).numpy() + 1) * 127.5)
+    assert video.shape == (5, 64, 48, 3) and np.abs(video - decoded).max() <= 1
+
+
+def unnormalised(vae, latents_BxTxHxWxC):
+    mean, std = np.array(vae.config.latents_mean), np.array(vae.config.latents_std)
+    return torch.tensor((latents_BxTxHxWxC * std + mean).astype(np.float32)).permute(0, 4, 1, 2, 3)
+
+
+def test_another_prompt_shift_or_noise_ends_elsewhere(ours, theirs):
+    """The control of the test above, in fewer steps; the first line is its own parity."""
+    config = small(steps=4, guidance=5.0)
+    expected = latents_of_diffusers(theirs, config, initial_noise(7, [0], ours.latent_shape(5, 64, 48)))
+    end = lambda prompt, config, seed=7: ours.sample_by_steps([prompt], config, seed=seed)
+    assert distance(end(PROMPT, config), expected) < 1e-3
+    assert distance(end(PROMPT, small(steps=4, negative_prompt="")), expected) > 5e-3
+    assert distance(end(NEGATIVE, config), expected) > 5e-3
+    assert distance(end(PROMPT, small(steps=4, shift=5.0)), expected) > 5e-3
+    assert distance(end(PROMPT, small(steps=4, guidance=4.0)), expected) > 5e-3
+    assert distance(end(PROMPT, config, seed=8), expected) > 5e-3
+
+
+def test_euler_without_guidance_ends_where_diffusers_does(ours, theirs):
+    config = small(steps=6, guidance=1.0, solver="euler")
+    noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
+    unipc = theirs.scheduler
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampler.shift)
+    expected = latents_of_diffusers(theirs, config, noise)
+    theirs.scheduler = unipc
+    assert distance(ours.sample([PROMPT], config, seed=7)[0], expected) < 1e-3
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "unipc"])
+def test_step_by_step_is_the_compiled_loop(ours, solver):
+    config = small(steps=3, solver=solver)
+    latents = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4)[0]
+    done = []
+    stepped = ours.sample_by_steps([PROMPT, NEGATIVE], config, seed=1, first=4, on_step=done.append)
+    np.testing.assert_allclose(stepped, latents, atol=2e-4)
+    assert done == [1, 2, 3]
+
+
+def test_noise_belongs_to_the_prompts_number(ours):
+    pair = ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=2), seed=1, first=4)
+    assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=5)[0], pair[1]) < 1e-3
+    assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=4)[0], pair[1]) > 1e-1
+
+
+def test_guidance_batched_or_sequential(ours):
+    end = lambda batched: ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=3, guidance_batched=batched), seed=0)
+    np.testing.assert_allclose(end(False), end(True), atol=2e-4)
+
+
+def test_branches_that_run(ours):
+    """Rows of text that reach the transformer: 2 B at once, B twice, or at guidance 1 B once."""
+    text, blank = jnp.ones((3, 16, 64)), jnp.zeros((1, 16, 64))
+
+    def seen(blank, guidance, batched):
+        rows = []
+
+        def transformer(x, timesteps, words):
+            assert len(x) == len(timesteps) == len(words)
+            rows.append(len(words))
+            return x * words.mean((1, 2))[:, None, None, None, None]
+
+        velocity = guided_velocity(transformer, text, blank, guidance, batched)
+        return rows, velocity(jnp.full((3, 1, 2, 2, 4), 2.0), jnp.zeros(3))
+
+    for blank_or_none, guidance, batched, rows, value in (
+        (blank, 5.0, True, [6], 10.0),
+        (blank, 5.0, False, [3, 3], 10.0),
+        (None, 1.0, True, [3], 2.0),
+    ):
+        found, velocity = seen(blank_or_none, guidance, batched)
+        assert found == rows
+        np.testing.assert_allclose(velocity, np.full((3, 1, 2, 2, 4), value), rtol=1e-6)
+    unread = small(steps=2, guidance=1.0), small(steps=2, guidance=1.0, negative_prompt="")
+    assert np.array_equal(*(ours.sample_by_steps([PROMPT], config, seed=0) for config in unread))
+
+
+def test_a_video_that_the_model_cannot_make():
+    check_size(WanConfig(), 81, 480, 832)
+    with pytest.raises(InputError, match="time axis has 21 positions"):
+        check_size(WanConfig(rope_max_seq_len=20), 81, 64, 64)
+    with pytest.raises(InputError, match="height is 6, not a multiple of the patch size 4"):
+        check_size(dataclasses.replace(WanConfig(), patch_size=(1, 4, 4)), 5, 48, 64)
