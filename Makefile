@@ -31,7 +31,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 evidence: $(VENV)/base.stamp
-	$(BIN)/jsurgery ablate --table=evidence --workdir=runs/evidence
+	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence
 
 clean:
 	rm -rf $(VENV) build *.egg-info
