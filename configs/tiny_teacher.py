@@ -24,6 +24,6 @@ def get_config():
     c.train.vae_kl_weight = 3e-4
     c.train.clips = 2048
     c.train.learning_rate = 3e-3
-    c.train.steps = 4600
-    c.train.decay = 2000
+    c.train.steps = 6500
+    c.train.decay = 3900
     return c

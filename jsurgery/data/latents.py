@@ -6,7 +6,6 @@ from typing import Any, cast
 import grain
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
@@ -23,7 +22,6 @@ def encode_sprites(
 
     A record holds `latents` float16 [T, H, W, C] and `caption`. `video` has frames, height and width.
     """
-    encode = nnx.jit(lambda vae, clip: vae.encode(clip))
 
     def records(indices):
         for start in range(0, len(indices), batch):
@@ -32,7 +30,7 @@ def encode_sprites(
             ]
             shape = video.frames, video.height, video.width
             clip = sprites.to_float(np.stack([sprites.render(scene, *shape) for scene in scenes]))
-            for scene, latents in zip(scenes, np.asarray(encode(vae, clip), np.float16), strict=True):
+            for scene, latents in zip(scenes, vae.encode_in_chunks(clip).astype(np.float16), strict=True):
                 yield {"latents": latents, "caption": text_array(scene.caption)}
                 progress.show(indices[start] + 1)
 

@@ -134,14 +134,14 @@ class Pipeline:
         blank = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
         return text, blank, noise, jax.random.fold_in(jax.random.key(seed), first)
 
-    def encode(self, video_BxFxHxWx3: np.ndarray) -> jax.Array:
+    def encode(self, video_BxFxHxWx3: np.ndarray) -> np.ndarray:
         """Latents [B, T, H, W, C] of float videos in [-1, 1]."""
-        return _encode(self.vae, video_BxFxHxWx3)
+        return self.vae.encode_in_chunks(video_BxFxHxWx3)
 
-    def decode(self, latents_BxTxHxWxC: jax.Array) -> np.ndarray:
+    def decode(self, latents_BxTxHxWxC: jax.Array | np.ndarray) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3], one at a time."""
-        videos = [_decode(self.vae, latents[None])[0] for latents in latents_BxTxHxWxC]
-        return np.stack([np.asarray(jnp.round((video + 1) * 127.5), np.uint8) for video in videos])
+        videos = [self.vae.decode_in_chunks(latents[None])[0] for latents in latents_BxTxHxWxC]
+        return np.stack([np.round((video + 1) * 127.5).astype(np.uint8) for video in videos])
 
     def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3] of one prompt or several."""
@@ -228,16 +228,6 @@ def guided_velocity(
 @nnx.jit
 def _embed(text_encoder, token_ids, mask):
     return encode_prompts(text_encoder, token_ids, mask)
-
-
-@nnx.jit
-def _encode(vae, video):
-    return vae.encode(video)
-
-
-@nnx.jit
-def _decode(vae, latents):
-    return vae.decode(latents)
 
 
 def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:

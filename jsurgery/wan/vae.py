@@ -1,15 +1,19 @@
 """Wan2.1's causal video VAE: 4x fewer frames (the first is kept apart), 8x smaller sides, z_dim channels.
 
-The reference (diffusers' AutoencoderKLWan) streams a clip through feature caches, 4 frames at a time; here the whole
-clip goes through at once, which is the same function. Attribute names are the reference's parameter names.
+`encode` and `decode` take a whole clip at once, are differentiable, and need memory in proportion to its frames.
+`encode_in_chunks` and `decode_in_chunks` are the same functions, a latent frame at a time with cached features, and if
+need be over tiles in space. Attribute names are the parameter names of the reference, diffusers' AutoencoderKLWan.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import nnx
 
@@ -78,6 +82,65 @@ class VaeConfig:
         return {"_class_name": "AutoencoderKLWan", **fields, **_FIXED_FIELDS, "dropout": 0.0}
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Sizes of overlapping tiles and the steps between them, in pixels; the defaults are those of diffusers."""
+
+    height: int = 256
+    width: int = 256
+    stride_height: int = 192
+    stride_width: int = 192
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 8 or value % 8:
+                raise InputError(f"tiling.{name}: expected a positive multiple of 8, found {value}")
+        for side in ("height", "width"):
+            size, stride = getattr(self, side), getattr(self, f"stride_{side}")
+            if stride > size:
+                raise InputError(f"tiling.stride_{side}: expected at most the tile's {side}, {size}, found {stride}")
+
+
+class FrameCache:
+    """What a network carries from one chunk of a clip to the next: the last frames that each causal convolution saw.
+
+    Convolutions and inner caches take theirs in the order in which they run; all chunks but the first are of one size.
+    """
+
+    def __init__(self, kept: list[Any] | None = None):
+        """`kept` is `left` of the chunk before; None in a clip's first chunk, which begins with its first frame."""
+        self.at_start = kept is None
+        self.left: list[Any] = []
+        self._kept = iter(kept or [])
+
+    def prepend(self, start_BxKxHxWxC: jax.Array, x_BxTxHxWxC: jax.Array) -> jax.Array:
+        """The K frames that lie before x, then x; before a clip lies `start`."""
+        before = [start_BxKxHxWxC] if self.at_start else next(self._kept)
+        joined = jnp.concatenate([*before, x_BxTxHxWxC], axis=1)
+        # Each frame is an array of its own: slices of a longer one would be copies that the compiler makes early.
+        self.left.append(jnp.split(joined[:, x_BxTxHxWxC.shape[1] :], start_BxKxHxWxC.shape[1], axis=1))
+        return joined
+
+    def frame_by_frame(
+        self, layers: Callable[[jax.Array, "FrameCache"], jax.Array], x_BxTxHxWxC: jax.Array
+    ) -> jax.Array:
+        """`layers` in a loop over the frames of x, so that intermediate values are those of one frame."""
+
+        def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], jax.Array]:
+            cache = FrameCache(kept)
+            y = layers(x_BxSxHxWxC, cache)
+            return cache.left, y
+
+        if self.at_start:
+            left, y = run(None, x_BxTxHxWxC)
+        else:
+            x_TxBx1xHxWxC = jnp.moveaxis(x_BxTxHxWxC, 1, 0)[:, :, None]
+            left, y_TxBxSxHxWxC = jax.lax.scan(run, next(self._kept), x_TxBx1xHxWxC)
+            y = jnp.concatenate(list(y_TxBxSxHxWxC), axis=1)
+        self.left.append(left)
+        return y
+
+
 def _per_channel(values: Any, x: jax.Array) -> jax.Array:
     return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -96,23 +159,28 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_dim))
         self.time_stride = time_stride
 
-    def __call__(self, x_BxTxHxWxC: jax.Array, pad_time: bool = True) -> jax.Array:
-        """With `pad_time`, zeros stand for the frames before the first; without, output starts at the kt-th frame."""
+    def __call__(
+        self, x_BxTxHxWxC: jax.Array, cache: FrameCache | None = None, start: jax.Array | None = None
+    ) -> jax.Array:
+        """T / time_stride frames. `start` [B, kt - time_stride, H, W, C], by default zeros, lies before the clip."""
         kt, kh, kw, in_dim, out_dim = self.kernel.shape
-        if pad_time:
-            x_BxTxHxWxC = jnp.pad(x_BxTxHxWxC, ((0, 0), (kt - 1, 0), (0, 0), (0, 0), (0, 0)))
-        last = x_BxTxHxWxC.shape[1] - kt + 1
-        shifted = [x_BxTxHxWxC[:, t : last + t : self.time_stride] for t in range(kt)]
-        x_BxTxHxWxK = jnp.concatenate(shifted, axis=-1)
+        batch, time, height, width, _ = x_BxTxHxWxC.shape
+        frames = batch * time // self.time_stride
+        if overlap := kt - self.time_stride:
+            if start is None:
+                start = jnp.zeros((batch, overlap, height, width, in_dim), x_BxTxHxWxC.dtype)
+            x_BxTxHxWxC = (cache or FrameCache()).prepend(start, x_BxTxHxWxC)
+        shifted = [x_BxTxHxWxC[:, t : t + time : self.time_stride] for t in range(kt)]
+        x_NxHxWxK = jnp.concatenate(shifted, axis=-1).reshape(frames, height, width, kt * in_dim)
         kernel_HxWxKxO = self.kernel[...].transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * in_dim, out_dim)
         y_NxHxWxO = jax.lax.conv_general_dilated(
-            x_BxTxHxWxK.reshape(-1, *x_BxTxHxWxK.shape[2:]),
+            x_NxHxWxK,
             kernel_HxWxKxO,
             window_strides=(1, 1),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        y_BxTxHxWxO = y_NxHxWxO.reshape(*x_BxTxHxWxK.shape[:-1], out_dim)
+        y_BxTxHxWxO = y_NxHxWxO.reshape(batch, time // self.time_stride, height, width, out_dim)
         return y_BxTxHxWxO + _per_channel(self.bias[...], y_BxTxHxWxO)
 
 
@@ -138,10 +206,10 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConv(out_dim, out_dim, (3, 3, 3), rngs=rngs)
         self.conv_shortcut = CausalConv(in_dim, out_dim, (1, 1, 1), rngs=rngs) if in_dim != out_dim else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        x = self.conv1(nnx.silu(self.norm1(x)))
-        return shortcut + self.conv2(nnx.silu(self.norm2(x)))
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, cache)
+        x = self.conv1(nnx.silu(self.norm1(x)), cache)
+        return shortcut + self.conv2(nnx.silu(self.norm2(x)), cache)
 
 
 class FrameAttention(nnx.Module):
@@ -168,9 +236,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, dim, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([FrameAttention(dim, rngs=rngs)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         before, after = self.resnets
-        return after(self.attentions[0](before(x)))
+        return after(self.attentions[0](before(x, cache)), cache)
 
 
 def _pad_right_and_bottom(x_NxHxWxC: jax.Array) -> jax.Array:
@@ -181,12 +249,31 @@ def _repeat_pixels(x_NxHxWxC: jax.Array) -> jax.Array:
     return x_NxHxWxC.repeat(2, axis=1).repeat(2, axis=2)
 
 
+def _two_frames_of_each(x_BxTxHxWx2C: jax.Array) -> jax.Array:
+    batch, time, height, width, dim = x_BxTxHxWx2C.shape
+    x_BxTxHxWx2xC = x_BxTxHxWx2C.reshape(batch, time, height, width, 2, dim // 2)
+    return jnp.moveaxis(x_BxTxHxWx2xC, 4, 2).reshape(batch, 2 * time, height, width, dim // 2)
+
+
 def _apply_per_frame(layers: nnx.List, x_BxTxHxWxC: jax.Array) -> jax.Array:
     batch, time = x_BxTxHxWxC.shape[:2]
     x = x_BxTxHxWxC.reshape(-1, *x_BxTxHxWxC.shape[2:])
     for layer in layers:
         x = layer(x)
     return x.reshape(batch, time, *x.shape[1:])
+
+
+def _frame_by_frame(
+    layers: Callable[[jax.Array, FrameCache | None], jax.Array], x: jax.Array, cache: FrameCache | None
+) -> jax.Array:
+    return layers(x, cache) if cache is None else cache.frame_by_frame(layers, x)
+
+
+def _past_first(layer: Callable[[jax.Array], jax.Array], x: jax.Array, cache: FrameCache | None) -> jax.Array:
+    """`layer` over all frames but a clip's first, which passes by."""
+    if cache is not None and not cache.at_start:
+        return layer(x)
+    return jnp.concatenate([x[:, :1], layer(x[:, 1:])], axis=1)
 
 
 class Downsample(nnx.Module):
@@ -197,11 +284,11 @@ class Downsample(nnx.Module):
         self.resample = nnx.List([_pad_right_and_bottom, conv])
         self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, rngs=rngs) if temporal else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         x = _apply_per_frame(self.resample, x)
-        if self.time_conv is None or x.shape[1] == 1:
+        if self.time_conv is None:
             return x
-        return jnp.concatenate([x[:, :1], self.time_conv(x, pad_time=False)], axis=1)
+        return _past_first(functools.partial(self.time_conv, cache=cache, start=x[:, :1]), x, cache)
 
 
 class Upsample(nnx.Module):
@@ -214,12 +301,9 @@ class Upsample(nnx.Module):
         self.resample = nnx.List([_repeat_pixels, nnx.Conv(dim, dim // 2, (3, 3), rngs=rngs)])
         self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs) if temporal else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.time_conv is not None and x.shape[1] > 1:
-            batch, time, height, width, dim = x.shape
-            pairs_BxTxHxWx2xC = self.time_conv(x[:, 1:]).reshape(batch, time - 1, height, width, 2, dim)
-            later = jnp.moveaxis(pairs_BxTxHxWx2xC, 4, 2).reshape(batch, 2 * (time - 1), height, width, dim)
-            x = jnp.concatenate([x[:, :1], later], axis=1)
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
+        if (time_conv := self.time_conv) is not None:
+            x = _past_first(lambda x: _two_frames_of_each(time_conv(x, cache)), x, cache)
         return _apply_per_frame(self.resample, x)
 
 
@@ -234,15 +318,24 @@ class Encoder(nnx.Module):
             if level < len(config.temperal_downsample):
                 layers.append(Downsample(dim, config.temperal_downsample[level], rngs=rngs))
         self.down_blocks = nnx.List(layers)
+        spatial_levels = config.temperal_downsample.index(True)
+        self.num_at_full_rate = spatial_levels * (config.num_res_blocks + 1) + config.num_res_blocks
         self.mid_block = MidBlock(dim, rngs=rngs)
         self.norm_out = RMSNorm(dim, 3)
         self.conv_out = CausalConv(dim, 2 * config.z_dim, (3, 3, 3), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(nnx.silu(self.norm_out(self.mid_block(x))))
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
+        x = _frame_by_frame(self._at_full_rate, x, cache)
+        for block in self.down_blocks[self.num_at_full_rate :]:
+            x = block(x, cache)
+        return self.conv_out(nnx.silu(self.norm_out(self.mid_block(x, cache))), cache)
+
+    def _at_full_rate(self, x: jax.Array, cache: FrameCache | None) -> jax.Array:
+        """The layers before the first that halves the frames."""
+        x = self.conv_in(x, cache)
+        for block in self.down_blocks[: self.num_at_full_rate]:
+            x = block(x, cache)
+        return x
 
 
 class UpBlock(nnx.Module):
@@ -251,9 +344,9 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(dim, out_dim, rngs=rngs) for dim in dims])
         self.upsamplers = nnx.List([] if upsample is None else [upsample])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         for block in (*self.resnets, *self.upsamplers):
-            x = block(x)
+            x = block(x, cache)
         return x
 
 
@@ -271,11 +364,15 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = CausalConv(dims[-1], 3, (3, 3, 3), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
+        return self._from_level(0, self.mid_block(self.conv_in(x, cache), cache), cache)
+
+    def _from_level(self, level: int, x: jax.Array, cache: FrameCache | None) -> jax.Array:
+        """The up block and all after it: frame by frame, so that a frame reaches full size before the next one does."""
+        if level == len(self.up_blocks):
+            return self.conv_out(nnx.silu(self.norm_out(x)), cache)
+        x = self.up_blocks[level](x, cache)
+        return _frame_by_frame(functools.partial(self._from_level, level + 1), x, cache)
 
 
 class WanVae(nnx.Module):
@@ -292,33 +389,129 @@ class WanVae(nnx.Module):
         self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1), rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def moments(self, video_BxFxHxWx3: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def moments(self, video_BxFxHxWx3: jax.Array, cache: FrameCache | None = None) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the posterior, unnormalised and unclamped, each [B, T, H/8, W/8, z_dim].
 
-        Raises InputError unless F = 4k + 1 and H and W are multiples of 8.
+        Raises InputError unless F = 4k + 1 and H and W are multiples of 8; with a cache, nothing is checked, and the
+        video is a clip's first frame or 4 later ones.
         """
-        _check_video_shape(video_BxFxHxWx3.shape)
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(video_BxFxHxWx3.astype(self._dtype))), 2, axis=-1)
+        if cache is None:
+            _check_video_shape(video_BxFxHxWx3.shape)
+        features = self.encoder(video_BxFxHxWx3.astype(self._dtype), cache)
+        mean, logvar = jnp.split(self.quant_conv(features), 2, axis=-1)
         return mean, logvar
 
-    def pixels(self, z_BxTxHxWxC: jax.Array) -> jax.Array:
+    def pixels(self, z_BxTxHxWxC: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         """Unnormalised latents to video, not clipped: what a reconstruction loss wants."""
-        return self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)))
+        return self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)), cache)
 
     def encode(self, video_BxFxHxWx3: jax.Array) -> jax.Array:
         """The posterior's mean, normalised per channel by the config's latents_mean and latents_std."""
-        mean, _ = self.moments(video_BxFxHxWx3)
-        return (mean - _per_channel(self.config.latents_mean, mean)) / _per_channel(self.config.latents_std, mean)
+        return self._normalized(self.moments(video_BxFxHxWx3)[0])
 
     def decode(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
         """Normalised latents to video in [-1, 1]."""
-        std = _per_channel(self.config.latents_std, latents_BxTxHxWxC)
-        mean = _per_channel(self.config.latents_mean, latents_BxTxHxWxC)
-        return jnp.clip(self.pixels(latents_BxTxHxWxC * std + mean), -1, 1)
+        return jnp.clip(self.pixels(self._unnormalized(latents_BxTxHxWxC)), -1, 1)
+
+    def encode_in_chunks(self, video_BxFxHxWx3: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
+        """`encode`, 4 frames at a time: float32 on the host, device memory independent of F. Not to be jitted.
+
+        With a `tiling`, also tile by tile: an approximation, since tiles do not see past their edges.
+        """
+        _check_video_shape(video_BxFxHxWx3.shape)
+        whole = functools.partial(_in_chunks, encode_chunk, self, 4)
+        return _in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
+
+    def decode_in_chunks(self, latents_BxTxHxWxC: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
+        """`decode`, a latent frame at a time: float32 on the host, device memory independent of T. Not to be jitted.
+
+        With a `tiling`, also tile by tile: an approximation, since tiles do not see past their edges.
+        """
+        whole = functools.partial(_in_chunks, decode_chunk, self, 1)
+        video = _in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
+        return np.clip(video, -1, 1, out=video)
+
+    def _normalized(self, mean: jax.Array) -> jax.Array:
+        config = self.config
+        return (mean - _per_channel(config.latents_mean, mean)) / _per_channel(config.latents_std, mean)
+
+    def _unnormalized(self, latents: jax.Array) -> jax.Array:
+        config = self.config
+        return latents * _per_channel(config.latents_std, latents) + _per_channel(config.latents_mean, latents)
 
     @property
     def _dtype(self) -> jnp.dtype:
         return self.quant_conv.kernel.dtype
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="kept")
+def encode_chunk(
+    graph: nnx.GraphDef, state: nnx.State, video_BxFxHxWx3: jax.Array, kept: list[Any] | None = None
+) -> tuple[jax.Array, list[Any]]:
+    """One latent frame, from a clip's first frame (`kept` None) or the next 4, and what the next chunk must be given.
+
+    `graph` and `state` are a split WanVae.
+    """
+    vae, cache = nnx.merge(graph, state), FrameCache(kept)
+    return vae._normalized(vae.moments(video_BxFxHxWx3, cache)[0]), cache.left
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="kept")
+def decode_chunk(
+    graph: nnx.GraphDef, state: nnx.State, latents_Bx1xHxWxC: jax.Array, kept: list[Any] | None = None
+) -> tuple[jax.Array, list[Any]]:
+    """A clip's first frame (`kept` None) or the next 4, unclipped, from a latent frame; else as `encode_chunk`."""
+    vae, cache = nnx.merge(graph, state), FrameCache(kept)
+    return vae.pixels(vae._unnormalized(latents_Bx1xHxWxC), cache), cache.left
+
+
+def _in_chunks(run_chunk: Callable[..., Any], vae: WanVae, size: int, x_BxTxHxWxC: np.ndarray) -> np.ndarray:
+    """`run_chunk` over the first frame, then over `size` frames at a time; finished frames move to the host."""
+    graph, state = nnx.split(vae)
+    y, kept = run_chunk(graph, state, x_BxTxHxWxC[:, :1])
+    finished = [np.array(y, np.float32)]
+    for t in range(1, x_BxTxHxWxC.shape[1], size):
+        y, kept = run_chunk(graph, state, x_BxTxHxWxC[:, t : t + size], kept)
+        finished.append(np.array(y, np.float32))
+    return np.concatenate(finished, axis=1)
+
+
+def _in_tiles(
+    function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, tiling: Tiling | None, *, unit: int, result_unit: int
+) -> np.ndarray:
+    """`function` over tiles of x [B, T, H, W, C], each blended into those above and to the left, as diffusers does.
+
+    `unit` and `result_unit` are the pixels to a side of one place of x and of the result.
+    """
+    height, width = x.shape[2:4]
+    if tiling is None or (height * unit <= tiling.height and width * unit <= tiling.width):
+        return function(x)
+    stride_h, stride_w = tiling.stride_height // result_unit, tiling.stride_width // result_unit
+    overlap_h, overlap_w = tiling.height // result_unit - stride_h, tiling.width // result_unit - stride_w
+    above: list[np.ndarray] = []
+    finished = []
+    for top in range(0, height, tiling.stride_height // unit):
+        row: list[np.ndarray] = []
+        for column, left in enumerate(range(0, width, tiling.stride_width // unit)):
+            tile = function(x[:, :, top : top + tiling.height // unit, left : left + tiling.width // unit])
+            if above:
+                tile = _blend(above[column], tile, overlap_h, axis=2)
+            if row:
+                tile = _blend(row[-1], tile, overlap_w, axis=3)
+            row.append(tile)
+        finished.append(np.concatenate([tile[:, :, :stride_h, :stride_w] for tile in row], axis=3))
+        above = row
+    return np.concatenate(finished, axis=2)
+
+
+def _blend(before: np.ndarray, tile: np.ndarray, overlap: int, axis: int) -> np.ndarray:
+    """`tile` with its first `overlap` places along `axis` faded in from the last of `before`, which lie there too."""
+    overlap = min(overlap, before.shape[axis], tile.shape[axis])
+    share = np.linspace(0, 1, overlap, endpoint=False, dtype=np.float32)
+    share = share.reshape([-1 if i == axis else 1 for i in range(tile.ndim)])
+    fading_out = np.split(before, [before.shape[axis] - overlap], axis)[1]
+    fading_in, rest = np.split(tile, [overlap], axis)
+    return np.concatenate([(1 - share) * fading_out + share * fading_in, rest], axis)
 
 
 def _check_video_shape(shape: tuple[int, ...]) -> None:

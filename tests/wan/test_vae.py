@@ -13,8 +13,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
 
+from jsurgery.data import sprites
 from jsurgery.errors import InputError
-from jsurgery.wan.vae import RMSNorm, VaeConfig, WanVae, load_vae, save_vae
+from jsurgery.wan import vae as vae_module
+from jsurgery.wan.pipeline import BUNDLED
+from jsurgery.wan.vae import RMSNorm, Tiling, VaeConfig, WanVae, load_vae, save_vae
 from jsurgery.wan.weights import load_mirrored, mirrored_tensors, read_tensors, write_tensors
 
 CONFIGS = {
@@ -76,17 +79,50 @@ def relative_error(found, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-def quickly_compiled(function):
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def quickly_compiled(function, **options):
+    return jax.jit(function, compiler_options=QUICKLY, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("encode_chunk", "decode_chunk"):
+            function = getattr(vae_module, name).__wrapped__
+            patch.setattr(vae_module, name, quickly_compiled(function, static_argnames="graph", donate_argnames="kept"))
+        yield
+
+
+def reference_latents(reference: AutoencoderKLWan, video: np.ndarray) -> np.ndarray:
+    config = reference.config
+    with torch.no_grad():
+        mean = channels_last(reference.encode(channels_first(video)).latent_dist.mode())
+    return ((mean - np.array(config.latents_mean)) / np.array(config.latents_std)).astype(np.float32)
+
+
+def reference_video(reference: AutoencoderKLWan, latents: np.ndarray) -> np.ndarray:
+    z = latents * np.array(reference.config.latents_std) + np.array(reference.config.latents_mean)
+    with torch.no_grad():
+        return channels_last(reference.decode(channels_first(z.astype(np.float32))).sample)
+
+
+def with_one_tensor_perturbed(vae: WanVae, part: str) -> WanVae:
+    """A copy in which one kernel of the encoder or the decoder is off by a hundredth."""
+    copy = nnx.clone(vae)
+    kernel = getattr(copy, part).mid_block.resnets[0].conv2.kernel
+    noise = np.random.default_rng(0).standard_normal(kernel.shape)
+    kernel[...] = kernel[...] * (1 + 1e-2 * noise.astype(np.float32))
+    return copy
 
 
 @pytest.mark.parametrize(
     "name, frames, height, width, batch",
     [
         ("wan", 1, 24, 40, 1),
-        ("wan", 9, 40, 24, 1),
-        ("other", 5, 24, 40, 2),
-        ("other", 17, 16, 8, 1),
+        ("wan", 17, 24, 40, 1),
+        ("other", 5, 24, 8, 2),
     ],
 )
 def test_encode_and_decode_match_diffusers(pairs, name, frames, height, width, batch):
@@ -119,6 +155,112 @@ def test_encode_and_decode_match_diffusers(pairs, name, frames, height, width, b
     assert relative_error(np.clip(found_pixels, -1, 1), expected_video) < 1e-5
     assert float(np.abs(found_pixels).max()) > 1, "pixels are not to be clipped"
     assert np.mean(np.abs(expected_video) == 1) < 0.9, "the clip should leave something to compare"
+
+    chunked_latents = vae.encode_in_chunks(video)
+    chunked_video = vae.decode_in_chunks(expected_latents)
+    assert relative_error(chunked_latents, expected_latents) < 1e-5
+    assert relative_error(chunked_video, expected_video) < 1e-5
+    assert relative_error(chunked_latents, np.asarray(found_latents)) < 1e-5
+    assert relative_error(chunked_video, np.asarray(found_video)) < 1e-5
+
+    encoder_off, decoder_off = (with_one_tensor_perturbed(vae, part) for part in ("encoder", "decoder"))
+    assert relative_error(encoder_off.encode_in_chunks(video), expected_latents) > 1e-4
+    assert relative_error(decoder_off.decode_in_chunks(expected_latents), expected_video) > 1e-4
+    latents_off, *_ = run(nnx.state(encoder_off), video, expected_latents.astype(np.float32))
+    *_, video_off, _ = run(nnx.state(decoder_off), video, expected_latents.astype(np.float32))
+    assert relative_error(latents_off, expected_latents) > 1e-4
+    assert relative_error(video_off, expected_video) > 1e-4
+
+
+def test_device_memory_does_not_grow_with_the_frames(pairs, monkeypatch):
+    _, vae = pairs["wan"]
+
+    def most_bytes(name, function, x):
+        run_chunk, seen = getattr(vae_module, name), []
+
+        def watched(*args):
+            result = run_chunk(*args)
+            seen.append(sum(array.nbytes for array in jax.live_arrays()))
+            return result
+
+        monkeypatch.setattr(vae_module, name, watched)
+        function(x)
+        monkeypatch.setattr(vae_module, name, run_chunk)
+        return max(seen)
+
+    for name, function, clips in (
+        ("encode_chunk", vae.encode_in_chunks, [random_video(frames, 24, 40) for frames in (9, 33)]),
+        ("decode_chunk", vae.decode_in_chunks, [np.ones((1, frames, 3, 5, 4), np.float32) for frames in (3, 9)]),
+    ):
+        short, long = (most_bytes(name, function, clip) for clip in clips)
+        assert short == long, name
+
+
+def test_memory_at_true_size():
+    """What the compiler sets aside to decode 480x832 at full width, whatever the number of frames: under 8 GB."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
+    latents = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), jnp.float32)
+    _, kept = vae_module.decode_chunk.eval_shape(graph, state, latents)
+    memory = vae_module.decode_chunk.lower(graph, state, latents, kept).compile().memory_analysis()
+    arguments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.decoder, kept)))
+    assert memory.argument_size_in_bytes > 0.99 * arguments
+    assert memory.alias_size_in_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    assert total < 7.5e9
+
+
+@pytest.mark.parametrize(
+    "frames, height, width, tiling",
+    [
+        (1, 24, 24, Tiling(16, 16, 8, 8)),
+        (5, 40, 16, Tiling(24, 16, 16, 16)),
+        (1, 16, 16, Tiling(16, 16, 8, 8)),
+    ],
+)
+def test_tiles_match_those_of_diffusers(pairs, monkeypatch, frames, height, width, tiling):
+    reference, vae = pairs["other"]
+    monkeypatch.setattr(reference, "use_tiling", False)
+    reference.enable_tiling(tiling.height, tiling.width, tiling.stride_height, tiling.stride_width)
+    video = random_video(frames, height, width)
+    expected_latents = reference_latents(reference, video)
+    expected_video = reference_video(reference, expected_latents)
+    latents = vae.encode_in_chunks(video, tiling)
+    decoded = vae.decode_in_chunks(expected_latents, tiling)
+    assert relative_error(latents, expected_latents) < 1e-5
+    assert relative_error(decoded, expected_video) < 1e-5
+    if frames == 1:
+        one_tile = height <= tiling.height and width <= tiling.width
+        assert np.array_equal(latents, vae.encode_in_chunks(video)) == one_tile
+        assert np.array_equal(decoded, vae.decode_in_chunks(expected_latents)) == one_tile
+
+
+def test_tiles_approximate_the_whole():
+    """With trained weights, tiles change latents (of spread 0.7) by 0.02 and video by 0.003 in the mean."""
+    vae = load_vae(BUNDLED["tiny_wan"] / "vae")
+    clip = sprites.render(sprites.scene_at(1, 0, two_sprites=0.5), 1, 96, 128)
+    video = sprites.to_float(clip)[None]
+    tiling = Tiling(96, 96, 96, 64)
+    latents = vae.encode_in_chunks(video)
+    assert 0 < np.abs(vae.encode_in_chunks(video, tiling) - latents).mean() < 0.05
+    assert 0 < np.abs(vae.decode_in_chunks(latents, tiling) - vae.decode_in_chunks(latents)).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"height": 20}, "tiling.height: expected a positive multiple of 8, found 20"),
+        ({"stride_width": 0}, "tiling.stride_width: expected a positive multiple of 8, found 0"),
+        ({"width": 128}, "tiling.stride_width: expected at most the tile's width, 128, found 192"),
+    ],
+)
+def test_tiles_that_do_not_work_are_refused(sizes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Tiling(**sizes)
 
 
 def test_gradient_matches_diffusers(pairs):
