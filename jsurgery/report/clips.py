@@ -1,14 +1,16 @@
-"""The clips of a page: mp4 files as data URIs, re-encoded when they are too large for one page."""
+"""The clips of a page: mp4 files as data URIs, re-encoded when they are too large for one page; and side by side."""
 
 import base64
 import io
 
 import av
+import numpy as np
 from etils import epath
 
 PAGE_BYTES = 8_000_000  # of all clips together, before base64 adds a third
 CLIP_BYTES = 120_000  # a clip is never squeezed below this: later prompts are left out instead
 CLIP_HEIGHT = 320  # of a clip that is re-encoded
+GRID_HEIGHT = 192  # of a clip in the grid
 
 
 def embed_rows(folder: epath.Path, names: list[str], count: int) -> list[dict[str, str]]:
@@ -25,6 +27,28 @@ def embed_rows(folder: epath.Path, names: list[str], count: int) -> list[dict[st
         share = PAGE_BYTES // sum(map(len, rows))
         rows = [{name: shrink(clip, share) for name, clip in clips.items()} for clips in rows]
     return [{name: data_uri(clip) for name, clip in clips.items()} for clips in rows]
+
+
+def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray | None:
+    """One video of the clips: uint8 [F, rows * h, columns * w, 3], a row for each model and a column for each prompt.
+
+    Only prompts of which every model has a clip; None where there is none.
+    """
+    columns = []
+    for number in range(count):
+        files = [folder / name / f"{number:04d}.mp4" for name in names]
+        if all(file.exists() for file in files):
+            columns.append(np.concatenate([read_frames(file.read_bytes(), GRID_HEIGHT) for file in files], axis=1))
+    return np.concatenate(columns, axis=2) if columns else None
+
+
+def read_frames(clip: bytes, height: int) -> np.ndarray:
+    """uint8 [F, h, w, 3], scaled down to at most `height`."""
+    with av.open(io.BytesIO(clip)) as source:
+        frames = list(source.decode(video=0))  # type: ignore[attr-defined]
+    height = min(height, frames[0].height)
+    width = round(frames[0].width * height / frames[0].height)
+    return np.stack([frame.reformat(width, height, "rgb24").to_ndarray() for frame in frames])
 
 
 def data_uri(clip: bytes) -> str:

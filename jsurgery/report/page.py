@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from jsurgery.attention.hybrid import Rate
 from jsurgery.config import flat
 from jsurgery.cost import Workload, block_flops, model_flops, num_tokens, parameters
+from jsurgery.evaluate.video_file import write_video
 from jsurgery.report.charts import Chart, line_chart
-from jsurgery.report.clips import embed_rows
+from jsurgery.report.clips import embed_rows, side_by_side
 from jsurgery.runtime.progress import read_metrics
 from jsurgery.surgery.plan import workload
 from jsurgery.wan.pipeline import model_path, transformer_folder
@@ -51,13 +52,17 @@ MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 def write_report(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes `report.html` in `workdir` from what the stages left there; what a missing stage would show is left out.
 
-    The page loads nothing from anywhere, by its content security policy too. It stays under 15 MB.
+    Beside it `comparison.gif`: the teacher's clips in the upper row, the final model's in the lower. The page loads
+    nothing from anywhere, by its content security policy too. It stays under 15 MB.
     """
     workdir = epath.Path(workdir)
     model = read_config(transformer_folder(model_path(config.model.path)))
     temporary = workdir / "report.html.tmp"
     temporary.write_text(render(config, model, workdir))
     temporary.replace(workdir / "report.html")
+    grid = side_by_side(workdir / "evaluation" / "videos", ["teacher", "finetuned"], config.evaluate.videos)
+    if grid is not None:
+        write_video(workdir / "comparison.gif", grid, config.video.fps)
 
 
 def render(config: ConfigDict, model: WanConfig, workdir: epath.Path) -> str:

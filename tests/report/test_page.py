@@ -10,6 +10,7 @@ from importlib.metadata import version
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from jsurgery.config import base, flat
 from jsurgery.cost import core_flops
@@ -228,6 +229,24 @@ def test_clips_are_those_of_the_workdir_row_by_row(config, workdir):
     found = [base64.b64decode(a.partition(",")[2]) for a in page.addresses if a.startswith("data:video")]
     videos = workdir / "evaluation" / "videos"
     assert found == [(videos / name / f"{i:04d}.mp4").read_bytes() for i in range(2) for name in MODELS]
+
+
+def test_the_teacher_lies_above_the_final_model_in_the_grid(config, workdir):
+    report(config, workdir)
+    videos = workdir / "evaluation" / "videos"
+    count, height, width, _ = clips.read_frames((videos / "teacher" / "0000.mp4").read_bytes(), 192).shape
+    with Image.open(workdir / "comparison.gif") as grid:
+        assert grid.size == (2 * width, 2 * height) and grid.n_frames == count
+        grid.seek(3)
+        shown = np.asarray(grid.convert("RGB"), float)
+    for row, name in enumerate(("teacher", "finetuned")):
+        for column in range(2):
+            tile = shown[row * height : (row + 1) * height, column * width : (column + 1) * width]
+            frames = {n: clips.read_frames((videos / n / f"{column:04d}.mp4").read_bytes(), 192)[3] for n in MODELS}
+            distance = {n: np.abs(tile - clip).mean() for n, clip in frames.items()}
+            assert min(distance, key=distance.__getitem__) == name and distance[name] < 10
+
+    assert clips.side_by_side(workdir / "no" / "videos", ["teacher"], 2) is None
 
 
 def test_numbers_are_those_of_the_files(config, workdir):
