@@ -17,10 +17,8 @@ from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import check_budget, hybrid_config, plan, read_plan
 from jsurgery.surgery.trace import load_prompts, trace
-from jsurgery.wan.pipeline import load_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.transformer import WanTransformer, load_transformer, read_config
-from jsurgery.wan.weights import check_tensors
+from jsurgery.wan.pipeline import check_pipeline, check_size, load_pipeline, model_path, transformer_folder
+from jsurgery.wan.transformer import WanTransformer, load_transformer
 
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
@@ -32,11 +30,8 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: str):
         self.config, self.workdir = config, epath.Path(workdir)
         self.teacher_path = model_path(config.model.path)
-        self.model_config = read_config(transformer_folder(self.teacher_path))
-        base = pipeline_folder(self.teacher_path)
-        for folder in (transformer_folder(self.teacher_path), base / "vae", base / "text_encoder"):
-            check_tensors(folder)
-        Tokenizer(base / "tokenizer")
+        self.model_config = check_pipeline(config.model.path)
+        check_size(self.model_config, config.video.frames, config.video.height, config.video.width)
         load_prompts(config, config.trace.prompts + config.evaluate.prompts)
         check_budget(config, self.model_config)
         if config.finetune.steps and config.data.path != "sprites" and not epath.Path(config.data.path or "?").exists():
