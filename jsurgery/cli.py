@@ -94,7 +94,37 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--model", required=True, help="a folder, file or repository; or the original VAE or T5 .pth file")
     sub.add_argument("--output", required=True, help="a new folder; for comfyui a new .safetensors file")
     sub.add_argument("--layout", choices=["diffusers", "original", "comfyui"], default="diffusers")
+    sub = command("verify", verify, "a checkpoint against diffusers and transformers, on this machine", config=None)
+    sub.add_argument("--model", required=True, help="a folder, a bundled name or a repository")
+    add_size(sub, frames=5, height=64, width=96)
+    sub = command("push", push, "a model folder to the Hugging Face Hub, with a model card", config=None)
+    sub.add_argument("--model", required=True, help="a folder in diffusers' layout")
+    sub.add_argument("--repo", required=True, metavar="ORG/NAME")
+    sub.add_argument("--private", action="store_true")
+    sub.add_argument("--revision", metavar="BRANCH")
+    sub = command("bench", bench, "our forward beside diffusers', alternating, on the CPU", config=None)
+    sub.add_argument("subject", choices=["transformer"])
+    weights = sub.add_mutually_exclusive_group()
+    weights.add_argument("--model", help="a folder, a bundled name or a repository")
+    weights.add_argument("--size", choices=["1.3b", "tiny"], default="1.3b", help="random weights (default: 1.3b)")
+    add_size(sub, frames=1, height=480, width=832)
+    sub.add_argument("--text_length", type=positive, default=512)
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    sub.add_argument("--runs", type=positive, default=3)
     return parser.parse_args(rest), overrides
+
+
+def add_size(sub: argparse.ArgumentParser, **sizes: int) -> None:
+    """The flags of a video's size, and where the result goes."""
+    for name, default in sizes.items():
+        sub.add_argument(f"--{name}", type=positive, default=default, help=f"default: {default}")
+    sub.add_argument("--json", metavar="FILE", help="also write the result here")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, found {text!r}")
+    return int(text)
 
 
 def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -135,11 +165,46 @@ def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def convert(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    if overrides:
-        raise InputError(f"--config.{min(overrides)}: convert takes no config")
+    takes_no_config(options, overrides)
     from jsurgery.wan.convert import convert as converted
 
     print(converted(options.model, options.output, options.layout))
+
+
+def verify(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery.verify import verify as verified
+
+    verified(options.model, options.frames, options.height, options.width, options.json)
+
+
+def push(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery.push import push as pushed
+
+    print(pushed(options.model, options.repo, private=options.private, revision=options.revision))
+
+
+def bench(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery.bench import bench_transformer
+
+    bench_transformer(
+        model=options.model,
+        size=options.size,
+        frames=options.frames,
+        height=options.height,
+        width=options.width,
+        text_length=options.text_length,
+        dtype=options.dtype,
+        runs=options.runs,
+        report=options.json,
+    )
+
+
+def takes_no_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if overrides:
+        raise InputError(f"--config.{min(overrides)}: {options.name} takes no config")
 
 
 if __name__ == "__main__":
