@@ -21,6 +21,7 @@ SAMPLE_FIELDS = {
     "negative_prompt": "sampler.negative_prompt",
     "seed": "seed",
 }
+COST_FIELDS = {name: f"video.{name}" for name in ("frames", "height", "width")}
 CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4}
 
 
@@ -79,6 +80,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     for name, text in texts.items():
         sub = command(name, train if name == "train" else surgery, text)
         sub.add_argument("--workdir", required=True, help="where the files of this run go")
+        if name == "plan":
+            sub.add_argument("--front", action="store_true", help="also all plans that no other beats, as front.json")
+    sub = command("cost", cost, "parameters, FLOPs and bytes of a block and of the network; needs no weights")
+    for flag, field in COST_FIELDS.items():
+        sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+    sub.add_argument("--plan", help="a name like 15R2, or a plan.json (default: an operated model's own)")
+    sub.add_argument("--feature_map", choices=["polynomial", "hedgehog"], default="polynomial")
+    sub.add_argument("--json", metavar="FILE", help="also write the result here")
+    sub.add_argument("--figure", metavar="DIR", help="also leave cost.html here")
     sub = command("ablate", ablate, "answer a question about the method by running its arms over several seeds")
     sub.add_argument("--table", choices=["evidence"], required=True)
     sub.add_argument("--seeds", type=int, default=3)
@@ -90,6 +100,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--output", help=".mp4, .gif or .png (default: out.mp4); with --prompts_file a folder of mp4")
     for flag, field in SAMPLE_FIELDS.items():
         sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+    sub = command("encode", encode, "videos with captions to the latents and text embeddings that finetune reads")
+    sub.add_argument("--videos", required=True, help="a folder with .txt captions, or .jsonl, .json, .csv, .parquet")
+    sub.add_argument("--root", metavar="FOLDER", help="where an index's paths begin (default: the index's folder)")
+    sub.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
     sub = command("convert", convert, "a transformer from one checkpoint layout to another")
     sub.add_argument("--model", required=True, help="a folder, file or repository; or the original VAE or T5 .pth file")
     sub.add_argument("--output", required=True, help="a new folder; for comfyui a new .safetensors file")
@@ -136,6 +150,34 @@ def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         run.stage(name)
     if options.name in ("surgery", "report"):
         print(run.workdir / "report.html")
+    if options.name == "plan" and options.front:
+        from jsurgery.report.cost_figures import neighbours, write_front_page
+        from jsurgery.surgery.plan import front
+
+        found = front(config, run.model_config, run.distill.folder, run.plan.folder)
+        for row in neighbours(found):
+            print("  ".join(row))
+        chosen = found["chosen"]
+        verdict = "proven optimal" if chosen["proven_optimal"] else f"not optimal: {chosen['optimum']:.5g} is possible"
+        print(f"bound {chosen['error_bound']:.5g}; {verdict}")
+        print(write_front_page(run.plan.folder, found))
+
+
+def cost(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    given = {field: getattr(options, flag) for flag, field in COST_FIELDS.items()}
+    config = load_config(options.config, overrides | {field: text for field, text in given.items() if text is not None})
+    from jsurgery.report.cost_table import cost as counted
+    from jsurgery.verify import check_report
+
+    check_report(options.json)
+    counted(
+        config,
+        options.config,
+        plan=options.plan,
+        feature_map=options.feature_map,
+        report=options.json,
+        figure=options.figure,
+    )
 
 
 def train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -162,6 +204,13 @@ def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     prompts = [options.prompt] if single else read_prompts(options.prompts_file)
     for file in sample_videos(config, prompts, options.output or ("out.mp4" if single else "samples"), single):
         print(file, flush=True)
+
+
+def encode(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    from jsurgery.data.encode import encode_videos
+
+    print(encode_videos(config, options.videos, options.root, options.workdir))
 
 
 def convert(options: argparse.Namespace, overrides: dict[str, str]) -> None:

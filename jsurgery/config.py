@@ -77,6 +77,7 @@ def base() -> ConfigDict:
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
     c.plan.budget = FieldReference("15R2", object)  # or a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
+    c.plan.costs = ""  # a JSON of measured costs instead of FLOPs (`read_costs`); a budget > 1 is in its unit
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
@@ -93,6 +94,14 @@ def base() -> ConfigDict:
     c.data.path = ""  # a folder of encoded latents; "sprites": encoded on the spot from the procedural set
     c.data.clips = 0  # for "sprites"
     c.data.two_sprites = 0.25  # share of clips with two sprites
+    c.data.buckets = "one"  # `encode`: only `video`; "several": also shorter, upright and square clips
+    c.data.posterior = "mean"  # "sample": drawn once, when encoded
+    c.data.max_crop = 0.4  # share of a frame that may be cut off; a clip that would lose more is skipped
+    c.data.max_upscale = 1.5  # a clip that would be enlarged more is skipped
+    c.data.max_skipped = 0.5  # `encode` stops when a larger share of the clips is skipped
+    c.data.clips_per_shard = 128
+    c.data.batch = 1  # clips in the VAE at once
+    c.data.workers = 8  # processes that decode
 
     c.evaluate = ConfigDict()
     c.evaluate.prompts = 16
@@ -145,9 +154,14 @@ CHOICES = {
     "distill.loss": ("value", "attention"),
     "plan.selection": ("heterogeneous", "homogeneous"),
     "finetune.subject": ("hybrid", "teacher"),
+    "data.buckets": ("one", "several"),
+    "data.posterior": ("mean", "sample"),
     "train.optimizer": ("adamw", "muon"),
 }
-SHARES = ("finetune.teacher_weight", "finetune.condition_dropout", "data.two_sprites", "train.ema")
+SHARES = (
+    "finetune.teacher_weight", "finetune.condition_dropout", "data.two_sprites", "data.max_crop", "data.max_skipped",
+    "train.ema",
+)  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
     "distill.weight_decay", "finetune.weight_decay", "train.vae_kl_weight", *SHARES,

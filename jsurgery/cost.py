@@ -1,16 +1,24 @@
 """Parameters, FLOPs and bytes of a Wan network with softmax or hybrid self-attention.
 
 One multiply-add is 2 FLOP; softmax, norms, activations and modulation are not counted. "core" is attention with phi and
-without the projections. Batch 1, one forward pass.
+without the projections. Batch 1, one forward pass. Beside the transformer stand its text encoder and its VAE.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Self
 
 from jsurgery.attention.hybrid import FeatureMapConfig, Rate
 from jsurgery.errors import InputError
+from jsurgery.wan.text_encoder import TextEncoderConfig
 from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.vae import VaeConfig
+
+
+@dataclass(frozen=True)
+class Hedgehog:
+    """The feature map [exp(Wx + b), exp(-Wx - b)] of HedgeHog (Zhang et al. 2024): one layer, 2 D features."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Workload:
     config: WanConfig
     tokens: int
     text_len: int = 512
-    feature_map: FeatureMapConfig | None = field(default_factory=FeatureMapConfig)
+    feature_map: FeatureMapConfig | Hedgehog | None = field(default_factory=FeatureMapConfig)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,18 @@ class BlockCost:
     @property
     def total(self) -> int:
         return self.core + self.projections + self.cross_attention + self.ffn
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, FLOPs, and the least bytes moved to and from memory."""
+
+    parameters: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Self) -> "Cost":
+        return Cost(self.parameters + other.parameters, self.flops + other.flops, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,22 @@ def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens
 
     Table 7 gives 70 GFLOP for degree 4, 2 layers and 12600 tokens; its own parameter count, and this, make it 99.4.
     """
-    biases = heads * layers * degree * head_dim
-    parameters = _feature_map_weights(FeatureMapConfig(degree, layers), heads, head_dim) + biases
+    parameters = map_parameters(FeatureMapConfig(degree, layers), heads, head_dim)
     return FeatureMapCost(parameters, 2 * parameters * tokens)
+
+
+def map_parameters(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+    """Kernels and biases of one map; the calibrated scale of each head is not among them."""
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    return heads * (head_dim * width + (layers - 1) * width**2 + layers * width)
+
+
+def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | Hedgehog | None, rates: Iterable[Rate]) -> int:
+    """What surgery adds to a network: two maps for each converted block, with one calibrated scale per head."""
+    if feature_map is None:
+        return 0
+    one = map_parameters(feature_map, config.num_attention_heads, config.attention_head_dim)
+    return 2 * sum(rate != 1 for rate in rates) * (one + config.num_attention_heads)
 
 
 def core_flops(workload: Workload, rate: Rate) -> int:
@@ -97,7 +130,7 @@ def core_flops(workload: Workload, rate: Rate) -> int:
     linear = tokens - _softmax_tokens(tokens, rate)
     flops = 4 * tokens * (tokens - linear) * config.dim
     if linear and workload.feature_map:
-        features = config.dim * workload.feature_map.degree
+        features = config.num_attention_heads * num_features(workload.feature_map, config.attention_head_dim)
         phi = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, config.attention_head_dim)
         state = 2 * features * config.attention_head_dim
         flops += tokens * (phi + state + 2 * features) + linear * (phi + state + features)
@@ -117,16 +150,29 @@ def block_flops(workload: Workload, rate: Rate) -> BlockCost:
 
 def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
     """FLOPs of one forward pass with these rates, one per block: blocks, embeddings and head."""
-    config, dim = workload.config, workload.config.dim
-    patch = math.prod(config.patch_size)
-    embeddings = (
-        workload.tokens * patch * config.in_channels * dim
-        + workload.text_len * (config.text_dim * dim + dim**2)
-        + config.freq_dim * dim
-        + 7 * dim**2
+    return embeddings_cost(workload).flops + sum(block_flops(workload, rate).total for rate in rates)
+
+
+def model_bytes(workload: Workload, rates: Iterable[Rate], bytes_per_value: int = 2) -> int:
+    """Least memory traffic of one forward pass (`block_bytes`)."""
+    blocks = sum(block_bytes(workload, rate, bytes_per_value).total for rate in rates)
+    return embeddings_cost(workload, bytes_per_value).bytes + blocks
+
+
+def embeddings_cost(workload: Workload, bytes_per_value: int = 2) -> Cost:
+    """All of a network that is not in its blocks: patches, timestep and text brought to the width, and the head."""
+    config, dim, patch = workload.config, workload.config.dim, math.prod(workload.config.patch_size)
+    layers = (
+        (workload.tokens, patch * config.in_channels, dim),
+        (workload.text_len, config.text_dim, dim),
+        (workload.text_len, dim, dim),
+        (1, config.freq_dim, dim),
+        (1, dim, dim),
+        (1, dim, 6 * dim),
+        (workload.tokens, dim, patch * config.out_channels),
     )
-    head = workload.tokens * dim * patch * config.out_channels
-    return 2 * (embeddings + head) + sum(block_flops(workload, rate).total for rate in rates)
+    head_modulation = Cost(parameters=2 * dim)
+    return sum((_linear(*layer, bytes_per_value) for layer in layers), head_modulation)
 
 
 def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> BlockCost:
@@ -138,8 +184,8 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
     dim, head_dim = config.dim, config.attention_head_dim
     core = 4 * tokens * dim
     if _softmax_tokens(tokens, rate) < tokens and workload.feature_map:
-        maps = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, head_dim)
-        core += maps + 2 * dim * workload.feature_map.degree * (head_dim + 1)
+        heads, features = config.num_attention_heads, num_features(workload.feature_map, head_dim)
+        core += 2 * _feature_map_weights(workload.feature_map, heads, head_dim) + 2 * heads * features * (head_dim + 1)
     values = BlockCost(
         core=core,
         projections=4 * dim**2 + 6 * tokens * dim,
@@ -151,27 +197,124 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
 
 def parameters(config: WanConfig) -> int:
     """Parameters of a network, the feature maps of its hybrid blocks included."""
-    dim, patch, hybrid = config.dim, math.prod(config.patch_size), config.hybrid
+    hybrid = config.hybrid
+    maps = hybrid.feature_map if hybrid and hybrid.linear_branch else None
+    outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
+    return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
 
-    def linear(inputs: int, outputs: int) -> int:
-        return inputs * outputs + outputs
 
-    attention = 4 * linear(dim, dim) + 2 * dim
-    feed_forward = linear(dim, config.ffn_dim) + linear(config.ffn_dim, dim)
+def block_parameters(config: WanConfig) -> int:
+    """Parameters of one block as published, without feature maps."""
+    dim = config.dim
+    attention = 4 * (dim * dim + dim) + 2 * dim
+    feed_forward = 2 * dim * config.ffn_dim + config.ffn_dim + dim
     modulation = 6 * dim
     cross_norm = 2 * dim if config.cross_attn_norm else 0
-    time = linear(config.freq_dim, dim) + linear(dim, dim) + linear(dim, 6 * dim)
-    text = linear(config.text_dim, dim) + linear(dim, dim)
-    patches = linear(patch * config.in_channels, dim)
-    head = linear(dim, patch * config.out_channels) + 2 * dim
+    return 2 * attention + feed_forward + modulation + cross_norm
 
-    maps = 0
-    if hybrid and hybrid.linear_branch:
-        heads, phi = config.num_attention_heads, hybrid.feature_map
-        one = feature_map_cost(phi.degree, phi.layers, heads, config.attention_head_dim, tokens=0).parameters
-        maps = 2 * len(hybrid.converted) * (one + heads)  # one calibrated scale per head on top of Table 7's count
-    blocks = config.num_layers * (2 * attention + feed_forward + modulation + cross_norm)
-    return blocks + time + text + patches + head + maps
+
+def text_encoder_cost(config: TextEncoderConfig, tokens: int, bytes_per_value: int = 4) -> Cost:
+    """One prompt of `tokens` tokens, padding included. Of the vocabulary only the rows that are looked up move."""
+    inner, lookup = config.num_heads * config.d_kv, Cost(config.vocab_size * config.d_model)
+    attention = _attention(1, tokens, inner, bytes_per_value) + Cost(
+        config.relative_attention_num_buckets * config.num_heads
+    )
+    layers = [(config.d_model, inner)] * 3 + [(inner, config.d_model)]
+    layers += [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
+    one = sum((_linear(tokens, *layer, bytes_per_value, bias=False) for layer in layers), attention)
+    one += Cost(2 * config.d_model)
+    return sum([one] * config.num_layers, lookup + Cost(config.d_model))
+
+
+def vae_cost(config: VaeConfig, frames: int, height: int, width: int, bytes_per_value: int = 4) -> tuple[Cost, Cost]:
+    """Encoding and decoding one video; the padding of convolutions counts as if it were pixels."""
+    encoder = _VaeWalk(frames, height, width, bytes_per_value)
+    dim = config.base_dim
+    encoder.conv(3, dim, (3, 3, 3))
+    for level, multiplier in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            encoder.residual(dim, config.base_dim * multiplier)
+            dim = config.base_dim * multiplier
+        if level < len(config.temperal_downsample):
+            encoder.downsample(dim, config.temperal_downsample[level])
+    encoder.middle(dim)
+    encoder.norm(dim)
+    encoder.conv(dim, 2 * config.z_dim, (3, 3, 3))
+    encoder.conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+
+    decoder = _VaeWalk(encoder.frames, encoder.height, encoder.width, bytes_per_value)
+    widths = [(config.decoder_base_dim or config.base_dim) * multiplier for multiplier in reversed(config.dim_mult)]
+    decoder.conv(config.z_dim, config.z_dim, (1, 1, 1))
+    decoder.conv(config.z_dim, widths[0], (3, 3, 3))
+    decoder.middle(widths[0])
+    dim = widths[0]
+    for outputs, temporal in zip(widths, (*reversed(config.temperal_downsample), None), strict=True):
+        for inputs in (dim, *[outputs] * config.num_res_blocks):
+            decoder.residual(inputs, outputs)
+        if temporal is not None:
+            decoder.upsample(outputs, temporal)
+        dim = outputs // 2
+    decoder.norm(widths[-1])
+    decoder.conv(widths[-1], 3, (3, 3, 3))
+    return encoder.cost, decoder.cost
+
+
+class _VaeWalk:
+    """Sums up what layers cost at the size that a video has reached."""
+
+    def __init__(self, frames: int, height: int, width: int, bytes_per_value: int):
+        self.frames, self.height, self.width, self.bytes_per_value = frames, height, width, bytes_per_value
+        self.cost = Cost()
+
+    def conv(self, inputs: int, outputs: int, kernel: tuple[int, int, int], frames: int | None = None) -> None:
+        """A convolution that makes `frames` frames, by default all, of the present size."""
+        pixels, taps = (self.frames if frames is None else frames) * self.height * self.width, math.prod(kernel)
+        parameters = taps * inputs * outputs + outputs
+        moved = self.bytes_per_value * (parameters + pixels * (inputs + outputs))
+        self.cost += Cost(parameters, 2 * pixels * taps * inputs * outputs, moved)
+
+    def norm(self, dim: int) -> None:
+        self.cost += Cost(dim)
+
+    def residual(self, inputs: int, outputs: int) -> None:
+        self.norm(inputs)
+        self.conv(inputs, outputs, (3, 3, 3))
+        self.norm(outputs)
+        self.conv(outputs, outputs, (3, 3, 3))
+        if inputs != outputs:
+            self.conv(inputs, outputs, (1, 1, 1))
+
+    def middle(self, dim: int) -> None:
+        self.residual(dim, dim)
+        self.norm(dim)
+        self.conv(dim, 3 * dim, (1, 1, 1))
+        self.cost += _attention(self.frames, self.height * self.width, dim, self.bytes_per_value)
+        self.conv(dim, dim, (1, 1, 1))
+        self.residual(dim, dim)
+
+    def downsample(self, dim: int, temporal: bool) -> None:
+        self.height, self.width = self.height // 2, self.width // 2
+        self.conv(dim, dim, (1, 3, 3))
+        if temporal:  # a clip's first frame passes by
+            self.frames = (self.frames - 1) // 2 + 1
+            self.conv(dim, dim, (3, 1, 1), self.frames - 1)
+
+    def upsample(self, dim: int, temporal: bool) -> None:
+        if temporal:
+            self.conv(dim, 2 * dim, (3, 1, 1), self.frames - 1)
+            self.frames = 2 * self.frames - 1
+        self.height, self.width = 2 * self.height, 2 * self.width
+        self.conv(dim, dim // 2, (1, 3, 3))
+
+
+def _linear(rows: int, inputs: int, outputs: int, bytes_per_value: int, bias: bool = True) -> Cost:
+    moved = bytes_per_value * (inputs * outputs + rows * (inputs + outputs))
+    return Cost(inputs * outputs + bias * outputs, 2 * rows * inputs * outputs, moved)
+
+
+def _attention(batch: int, tokens: int, dim: int, bytes_per_value: int) -> Cost:
+    """Softmax attention of all heads together, without projections."""
+    return Cost(0, 4 * batch * tokens**2 * dim, bytes_per_value * 4 * batch * tokens * dim)
 
 
 def _softmax_tokens(tokens: int, rate: Rate) -> int:
@@ -182,6 +325,18 @@ def _softmax_tokens(tokens: int, rate: Rate) -> int:
     return -(-tokens // rate)
 
 
-def _feature_map_weights(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
-    width = feature_map.degree * head_dim
-    return heads * (head_dim * width + (feature_map.layers - 1) * width**2)
+def num_features(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> int:
+    """Features per head that a map leaves."""
+    return 2 * head_dim if isinstance(feature_map, Hedgehog) else feature_map.degree * head_dim
+
+
+def _feature_map_shape(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> tuple[int, int]:
+    """Width and number of the layers of a head's network."""
+    if isinstance(feature_map, Hedgehog):
+        return head_dim, 1
+    return num_features(feature_map, head_dim), feature_map.layers
+
+
+def _feature_map_weights(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    return heads * (head_dim * width + (layers - 1) * width**2)

@@ -21,6 +21,7 @@ from jsurgery.wan.pipeline import check_pipeline, check_size, load_pipeline, mod
 from jsurgery.wan.transformer import WanTransformer, load_transformer
 
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
+LATENTS = ("video", "data.path", "data.clips", "data.two_sprites", "seed", "evaluate.validation_clips")
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
 
 
@@ -42,7 +43,7 @@ class Run:
         self.trace = stage("trace", fields=(*SAMPLING, "trace"), teacher=identity)
         self.distill = stage("distill", fields=("hybrid", "distill"), after=[self.trace])
         self.plan = stage("plan", fields=("plan",), after=[self.distill])
-        self.latents = stage("latents", fields=("video", "data", "seed", "evaluate.validation_clips"), teacher=identity)
+        self.latents = stage("latents", fields=LATENTS, teacher=identity)
         self.operate = stage("hybrid", fields=("finetune.distilled",), after=[self.plan])
         self.finetune = stage("finetune", fields=("finetune",), after=[self.operate, self.latents])
         self.evaluate = stage("evaluation", fields=("evaluate",), after=[self.finetune])

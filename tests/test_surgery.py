@@ -42,6 +42,18 @@ def test_every_stage_leaves_its_files(surgery):
     assert (workdir / "report.html").stat().st_size > 10_000
 
 
+def test_the_front_around_the_plan(surgery, capsys):
+    workdir, arguments = surgery
+    assert main(["plan", "--front", *arguments]) == 0
+    found = json.loads((workdir / "plan" / "front.json").read_text())
+    plan = json.loads((workdir / "plan" / "plan.json").read_text())
+    assert found["chosen"]["rates"] == plan["rates"] and found["chosen"]["proven_optimal"]
+    assert plan["rates"] in [one["rates"] for one in found["plans"]]
+    out = capsys.readouterr().out
+    assert "chosen" in out and "proven optimal" in out
+    assert "The Pareto front" in (workdir / "plan" / "front.html").read_text()
+
+
 def test_running_again_skips_everything(surgery, capsys):
     workdir, arguments = surgery
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}

@@ -9,6 +9,7 @@ from etils import epath
 
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
+from jsurgery.errors import InputError
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.vae import WanVae
 
@@ -47,12 +48,32 @@ def encode_sprites(
 def batches(folder: epath.PathLike, batch: int, seed: int) -> Sequence[dict[str, Any]]:
     """Shuffled, endless batches; batch number i is the same whenever it is asked for.
 
-    An element holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings.
+    An element holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings; where the records have text
+    embeddings, also `text`, a list of B arrays [L, D], each as long as its caption. Where the shards lie in a folder a
+    bucket, every batch is of one bucket, and buckets take turns in proportion to their clips.
     """
 
     def collate(records):
         latents = np.stack([record["latents"] for record in records]).astype(np.float32)
-        return {"latents": latents, "captions": [array_text(record["caption"]) for record in records]}
+        element = {"latents": latents, "captions": [array_text(record["caption"]) for record in records]}
+        return element | ({"text": [record["text"] for record in records]} if "text" in records[0] else {})
 
-    dataset = grain.MapDataset.source(Records(folder)).shuffle(seed=seed).repeat()
-    return cast(Sequence[dict[str, Any]], dataset.batch(batch, drop_remainder=True, batch_fn=collate))
+    folder = epath.Path(folder)
+    buckets = sorted({path.parent for path in folder.glob("*/*.array_record")})
+    sources = [Records(bucket) for bucket in buckets or [folder]]
+    datasets = [
+        grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch, drop_remainder=True, batch_fn=collate)
+        for source in sources
+    ]
+    mixed = grain.MapDataset.mix(datasets, weights=[len(source) for source in sources])
+    return cast(Sequence[dict[str, Any]], mixed if len(datasets) > 1 else datasets[0])
+
+
+def padded_text(text: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Text embeddings [B, length, D], zero after each one's end, from B arrays [L, D]."""
+    longest = max(map(len, text))
+    if longest > length:
+        raise InputError(
+            f"config.text_length: {length}; expected at least {longest}, the length of a caption in config.data.path"
+        )
+    return np.stack([np.pad(rows, ((0, length - len(rows)), (0, 0))) for rows in text]).astype(np.float32)

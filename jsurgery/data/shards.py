@@ -29,15 +29,29 @@ def shard_path(folder: epath.PathLike, shard: int) -> epath.Path:
     return epath.Path(folder) / f"{shard:05d}.array_record"
 
 
+class ShardWriter:
+    """A shard under a temporary name; `close` renames it: a shard with the final name is complete."""
+
+    def __init__(self, path: epath.Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, path.with_suffix(".tmp")
+        self._writer = ArrayRecordWriter(str(self.temporary), "group_size:1")
+
+    def write(self, record: Record) -> None:
+        arrays = {name: np.asarray(array, order="C") for name, array in record.items()}
+        self._writer.write(safetensors.numpy.save(arrays))
+
+    def close(self) -> None:
+        self._writer.close()
+        self.temporary.replace(self.path)
+
+
 def write_shard(path: epath.Path, records: Iterable[Record]) -> None:
-    """Writes one shard under a temporary name, then renames it: a shard with the final name is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    """Writes one shard that is there when it is complete."""
+    writer = ShardWriter(path)
     for record in records:
-        writer.write(safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in record.items()}))
+        writer.write(record)
     writer.close()
-    temporary.replace(path)
 
 
 class Records:

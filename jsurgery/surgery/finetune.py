@@ -8,7 +8,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.data.latents import batches
+from jsurgery.data.latents import batches, padded_text
 from jsurgery.diffusion import add_noise, shift_sigma
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
@@ -57,7 +57,10 @@ def finetune(
 
     def embedded(step: int) -> dict[str, jax.Array]:
         element = data[step]
-        text = np.array(teacher.embed(element["captions"], config.text_length))
+        if "text" in element:
+            text = padded_text(element["text"], config.text_length)
+        else:
+            text = np.array(teacher.embed(element["captions"], config.text_length))
         dropped = np.random.default_rng([config.seed, step]).random(len(text)) < settings.condition_dropout
         text[dropped] = blank
         return jax.device_put({"latents": element["latents"], "text": text}, sharding(mesh, "batch"))

@@ -1,8 +1,10 @@
-"""plan: the rate of every block, from the errors, the cost model and a budget (the paper's eq. 9)."""
+"""plan: the rate of every block, from the errors, what blocks cost and a budget (the paper's eq. 9)."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,38 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, Rate
+from jsurgery.config import check_rates
 from jsurgery.cost import Workload, core_flops, num_tokens
 from jsurgery.errors import InputError
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distill import rate_chain, read_errors
-from jsurgery.surgery.knapsack import select_homogeneous, solve
+from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve
 from jsurgery.wan.transformer import WanConfig
 
 NAMED_BUDGET = re.compile(r"(\d+)R(\d+|linear)")
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What every block costs at every rate: float [blocks, rates], FLOPs of the attention core or as measured."""
+
+    unit: str
+    rates: tuple[Rate, ...]
+    blocks: np.ndarray
+
+    def at(self, rate: Rate) -> np.ndarray:
+        """[blocks]. Raises InputError for a rate that has no cost."""
+        if rate not in self.rates:
+            raise InputError(f"config.plan.costs: expected a cost of rate {rate}, found those of {self.rates}")
+        return self.blocks[:, self.rates.index(rate)]
+
+    @property
+    def teacher(self) -> float:
+        return math.fsum(self.at(1))
+
+    def of(self, rates: Sequence[Rate]) -> float:
+        """The cost of a plan, one rate for each block."""
+        return math.fsum(self.at(rate)[block] for block, rate in enumerate(rates))
 
 
 def workload(config: ConfigDict, model: WanConfig) -> Workload:
@@ -33,10 +59,72 @@ def named_budget(text: str) -> tuple[int, Rate] | None:
     return None if match is None else (int(match[1]), "linear" if match[2] == "linear" else int(match[2]))
 
 
-def budget_flops(budget: str | float, work: Workload) -> float:
-    """FLOPs of the attention cores that a budget allows: "15R2", a share of the teacher's up to 1, or FLOPs."""
-    blocks = work.config.num_layers
-    teacher = blocks * core_flops(work, 1)
+def block_costs(config: ConfigDict, model: WanConfig) -> BlockCosts:
+    """The costs of `config.plan.costs`, or without such a file the FLOPs of the attention cores."""
+    if config.plan.costs:
+        return read_costs(config.plan.costs, model.num_layers)
+    work, named = workload(config, model), named_budget(str(config.plan.budget))
+    wanted: list[Rate] = [1, *config.plan.rates, *([named[1]] if named else [])]
+    rates = tuple(dict.fromkeys(wanted))
+    return BlockCosts("FLOP", rates, np.tile([float(core_flops(work, rate)) for rate in rates], (model.num_layers, 1)))
+
+
+def read_costs(path: epath.PathLike, blocks: int) -> BlockCosts:
+    """Measured costs: {"unit": "ms", "rates": [1, 2, 8], "blocks": [[30, 16, 6], ...]}, one row a block or one for all.
+
+    Raises InputError naming the file and the entry.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"config.plan.costs: {path}: no such file")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, found {error}") from None
+    names = ("unit", "rates", "blocks")
+    if not isinstance(found, dict) or sorted(found) != sorted(names):
+        raise InputError(f"{path}: expected an object of {', '.join(names)}, found {describe(found)}")
+    if not isinstance(found["unit"], str) or not found["unit"]:
+        raise InputError(f"{path}: unit: expected a name like 'ms', found {found['unit']!r}")
+    if not isinstance(found["rates"], list):
+        raise InputError(f"{path}: rates: expected a list, found {found['rates']!r}")
+    check_rates(f"{path}: rates", found["rates"])
+    if 1 not in found["rates"]:
+        raise InputError(f"{path}: rates: expected 1, the teacher's, among them, found {found['rates']}")
+    rows = found["blocks"]
+    if isinstance(rows, list) and len(rows) == 1:
+        rows = rows * blocks
+    costs = BlockCosts(found["unit"], tuple(found["rates"]), table(f"{path}: blocks", rows, blocks, found["rates"]))
+    if not costs.teacher > 0:
+        raise InputError(f"{path}: blocks: expected a positive cost at rate 1, found 0 in every block")
+    return costs
+
+
+def table(source: str, rows: Any, blocks: int, rates: Sequence[Rate]) -> np.ndarray:
+    """Float [blocks, rates]. Raises InputError naming the entry that is missing, not finite, negative or no number."""
+    if not isinstance(rows, list) or len(rows) != blocks:
+        found = f"{len(rows)} rows" if isinstance(rows, list) else repr(rows)
+        raise InputError(f"{source}: expected a row for each of the model's {blocks} blocks, found {found}")
+    for block, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != len(rates):
+            raise InputError(f"{source}[{block}]: expected a number for each of the rates {list(rates)}, found {row!r}")
+        for column, value in enumerate(row):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise InputError(f"{source}[{block}][{column}]: expected a non-negative number, found {value!r}")
+    return np.array(rows, np.float64)
+
+
+def describe(found: Any) -> str:
+    return f"one of {', '.join(map(str, found))}" if isinstance(found, dict) else type(found).__name__
+
+
+def budget_cost(budget: str | float, costs: BlockCosts) -> float:
+    """The cost that a budget allows, in the costs' unit: "15R2", a share of the teacher's cost up to 1, or the cost.
+
+    "15R2" is what 15 blocks at rate 2 and the others at softmax cost: with costs that differ by block, on average.
+    """
+    blocks = len(costs.blocks)
     if isinstance(budget, str):
         named = named_budget(budget)
         if named is None:
@@ -44,10 +132,10 @@ def budget_flops(budget: str | float, work: Workload) -> float:
         count, rate = named
         if count > blocks:
             raise InputError(f"config.plan.budget: {budget} converts {count} blocks, the model has {blocks}")
-        return (blocks - count) * core_flops(work, 1) + count * core_flops(work, rate)
+        return ((blocks - count) * costs.teacher + count * math.fsum(costs.at(rate))) / blocks
     if budget <= 0:
         raise InputError(f"config.plan.budget: expected a positive number, found {budget}")
-    return budget * teacher if budget <= 1 else float(budget)
+    return budget * costs.teacher if budget <= 1 else float(budget)
 
 
 def one_rate(config: ConfigDict) -> tuple[int, Rate]:
@@ -64,53 +152,133 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
     """Raises InputError when no plan fits the budget: before any long work starts."""
     if config.plan.selection == "homogeneous":
         one_rate(config)
-    work = workload(config, model)
-    budget = budget_flops(config.plan.budget, work)
-    cheapest = model.num_layers * min(core_flops(work, rate) for rate in config.plan.rates)
-    if budget < cheapest * (1 - 1e-9):
-        share = cheapest / (model.num_layers * core_flops(work, 1))
+    costs = block_costs(config, model)
+    budget = budget_cost(config.plan.budget, costs)
+    cheapest = math.fsum(np.min([costs.at(rate) for rate in config.plan.rates], axis=0))
+    if budget < cheapest * (1 - COST_TOLERANCE):
         raise InputError(
-            f"config.plan.budget: {config.plan.budget} allows {budget:.4g} attention FLOPs, the cheapest plan of rates "
-            f"{tuple(config.plan.rates)} takes {cheapest:.4g} (a share of {share:.3f})"
+            f"config.plan.budget: {config.plan.budget} allows {budget:.4g} {costs.unit} of attention, the cheapest "
+            f"plan of rates {tuple(config.plan.rates)} takes {cheapest:.4g} (a share of {cheapest / costs.teacher:.3f})"
         )
 
 
-def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> None:
-    """Leaves `plan.json` in `folder`: the rate of every block, cost and error in all, and the bound on the error."""
-    found, work = read_errors(distilled), workload(config, model)
-    rates: list[Rate] = list(config.plan.rates)
+@dataclass(frozen=True)
+class Problem:
+    """What the planner chooses from: `errors` and `candidate_costs` are [blocks, rates]."""
+
+    rates: tuple[Rate, ...]
+    errors: np.ndarray
+    costs: BlockCosts
+
+    @property
+    def candidate_costs(self) -> np.ndarray:
+        return np.stack([self.costs.at(rate) for rate in self.rates], axis=1)
+
+    def error_of(self, rates: Sequence[Rate]) -> float:
+        """The total error of a plan; rate 1 has none, whether it is a candidate or not."""
+        column = {rate: i for i, rate in enumerate(self.rates)}
+        return math.fsum(self.errors[block, column[rate]] for block, rate in enumerate(rates) if rate in column)
+
+    def homogeneous(self, count: int, rate: Rate) -> list[Rate]:
+        """The plan that converts the `count` blocks which one rate harms least, and no others."""
+        converted = select_homogeneous(self.errors, self.rates.index(rate), count)
+        return [rate if block in converted else 1 for block in range(len(self.errors))]
+
+
+def problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> Problem:
+    """Raises InputError for a rate that was not distilled, and for an error or a cost that is missing or no number."""
+    found, rates = read_errors(distilled), tuple(config.plan.rates)
     column = {rate: i for i, rate in enumerate(found["rates"])}
     if unknown := [rate for rate in rates if rate != 1 and rate not in column]:
         raise InputError(f"config.plan.rates: rate {unknown[0]} was not distilled, only {found['rates']} were")
-    error = lambda block, rate: 0.0 if rate == 1 else found["errors"][block][column[rate]]
-    errors = np.array([[error(block, rate) for rate in rates] for block in range(model.num_layers)])
-    costs = np.tile([core_flops(work, rate) for rate in rates], (model.num_layers, 1))
-    budget = budget_flops(config.plan.budget, work)
+    measured = table(f"{distilled / 'errors.json'}: errors", found["errors"], model.num_layers, found["rates"])
+    softmax = np.zeros(model.num_layers)
+    errors = np.stack([softmax if rate == 1 else measured[:, column[rate]] for rate in rates], axis=1)
+    return Problem(rates, errors, block_costs(config, model))
+
+
+def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> None:
+    """Leaves `plan.json` in `folder`: the rate of every block, cost and error in all, and the bound on the error.
+
+    Costs in FLOPs are there in any case; where they are measured, the budget in FLOPs is the same share of the
+    teacher's, and `measured` has the costs themselves.
+    """
+    given = problem(config, model, distilled)
+    costs, budget = given.costs, budget_cost(config.plan.budget, given.costs)
     bound = None
     if config.plan.selection == "heterogeneous":
-        solution = solve(errors, costs, budget)
-        chosen, bound = [rates[i] for i in solution.indices], solution.lower_bound
+        solution = solve(given.errors, given.candidate_costs, budget)
+        chosen, bound = [given.rates[i] for i in solution.indices], solution.lower_bound
     else:
-        count, rate = one_rate(config)
-        converted = select_homogeneous(errors, rates.index(rate), count)
-        chosen = [rate if block in converted else 1 for block in range(model.num_layers)]
+        chosen = given.homogeneous(*one_rate(config))
+    work = workload(config, model)
     teacher = model.num_layers * core_flops(work, 1)
-    cost = sum(core_flops(work, rate) for rate in chosen)
+    flops = sum(core_flops(work, rate) for rate in chosen)
+    result = {
+        "rates": chosen,
+        "selection": config.plan.selection,
+        "budget": config.plan.budget,
+        "budget_flops": budget / costs.teacher * teacher if config.plan.costs else budget,
+        "cost_flops": flops,
+        "teacher_flops": teacher,
+        "share_of_teacher": flops / teacher,
+        "error": given.error_of(chosen),
+        "error_bound": bound,
+    }
+    if config.plan.costs:
+        measured = {"budget": budget, "cost": costs.of(chosen), "teacher": costs.teacher}
+        result["measured"] = {"unit": costs.unit, **measured, "share_of_teacher": measured["cost"] / costs.teacher}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "plan.json",
-        {
-            "rates": chosen,
-            "selection": config.plan.selection,
-            "budget": config.plan.budget,
-            "budget_flops": budget,
-            "cost_flops": cost,
-            "teacher_flops": teacher,
-            "share_of_teacher": cost / teacher,
-            "error": sum(error(block, rate) for block, rate in enumerate(chosen)),
-            "error_bound": bound,
+    write_json(folder / "plan.json", result)
+
+
+def front(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> dict[str, Any]:
+    """Leaves `front.json` beside `plan.json`: every plan that none beats in both cost and error, and the chosen one.
+
+    `chosen` stands next to the nearest plans of the front that cost less and more (None at its ends). `error_bound` is
+    that of the linear relaxation at the plan's budget, `optimum` the exact least error there; a plan that reaches it is
+    proven optimal. Returns the content.
+    """
+    given, made = problem(config, model, distilled), read_plan(folder)
+    costs, chosen = given.costs, made["rates"]
+    curve = pareto_front(given.errors, given.candidate_costs)
+
+    def described(rates: Sequence[Rate]) -> dict[str, Any]:
+        cost = costs.of(rates)
+        error = given.error_of(rates)
+        return {"cost": cost, "share_of_teacher": cost / costs.teacher, "error": error, "rates": list(rates)}
+
+    plans = [described([given.rates[i] for i in indices]) for indices in curve.indices]
+    this = described(chosen)
+    slack = COST_TOLERANCE * this["cost"]
+    cheaper = [found for found in plans if found["cost"] < this["cost"] - slack]
+    dearer = [found for found in plans if found["cost"] > this["cost"] + slack]
+    allowed = max(this["cost"], budget_cost(config.plan.budget, costs))
+    optimum = solve(given.errors, given.candidate_costs, allowed)
+    result = {
+        "unit": costs.unit,
+        "candidates": list(given.rates),
+        "teacher_cost": costs.teacher,
+        "plans": plans,
+        "chosen": {
+            **this,
+            "selection": made["selection"],
+            "budget": made["budget"],
+            "budget_cost": allowed,
+            "error_bound": optimum.lower_bound,
+            "optimum": optimum.error,
+            "proven_optimal": this["error"] <= optimum.error * (1 + COST_TOLERANCE),
+            "cheaper": cheaper[-1] if cheaper else None,
+            "dearer": dearer[0] if dearer else None,
         },
-    )
+        "homogeneous": {
+            str(rate): [described(given.homogeneous(count, rate)) for count in range(model.num_layers + 1)]
+            for rate in given.rates
+            if rate != 1 and 1 in given.rates
+        },
+    }
+    write_json(folder / "front.json", result)
+    return result
 
 
 def read_plan(folder: epath.Path) -> dict[str, Any]:

@@ -1,14 +1,26 @@
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
 from etils import epath
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from jsurgery.config import base
-from jsurgery.cost import Workload, core_flops
+from jsurgery.cost import core_flops
 from jsurgery.errors import InputError
-from jsurgery.surgery.plan import budget_flops, check_budget, hybrid_config, plan, read_plan, workload
+from jsurgery.surgery.plan import (
+    block_costs,
+    budget_cost,
+    check_budget,
+    front,
+    hybrid_config,
+    plan,
+    read_costs,
+    read_plan,
+    workload,
+)
 from jsurgery.wan.transformer import WanConfig
 
 FOUR_BLOCKS = WanConfig(num_layers=4)
@@ -32,6 +44,11 @@ def distilled(tmp_path):
     return folder
 
 
+def allowed(budget):
+    """What the budget comes to in FLOPs, for Wan2.1 1.3B at 320x480."""
+    return budget_cost(budget, block_costs(config_with(budget=budget), WAN_1_3B))
+
+
 def planned(distilled, **changes):
     folder = distilled.parent / "plan"
     plan(config_with(**changes), FOUR_BLOCKS, distilled, folder)
@@ -42,15 +59,14 @@ def test_the_paper_s_budget_in_the_paper_s_flops():
     """320x480, 81 frames: 0.975 TFLOP for a softmax core, 0.547 at rate 2."""
     work = workload(base(), WAN_1_3B)
     assert work.tokens == 12600
-    assert budget_flops("15R2", work) / 1e12 == pytest.approx(15 * 0.975 + 15 * 0.547, rel=1e-3)
-    assert budget_flops("30Rlinear", work) / 1e12 == pytest.approx(30 * 0.079, rel=1e-2)
-    assert budget_flops("0R8", work) == budget_flops(1, work) == 30 * core_flops(work, 1)
+    assert allowed("15R2") / 1e12 == pytest.approx(15 * 0.975 + 15 * 0.547, rel=1e-3)
+    assert allowed("30Rlinear") / 1e12 == pytest.approx(30 * 0.079, rel=1e-2)
+    assert allowed("0R8") == allowed(1) == 30 * core_flops(work, 1)
 
 
 def test_a_share_and_a_number_of_flops():
-    work = Workload(WAN_1_3B, tokens=1000)
-    assert budget_flops(0.6, work) == pytest.approx(18 * core_flops(work, 1))
-    assert budget_flops(3e13, work) == 3e13
+    assert allowed(0.6) == pytest.approx(18 * core_flops(workload(base(), WAN_1_3B), 1))
+    assert allowed(3e13) == 3e13
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,7 @@ def test_a_share_and_a_number_of_flops():
 )
 def test_budgets_that_make_no_sense(budget, message):
     with pytest.raises(InputError, match=message):
-        budget_flops(budget, Workload(WAN_1_3B, tokens=1000))
+        allowed(budget)
 
 
 def test_a_budget_under_the_cheapest_plan_is_refused_before_any_work():
@@ -121,6 +137,178 @@ def test_a_homogeneous_plan_converts_the_blocks_that_bear_it_best(distilled, bud
 def test_a_rate_that_was_not_distilled(distilled):
     with pytest.raises(InputError, match=r"rate 16 was not distilled, only \[2, 4, 8, 'linear'\] were"):
         planned(distilled, budget=0.9, rates=(1, 16))
+
+
+MEASURED = {"unit": "ms", "rates": [1, 2, 4, 8, "linear"], "blocks": [[9.0, 6.0, 4.0, 3.0, 2.5]]}
+
+
+def costs_file(folder, **changes):
+    path = folder / "costs.json"
+    path.write_text(json.dumps(MEASURED | changes))
+    return path
+
+
+def test_measured_costs_in_their_own_unit(distilled, tmp_path):
+    """By hand: 2R8 allows 2 * 9 + 2 * 3 = 24 ms of the teacher's 36."""
+    found = planned(distilled, budget="2R8", costs=str(costs_file(tmp_path)))
+    assert found["measured"]["unit"] == "ms"
+    assert found["measured"]["budget"] == 24 and found["measured"]["teacher"] == 36
+    price = dict(zip(MEASURED["rates"], MEASURED["blocks"][0], strict=True))
+    assert found["measured"]["cost"] == sum(price[rate] for rate in found["rates"]) <= 24
+    errors = np.column_stack([np.zeros(4), ERRORS[:, :3]])
+    best = min(
+        sum(errors[block, choice] for block, choice in enumerate(choices))
+        for choices in itertools.product(range(4), repeat=4)
+        if sum(MEASURED["blocks"][0][choice] for choice in choices) <= 24
+    )
+    assert found["error"] == pytest.approx(best)
+    assert found["cost_flops"] == sum(core_flops(workload(base(), FOUR_BLOCKS), rate) for rate in found["rates"])
+    assert found["budget_flops"] / found["teacher_flops"] == pytest.approx(24 / 36)
+
+
+def test_measured_costs_that_differ_by_block(distilled, tmp_path):
+    """Block 3 alone is dear: it is the one that a budget just under the teacher's converts."""
+    rows = [[1.0, 0.9, 0.8, 0.7]] * 3 + [[50.0, 20.0, 10.0, 5.0]]
+    path = str(costs_file(tmp_path, rates=[1, 2, 4, 8], blocks=rows))
+    assert planned(distilled, budget=40, costs=path)["rates"] == [1, 1, 1, 2]
+    assert planned(distilled, budget=0.3, costs=path)["rates"] == [1, 1, 1, 4]
+    named = budget_cost("2R8", read_costs(path, 4))
+    assert named == pytest.approx((2 * 53 + 2 * (3 * 0.7 + 5)) / 4)
+    homogeneous = planned(distilled, budget="2R8", costs=path, selection="homogeneous")
+    assert homogeneous["rates"] == [1, 8, 1, 8]
+    assert homogeneous["measured"]["cost"] == pytest.approx(1 + 0.7 + 1 + 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": [[9, 6, 4, 3]]}, r"costs.json: blocks\[0\]: expected a number for each of the rates"),
+        ({"blocks": [[9, 6, 4, 3, 2]] * 3}, r"blocks: expected a row for each of the model's 4 blocks, found 3 rows"),
+        ({"blocks": [[9, 6, 4, 3, 2]] * 3 + [[9, -6, 4, 3, 2]]}, r"blocks\[3\]\[1\]: .* found -6"),
+        ({"blocks": [[9, 6, float("nan"), 3, 2]]}, r"blocks\[0\]\[2\]: .* found nan"),
+        ({"blocks": [[9, 6, "4", 3, 2]]}, r"blocks\[0\]\[2\]: .* found '4'"),
+        ({"blocks": [[0, 6, 4, 3, 2]]}, "expected a positive cost at rate 1"),
+        ({"blocks": 5}, "found 5"),
+        ({"rates": [1, 2, 4, 8]}, r"blocks\[0\]: expected a number for each of the rates \[1, 2, 4, 8\]"),
+        ({"rates": [2, 4, 8, 16, "linear"]}, "expected 1, the teacher's, among them"),
+        ({"rates": [1, 2, 4, 6, "linear"]}, "costs.json: rates: "),
+        ({"rates": [1, 2, 2, 8, "linear"]}, "expected distinct rates"),
+        ({"unit": 3}, "unit: expected a name like 'ms', found 3"),
+        ({"device": "phone"}, "expected an object of unit, rates, blocks, found one of unit, rates, blocks, device"),
+        ({"rates": [1, 2, 4], "blocks": [[9, 6, 4]]}, r"config.plan.costs: expected a cost of rate 8, found those of"),
+    ],
+)
+def test_costs_that_make_no_sense_are_refused_before_any_work(tmp_path, changes, message):
+    path = str(costs_file(tmp_path, **changes))
+    with pytest.raises(InputError, match=message):
+        check_budget(config_with(budget=0.9, costs=path), FOUR_BLOCKS)
+    (tmp_path / "costs.json").write_text("{")
+    with pytest.raises(InputError, match="costs.json: expected JSON"):
+        read_costs(path, 4)
+    with pytest.raises(InputError, match="config.plan.costs: .* no such file"):
+        read_costs(tmp_path / "none.json", 4)
+
+
+@pytest.mark.parametrize(
+    ("errors", "message"),
+    [
+        (ERRORS[:3].tolist(), r"errors.json: errors: expected a row for each of the model's 4 blocks, found 3 rows"),
+        ([*ERRORS[:3].tolist(), [0.1, 0.2, float("nan"), 1]], r"errors\[3\]\[2\]: .* found nan"),
+        ([*ERRORS[:3].tolist(), [0.1, 0.2]], r"errors\[3\]: expected a number for each"),
+        ([[-0.1, 0.2, 0.3, 0.4], *ERRORS[1:].tolist()], r"errors\[0\]\[0\]: .* found -0.1"),
+    ],
+)
+def test_errors_that_make_no_sense(distilled, errors, message):
+    (distilled / "errors.json").write_text(json.dumps({"rates": RATES, "errors": errors}))
+    with pytest.raises(InputError, match=message):
+        planned(distilled)
+
+
+def front_of(distilled, errors, rows, rates, **changes):
+    """`front` of a model with these errors and costs, rate 1 first in both."""
+    (distilled / "errors.json").write_text(json.dumps({"rates": rates[1:], "errors": errors[:, 1:].tolist()}))
+    path = str(costs_file(distilled.parent, rates=rates, blocks=rows))
+    config = config_with(costs=path, rates=tuple(rates), **changes)
+    model, folder = WanConfig(num_layers=len(errors)), distilled.parent / "plan"
+    plan(config, model, distilled, folder)
+    return front(config, model, distilled, folder)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_front_is_every_undominated_plan(distilled, seed):
+    """Small integers, so that costs and errors tie often, and costs that differ by block in two of three."""
+    rng = np.random.default_rng(seed)
+    blocks, rates = int(rng.integers(1, 5)), [1, 2, 4][: rng.integers(2, 4)]
+    errors = rng.integers(0, 5, (blocks, len(rates))) / 4
+    errors[:, 0] = 0
+    rows = rng.integers(0, 6, (blocks if seed % 3 else 1, len(rates)))
+    rows[:, 0] += 1
+    costs = np.broadcast_to(rows, errors.shape)
+    cheapest = costs.min(axis=1).sum() / costs[:, 0].sum()
+    budget = cheapest + (1 - cheapest) * (1 - rng.random())
+    found = front_of(distilled, errors, rows.tolist(), rates, budget=float(budget))
+
+    every = list(itertools.product(range(len(rates)), repeat=blocks))
+    totals = [(sum(costs[range(blocks), list(c)]), sum(errors[range(blocks), list(c)])) for c in every]
+    expected = [
+        total
+        for total in sorted(set(totals))
+        if not any(c <= total[0] and e <= total[1] and (c, e) != total for c, e in totals)
+    ]
+    assert [(one["cost"], one["error"]) for one in found["plans"]] == expected
+    for one in found["plans"]:
+        indices = [rates.index(rate) for rate in one["rates"]]
+        assert (costs[range(blocks), indices].sum(), errors[range(blocks), indices].sum()) == (
+            one["cost"],
+            one["error"],
+        )
+    chosen = found["chosen"]
+    assert chosen["proven_optimal"] and chosen["error"] == min(e for c, e in totals if c <= chosen["budget_cost"])
+    assert chosen["error_bound"] <= chosen["error"] * (1 + 1e-12)
+    place = expected.index((chosen["cost"], chosen["error"]))
+    neighbour = lambda one: one and (one["cost"], one["error"])
+    assert neighbour(chosen["cheaper"]) == (expected[place - 1] if place else None)
+    assert neighbour(chosen["dearer"]) == (expected[place + 1] if place + 1 < len(expected) else None)
+    for plans in found["homogeneous"].values():
+        assert len(plans) == blocks + 1
+        for one in plans:
+            assert min(e for c, e in expected if c <= one["cost"]) <= one["error"]
+
+
+def test_of_plans_that_tie_the_front_has_one(distilled):
+    found = front_of(distilled, np.array([[0, 0.5], [0, 0.5]]), [[2, 1]], [1, 2], budget=0.75)
+    assert [(one["cost"], one["error"]) for one in found["plans"]] == [(2, 1), (3, 0.5), (4, 0)]
+    assert found["plans"][1]["rates"] == [1, 2]
+
+
+def test_a_homogeneous_plan_that_another_beats_is_not_called_optimal(distilled):
+    errors = np.array([[0, 0.4, 0.5], [0, 0.4, 0.5], [0, 0.4, 3.0]])
+    found = front_of(distilled, errors, [[4, 2, 1]], [1, 2, 4], budget="3R2", selection="homogeneous")
+    chosen = found["chosen"]
+    assert chosen["error"] == pytest.approx(1.2) and chosen["optimum"] == pytest.approx(1.0)
+    assert not chosen["proven_optimal"] and chosen["error_bound"] <= 1.0
+
+
+def test_the_front_of_30_blocks_and_5_rates_is_that_of_integer_programming(distilled):
+    rates = [1, *RATES]
+    errors = np.sort(np.random.default_rng(7).gamma(1.0, 0.1, (30, 5)), axis=1)
+    errors[:, 0] = 0
+    row = [core_flops(workload(base(), WAN_1_3B), rate) / 1e12 for rate in rates]
+    began = time.process_time()
+    found = front_of(distilled, errors, [row], rates, budget="15R2")
+    assert time.process_time() - began < 2
+    costs, totals = np.tile(row, (30, 1)), np.array([(one["cost"], one["error"]) for one in found["plans"]])
+    choose_one = LinearConstraint(np.kron(np.eye(30), np.ones(5)), lb=1, ub=1)
+    for budget in np.linspace(totals[0, 0], totals[-1, 0], 22)[1:-1]:
+        reference = milp(
+            errors.ravel(),
+            integrality=np.ones(errors.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(costs.ravel()[None], ub=budget), choose_one],
+            options={"mip_rel_gap": 0},
+        )
+        best = totals[totals[:, 0] <= budget * (1 + 1e-9)][-1, 1]
+        assert best == pytest.approx(reference.fun, abs=1e-7)
 
 
 def test_stages_that_have_not_run(tmp_path):
