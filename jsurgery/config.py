@@ -114,7 +114,8 @@ def base() -> ConfigDict:
     c.checkpoint.keep = 2
     c.log_every = 10
 
-    c.train = ConfigDict()  # `jsurgery train`: a tiny teacher from scratch
+    c.train = ConfigDict()  # `jsurgery train`: a tiny teacher
+    c.train.init = ""  # a pipeline folder to go on from, with its tokenizer and VAE; "": from scratch
     c.train.vae_base_dim = 16
     c.train.vae_res_blocks = 2
     c.train.z_dim = 16

@@ -140,7 +140,9 @@ def _read_parquet(index: epath.Path) -> list[Any]:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError(f"--videos={index}: reading parquet needs pyarrow: `pip install 'jsurgery[parquet]'`") from None
+        raise InputError(
+            f"--videos={index}: reading parquet needs pyarrow: `pip install 'jsurgery[parquet]'`"
+        ) from None
     try:
         with index.open("rb") as file:
             table = pyarrow.parquet.ParquetFile(file)

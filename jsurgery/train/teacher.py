@@ -1,6 +1,7 @@
 """train: a whole tiny Wan from scratch, as a diffusers pipeline folder."""
 
 import json
+import shutil
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from jsurgery.data import sprites
 from jsurgery.data.latents import encode_sprites
 from jsurgery.train.autoencoder import train_vae
 from jsurgery.train.transformer import train_transformer
+from jsurgery.wan.pipeline import model_path
 from jsurgery.wan.text_encoder import save_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
 from jsurgery.wan.transformer import save_transformer
@@ -31,6 +33,10 @@ def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     workdir = epath.Path(workdir)
     model = workdir / "model"
     workdir.mkdir(parents=True, exist_ok=True)
+    init = model_path(config.train.init) if config.train.init else None
+    for part in ("tokenizer", "vae") if init else ():
+        if not (model / part).exists():
+            shutil.copytree(init / part, model / part)
     if not (model / "tokenizer" / "spiece.model").exists():
         train_tokenizer(sprites.all_captions(), model / "tokenizer", vocab_size=config.train.vocabulary)
     if not (model / "vae" / "config.json").exists():
@@ -42,7 +48,8 @@ def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     encode_sprites(vae, latents / "holdout", seed=config.seed + HOLDOUT_SEED, clips=holdout, **common)
     encode_sprites(vae, latents / "train", seed=config.seed, clips=config.train.clips, **common)
 
-    teacher = train_transformer(config, workdir, tokenizer=Tokenizer(model / "tokenizer"), latents=latents)
+    tokenizer = Tokenizer(model / "tokenizer")
+    teacher = train_transformer(config, workdir, tokenizer=tokenizer, latents=latents, init=init)
     save_transformer(teacher.transformer, model / "transformer")
     save_text_encoder(teacher.text_encoder, model / "text_encoder")
     write_pipeline_index(model, shift=config.sampler.shift)

@@ -13,12 +13,13 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data.latents import batches
 from jsurgery.diffusion import add_noise, shift_sigma
+from jsurgery.errors import InputError
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.mesh import make_mesh, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
+from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.transformer import WanConfig, WanTransformer
+from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer
 
 VALIDATION_BATCHES = 4
 
@@ -73,8 +74,18 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), spectral)
 
 
-def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tokenizer, latents: epath.Path) -> Teacher:
-    """Trains (or goes on training) on the shards in `latents/train`; returns the averaged (EMA) model."""
+def train_transformer(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    tokenizer: Tokenizer,
+    latents: epath.Path,
+    init: epath.Path | None = None,
+) -> Teacher:
+    """Trains (or goes on training) on the shards in `latents/train`; returns the averaged (EMA) model.
+
+    `init` is a pipeline folder whose weights to begin with. Raises InputError when its sizes are not the config's.
+    """
     train = config.train
     mesh = make_mesh(config.mesh)
     transformer = WanConfig(
@@ -95,6 +106,12 @@ def train_transformer(config: ConfigDict, workdir: epath.Path, *, tokenizer: Tok
         num_layers=train.text_layers,
     )
     model = Teacher(transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed))
+    if init is not None:
+        model.transformer = load_transformer(init / "transformer", jnp.dtype(config.model.dtype))
+        model.text_encoder = load_text_encoder(init / "text_encoder")
+        for part, wanted in (("transformer", transformer), ("text_encoder", text_encoder)):
+            if (found := getattr(model, part).config) != wanted:
+                raise InputError(f"config.train.init: {init / part}: expected {wanted}, found {found}")
     graph, params = nnx.split(model)
     optimizer = make_optimizer(train)
     blank_ids, blank_mask = tokenizer([""], config.text_length)

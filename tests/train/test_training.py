@@ -10,8 +10,11 @@ from flax import nnx
 from jsurgery.config import load_config
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.data.sprites import all_captions
+from jsurgery.errors import InputError
 from jsurgery.train.transformer import flow_matching_loss, train_transformer
+from jsurgery.wan.text_encoder import save_text_encoder
 from jsurgery.wan.tokenizer import train_tokenizer
+from jsurgery.wan.transformer import save_transformer
 
 
 def test_loss_is_zero_for_the_true_velocity_and_blanks_a_share_of_captions():
@@ -53,13 +56,18 @@ def data(tmp_path_factory):
     return folder, train_tokenizer(captions[:360], folder / "tokenizer", 64)
 
 
-def test_restart_gives_the_same_bits(data, tmp_path):
-    latents, tokenizer = data
+@pytest.fixture
+def config():
     config = load_config("tiny_teacher").copy_and_resolve_references()
     config.unlock()
     config.train.update(layers=1, heads=1, head_dim=12, ffn_dim=16, text_dim=8, text_layers=1, z_dim=4, steps=4)
     config.train.update(warmup=1, decay=1, batch=4)
     config.checkpoint.every = config.log_every = 2
+    return config
+
+
+def test_restart_gives_the_same_bits(data, config, tmp_path):
+    latents, tokenizer = data
 
     def trained(folder, steps):
         config.train.steps = steps
@@ -72,3 +80,24 @@ def test_restart_gives_the_same_bits(data, tmp_path):
     resumed = trained("stopped", 4)
     assert all(np.array_equal(a, b) for a, b in zip(straight, resumed, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(halfway, resumed, strict=True))
+
+
+def test_training_goes_on_from_a_folder(data, config, tmp_path):
+    latents, tokenizer = data
+    config.train.update(steps=2, warmup=0, decay=0)
+    common = {"tokenizer": tokenizer, "latents": latents}
+    first = train_transformer(config, epath.Path(tmp_path / "first"), **common)
+    folder = epath.Path(tmp_path / "model")
+    save_transformer(first.transformer, folder / "transformer")
+    save_text_encoder(first.text_encoder, folder / "text_encoder")
+
+    def distance(init):
+        config.train.learning_rate = 1e-9
+        model = train_transformer(config, epath.Path(tmp_path / f"second{init is None}"), **common, init=init)
+        pairs = zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(first)), strict=True)
+        return max(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+    assert distance(folder) < 1e-6 < 1e-4 < distance(None)
+    config.train.layers = 2
+    with pytest.raises(InputError, match="config.train.init: .*transformer: expected .*num_layers=2"):
+        distance(folder)
