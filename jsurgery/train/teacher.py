@@ -34,8 +34,8 @@ def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     model = workdir / "model"
     workdir.mkdir(parents=True, exist_ok=True)
     init = model_path(config.train.init) if config.train.init else None
-    for part in ("tokenizer", "vae") if init else ():
-        if not (model / part).exists():
+    for part in ("tokenizer", "vae"):
+        if init is not None and not (model / part).exists():
             shutil.copytree(init / part, model / part)
     if not (model / "tokenizer" / "spiece.model").exists():
         train_tokenizer(sprites.all_captions(), model / "tokenizer", vocab_size=config.train.vocabulary)
