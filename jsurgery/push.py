@@ -17,8 +17,9 @@ from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import MARKER
 from jsurgery.wan import hub
 from jsurgery.wan.pipeline import BUNDLED, check_pipeline, transformer_folder
+from jsurgery.wan.safetensors_files import open_tensors
 from jsurgery.wan.transformer import CLASS_NAME, HYBRID_CLASS_NAME, WanConfig, WanTransformer, read_config
-from jsurgery.wan.weights import check_fit, lazy_transformer_tensors, open_tensors
+from jsurgery.wan.weights import check_fit, lazy_transformer_tensors
 
 CARD = "README.md"
 SUFFIXES = (".safetensors", ".json", ".model")

@@ -33,11 +33,12 @@ from jsurgery.wan.pipeline import (
     pipeline_folder,
     transformer_folder,
 )
+from jsurgery.wan.safetensors_files import open_tensors
 from jsurgery.wan.text_encoder import encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer, clean_prompt
 from jsurgery.wan.transformer import WanConfig, load_transformer
 from jsurgery.wan.vae import load_vae
-from jsurgery.wan.weights import open_tensors, transformer_layout
+from jsurgery.wan.weights import transformer_layout
 
 REFERENCE = ("torch", "diffusers", "accelerate", "transformers")
 # Relative errors |ours - theirs| / |theirs| that float32 explains at any published size; of token ids, the share that
@@ -130,8 +131,8 @@ def vae_errors(folder: epath.Path, frames: int, height: int, width: int) -> dict
     say("verify: VAE")
     video = sprites.to_float(sprites.render(sprites.scene_at(0, 0), frames, height, width))[None]
     vae = load_vae(folder)
-    latents = np.asarray(nnx.jit(lambda vae, video: vae.encode(video))(vae, video))
-    decoded = np.asarray(nnx.jit(lambda vae, latents: vae.decode(latents))(vae, latents))
+    latents = vae.encode_in_chunks(video)
+    decoded = vae.decode_in_chunks(latents)
     del vae
     gc.collect()
 

@@ -11,7 +11,7 @@ import pytest
 from jsurgery.config import load_config
 from jsurgery.errors import InputError
 from jsurgery.run import Run
-from jsurgery.wan.weights import check_tensors, read_tensors
+from jsurgery.wan.safetensors_files import check_tensors, read_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {

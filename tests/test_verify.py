@@ -13,8 +13,8 @@ from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.cli import main
 from jsurgery.surgery.operate import save_model
 from jsurgery.wan.pipeline import check_pipeline
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.transformer import WanConfig
-from jsurgery.wan.weights import read_tensors, write_tensors
 
 SIZE = ["--frames=1", "--height=32", "--width=48"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

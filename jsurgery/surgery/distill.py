@@ -28,8 +28,8 @@ from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.transformer import WanTransformer
-from jsurgery.wan.weights import read_tensors, write_tensors
 from pallas_kernels import PolynomialMap
 from pallas_kernels.reference import EPSILON
 

@@ -152,6 +152,10 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
     """Raises InputError when no plan fits the budget: before any long work starts."""
     if config.plan.selection == "homogeneous":
         one_rate(config)
+    named, rates = named_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
+    if named is not None and named[1] not in rates:
+        known = ", ".join(map(str, sorted(rates, key=str)))
+        raise InputError(f"config.plan.budget: expected one of the rates {known}, found {config.plan.budget!r}")
     costs = block_costs(config, model)
     budget = budget_cost(config.plan.budget, costs)
     cheapest = math.fsum(np.min([costs.at(rate) for rate in config.plan.rates], axis=0))

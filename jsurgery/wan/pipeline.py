@@ -18,11 +18,11 @@ from jsurgery.diffusion import State, Velocity, guided, initial_state, sample, s
 from jsurgery.errors import InputError
 from jsurgery.wan import hub
 from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.safetensors_files import check_tensors
 from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, read_config
 from jsurgery.wan.vae import WanVae, load_vae
-from jsurgery.wan.weights import check_tensors
 
 BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
 VAE_STRIDES = (4, 8, 8)

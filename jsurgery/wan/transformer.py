@@ -23,7 +23,7 @@ from jsurgery.runtime.mesh import parameter_shardings
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
 from jsurgery.wan.rope import apply_rope, rope_tables
-from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, write_shards, write_tensors
+from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
 from pallas_kernels import hybrid_attention
 
 CLASS_NAME = "WanTransformer3DModel"
@@ -352,7 +352,7 @@ def read_config(path: epath.PathLike) -> WanConfig:
     if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
         return WanConfig.from_json(fields, source=str(file))
 
-    tensors = weights.open_tensors(path)
+    tensors = open_tensors(path)
     layout = weights.transformer_layout(tensors, path)
     if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
@@ -400,7 +400,7 @@ def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh 
     on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     config = read_config(path)
-    tensors = weights.open_tensors(path)
+    tensors = open_tensors(path)
     model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     if mesh is not None:
         state = nnx.state(model)

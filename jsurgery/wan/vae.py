@@ -19,6 +19,7 @@ from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.wan import weights
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 
 WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -542,12 +543,12 @@ def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from error
     vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
-    weights.load_mirrored(vae, weights.read_tensors(path), dtype=dtype, source=path)
+    weights.load_mirrored(vae, read_tensors(path), dtype=dtype, source=path)
     return vae
 
 
 def save_vae(vae: WanVae, path: epath.PathLike) -> None:
     """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
     path = epath.Path(path)
-    weights.write_tensors(path / "diffusion_pytorch_model.safetensors", weights.mirrored_tensors(vae))
+    write_tensors(path / "diffusion_pytorch_model.safetensors", weights.mirrored_tensors(vae))
     (path / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")

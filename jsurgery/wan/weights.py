@@ -19,10 +19,6 @@ from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.wan.safetensors_files import LazyTensor, Tensors
-from jsurgery.wan.safetensors_files import check_tensors as check_tensors
-from jsurgery.wan.safetensors_files import open_tensors as open_tensors
-from jsurgery.wan.safetensors_files import read_tensors as read_tensors
-from jsurgery.wan.safetensors_files import write_tensors as write_tensors
 
 if TYPE_CHECKING:
     from jsurgery.wan.transformer import WanTransformer

@@ -11,6 +11,8 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jsurgery.data.videos import (
@@ -278,8 +280,7 @@ def test_indices(tmp_path, suffix):
             writer.writeheader()
             writer.writerows(rows(*captions))
     else:
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows(*captions)), index)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(*captions)), index)
     found = find_clips(str(index))
     assert [clip.caption for clip in found] == captions
     assert [clip.problem for clip in found] == ["", "no caption", ""]

@@ -16,8 +16,8 @@ from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.runtime.progress import read_metrics
 from jsurgery.surgery import distill as stage
 from jsurgery.surgery.distill import Setup, calibrate, distill, initial_maps, losses_and_gradients, measure
+from jsurgery.wan.safetensors_files import read_tensors
 from jsurgery.wan.transformer import WanConfig
-from jsurgery.wan.weights import read_tensors
 from pallas_kernels import hybrid_attention, init_polynomial_map, softmax_share
 
 RATES = (2, 4, "linear")

@@ -93,6 +93,12 @@ def test_a_budget_under_the_cheapest_plan_is_refused_before_any_work():
         check_budget(config_with(budget="30R8", rates=(1, 2)), WAN_1_3B)
 
 
+def test_a_budget_names_a_rate_that_blocks_can_have():
+    check_budget(config_with(budget="15R4", rates=(1, 2, 8)), WAN_1_3B)
+    with pytest.raises(InputError, match="expected one of the rates 1, 2, 4, 8, linear, found '6R999'"):
+        check_budget(config_with(budget="6R999"), WAN_1_3B)
+
+
 def test_so_is_a_homogeneous_plan_without_a_rate():
     for budget in (0.6, "15R16"):
         with pytest.raises(InputError, match="homogeneous plans take a name"):

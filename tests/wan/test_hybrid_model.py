@@ -21,6 +21,7 @@ from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, token_orde
 from jsurgery.errors import InputError
 from jsurgery.surgery.operate import operate
 from jsurgery.wan import weights
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, save_transformer
 from pallas_kernels import hybrid_attention
 
@@ -280,13 +281,13 @@ def test_a_hybrid_folder_holds_the_whole_model(build, tmp_path):
     assert loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(loaded)), nnx.to_pure_dict(nnx.state(model)))
 
-    tensors = weights.read_tensors(tmp_path)
+    tensors = read_tensors(tmp_path)
     of_maps = {name.split(".phi")[0] for name in tensors if ".phi_" in name}
     assert of_maps == {"blocks.0.attn1", "blocks.2.attn1"}
     assert np.array_equal(tensors["blocks.2.attn1.phi_k.0.kernel"], model.key_maps.kernels[0][...][1])
 
     lacking = {name: tensor for name, tensor in tensors.items() if name != "blocks.2.attn1.phi_k.0.bias"}
-    weights.write_tensors(next(tmp_path.glob("*.safetensors")), lacking)
+    write_tensors(next(tmp_path.glob("*.safetensors")), lacking)
     with pytest.raises(InputError, match=r"missing blocks.2.attn1.phi_k.0.bias \(2, 48\)"):
         load_transformer(tmp_path)
 

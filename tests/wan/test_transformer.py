@@ -12,6 +12,7 @@ from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.wan import weights
+from jsurgery.wan.safetensors_files import read_tensors
 from jsurgery.wan.transformer import load_transformer, save_transformer
 
 SIZES = {
@@ -78,7 +79,7 @@ def test_every_tensor_matters(tmp_path):
     """The comparison above would notice any one tensor being ignored."""
     reference = random_reference("small")
     reference.save_pretrained(tmp_path)
-    tensors = weights.read_tensors(tmp_path)
+    tensors = read_tensors(tmp_path)
     model = load_transformer(tmp_path)
     arguments = inputs("small")
     expected = velocity(model, *arguments)
@@ -92,7 +93,7 @@ def test_every_tensor_matters(tmp_path):
 def test_names_what_does_not_fit(tmp_path):
     reference = random_reference("small")
     reference.save_pretrained(tmp_path)
-    tensors = weights.read_tensors(tmp_path)
+    tensors = read_tensors(tmp_path)
     model = load_transformer(tmp_path)
     del tensors["blocks.1.attn1.to_q.weight"]
     tensors["extra"] = np.zeros(3)

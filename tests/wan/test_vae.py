@@ -17,8 +17,9 @@ from jsurgery.data import sprites
 from jsurgery.errors import InputError
 from jsurgery.wan import vae as vae_module
 from jsurgery.wan.pipeline import BUNDLED
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.vae import RMSNorm, Tiling, VaeConfig, WanVae, load_vae, save_vae
-from jsurgery.wan.weights import load_mirrored, mirrored_tensors, read_tensors, write_tensors
+from jsurgery.wan.weights import load_mirrored, mirrored_tensors
 
 CONFIGS = {
     "wan": VaeConfig(base_dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0)),

@@ -262,6 +262,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from jsurgery.runtime.mesh import make_mesh, parameter_shardings
 from jsurgery.wan import weights
+from jsurgery.wan.safetensors_files import read_tensors
 from jsurgery.wan.transformer import WanTransformer, load_transformer, read_config
 
 def memory(field):
@@ -278,7 +279,7 @@ print(memory("VmHWM") - before)
 del model
 gc.collect()
 before = memory("VmRSS")
-tensors = weights.read_tensors(path)
+tensors = read_tensors(path)
 model = nnx.eval_shape(lambda: WanTransformer(read_config(path), rngs=nnx.Rngs(0)))
 weights.load_transformer_tensors(model, tensors, "original")
 print(memory("VmHWM") - before)
