@@ -14,7 +14,7 @@ from jsurgery.config import base
 def get_config():
     c = base()
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "blocks"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 480, 832, 16
     c.plan.budget = "20R2"
     return c

@@ -13,6 +13,6 @@ from jsurgery.config import base
 def get_config():
     c = base()
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "blocks"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 480, 832, 16
     return c

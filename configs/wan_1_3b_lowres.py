@@ -14,6 +14,6 @@ from jsurgery.config import base
 def get_config():
     c = base()
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "blocks"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 320, 480, 16
     return c

@@ -116,8 +116,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--repo", required=True, metavar="ORG/NAME")
     sub.add_argument("--private", action="store_true")
     sub.add_argument("--revision", metavar="BRANCH")
-    sub = command("bench", bench, "our forward beside diffusers', alternating, on the CPU", config=None)
-    sub.add_argument("subject", choices=["transformer"])
+    sub = command("compile", compile_ahead, "a stage's step for TPUs that are not there: does it fit, what moves")
+    sub.add_argument("--stage", required=True, choices=["distill", "finetune", "sample"])
+    sub.add_argument("--topology", required=True, help="like v5e:4x4")
+    sub.add_argument("--num_slices", type=positive, default=1)
+    sub.add_argument("--json", metavar="FILE", help="also write the result here")
+    text = "our transformer's forward, or one attention layer, beside others', alternating"
+    bench = commands.add_parser("bench", help=text, description=text)
+    subjects = bench.add_subparsers(required=True, metavar="SUBJECT", parser_class=Parser)
+    text = "our forward beside diffusers', on the CPU"
+    sub = subjects.add_parser("transformer", help=text, description=text)
+    sub.set_defaults(command=bench_transformer, name="bench")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument("--model", help="a folder, a bundled name or a repository")
     weights.add_argument("--size", choices=["1.3b", "tiny"], default="1.3b", help="random weights (default: 1.3b)")
@@ -125,6 +134,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--text_length", type=positive, default=512)
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     sub.add_argument("--runs", type=positive, default=3)
+    text = "hybrid attention beside full softmax by the best stock kernel of this machine"
+    sub = subjects.add_parser("attention", help=text, description=text)
+    sub.set_defaults(command=bench_attention, name="bench")
+    sub.add_argument("--rates", type=rates, default=rates("1,2,4,8,linear"), help="default: 1,2,4,8,linear")
+    for flag, default in (("tokens", 16384), ("heads", 12), ("head_dim", 128), ("runs", 3)):
+        sub.add_argument(f"--{flag}", type=positive, default=default, help=f"default: {default}")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
+    sub.add_argument("--stabilizer", choices=["max", "lse"], default="lse")
+    sub.add_argument("--implementation", choices=["xla", "reference", "tpu", "gpu", "stock"], help="default: the best")
+    sub.add_argument("--backward", action="store_true", help="forward + backward too")
+    sub.add_argument("--json", metavar="FILE", help="also write the result here")
+    instead = sub.add_mutually_exclusive_group()
+    instead.add_argument("--estimate", metavar="CHIP", help="static cycles on a v4, v5e, v5p or v6e, with no TPU")
+    instead.add_argument("--tune", action="store_true", help="measure block sizes on this TPU or GPU and keep the best")
     return parser.parse_args(rest), overrides
 
 
@@ -139,6 +162,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive whole number, found {text!r}")
     return int(text)
+
+
+def rates(text: str) -> tuple:
+    """Rates in a list like 1,2,8,linear."""
+    return tuple(rate if rate == "linear" else positive(rate) for rate in text.split(","))
 
 
 def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -234,11 +262,20 @@ def push(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(pushed(options.model, options.repo, private=options.private, revision=options.revision))
 
 
-def bench(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    takes_no_config(options, overrides)
-    from jsurgery.bench import bench_transformer
+def compile_ahead(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    from jsurgery.compile import compile_stage
 
-    bench_transformer(
+    compile_stage(
+        config, options.config, options.stage, options.topology, slices=options.num_slices, report=options.json
+    )
+
+
+def bench_transformer(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery.bench import bench_transformer as measured
+
+    measured(
         model=options.model,
         size=options.size,
         frames=options.frames,
@@ -249,6 +286,26 @@ def bench(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         runs=options.runs,
         report=options.json,
     )
+
+
+def bench_attention(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery import bench_attention as bench
+
+    layer = {name: getattr(options, name) for name in ("rates", "tokens", "heads", "head_dim", "stabilizer")}
+    if options.tune:
+        bench.tune_attention(**layer, runs=options.runs)
+    elif options.estimate is not None:
+        bench.estimate_attention(**layer, chip=options.estimate, backward=options.backward, report=options.json)
+    else:
+        bench.bench_attention(
+            **layer,
+            dtype=options.dtype,
+            implementation=options.implementation,
+            runs=options.runs,
+            backward=options.backward,
+            report=options.json,
+        )
 
 
 def takes_no_config(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -26,13 +26,14 @@ def base() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
     c.model.dtype = "float32"  # of matmuls; parameters stay float32
-    c.model.remat = False  # recompute blocks in the backward pass
+    c.model.remat = "none"  # what the backward pass recomputes: "blocks" whole, or all of them but their "matmuls"
 
     c.mesh = ConfigDict()  # devices along each axis; their product is the number of devices used
     c.mesh.data = 1
     c.mesh.fsdp = 1
     c.mesh.context = 1
     c.mesh.tensor = 1
+    c.mesh.exchange = "gather"  # how attention meets other shards' keys: or "all_to_all", which divides heads
 
     c.video = ConfigDict()
     c.video.frames = 81
@@ -85,6 +86,11 @@ def base() -> ConfigDict:
     c.finetune.batch = 16
     c.finetune.learning_rate = 1e-5
     c.finetune.weight_decay = 0.0
+    c.finetune.schedule = "constant"  # "cosine": down to zero at the last step
+    c.finetune.warmup = 0
+    c.finetune.clip_norm = 1.0
+    c.finetune.accumulate = 1  # pieces of a batch, one after the other in the memory of one
+    c.finetune.ema = 0.0  # decay of an average of the weights, which then is the result; 0: the last weights are
     c.finetune.teacher_weight = 0.0  # 0: flow matching on data; 1: the teacher's velocity; between: a mix
     c.finetune.condition_dropout = 0.1
     c.finetune.subject = "hybrid"  # "teacher": the control, the unchanged teacher trained alike
@@ -147,12 +153,15 @@ def base() -> ConfigDict:
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
+    "mesh.exchange": ("gather", "all_to_all"),
+    "model.remat": ("none", "blocks", "matmuls"),
     "sampler.solver": ("euler", "euler_ancestral", "unipc"),
     "trace.solver": ("euler", "euler_ancestral"),
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered"),
     "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1"),
     "distill.loss": ("value", "attention"),
+    "finetune.schedule": ("constant", "cosine"),
     "plan.selection": ("heterogeneous", "homogeneous"),
     "finetune.subject": ("hybrid", "teacher"),
     "data.buckets": ("one", "several"),
@@ -161,11 +170,11 @@ CHOICES = {
 }
 SHARES = (
     "finetune.teacher_weight", "finetune.condition_dropout", "data.two_sprites", "data.max_crop", "data.max_skipped",
-    "train.ema",
+    "train.ema", "finetune.ema",
 )  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
-    "distill.weight_decay", "finetune.weight_decay", "train.vae_kl_weight", *SHARES,
+    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", *SHARES,
 }  # fmt: skip
 
 
@@ -199,6 +208,11 @@ def validate(config: ConfigDict) -> None:
     if config.trace.keep_steps > config.sampler.steps:
         raise InputError(
             f"config.trace.keep_steps: {config.trace.keep_steps} of config.sampler.steps = {config.sampler.steps}"
+        )
+    if config.finetune.batch % config.finetune.accumulate:
+        raise InputError(
+            f"config.finetune.accumulate: expected a divisor of config.finetune.batch = {config.finetune.batch}, "
+            f"found {config.finetune.accumulate}"
         )
     if config.trace.holdout >= config.trace.prompts:
         raise InputError(

@@ -153,6 +153,18 @@ def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
     return embeddings_cost(workload).flops + sum(block_flops(workload, rate).total for rate in rates)
 
 
+def distillation_flops(workload: Workload, rates: Iterable[Rate]) -> int:
+    """FLOPs of one step on one example that distils every block at all these rates.
+
+    The teacher runs once; the linear branch of each rate runs forward and, at twice that, backward. Softmax is shared
+    with the teacher and has no gradient.
+    """
+    tokens, config = workload.tokens, workload.config
+    softmax = lambda rate: 4 * tokens * _softmax_tokens(tokens, rate) * config.dim
+    branches = sum(core_flops(workload, rate) - softmax(rate) for rate in rates)
+    return model_flops(workload, (1,) * config.num_layers) + 3 * config.num_layers * branches
+
+
 def model_bytes(workload: Workload, rates: Iterable[Rate], bytes_per_value: int = 2) -> int:
     """Least memory traffic of one forward pass (`block_bytes`)."""
     blocks = sum(block_bytes(workload, rate, bytes_per_value).total for rate in rates)

@@ -35,6 +35,15 @@ def add_noise(latents: jax.Array, noise: jax.Array, sigma_B: jax.Array) -> tuple
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
 
+def noised(latents: jax.Array, key: jax.Array, shift: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(x_t, timesteps [B], velocity) of latents [B, ...] at noise levels spread evenly over [0, 1] and shifted."""
+    size = latents.shape[0]
+    key_level, key_noise = jax.random.split(key)
+    sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
+    noisy, velocity = add_noise(latents, jax.random.normal(key_noise, latents.shape), sigma_B)
+    return noisy, 1000 * sigma_B, velocity
+
+
 def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
     """Classifier-free guidance: 0 is the unconditional velocity, 1 the conditional one."""
     return unconditional + guidance * (conditional - unconditional)

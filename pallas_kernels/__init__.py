@@ -12,10 +12,12 @@ from pallas_kernels.feature_map import (
     init_polynomial_map,
 )
 from pallas_kernels.reference import EPSILON, softmax_share
+from pallas_kernels.sharded import EXCHANGES, sharded_cross_attention, sharded_self_attention
 
 __all__ = [
     "ACTIVATIONS",
     "EPSILON",
+    "EXCHANGES",
     "EluMap",
     "FeatureMap",
     "HedgehogMap",
@@ -24,5 +26,7 @@ __all__ = [
     "init_elu_map",
     "init_hedgehog_map",
     "init_polynomial_map",
+    "sharded_cross_attention",
+    "sharded_self_attention",
     "softmax_share",
 ]

@@ -1,12 +1,14 @@
 """The door to every implementation of hybrid attention."""
 
+import importlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, xla
 from pallas_kernels.feature_map import FeatureMap
 
-IMPLEMENTATIONS = {"xla": xla.hybrid_attention, "reference": reference.hybrid_attention}
+IMPLEMENTATIONS = ("xla", "reference", "tpu", "gpu", "stock")  # modules of that name
 STABILIZERS = ("max", "lse")
 
 
@@ -42,21 +44,57 @@ def hybrid_attention(
         key_valid: bool [B, M], False for padding. Unless num_softmax is 0, every batch entry needs a valid softmax key.
         stabilizer: c_i: "max", the largest s_ij over the valid softmax keys (the paper), or "lse", their log-sum-exp,
             with which n_S = 1.
-        implementation: "xla" (any backend), "reference" (O(N^2) memory), None for the best there is.
+        implementation: "xla" (any backend), "reference" (O(N^2) memory), "tpu" and "gpu" (Pallas kernels), "stock" (the
+            softmax branch by cuDNN on GPU and by jax's flash attention on TPU; "lse" alone). None: of the kernels of
+            the platform the first that take the arguments, on GPU the stock ones before ours, or "xla": on CPU, in
+            float32 on GPU, and where XLA has to partition the arrays over several devices, which it cannot do with a
+            kernel (`sharded_self_attention` partitions them itself). The platform is that of the `shard_map` around, or
+            of the default device; a program to be lowered for another names its implementation.
 
     Returns:
         [B, N, H, D] in v's dtype.
 
     Raises:
         ValueError: shapes that do not fit, a missing map, an unknown stabilizer or implementation.
+        NotImplementedError: arguments that the implementation does not take; says which, and why.
     """
     _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer)
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {implementation!r}")
-    return IMPLEMENTATIONS[name](
-        q, k, v, query_map, key_map, num_softmax=num_softmax, key_valid=key_valid, stabilizer=stabilizer
-    )
+    platform, whole = _place()
+    *preferred, last = _candidates(platform, whole, q.dtype) if implementation is None else (implementation,)
+    arguments, options = (q, k, v, query_map, key_map), {"num_softmax": num_softmax, "key_valid": key_valid}
+    for name in preferred:
+        try:
+            return _run(name, platform, *arguments, **options, stabilizer=stabilizer)
+        except NotImplementedError:
+            continue
+    return _run(last, platform, *arguments, **options, stabilizer=stabilizer)
+
+
+def _place() -> tuple[str, bool]:
+    """The platform, "cpu", "gpu" or "tpu", and whether a device has all of the arrays that are seen here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = not mesh.empty and mesh.are_all_axes_manual
+    device = mesh.abstract_device if mapped else None
+    device = device or jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    name = device if isinstance(device, str) else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name), mapped or jax.device_count() == 1
+
+
+def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
+    if not whole:
+        return ("xla",)
+    if platform == "gpu" and dtype != jnp.float32:  # cuDNN has no float32, and Triton no tensor cores for it
+        return "stock", "gpu", "xla"
+    return ("tpu", "xla") if platform == "tpu" else ("xla",)
+
+
+def _run(name: str, platform: str, *arguments: Any, **options: Any) -> jax.Array:
+    module = importlib.import_module(f"pallas_kernels.{name}")
+    if name == "stock":
+        options["platform"] = platform
+    return module.hybrid_attention(*arguments, **options)
 
 
 def _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer):

@@ -1,7 +1,11 @@
+import json
 import math
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: the compiler's effort, and more threads, are a loss.
@@ -96,3 +100,17 @@ def random_transformer() -> Callable[[WanConfig], WanTransformer]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def on_fake_devices() -> Callable[..., list[Any]]:
+    """Runs a script in a process with 8 CPU devices; returns what it printed, a JSON value a line."""
+
+    def run(script: str, *arguments: str) -> list[Any]:
+        flags = "--xla_force_host_platform_device_count=8 " + os.environ["XLA_FLAGS"]
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jsurgery.attention.token_order import LATTICES, Rate, TokenOrder
@@ -66,17 +65,18 @@ class HybridConfig:
         """Indices of the blocks that are not full softmax."""
         return tuple(i for i, rate in enumerate(self.rates) if rate != 1)
 
-    def token_order(self, grid: tuple[int, int, int]) -> TokenOrder | None:
+    def token_order(self, grid: tuple[int, int, int], shards: int = 1) -> TokenOrder | None:
         """The prefix order of a (time, height, width) token grid; None when no block needs one."""
         if not self.converted:
             return None
-        return token_order(grid, self.chain, self.lattice)
+        return token_order(grid, self.chain, self.lattice, shards)
 
 
-def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str) -> TokenOrder:
-    """The order in which the softmax tokens of every rate of `chain` are a prefix."""
+def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, shards: int = 1) -> TokenOrder:
+    """The order in which the softmax tokens of every rate of `chain` are a prefix, in each of `shards`."""
     frames, height, width = grid
-    return TokenOrder(frames * height * width, tuple(chain), lattice=lattice, tokens_per_frame=height * width)
+    size = height * width
+    return TokenOrder(frames * size, tuple(chain), lattice=lattice, tokens_per_frame=size, shards=shards)
 
 
 class FeatureMap(nnx.Module):
@@ -116,12 +116,9 @@ def attend(
     *,
     num_softmax: int,
     stabilizer: str,
-    linear_branch: bool = True,
 ) -> jax.Array:
-    """Eq. 5 on tokens in prefix order; without the linear branch, softmax over the prefix alone."""
-    if num_softmax == k_BxNxHxD.shape[1] or not linear_branch:
-        keys, values = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
-        return hybrid_attention(q_BxNxHxD, keys, values, None, None, num_softmax=num_softmax, stabilizer=stabilizer)
-    return hybrid_attention(
-        q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, num_softmax=num_softmax, stabilizer=stabilizer
-    ).astype(jnp.result_type(v_BxNxHxD))
+    """Eq. 5 on tokens in prefix order; without maps, softmax over the prefix alone."""
+    if key_map is None:
+        k_BxNxHxD, v_BxNxHxD = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
+    options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
+    return hybrid_attention(q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, **options)

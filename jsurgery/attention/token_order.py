@@ -24,11 +24,15 @@ class TokenOrder:
     The stagger moves the kept sites by one column a frame, where a stride that divides `tokens_per_frame` keeps the
     same sites in every frame.
 
+    With several shards each zone is dealt among them, in equal runs, the last ones filled up with padding: a shard's
+    own tokens are then in prefix order too, and the softmax tokens of a rate are the prefixes of all shards.
+
     Attributes:
         num_tokens: N.
         rates: the candidate rates, in any order: integers of which each divides the next higher, and possibly "linear".
         lattice: "strided" or "staggered".
         tokens_per_frame: N / frames; only the staggered lattice needs it.
+        shards: over how many devices the tokens are spread.
 
     Raises:
         InputError: rates that form no divisibility chain, or a lattice or frame size that does not fit.
@@ -38,6 +42,7 @@ class TokenOrder:
     rates: tuple[Rate, ...] = (1, 2, 4, 8)
     lattice: str = "strided"
     tokens_per_frame: int | None = None
+    shards: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "rates", tuple(self.rates))
@@ -48,6 +53,8 @@ class TokenOrder:
         for rate in self.rates:
             if rate != "linear" and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
                 raise InputError(f'rates: expected integers of at least 1 or "linear", found {rate!r}')
+        if self.shards < 1:
+            raise InputError(f"shards: expected at least 1, found {self.shards}")
         chain = self._chain
         for lower, higher in itertools.pairwise(chain):
             if higher % lower:
@@ -69,22 +76,49 @@ class TokenOrder:
         return positions
 
     @cached_property
-    def permutation(self) -> np.ndarray:
-        """int [N]: natural index of the i-th token in prefix order; `tokens[:, permutation]` is in prefix order."""
+    def _zones(self) -> list[np.ndarray]:
+        """The natural indices of the tokens of the highest rate, of those that the next lower one adds, ..."""
         zone = np.zeros(self.num_tokens, int)
         for rate in self._chain:
             zone += self._positions % rate != 0
-        return np.argsort(zone, kind="stable")
+        return [np.flatnonzero(zone == number) for number in range(len(self._chain) + 1)]
+
+    def _per_shard(self, zone: np.ndarray) -> int:
+        return -(-len(zone) // self.shards)
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """int [P]: natural index of the token at every place, -1 at padding."""
+        dealt = []
+        for zone in self._zones:
+            padding = self.shards * self._per_shard(zone) - len(zone)
+            dealt.append(np.pad(zone, (0, padding), constant_values=-1).reshape(self.shards, -1))
+        return np.concatenate(dealt, axis=1).reshape(-1)
+
+    @cached_property
+    def permutation(self) -> np.ndarray:
+        """int [P]: natural index of the i-th token in prefix order; `tokens[:, permutation]` is in prefix order.
+
+        P is N, or with several shards the next number that holds the padding; there, token 0 is repeated.
+        """
+        return np.maximum(self._places, 0)
+
+    @cached_property
+    def valid(self) -> np.ndarray | None:
+        """bool [P], False at padding; None where there is none."""
+        return None if (self._places >= 0).all() else self._places >= 0
 
     @cached_property
     def inverse(self) -> np.ndarray:
         """int [N]: place of token j in prefix order; `prefix_tokens[:, inverse]` is in natural order again."""
-        return np.argsort(self.permutation)
+        places = np.flatnonzero(self._places >= 0)
+        return places[np.argsort(self._places[places])]
 
     def num_softmax(self, rate: Rate) -> int:
         """How many tokens, the first in prefix order, keep softmax at `rate`: N at rate 1, 0 at "linear".
 
-        ceil(N / R) on the strided lattice; on the staggered one possibly a few more or less.
+        ceil(N / R) on the strided lattice; on the staggered one possibly a few more or less. With several shards: how
+        many of each shard's tokens, its padding among them.
 
         Raises:
             InputError: a rate that is not among `rates` (1 and "linear" always are).
@@ -93,4 +127,6 @@ class TokenOrder:
             return 0
         if rate != 1 and rate not in self._chain:
             raise InputError(f"rate: expected one of {list(self.rates)}, found {rate!r}")
-        return int(np.count_nonzero(self._positions % rate == 0))
+        lower = sum(smaller < rate for smaller in self._chain)
+        kept = self._zones if rate == 1 else self._zones[: len(self._chain) - lower]
+        return sum(map(self._per_shard, kept))

@@ -45,8 +45,26 @@ def encode_sprites(
         )
 
 
-def batches(folder: epath.PathLike, batch: int, seed: int) -> Sequence[dict[str, Any]]:
+class Rows:
+    """The examples at `rows` of every batch of an endless dataset, one after the other; a source for grain."""
+
+    def __init__(self, examples: Sequence[Any], batch: int, rows: Sequence[int]):
+        self.examples, self.batch, self.rows = examples, batch, rows
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch * len(self.rows)
+
+    def __getitem__(self, index) -> Any:
+        number, row = divmod(index, len(self.rows))
+        return self.examples[number * self.batch + int(self.rows[row])]
+
+
+def batches(
+    folder: epath.PathLike, batch: int, seed: int, rows: Sequence[int] | None = None
+) -> Sequence[dict[str, Any]]:
     """Shuffled, endless batches; batch number i is the same whenever it is asked for.
+
+    With `rows`, only these of a batch's examples are read: those of one process of many.
 
     An element holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings; where the records have text
     embeddings, also `text`, a list of B arrays [L, D], each as long as its caption. Where the shards lie in a folder a
@@ -61,9 +79,11 @@ def batches(folder: epath.PathLike, batch: int, seed: int) -> Sequence[dict[str,
     folder = epath.Path(folder)
     buckets = sorted({path.parent for path in folder.glob("*/*.array_record")})
     sources = [Records(bucket) for bucket in buckets or [folder]]
+    rows = range(batch) if rows is None else rows
+    shuffled = [grain.MapDataset.source(source).shuffle(seed=seed).repeat() for source in sources]
     datasets = [
-        grain.MapDataset.source(source).shuffle(seed=seed).repeat().batch(batch, drop_remainder=True, batch_fn=collate)
-        for source in sources
+        grain.MapDataset.source(Rows(examples, batch, rows)).batch(len(rows), drop_remainder=True, batch_fn=collate)
+        for examples in shuffled
     ]
     mixed = grain.MapDataset.mix(datasets, weights=[len(source) for source in sources])
     return cast(Sequence[dict[str, Any]], mixed if len(datasets) > 1 else datasets[0])

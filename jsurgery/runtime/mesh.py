@@ -1,9 +1,12 @@
 """One mesh, four axes, and the one table that says which array dimension lies along which axis."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -13,7 +16,7 @@ from jsurgery.errors import DoesNotFit
 AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical dimension -> mesh axes.
-LOGICAL = {
+LOGICAL: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),
     "sequence": "context",
     "heads": "tensor",
@@ -33,13 +36,11 @@ PARAMETERS = [
 ]
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `config.mesh`. Raises DoesNotFit when it asks for more devices than there are."""
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh`, of this machine's devices. Raises DoesNotFit when it asks for more than there are."""
     shape = tuple(config[axis] for axis in AXES)
-    wanted = 1
-    for size in shape:
-        wanted *= size
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
+    wanted = math.prod(shape)
     if wanted > len(devices):
         sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
         raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, found {len(devices)} ({devices[0].platform})")
@@ -67,6 +68,34 @@ def parameter_shardings(mesh: Mesh, state: Any) -> Any:
 def put_state(mesh: Mesh, state: Any) -> Any:
     """A training state (parameters, optimiser moments, counters) placed as a step returns it: no second compile."""
     return jax.device_put(state, parameter_shardings(mesh, state))
+
+
+def batch_pieces(mesh: Mesh) -> int:
+    """In how many pieces a batch lies on the mesh."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
+
+
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which of a batch's examples this process's devices hold: int [b], ascending.
+
+    Raises DoesNotFit when the batch does not divide.
+    """
+    axes = sharding(mesh, "batch")
+    if batch % batch_pieces(mesh):
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in LOGICAL["batch"])
+        raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
+    slices = (index[0] for index in axes.addressable_devices_indices_map((batch,)).values())
+    return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices]))
+
+
+def put_rows(mesh: Mesh, rows: np.ndarray, batch: int, examples: Any) -> Any:
+    """Global arrays [batch, ...] of which this process has the `rows` alone, in leaves [b, ...]."""
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        held = lambda index: leaf[np.searchsorted(rows, np.arange(batch)[index[0]])]
+        return jax.make_array_from_callback((batch, *leaf.shape[1:]), sharding(mesh, "batch"), held)
+
+    return jax.tree.map(put, examples)
 
 
 def place(mesh: Mesh, module: nnx.Module) -> None:

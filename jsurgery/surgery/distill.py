@@ -18,13 +18,15 @@ import numpy as np
 import optax
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import FeatureMapConfig, Rate, init_feature_maps, token_order
 from jsurgery.attention.token_order import TokenOrder
+from jsurgery.data.latents import Rows
 from jsurgery.errors import InputError
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
+from jsurgery.runtime.mesh import LOGICAL, batch_pieces, local_rows, make_mesh, put_rows, put_state, sharding
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.trace import TraceSteps
@@ -54,61 +56,125 @@ class Branch:
         return Branch(mine * self.output + theirs * other.output, lse, jnp.maximum(self.largest, other.largest))
 
 
-def softmax_over(q_NxD: jax.Array, k_MxD: jax.Array, v_MxD: jax.Array) -> Branch:
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of a computation lie: in `order`, whole, or in as many pieces as a mesh axis is long.
+
+    q, k and v are a device's own piece; sums over tokens are then of its own, until `total` adds up all pieces. The
+    batch may lie in `batch_pieces`, too.
+    """
+
+    order: TokenOrder
+    axis: str | None = None
+    batch_pieces: int = 1
+
+    @property
+    def valid(self) -> jax.Array | None:
+        """bool [N], False at this piece's padding."""
+        if self.axis is None or self.order.valid is None:
+            return None
+        return jnp.asarray(self.order.valid).reshape(self.order.shards, -1)[jax.lax.axis_index(self.axis)]
+
+    def masked(self, x: jax.Array, start: int = 0) -> jax.Array:
+        """[..., N - start, F] of the tokens from `start` on, zero at padding."""
+        return x if self.valid is None else jnp.where(self.valid[start:, None], x, 0)
+
+    def total(self, x: Any) -> Any:
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def zone(self, x_NxF: jax.Array, start: int, stop: int) -> jax.Array:
+        """Tokens `start` to `stop` of every piece."""
+        own = x_NxF[start:stop]
+        return own if self.axis is None else jax.lax.all_gather(own, self.axis, tiled=True)
+
+    def zone_valid(self, start: int, stop: int) -> np.ndarray | None:
+        """bool, False at the padding of `zone`."""
+        if self.order.valid is None:
+            return None
+        return self.order.valid.reshape(self.order.shards, -1)[:, start:stop].reshape(-1)
+
+    def mean(self, x_BxN: jax.Array) -> jax.Array:
+        """This piece's contribution to the mean over the batch and all tokens."""
+        return jnp.sum(self.masked(x_BxN[..., None])) / (x_BxN.shape[0] * self.batch_pieces * self.order.num_tokens)
+
+
+def softmax_over(q_NxD: jax.Array, k_MxD: jax.Array, v_MxD: jax.Array, valid_M: np.ndarray | None = None) -> Branch:
     """One head of one example: output [N, D], the rest [N]."""
     s_NxM = q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5
+    if valid_M is not None:
+        s_NxM = jnp.where(valid_M, s_NxM, jnp.finfo(s_NxM.dtype).min)
     largest_N = s_NxM.max(axis=-1)
     p_NxM = jnp.exp(s_NxM - largest_N[:, None])
     mass_N = p_NxM.sum(axis=-1)
     return Branch(p_NxM @ v_MxD / mass_N[:, None], largest_N + jnp.log(mass_N), largest_N)
 
 
-def nested_softmax(q_NxD, k_NxD, v_NxD, order: TokenOrder, rates: Sequence[Rate]) -> tuple[dict[Rate, Branch], Branch]:
+def nested_softmax(q_NxD, k_NxD, v_NxD, tokens: Tokens, rates: Sequence[Rate]) -> tuple[dict[Rate, Branch], Branch]:
     """The softmax branch of every rate but "linear", and full softmax, each key visited once."""
-    sizes = {rate: order.num_softmax(rate) for rate in rates if rate != "linear"}
+    sizes = {rate: tokens.order.num_softmax(rate) for rate in rates if rate != "linear"}
+
+    def zone(start: int, stop: int) -> Branch:
+        keys, values = (tokens.zone(x, start, stop) for x in (k_NxD, v_NxD))
+        return softmax_over(q_NxD, keys, values, tokens.zone_valid(start, stop))
+
     branches, merged, start = {}, None, 0
     for rate, size in sorted(sizes.items(), key=lambda item: item[1]):
-        zone = softmax_over(q_NxD, k_NxD[start:size], v_NxD[start:size])
-        merged = zone if merged is None else merged.merge(zone)
+        merged = zone(start, size) if merged is None else merged.merge(zone(start, size))
         branches[rate], start = merged, size
-    rest = softmax_over(q_NxD, k_NxD[start:], v_NxD[start:])
+    rest = zone(start, len(k_NxD))
     return branches, rest if merged is None else merged.merge(rest)
 
 
-def hybrid_output(
-    maps: Maps,
-    rate: Rate,
-    q_BxNxD: jax.Array,
-    k_BxNxD: jax.Array,
-    v_BxNxD: jax.Array,
-    branch: Branch | None,
-    order: TokenOrder,
-    stabilizer: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """One head of one block as it passes by: q, k, v [B, N, D], softmax over a rate's keys (None at "linear") and over
+    all of them."""
+
+    rate: Rate
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    branch: Branch | None
+    full: Branch
+    tokens: Tokens
+    stabilizer: str
+
+    @property
+    def start(self) -> int:
+        """The first linear key."""
+        return self.tokens.order.num_softmax(self.rate)
+
+    @property
+    def inputs(self) -> tuple[jax.Array, jax.Array]:
+        """The queries, and the linear keys."""
+        return self.q, self.k[:, self.start :]
+
+    def features(self, maps: Maps) -> tuple[jax.Array, jax.Array]:
+        """phi_q [B, N, F] of the queries and phi_k [B, M, F] of the linear keys, zero at padding."""
+        phi_q, phi_k = (phi(x[:, :, None])[:, :, 0] for phi, x in zip(maps, self.inputs, strict=True))
+        return self.tokens.masked(phi_q), self.tokens.masked(phi_k, self.start)
+
+
+def hybrid_output(maps: Maps, at: Visit) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eq. 5 of one head from its finished softmax branch: y [B, N, D], n_S [B, N], n_L [B, N]."""
-    query_map, key_map = maps
-    start = order.num_softmax(rate)
-    phi_q_BxNxF = query_map(q_BxNxD[:, :, None])[:, :, 0]
-    phi_k_BxMxF = key_map(k_BxNxD[:, start:, None])[:, :, 0]
-    o_L_BxNxD = phi_q_BxNxF @ (phi_k_BxMxF.swapaxes(1, 2) @ v_BxNxD[:, start:])
-    n_L_BxN = jnp.einsum("bnf,bf->bn", phi_q_BxNxF, phi_k_BxMxF.sum(axis=1))
+    phi_q_BxNxF, phi_k_BxMxF = at.features(maps)
+    state = phi_k_BxMxF.swapaxes(1, 2) @ at.v[:, at.start :], phi_k_BxMxF.sum(axis=1)
+    state_BxFxD, z_BxF = at.tokens.total(state)
+    o_L_BxNxD, n_L_BxN = phi_q_BxNxF @ state_BxFxD, jnp.einsum("bnf,bf->bn", phi_q_BxNxF, z_BxF)
+    branch = at.branch
     if branch is None:
         return o_L_BxNxD / (n_L_BxN + EPSILON)[..., None], jnp.zeros_like(n_L_BxN), n_L_BxN
-    n_S_BxN = jnp.exp(branch.lse - branch.largest) if stabilizer == "max" else jnp.ones_like(branch.lse)
+    n_S_BxN = jnp.exp(branch.lse - branch.largest) if at.stabilizer == "max" else jnp.ones_like(branch.lse)
     y = (n_S_BxN[..., None] * branch.output + o_L_BxNxD) / (n_S_BxN + n_L_BxN)[..., None]
     return y, n_S_BxN, n_L_BxN
 
 
-def value_loss(
-    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
-):
+def value_loss(maps: Maps, at: Visit) -> jax.Array:
     """Eq. 7: the mean absolute difference of the block's attention output."""
-    return jnp.mean(jnp.abs(hybrid_output(maps, rate, q, k, v, branch, order, stabilizer)[0] - full.output))
+    return at.tokens.mean(jnp.abs(hybrid_output(maps, at)[0] - at.full.output).mean(axis=-1))
 
 
-def attention_loss(
-    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
-):
+def attention_loss(maps: Maps, at: Visit) -> jax.Array:
     """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), averaged over queries.
 
     The average is inside the logarithm. c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the
@@ -116,51 +182,54 @@ def attention_loss(
     exp(2 top) is taken out of the sum. Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared
     difference is never formed, and E has no gradient.
     """
-    query_map, key_map = maps
-    start = order.num_softmax(rate)
-    shift = full.lse if branch is None else branch.largest if stabilizer == "max" else branch.lse
-    phi_q_BxNxF = query_map(q[:, :, None])[:, :, 0]
-    phi_k_BxMxF = key_map(k[:, start:, None])[:, :, 0]
+    tokens, branch = at.tokens, at.branch
+    shift = at.full.lse if branch is None else branch.largest if at.stabilizer == "max" else branch.lse
+    valid_M = tokens.zone_valid(at.start, at.k.shape[1])
 
     @jax.checkpoint
-    def example(q_NxD, k_MxD, shift_N, phi_q_NxF, phi_k_MxF):
+    def example(q_NxD, k_NxD, shift_N, phi_q_NxF, phi_k_MxF):
+        k_MxD = tokens.zone(k_NxD, at.start, len(k_NxD))
         s_NxM = q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5 - shift_N[:, None]
-        top = jnp.maximum(s_NxM.max(), 0.0)
-        e_NxM, phi_k_MxF = jnp.exp(s_NxM - top), phi_k_MxF * jnp.exp(-top)
-        grams = jnp.sum((phi_q_NxF.T @ phi_q_NxF) * (phi_k_MxF.T @ phi_k_MxF))
-        squares = jnp.sum(e_NxM**2) - 2 * jnp.sum(phi_q_NxF * (e_NxM @ phi_k_MxF)) + grams
-        return 2 * top + jnp.log1p(jnp.expm1(-2 * top) + squares / q_NxD.shape[0])
+        if valid_M is not None:
+            s_NxM = jnp.where(valid_M, s_NxM, -jnp.inf)
+        top = jnp.maximum(tokens.masked(s_NxM).max(), 0.0)
+        if tokens.axis is not None:
+            top = jax.lax.pmax(top, tokens.axis)
+        e_NxM, phi_k_MxF = tokens.masked(jnp.exp(s_NxM - top)), phi_k_MxF * jnp.exp(-top)
+        grams = jnp.sum(tokens.total(phi_q_NxF.T @ phi_q_NxF) * tokens.total(phi_k_MxF.T @ phi_k_MxF))
+        learned_NxF = e_NxM @ tokens.zone(phi_k_MxF, 0, len(phi_k_MxF))
+        own = jnp.sum(e_NxM**2) - 2 * jnp.sum(phi_q_NxF * learned_NxF)
+        squares = tokens.total(own) + grams
+        return 2 * top + jnp.log1p(jnp.expm1(-2 * top) + squares / tokens.order.num_tokens)
 
-    return jnp.mean(jax.vmap(example)(q, k[:, start:], shift, phi_q_BxNxF, phi_k_BxMxF))
+    # Every piece of the sequence arrives at the same loss, of which it contributes its share.
+    losses_B = jax.vmap(example)(at.q, at.k, shift, *at.features(maps))
+    return jnp.mean(losses_B) / (tokens.order.shards * tokens.batch_pieces)
 
 
 LOSSES = {"value": value_loss, "attention": attention_loss}
 
 
-def statistics(
-    maps: Maps, rate: Rate, q, k, v, branch: Branch | None, full: Branch, order: TokenOrder, stabilizer: str
-) -> dict[str, jax.Array]:
+def statistics(maps: Maps, at: Visit) -> dict[str, jax.Array]:
     """Sums and means of one head: error and size of the output; the softmax keys' share of the denominator, and in the
     teacher; the linear keys' mass, and what the teacher's would be."""
-    y, n_S_BxN, n_L_BxN = hybrid_output(maps, rate, q, k, v, branch, order, stabilizer)
-    error, size = jnp.sum(jnp.abs(y - full.output)), jnp.sum(jnp.abs(full.output))
+    tokens, branch, full = at.tokens, at.branch, at.full
+    y, n_S_BxN, n_L_BxN = hybrid_output(maps, at)
     if branch is None:
-        wanted = n_L_BxN  # a ratio alone is left of n_L: any scale does
-        teacher_share = jnp.zeros(())
+        wanted_BxN = n_L_BxN  # a ratio alone is left of n_L: any scale does
+        teacher_share_BxN = jnp.zeros_like(n_L_BxN)
     else:
-        teacher_share = jnp.mean(jnp.exp(branch.lse - full.lse))
+        teacher_share_BxN = jnp.exp(branch.lse - full.lse)
         # exp(lse) over the linear keys, in units of the stabiliser.
-        shift = branch.largest if stabilizer == "max" else branch.lse
-        wanted = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
-    share = jnp.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON))
-    mass, wanted_mass = jnp.mean(n_L_BxN), jnp.mean(wanted)
+        shift = branch.largest if at.stabilizer == "max" else branch.lse
+        wanted_BxN = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
     return {
-        "error": error,
-        "size": size,
-        "share": share,
-        "teacher_share": teacher_share,
-        "mass": mass,
-        "wanted_mass": wanted_mass,
+        "error": jnp.sum(tokens.masked(jnp.abs(y - full.output))),
+        "size": jnp.sum(tokens.masked(jnp.abs(full.output))),
+        "share": tokens.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON)),
+        "teacher_share": tokens.mean(teacher_share_BxN),
+        "mass": tokens.mean(n_L_BxN),
+        "wanted_mass": tokens.mean(wanted_BxN),
     }
 
 
@@ -188,19 +257,24 @@ def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
 
 
 def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps, setup: Setup, visit) -> Any:
-    """Runs the teacher over a batch and `visit(maps, rate, q, k, v, branch, full, order, stabilizer)` in every head.
+    """Runs the teacher over a batch and `visit(maps, Visit)` in every head.
 
-    Returns the records, leaves [blocks, rates, heads, ...]. Heads are looped over: a head's scores stay in cache.
+    Returns the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so
+    `visit` returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
     """
-    order = token_order(teacher.config.token_grid(batch["latents"].shape[1:4]), setup.chain, setup.lattice)
+    mesh, axis = teacher.mesh, LOGICAL["sequence"]
+    order = token_order(
+        teacher.config.token_grid(batch["latents"].shape[1:4]), setup.chain, setup.lattice, teacher.shards
+    )
+    tokens = Tokens(order, axis if teacher.shards > 1 else None, 1 if mesh is None else batch_pieces(mesh))
 
     def head(inputs):
         (q, k, v), maps_R = inputs
-        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, order, setup.rates))(q, k, v)
+        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, setup.rates))(q, k, v)
         records = []
         for index, rate in enumerate(setup.rates):
             one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
-            records.append(visit(one_head, rate, q, k, v, branches.get(rate), full, order, setup.stabilizer))
+            records.append(visit(one_head, Visit(rate, q, k, v, branches.get(rate), full, tokens, setup.stabilizer)))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
     def attention(q, k, v, maps_RxH):
@@ -208,7 +282,16 @@ def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps
         y, records = jax.lax.map(head, (heads_first, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), maps_RxH)))
         return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
 
-    return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], attention, maps, order=order)[1]
+    def added_up(q, k, v, maps_RxH):
+        y, records = attention(q, k, v, maps_RxH)
+        return y, jax.lax.psum(records, (*LOGICAL["batch"], axis))
+
+    visiting = attention
+    if mesh is not None:
+        spread, by_head = sharding(mesh, "batch", "sequence", "heads").spec, sharding(mesh, None, "heads").spec
+        specs = {"in_specs": (spread, spread, spread, by_head), "out_specs": (spread, by_head)}
+        visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
+    return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], visiting, maps, order=order)[1]
 
 
 @functools.partial(nnx.jit, static_argnames="setup")
@@ -221,8 +304,8 @@ def measure(teacher, batch, maps, setup: Setup) -> dict[str, jax.Array]:
 def losses_and_gradients(teacher, batch, maps, setup: Setup) -> tuple[jax.Array, Maps]:
     """Losses [blocks, rates] and the gradients of `maps`, each from its own block, rate and head alone."""
 
-    def visit(maps, *arguments):
-        loss, gradients = jax.value_and_grad(LOSSES[setup.loss])(maps, *arguments)
+    def visit(maps, at: Visit):
+        loss, gradients = jax.value_and_grad(LOSSES[setup.loss])(maps, at)
         return loss, jax.tree.map(lambda leaf: leaf[0], gradients)
 
     losses, gradients = visit_heads(teacher, batch, maps, setup, visit)
@@ -253,40 +336,52 @@ def calibrate(teacher: WanTransformer, batches: list[dict], maps: Maps, setup: S
     return maps[0], dataclasses.replace(maps[1], log_scale=maps[1].log_scale + log_scale)
 
 
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.adamw(config.distill.learning_rate, weight_decay=config.distill.weight_decay)
+
+
+def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup) -> Any:
+    """The jitted step (state, teacher's parameters, batch) -> (state, losses [blocks, rates])."""
+
+    @jax.jit
+    def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
+        losses, gradients = losses_and_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
+        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
+        return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}, losses
+
+    return update
+
+
 def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, folder: epath.Path) -> None:
     """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`."""
     settings, setup = config.distill, Setup.of(config)
     mesh = make_mesh(config.mesh)
-    place(mesh, teacher)
+    teacher.spread(mesh, config.mesh.exchange)
     split = config.trace.prompts - config.trace.holdout
+    rows = local_rows(mesh, settings.batch)
     data = grain.MapDataset.source(TraceSteps(traces, range(split))).shuffle(seed=config.seed).repeat()
-    data = data.batch(settings.batch, drop_remainder=True)
+    data = grain.MapDataset.source(Rows(data, settings.batch, rows)).batch(len(rows), drop_remainder=True)
     held_out = TraceSteps(traces, range(split, config.trace.prompts))
 
     def batch(index: int) -> dict[str, jax.Array]:
-        return jax.device_put(data[index], sharding(mesh, "batch"))
+        return put_rows(mesh, rows, settings.batch, data[index])
 
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
         maps = calibrate(teacher, [batch(i) for i in range(CALIBRATION_BATCHES)], maps, setup)
     save_maps(folder / "initial.safetensors", maps, setup.rates)
 
-    optimizer = optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(config)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
     opt_state = optimizer.init(maps)  # type: ignore[arg-type]
     start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": opt_state}))
-
-    @jax.jit
-    def apply(state: dict[str, Any], gradients: Any) -> dict[str, Any]:
-        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
-        return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}  # type: ignore[arg-type]
-
+    graph, teacher_params = nnx.split(teacher)
+    update = make_update(optimizer, graph, setup)
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
     for step in progress.over(range(start, settings.steps)):
         # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
         replayed = batch(step // settings.updates_per_batch)
-        losses, gradients = losses_and_gradients(teacher, replayed, state["maps"], setup)
-        state = apply(state, gradients)
+        state, losses = update(state, teacher_params, replayed)
         if (step + 1) % config.log_every == 0:
             by_rate = losses.mean(axis=0)
             metrics.log(step + 1, **{f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)})
@@ -296,19 +391,27 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     checkpoints.close()
     metrics.flush()
     save_maps(folder / "feature_maps.safetensors", state["maps"], setup.rates)
-    write_json(folder / "errors.json", held_out_errors(teacher, held_out, maps, state["maps"], setup))
+    write_json(folder / "errors.json", held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup))
 
 
 def held_out_errors(
-    teacher: WanTransformer, held_out: TraceSteps, initial: Maps, trained: Maps, setup: Setup
+    teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, initial: Maps, trained: Maps, setup: Setup
 ) -> dict[str, Any]:
-    """Relative L1 error of the attention output per block and rate over held-out steps, before and after training."""
+    """Relative L1 error of the attention output per block and rate over held-out steps, before and after training.
+
+    Steps are taken in batches of what the mesh holds at once; those that fill no batch are left out.
+    """
+    size = batch_pieces(mesh)
+    rows, batches = local_rows(mesh, size), len(held_out) // size
+    if not batches:
+        raise InputError(f"config.trace.holdout: {len(held_out)} steps; expected at least {size}, one a batch shard")
 
     def totals(maps, name):
-        found, progress = [], Progress(name, len(held_out))
-        for index in progress.over(range(len(held_out))):
-            step = jax.tree.map(lambda array: np.asarray(array)[None], held_out[index])
-            found.append(jax.device_get(measure(teacher, step, maps, setup)))
+        found, progress = [], Progress(name, batches)
+        for number in progress.over(range(batches)):
+            steps = [held_out[number * size + int(row)] for row in rows]
+            batch = put_rows(mesh, rows, size, jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
+            found.append(jax.device_get(measure(teacher, batch, maps, setup)))
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
 
     before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
@@ -319,7 +422,7 @@ def held_out_errors(
         "initial_errors": errors(before),
         "softmax_share": after["share"].mean(axis=(0, 3)).tolist(),
         "teacher_softmax_share": after["teacher_share"].mean(axis=(0, 3)).tolist(),
-        "samples": len(held_out),
+        "samples": batches * size,
     }
 
 

@@ -1,5 +1,8 @@
 """finetune: all parameters of the operated model, by flow matching on data, the teacher's velocity, or a mix."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,35 +12,52 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, padded_text
-from jsurgery.diffusion import add_noise, shift_sigma
+from jsurgery.diffusion import noised
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import make_mesh, place, put_state, sharding
+from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
 from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.runtime.training import adamw, initial_state, trained_parameters, updated
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
 
 VALIDATION_BATCH = 8
 
 
+def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> dict[str, jax.Array]:
+    """What a model is asked, and what it should answer: latents, timesteps, text and velocity."""
+    latents, timesteps, velocity = noised(batch["latents"], key, shift)
+    return {"latents": latents, "timesteps": timesteps, "text": batch["text"], "velocity": velocity}
+
+
 def velocity_loss(
-    student: WanTransformer,
-    teacher: WanTransformer,
-    batch: dict[str, jax.Array],
-    key: jax.Array,
-    shift: float,
-    teacher_weight: float,
+    student: WanTransformer, teacher: WanTransformer, batch: dict[str, jax.Array], teacher_weight: float
 ) -> jax.Array:
-    """Mean squared error against (1 - w) the flow-matching velocity and w the teacher's, at evenly spread levels."""
-    latents, size = batch["latents"], batch["latents"].shape[0]
-    key_level, key_noise = jax.random.split(key)
-    sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
-    noisy, velocity = add_noise(latents, jax.random.normal(key_noise, latents.shape), sigma_B)
-    predicted = student(noisy, 1000 * sigma_B, batch["text"])
-    loss = (1 - teacher_weight) * jnp.mean((predicted - velocity) ** 2)
+    """Mean squared error against (1 - w) the flow-matching velocity of a noised batch and w the teacher's."""
+    question = batch["latents"], batch["timesteps"], batch["text"]
+    predicted = student(*question)
+    loss = (1 - teacher_weight) * jnp.mean((predicted - batch["velocity"]) ** 2)
     if teacher_weight > 0:
-        taught = jax.lax.stop_gradient(teacher(noisy, 1000 * sigma_B, batch["text"]))
+        taught = jax.lax.stop_gradient(teacher(*question))
         loss += teacher_weight * jnp.mean((predicted - taught) ** 2)
     return loss
+
+
+def make_update(
+    config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
+) -> Any:
+    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics); it overwrites the state."""
+    settings = config.finetune
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, teacher_params, batch, key):
+        def loss(params, piece):
+            reference = nnx.merge(teacher_graph, teacher_params)
+            return velocity_loss(nnx.merge(graph, params), reference, piece, settings.teacher_weight)
+
+        questions = noised_batch(batch, key, config.sampler.shift)
+        return updated(state, loss, questions, optimizer, pieces=settings.accumulate, ema=settings.ema)
+
+    return update
 
 
 def finetune(
@@ -46,14 +66,15 @@ def finetune(
     """Trains `student` (or goes on) on the shards in `latents`; checkpoints and metrics go to `folder`."""
     settings = config.finetune
     mesh = make_mesh(config.mesh)
-    place(mesh, student)
-    place(mesh, teacher.transformer)
+    student.spread(mesh, config.mesh.exchange)
+    teacher.transformer.spread(mesh, config.mesh.exchange)
     graph, params = nnx.split(student)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay)
-    )
+    teacher_graph, teacher_params = nnx.split(teacher.transformer)
+    optimizer = adamw(settings)
+    update = make_update(config, optimizer, graph, teacher_graph)
     blank = np.asarray(teacher.embed([""], config.text_length))[0]
-    data = batches(latents, settings.batch, config.seed)
+    rows = local_rows(mesh, settings.batch)
+    data = batches(latents, settings.batch, config.seed, rows)
 
     def embedded(step: int) -> dict[str, jax.Array]:
         element = data[step]
@@ -61,26 +82,13 @@ def finetune(
             text = padded_text(element["text"], config.text_length)
         else:
             text = np.array(teacher.embed(element["captions"], config.text_length))
-        dropped = np.random.default_rng([config.seed, step]).random(len(text)) < settings.condition_dropout
-        text[dropped] = blank
-        return jax.device_put({"latents": element["latents"], "text": text}, sharding(mesh, "batch"))
+        dropped = np.random.default_rng([config.seed, step]).random(settings.batch) < settings.condition_dropout
+        text[dropped[rows]] = blank
+        return put_rows(mesh, rows, settings.batch, {"latents": element["latents"], "text": text})
 
-    @jax.jit
-    def update(state, teacher_params, batch, key):
-        def loss(params):
-            reference = nnx.merge(teacher_graph, teacher_params)
-            return velocity_loss(
-                nnx.merge(graph, params), reference, batch, key, config.sampler.shift, settings.teacher_weight
-            )
-
-        value, gradients = jax.value_and_grad(loss)(state["params"])
-        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
-        new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-        return new, {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-
-    teacher_graph, teacher_params = nnx.split(teacher.transformer)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    start, state = checkpoints.restore(put_state(mesh, {"params": params, "opt_state": optimizer.init(params)}))
+    params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
+    start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, settings.ema)))
     metrics, progress = Metrics(folder, start), Progress("finetune", settings.steps, start)
     for step in progress.over(range(start, settings.steps)):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -92,12 +100,12 @@ def finetune(
         checkpoints.save(step + 1, state, last=step + 1 == settings.steps)
     metrics.flush()
     checkpoints.close()
-    return nnx.merge(graph, state["params"])
+    return nnx.merge(graph, trained_parameters(state))
 
 
 @nnx.jit
 def _validation_loss(model, batch, key, shift):
-    return velocity_loss(model, model, batch, key, shift, 0.0)
+    return velocity_loss(model, model, noised_batch(batch, key, shift), 0.0)
 
 
 def validation_loss(config: ConfigDict, model: WanTransformer, pipeline: Pipeline, latents: epath.Path) -> float:

@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data.latents import batches
-from jsurgery.diffusion import add_noise, shift_sigma
+from jsurgery.diffusion import noised
 from jsurgery.errors import InputError
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import make_mesh, put_state, sharding
+from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
 from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.runtime.training import initial_state, trained_parameters, updated
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer
@@ -37,15 +38,13 @@ class Teacher(nnx.Module):
 
 def flow_matching_loss(model: Teacher, batch: dict, key: jax.Array, *, shift: float, dropout: float) -> jax.Array:
     """Mean squared velocity error at noise levels spread evenly over [0, 1] and shifted; some captions are blanked."""
-    latents = batch["latents"]
-    size = latents.shape[0]
-    key_level, key_noise, key_drop = jax.random.split(key, 3)
-    sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
-    noisy, velocity = add_noise(latents, jax.random.normal(key_noise, latents.shape), sigma_B)
+    key_noise, key_drop = jax.random.split(key)
+    noisy, timesteps_B, velocity = noised(batch["latents"], key_noise, shift)
+    size = len(timesteps_B)
     blank_B = jax.random.permutation(key_drop, jnp.arange(size)) < dropout * size
     token_ids = jnp.where(blank_B[:, None], batch["blank_ids"], batch["token_ids"])
     mask = jnp.where(blank_B[:, None], batch["blank_mask"], batch["mask"])
-    return jnp.mean((model(noisy, 1000 * sigma_B, token_ids, mask) - velocity) ** 2)
+    return jnp.mean((model(noisy, timesteps_B, token_ids, mask) - velocity) ** 2)
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
@@ -116,29 +115,24 @@ def train_transformer(
     optimizer = make_optimizer(train)
     blank_ids, blank_mask = tokenizer([""], config.text_length)
 
+    rows = local_rows(mesh, train.batch)
+
     def tokenized(element):
         token_ids, mask = tokenizer(element["captions"], config.text_length)
         arrays = {"latents": element["latents"], "token_ids": token_ids, "mask": mask}
-        placed = {name: jax.device_put(array, sharding(mesh, "batch")) for name, array in arrays.items()}
-        return placed | {"blank_ids": blank_ids, "blank_mask": blank_mask}
+        return put_rows(mesh, rows, train.batch, arrays) | {"blank_ids": blank_ids, "blank_mask": blank_mask}
 
     def loss(params, batch, key, dropout):
         return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=train.shift, dropout=dropout)
 
     @jax.jit
     def update(state, batch, key):
-        value, grads = jax.value_and_grad(loss)(state["params"], batch, key, train.condition_dropout)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        # A young average would remember the initialisation for long.
-        decay = jnp.minimum(train.ema, (1 + state["step"]) / (10 + state["step"]))
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state["ema"], params)
-        new = {"params": params, "opt_state": opt_state, "ema": ema, "step": state["step"] + 1}
-        return new, {"loss": value, "gradient_norm": optax.tree.norm(grads)}
+        objective = lambda params, batch: loss(params, batch, key, train.condition_dropout)
+        return updated(state, objective, batch, optimizer, pieces=1, ema=train.ema)
 
     validation_loss = jax.jit(lambda params, batch, key: loss(params, batch, key, 0.0))
-    data = batches(latents / "train", train.batch, config.seed)
-    held_out = batches(latents / "holdout", train.batch, config.seed)
+    data = batches(latents / "train", train.batch, config.seed, rows)
+    held_out = batches(latents / "holdout", train.batch, config.seed, rows)
 
     def validate(params) -> float:
         """On fixed clips, noise and noise levels."""
@@ -147,8 +141,7 @@ def train_transformer(
         return float(np.mean([float(value) for value in losses]))
 
     checkpoints = Checkpoints(workdir / "transformer", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    fresh = {"params": params, "opt_state": optimizer.init(params), "ema": params, "step": jnp.zeros((), jnp.int32)}
-    start, state = checkpoints.restore(put_state(mesh, fresh))
+    start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, train.ema)))
     metrics, progress = Metrics(workdir / "transformer_metrics", start), Progress("train", train.steps, start)
     for step in progress.over(range(start, train.steps)):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -157,9 +150,9 @@ def train_transformer(
             metrics.log(step + 1, **values)
             progress.note = f"loss {values['loss']:.4f}"
         if (step + 1) % config.checkpoint.every == 0:
-            metrics.log(step + 1, validation_loss=validate(state["ema"]))
+            metrics.log(step + 1, validation_loss=validate(trained_parameters(state)))
             metrics.flush()
         checkpoints.save(step + 1, state, last=step + 1 == train.steps)
     metrics.flush()
     checkpoints.close()
-    return nnx.merge(graph, state["ema"])
+    return nnx.merge(graph, trained_parameters(state))

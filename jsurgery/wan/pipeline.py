@@ -118,7 +118,7 @@ class Pipeline:
         state = initial_state(noise)
         for i in range(sampler.steps):
             inputs = text, blank, state, rows.row(i), None if keys is None else keys[i]
-            state = _step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
+            state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
             state.x.block_until_ready()
             on_step(i + 1)
         return state.x
@@ -199,7 +199,8 @@ def _sample(transformer, text, blank, noise, key, settings: _Sampling):
 
 
 @functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
-def _step(transformer, text, blank, state: State, row, key, guidance: float, batched: bool):
+def sampling_step(transformer, text, blank, state: State, row, key, guidance: float, batched: bool):
+    """The next state of a solver from `state` by a row of its schedule."""
     return solver_step(guided_velocity(transformer, text, blank, guidance, batched), state, row, key)
 
 

@@ -4,6 +4,7 @@ Names follow the diffusers checkpoint where they can; `weights.py` holds the one
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -16,19 +17,32 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jsurgery.attention.hybrid import FORMAT_VERSION, FeatureMap, HybridConfig, attend, init_feature_maps
-from jsurgery.attention.token_order import TokenOrder
-from jsurgery.errors import InputError
-from jsurgery.runtime.mesh import parameter_shardings
+from jsurgery.attention.hybrid import (
+    FORMAT_VERSION,
+    FeatureMap,
+    HybridConfig,
+    attend,
+    init_feature_maps,
+    token_order,
+)
+from jsurgery.attention.token_order import Rate, TokenOrder
+from jsurgery.errors import DoesNotFit, InputError
+from jsurgery.runtime.mesh import LOGICAL, parameter_shardings, place, sharding
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
 from jsurgery.wan.rope import apply_rope, rope_tables
 from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
-from pallas_kernels import hybrid_attention
+from pallas_kernels import hybrid_attention, sharded_cross_attention, sharded_self_attention
 
 CLASS_NAME = "WanTransformer3DModel"
 HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
 ORIGINAL_CLASS_NAME = "WanModel"
+# What the backward pass recomputes of a block.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "blocks": jax.checkpoint,
+    "matmuls": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
 # Our size -> its name in the original repository's config.json, which leaves out the other sizes.
 ORIGINAL_SIZES = {
     "dim": "dim",
@@ -151,6 +165,11 @@ class Attention(nnx.Module):
         return self.to_out(y_BxNxHxD.reshape(*y_BxNxHxD.shape[:2], -1))
 
 
+def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention to every key: [B, N, H, D]."""
+    return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; the timestep scales, shifts and gates (adaLN)."""
 
@@ -173,6 +192,7 @@ class Block(nnx.Module):
         modulation_Bx6xD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         self_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        cross_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = full_attention,
     ) -> jax.Array:
         x, dtype = x_BxNxD, x_BxNxD.dtype
         modulation = self.scale_shift_table[None] + modulation_Bx6xD.astype(jnp.float32)
@@ -187,7 +207,7 @@ class Block(nnx.Module):
         if self.cross_attn_norm:
             h = (layer_norm(x, self.eps) * self.norm2_scale[None, None] + self.norm2_bias[None, None]).astype(dtype)
         q, k, v = self.attn2.project(h, text_BxMxD)
-        x = x + self.attn2.output(hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]))
+        x = x + self.attn2.output(cross_attention(q, k, v))
 
         h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(dtype)
         h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
@@ -221,9 +241,11 @@ class WanTransformer(nnx.Module):
     not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
     """
 
-    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
         dim, patch = config.dim, math.prod(config.patch_size)
         self.config, self.dtype, self.remat = config, dtype, remat
+        self.mesh: Mesh | None = None
+        self.exchange = "gather"
         self.patch_embedding = Linear(patch * config.in_channels, dim, dtype=dtype, rngs=rngs)
         self.condition = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
 
@@ -244,28 +266,17 @@ class WanTransformer(nnx.Module):
 
     def __call__(self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array) -> jax.Array:
         hybrid = self.config.hybrid
-        grid = self.config.token_grid(latents.shape[1:4])
-        order = hybrid.token_order(grid) if hybrid else None
-        num_tokens = math.prod(grid)
-        kinds = sorted(set(self.config.rates), key=str)
+        grid, shards = self.config.token_grid(latents.shape[1:4]), self.shards
+        order = hybrid.token_order(grid, shards) if hybrid else None
         if hybrid is None or order is None:
-            full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=num_tokens), None)
-            return self.apply_blocks(latents, timesteps, text_embeddings, full, None, order=None)[0]
+            order = token_order(grid, (1,), "strided", shards) if shards > 1 else None
+            full = lambda q, k, v, _: (self.attend(q, k, v, None, 1, order), None)
+            return self.apply_blocks(latents, timesteps, text_embeddings, full, None, order=order)[0]
+        kinds = sorted(set(self.config.rates), key=str)
 
         def planned(q, k, v, layer):
             kind, maps = layer
-            branches = [
-                lambda q, k, v, maps, rate=rate: attend(
-                    q,
-                    k,
-                    v,
-                    *(maps or (None, None)),
-                    num_softmax=order.num_softmax(rate),
-                    stabilizer=hybrid.stabilizer,
-                    linear_branch=hybrid.linear_branch,
-                )
-                for rate in kinds
-            ]
+            branches = [lambda q, k, v, maps, rate=rate: self.attend(q, k, v, maps, rate, order) for rate in kinds]
             return lax.switch(kind, branches, q, k, v, maps), None
 
         kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
@@ -276,6 +287,44 @@ class WanTransformer(nnx.Module):
             slot_L = jnp.minimum(slot_L, len(hybrid.converted) - 1)
             maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
         return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
+
+    def spread(self, mesh: Mesh, exchange: str = "gather") -> None:
+        """Moves the parameters onto the mesh, in place, and activations with them from now on."""
+        self.compute_on(mesh, exchange)
+        place(mesh, self)
+
+    def compute_on(self, mesh: Mesh, exchange: str = "gather") -> None:
+        """From now on spreads activations over a mesh.
+
+        `exchange` is how attention meets the keys of other shards of the sequence: "gather" or "all_to_all". Raises
+        DoesNotFit where the heads do not divide.
+        """
+        tensor, context = mesh.shape[LOGICAL["heads"]], mesh.shape[LOGICAL["sequence"]]
+        parts, name = tensor, f"tensor {tensor}"
+        if exchange == "all_to_all":
+            parts, name = tensor * context, f"tensor {tensor} x context {context} (all_to_all)"
+        if self.config.num_attention_heads % parts:
+            heads = self.config.num_attention_heads
+            raise DoesNotFit(f"config.mesh: expected {name} to divide the {heads} heads of the model")
+        self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
+
+    @property
+    def shards(self) -> int:
+        """Pieces of the token sequence, one a device along the mesh's context axis."""
+        return 1 if self.mesh is None else self.mesh.shape[LOGICAL["sequence"]]
+
+    def attend(self, q, k, v, maps, rate: Rate, order: TokenOrder | None) -> jax.Array:
+        """A block's self-attention at `rate`, on one device or spread over the mesh."""
+        hybrid = self.config.hybrid
+        num_softmax = k.shape[1] if order is None else order.num_softmax(rate)
+        options = {"num_softmax": num_softmax, "stabilizer": hybrid.stabilizer if hybrid else "lse"}
+        maps = (None, None) if rate == 1 or maps is None else maps
+        if self.mesh is None:
+            return attend(q, k, v, *maps, **options)
+        if order is not None and order.valid is not None:
+            options["key_valid"] = jnp.asarray(order.valid)
+        spread = sharding(self.mesh, "batch", "sequence", "heads")
+        return sharded_self_attention(q, k, v, *maps, **options, sharding=spread, exchange=self.exchange)
 
     def apply_blocks(
         self,
@@ -296,13 +345,18 @@ class WanTransformer(nnx.Module):
         config = self.config
         grid = config.token_grid(latents_BxTxHxWxC.shape[1:4])
         cos, sin = rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
-        x = self.patch_embedding(self.patchify(latents_BxTxHxWxC.astype(self.dtype)))
+        x = self.patchify(latents_BxTxHxWxC.astype(self.dtype))
         if order is not None:
             x, cos, sin = x[:, order.permutation], cos[order.permutation], sin[order.permutation]
+        x = self.patch_embedding(self._constrained(x))
         rope = jnp.asarray(cos), jnp.asarray(sin)
         time, modulation, text = self.condition(timesteps_B, text_BxMxE.astype(self.dtype))
 
         graph, stacked = nnx.split(self.blocks)
+        to_text = full_attention
+        if self.mesh is not None:
+            spread = sharding(self.mesh, "batch", "sequence", "heads")
+            to_text = functools.partial(sharded_cross_attention, sharding=spread)
 
         def body(x, layer):
             state, layer = layer
@@ -313,16 +367,22 @@ class WanTransformer(nnx.Module):
                 records.append(record)
                 return y
 
-            x = nnx.merge(graph, state)(x, text, modulation, rope, recorded)
-            return x, records[0]
+            x = nnx.merge(graph, state)(x, text, modulation, rope, recorded, to_text)
+            return self._constrained(x), records[0]
 
-        x, records = lax.scan(jax.checkpoint(body) if self.remat else body, x, (stacked, layers))
+        x, records = lax.scan(REMAT[self.remat](body), x, (stacked, layers))
 
         shift, scale = jnp.split(self.scale_shift_table[None] + time[:, None].astype(jnp.float32), 2, axis=1)
         x = self.proj_out((layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype))
         if order is not None:
             x = x[:, order.inverse]
         return self.unpatchify(x, grid), records
+
+    def _constrained(self, x_BxNxD: jax.Array) -> jax.Array:
+        """Tokens, kept where the mesh has their batch and their piece of the sequence."""
+        if self.mesh is None:
+            return x_BxNxD
+        return lax.with_sharding_constraint(x_BxNxD, sharding(self.mesh, "batch", "sequence", None))
 
     def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens row-major."""

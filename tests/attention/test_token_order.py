@@ -68,6 +68,32 @@ def test_inverse_undoes_the_permutation(lattice):
     np.testing.assert_array_equal(tokens[order.permutation][order.inverse], tokens)
 
 
+@pytest.mark.parametrize("lattice", ["strided", "staggered"])
+@pytest.mark.parametrize("shards", [2, 3, 8, 50])
+@pytest.mark.parametrize(("num_tokens", "rates"), [(120, (1, 2, 4, 8)), (105, (2, 4)), (105, (1, 3)), (7, (8,))])
+def test_every_shard_has_a_prefix_of_every_rate(num_tokens, rates, shards, lattice):
+    frame = {120: 24, 105: 35, 7: 7}[num_tokens]
+    order = TokenOrder(num_tokens, rates, lattice, frame, shards=shards)
+    valid = np.ones(len(order.permutation), bool) if order.valid is None else order.valid
+    dealt, valid = order.permutation.reshape(shards, -1), valid.reshape(shards, -1)
+    assert sorted(dealt[valid]) == list(range(num_tokens))
+    np.testing.assert_array_equal(order.permutation[order.inverse], np.arange(num_tokens))
+    for rate in (1, *rates):
+        count = order.num_softmax(rate)
+        kept = dealt[:, :count][valid[:, :count]]
+        assert set(kept) == softmax_tokens(num_tokens, rate, frame if lattice == "staggered" else None)
+        # A zone takes at most one token of padding a shard.
+        assert 0 <= shards * count - len(kept) < shards * (len(rates) + 1)
+
+
+def test_shards_by_hand():
+    order = TokenOrder(9, (1, 2, 4), shards=2)
+    np.testing.assert_array_equal(order.permutation, [0, 4, 2, 1, 3, 8, 0, 6, 5, 7])
+    assert order.valid is not None and np.flatnonzero(~order.valid).tolist() == [6]
+    assert [order.num_softmax(rate) for rate in (1, 2, 4)] == [5, 3, 2]
+    assert TokenOrder(8, (1, 2), shards=2).valid is None
+
+
 def test_equal_orders_are_equal_and_hashable():
     assert TokenOrder(8, [1, 2]) == TokenOrder(8, (1, 2))
     assert hash(TokenOrder(8, [1, 2])) == hash(TokenOrder(8, (1, 2)))
@@ -81,6 +107,7 @@ def test_equal_orders_are_equal_and_hashable():
         (dict(num_tokens=8, rates=("cubic",)), "cubic"),
         (dict(num_tokens=0), "found 0"),
         (dict(num_tokens=8, lattice="hexagonal"), "hexagonal"),
+        (dict(num_tokens=8, shards=0), "shards: .* found 0"),
         (dict(num_tokens=8, lattice="staggered"), "found None"),
         (dict(num_tokens=8, lattice="staggered", tokens_per_frame=3), "found 3"),
     ],

@@ -57,3 +57,12 @@ def test_batches_depend_on_their_number_alone(folder):
     assert all(epoch.count(f"número {n}") == 2 for n in range(7))
     assert [first[i]["captions"] for i in range(7)] != [batches(folder, 2, seed=6)[i]["captions"] for i in range(7)]
     assert first[0]["latents"].dtype == np.float32 and first[0]["latents"].shape == (2, 3, 2, 3, 4)
+
+
+def test_processes_share_a_batch(folder):
+    whole = batches(folder, 4, seed=5)
+    parts = [batches(folder, 4, seed=5, rows=rows) for rows in ([0, 3], [1], [2])]
+    for index in (0, 5, 2):
+        captions, (outer, second, third) = whole[index]["captions"], (part[index]["captions"] for part in parts)
+        assert [outer[0], *second, *third, outer[1]] == captions
+    assert len(set(whole[0]["captions"])) == 4

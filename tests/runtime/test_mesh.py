@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import DoesNotFit
-from jsurgery.runtime.mesh import AXES, PARAMETERS, make_mesh, parameter_shardings
+from jsurgery.runtime.mesh import AXES, PARAMETERS, local_rows, make_mesh, parameter_shardings, put_rows
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 
 
@@ -39,3 +40,13 @@ def test_every_rule_shards_a_parameter_of_a_hybrid():
             assert not sharding.is_fully_replicated, name
     assert used == {pattern for pattern, _ in PARAMETERS}
     assert not [name for name in replicated if "to_" in name and "kernel" in name]
+
+
+def test_a_process_reads_the_rows_that_its_devices_hold():
+    mesh = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}))
+    rows = local_rows(mesh, 6)
+    assert rows.tolist() == list(range(6))
+    placed = put_rows(mesh, rows, 6, {"x": np.arange(12.0).reshape(6, 2)})
+    np.testing.assert_array_equal(placed["x"], np.arange(12.0).reshape(6, 2))
+    with pytest.raises(DoesNotFit, match="data 2 x fsdp 2 divides, found 6 examples"):
+        local_rows(AbstractMesh((2, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4), 6)

@@ -15,7 +15,16 @@ from jsurgery.config import base
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.runtime.progress import read_metrics
 from jsurgery.surgery import distill as stage
-from jsurgery.surgery.distill import Setup, calibrate, distill, initial_maps, losses_and_gradients, measure
+from jsurgery.surgery.distill import (
+    Setup,
+    Tokens,
+    Visit,
+    calibrate,
+    distill,
+    initial_maps,
+    losses_and_gradients,
+    measure,
+)
 from jsurgery.wan.safetensors_files import read_tensors
 from jsurgery.wan.transformer import WanConfig
 from pallas_kernels import hybrid_attention, init_polynomial_map, softmax_share
@@ -102,7 +111,7 @@ def test_merged_zones_are_softmax_over_each_prefix(rates):
     order = TokenOrder(21, (1, *rates))
     q, k, v = 3 * np.random.default_rng(0).normal(size=(3, 21, 5))
     with jax.enable_x64(True):
-        branches, full = jax.jit(lambda *qkv: stage.nested_softmax(*qkv, order, rates))(q, k, v)
+        branches, full = jax.jit(lambda *qkv: stage.nested_softmax(*qkv, Tokens(order), rates))(q, k, v)
     assert branches.keys() == set(rates) - {"linear"}
     for rate, branch in [*branches.items(), (1, full)]:
         s = scores(q, k[: order.num_softmax(rate)])
@@ -183,8 +192,9 @@ def test_attention_loss_by_brute_force(rate, stabilizer, spread):
     @jax.jit
     @jax.value_and_grad
     def loss(maps):
-        branches, full = jax.vmap(lambda q, k, v: stage.nested_softmax(q, k, v, order, (rate,)))(q, k, v)
-        return stage.attention_loss(maps, rate, q, k, v, branches.get(rate), full, order, stabilizer)
+        nested = lambda q, k, v: stage.nested_softmax(q, k, v, Tokens(order), (rate,))
+        branches, full = jax.vmap(nested)(q, k, v)
+        return stage.attention_loss(maps, Visit(rate, q, k, v, branches.get(rate), full, Tokens(order), stabilizer))
 
     start, expected, largest = order.num_softmax(rate), [], []
     for example in range(2):

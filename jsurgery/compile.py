@@ -1,0 +1,241 @@
+"""compile: a stage's step, ahead of time, for TPUs that this machine does not have. What fits, and what moves.
+
+Everything here is the compiler's word, not a measurement.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import Rate
+from jsurgery.cost import distillation_flops, model_flops
+from jsurgery.diffusion import State, schedule
+from jsurgery.errors import DoesNotFit, InputError
+from jsurgery.hlo import collectives
+from jsurgery.report.cost_table import find_subject
+from jsurgery.runtime.mesh import AXES, make_mesh, parameter_shardings, sharding
+from jsurgery.runtime.progress import say
+from jsurgery.runtime.stages import write_json
+from jsurgery.runtime.training import adamw, initial_state
+from jsurgery.surgery import distill, finetune
+from jsurgery.surgery.plan import hybrid_config, named_budget, workload
+from jsurgery.wan.pipeline import latent_grid, sampling_step
+from jsurgery.wan.transformer import WanConfig, WanTransformer
+
+STAGES = ("distill", "finetune", "sample")
+GIB = 2**30
+# By the name in a topology: bytes of a chip's memory, its bfloat16 FLOP/s and what libtpu calls a host of it.
+CHIPS = {
+    "v4": (32 * GIB, 275e12, "v4-8"),
+    "v5e": (16 * GIB, 197e12, "v5litepod-4"),
+    "v5p": (95 * GIB, 459e12, "v5p-8"),
+    "v6e": (32 * GIB, 918e12, "v6e-4"),
+}
+
+
+def compile_stage(
+    config: ConfigDict, config_name: str, stage: str, topology: str, *, slices: int = 1, report: str | None = None
+) -> None:
+    """Compiles one step of a stage for a topology like "v5e:4x4" and prints, or also writes as JSON, what it takes.
+
+    Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory.
+    """
+    network = find_subject(config, config_name).transformer
+    chip, devices = describe(topology, slices)
+    wanted = math.prod(config.mesh[axis] for axis in AXES)
+    if wanted != len(devices):
+        sizes = " x ".join(f"{axis} {config.mesh[axis]}" for axis in AXES)
+        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {topology} has {len(devices)}")
+    mesh = make_mesh(config.mesh, devices)
+    say(f"compile: {stage} on {topology}")
+    start = time.perf_counter()
+    try:
+        compiled = lowered(config, network, stage, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise DoesNotFit(f"{stage} on {topology}: {too_large(str(error))}") from None
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
+    capacity, peak_flops, _ = CHIPS[chip]
+    flops = step_flops(config, network, stage) / len(devices)
+    moved = collectives(compiled.as_text())
+    found = {
+        "stage": stage,
+        "topology": topology,
+        "slices": slices,
+        "mesh": {axis: config.mesh[axis] for axis in AXES},
+        "memory_bytes": parts | {"peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]},
+        "capacity_bytes": capacity,
+        "flops_per_device": flops,
+        "least_seconds": flops / peak_flops,
+        "collectives": moved,
+        "compile_seconds": seconds,
+        "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
+    }
+    print(as_text(found), flush=True)
+    if report is not None:
+        write_json(epath.Path(report), found)
+
+
+def describe(topology: str, slices: int) -> tuple[str, Sequence[Any]]:
+    """The chip's name and the devices of a topology. Raises InputError for one that libtpu does not know."""
+    chip = topology.partition(":")[0]
+    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
+        raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=CHIPS[chip][2],
+        TPU_MIN_LOG_LEVEL="3",
+    )
+    from jax.experimental import topologies
+
+    single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
+    try:
+        options = single | ({"num_slices": slices} if slices > 1 else {})
+        return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None
+
+
+def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> Any:
+    return {"distill": lowered_distill, "finetune": lowered_finetune, "sample": lowered_sample}[stage](
+        config, network, mesh
+    )
+
+
+def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
+    """A plan of the budget's kind before there are errors: the first blocks at the named rate."""
+    named = named_budget(str(config.plan.budget))
+    if named is None:
+        raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
+    count, rate = named
+    if count > blocks:
+        raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
+    return (rate,) * count + (1,) * (blocks - count)
+
+
+def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
+    """The graph and the parameters' shapes, placed."""
+    build = lambda: WanTransformer(
+        network, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, rngs=nnx.Rngs(0)
+    )
+    model = nnx.eval_shape(build)
+    model.compute_on(mesh, config.mesh.exchange)
+    graph, params = nnx.split(model)
+    return graph, placed(params, parameter_shardings(mesh, params))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings: one for all leaves, or one for each."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(struct, shapes, shardings)
+
+
+def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
+    """Latents, text and timesteps of a batch."""
+    video = config.video
+    grid = latent_grid(video.frames, video.height, video.width)
+    shapes = (
+        jax.ShapeDtypeStruct((batch, *grid, network.in_channels), jnp.float32),
+        jax.ShapeDtypeStruct((batch, config.text_length, network.text_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.float32),
+    )
+    return placed(shapes, sharding(mesh, "batch"))
+
+
+def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    graph, params = abstract_model(config, network, mesh)
+    teacher: Any = nnx.merge(graph, params)
+    optimizer = distill.make_optimizer(config)
+    maps = jax.eval_shape(lambda: distill.initial_maps(config, teacher))
+    state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
+    latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
+    batch = {"latents": latents, "text": text, "timestep": timesteps}
+    update = distill.make_update(optimizer, graph, distill.Setup.of(config))
+    return update.lower(placed(state, parameter_shardings(mesh, state)), params, batch)
+
+
+def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    teacher_graph, teacher_params = abstract_model(config, network, mesh)
+    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
+    optimizer = adamw(config.finetune)
+    state = jax.eval_shape(lambda params: initial_state(params, optimizer, config.finetune.ema), params)
+    latents, text, _ = inputs(config, network, mesh, config.finetune.batch)
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
+    update = finetune.make_update(config, optimizer, graph, teacher_graph)
+    state = placed(state, parameter_shardings(mesh, state))
+    return update.lower(state, teacher_params, {"latents": latents, "text": text}, key)
+
+
+def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
+    latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
+    blank = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
+    sampler = config.sampler
+    row = jax.tree.map(jnp.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
+    row = placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(params, text, blank, state, row):
+        model = nnx.merge(graph, params)
+        return sampling_step(model, text, blank, state, row, None, sampler.guidance, sampler.guidance_batched)
+
+    return step.lower(params, text, blank, State(*[latents] * 4), row)
+
+
+def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
+    """FLOPs of one step on all devices, by the cost model; what remat recomputes counts."""
+    work = dataclasses.replace(workload(config, network), config=network)
+    if stage == "distill":
+        return config.distill.batch * distillation_flops(work, config.hybrid.rates)
+    forward = model_flops(work, planned_rates(config, network.num_layers))
+    if stage == "sample":
+        return config.evaluate.batch * forward * (1 if config.sampler.guidance == 1 else 2)
+    times = 3 + (config.model.remat != "none")
+    if config.finetune.teacher_weight > 0:
+        times += model_flops(work, (1,) * network.num_layers) / forward
+    return config.finetune.batch * forward * times
+
+
+def too_large(message: str) -> str:
+    """The compiler's complaint in a line: how much too much, and the largest buffers. Other complaints as they are."""
+    first = " ".join(message.split("\n")[0].split())
+    if "RESOURCE_EXHAUSTED" not in message:
+        return first
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    buffers = re.findall(r"Size: ([\d.]+\w).*?Shape: (\S+)", message, re.DOTALL)[:3]
+    largest = ", ".join(f"{size} {shape.partition('{')[0]}" for size, shape in buffers)
+    needs = f"needs {used[1]} of {used[2]} a chip" if used else first
+    return needs + (f"; the largest buffers: {largest}" if largest else "")
+
+
+def as_text(found: dict[str, Any]) -> str:
+    memory, moved = found["memory_bytes"], found["collectives"]
+    lines = [
+        f"{found['stage']} on {found['topology']}: static estimate of the TPU compiler, FLOPs by the cost model",
+        f"memory a device: {memory['peak'] / GIB:.2f} of {found['capacity_bytes'] / GIB:.0f} GiB (arguments "
+        f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
+        f"FLOPs a device: {found['flops_per_device'] / 1e12:.3g} T, at the peak rate {found['least_seconds']:.3g} s",
+        *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.3g} GiB" for kind, one in moved.items()),
+        f"compiled in {found['compile_seconds']:.0f} s",
+    ]
+    return "\n".join(lines)

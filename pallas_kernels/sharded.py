@@ -1,0 +1,107 @@
+"""Hybrid attention of tokens that lie spread over a mesh: batch, sequence and heads, each on its own axes.
+
+A device has some queries, and the keys and values of the same tokens. Either the softmax keys of all devices come to
+each ("gather": N / R of them, and one state of the linear branch, summed), or devices trade sequence for heads
+("all_to_all": every token of some heads), which moves less where the sequence has more than 2 R pieces.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import xla
+from pallas_kernels.api import hybrid_attention
+from pallas_kernels.feature_map import FeatureMap
+
+EXCHANGES = ("gather", "all_to_all")
+
+
+def sharded_self_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    sharding: NamedSharding,
+    num_softmax: int,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+    exchange: str = "gather",
+) -> jax.Array:
+    """`hybrid_attention` of tokens [B, N, H, D] over a mesh, each piece of the sequence in prefix order of its own.
+
+    Args:
+        query_map: None, as `key_map`, for softmax over the softmax keys alone.
+        sharding: of q, k and v: mesh axes of the batch, one of the tokens or None, mesh axes of the heads.
+        num_softmax: how many tokens of each piece, the first, keep softmax.
+        key_valid: bool [N], False at padding. Unless num_softmax is 0, some piece must have a valid softmax key.
+        exchange: "gather", or "all_to_all", which needs the pieces of the sequence to divide a device's heads.
+    """
+    batch, axis, heads = (*sharding.spec, None, None, None)[:3]
+    tokens = P(batch, axis, heads)
+    if axis is None or sharding.mesh.shape[axis] == 1:
+        local = partial(_whole, num_softmax=num_softmax, stabilizer=stabilizer)
+    else:
+        local = {"gather": _by_gathering, "all_to_all": _by_heads}[exchange]
+        local = partial(local, axis=axis, num_softmax=num_softmax, stabilizer=stabilizer)
+    specs = (tokens, tokens, tokens, P(heads), P(heads), P(axis))
+    spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return spread(q, k, v, query_map, key_map, key_valid)
+
+
+def sharded_cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sharding: NamedSharding) -> jax.Array:
+    """Softmax attention of tokens [B, N, H, D], spread by `sharding`, to keys [B, M, H, D] that no axis cuts."""
+    batch, axis, heads = (*sharding.spec, None, None, None)[:3]
+    tokens, keys = P(batch, axis, heads), P(batch, None, heads)
+
+    def local(q, k, v):
+        return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
+
+    specs = (tokens, keys, keys)
+    spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return spread(q, k, v)
+
+
+def _whole(q, k, v, query_map, key_map, valid, *, num_softmax, stabilizer):
+    """Attention to keys of which the device has all, in prefix order."""
+    valid = None if valid is None else jnp.broadcast_to(valid, k.shape[:2])
+    if key_map is None:
+        k, v, valid = jax.tree.map(lambda x: x[:, :num_softmax], (k, v, valid))
+    options = {"num_softmax": num_softmax, "key_valid": valid, "stabilizer": stabilizer}
+    return hybrid_attention(q, k, v, query_map, key_map, **options)
+
+
+def _by_gathering(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):
+    valid = None if valid is None else jnp.broadcast_to(valid, k.shape[:2])
+    gather = lambda x: lax.all_gather(x[:, :num_softmax], axis, axis=1, tiled=True)
+    k_S, v_S, valid_S = jax.tree.map(gather, (k, v, valid))
+    if key_map is None:
+        return hybrid_attention(q, k_S, v_S, None, None, num_softmax=k_S.shape[1], key_valid=valid_S)
+    k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, num_softmax:], (k, v, valid))
+    state = lax.psum(xla.state_of(k_L, v_L, key_map, key_valid=valid_L), axis)
+    return xla.attend_with_state(q, k_S, v_S, query_map, state, key_valid=valid_S, stabilizer=stabilizer)
+
+
+def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):
+    pieces, length = lax.axis_size(axis), k.shape[1]
+    q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+
+    def softmax_first(x):
+        """[B, pieces * length, ...], piece after piece, with the softmax tokens of all moved to the front."""
+        apart = x.reshape(x.shape[0], pieces, length, *x.shape[2:])
+        parts = apart[:, :, :num_softmax], apart[:, :, num_softmax:]
+        return jnp.concatenate([part.reshape(x.shape[0], -1, *x.shape[2:]) for part in parts], axis=1)
+
+    if valid is not None:
+        valid = softmax_first(lax.all_gather(valid, axis, tiled=True)[None])[0]
+    first = lax.axis_index(axis) * q.shape[2]
+    own = lambda leaf: lax.dynamic_slice_in_dim(leaf, first, q.shape[2])
+    maps = jax.tree.map(own, (query_map, key_map))
+    options = {"num_softmax": pieces * num_softmax, "stabilizer": stabilizer}
+    y = _whole(q, softmax_first(k), softmax_first(v), *maps, valid, **options)
+    return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)

@@ -1,0 +1,97 @@
+"""Hybrid attention around the softmax kernels that JAX ships, to use and to compare with: stabilizer "lse" alone.
+
+With c = LSE the softmax branch is plain attention over the prefix, y_S, and y = (y_S + phi_q S) / (1 + phi_q z).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import xla
+from pallas_kernels.feature_map import FeatureMap
+
+CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+# Tokens per block of the TPU kernel, whose own default of 128 is several times slower.
+FLASH_BLOCK = 512
+
+
+def hybrid_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    num_softmax: int,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+    platform: str = "cpu",
+) -> jax.Array:
+    """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`.
+
+    Args:
+        platform: "gpu": cuDNN where the dtype allows it; "tpu": `flash_attention` of `jax.experimental.pallas`;
+            otherwise, and for float32 on GPU, `jax.nn.dot_product_attention` with its scores in memory.
+
+    Raises:
+        NotImplementedError: stabilizer "max" in a hybrid, or key_valid beside softmax keys.
+    """
+    if stabilizer == "max" and 0 < num_softmax < k.shape[1]:
+        raise NotImplementedError(
+            "implementation 'stock': stock attention leaves no row maximum, which stabilizer 'max' of a hybrid needs; "
+            "take stabilizer 'lse' or another implementation"
+        )
+    if key_valid is not None and num_softmax:
+        raise NotImplementedError(
+            "implementation 'stock': stock attention does not mask keys; take another for key_valid"
+        )
+    prefix = k[:, :num_softmax], v[:, :num_softmax]
+    if num_softmax == k.shape[1]:
+        return _softmax(q, *prefix, platform)
+    k_L, v_L = k[:, num_softmax:].swapaxes(1, 2), v[:, num_softmax:].swapaxes(1, 2)
+    if num_softmax == 0:
+        return xla.hybrid_attention(q, k, v, query_map, key_map, num_softmax=0, key_valid=key_valid)
+    o_BxHxNxD, n_BxHxN = xla.read_out(q.swapaxes(1, 2), query_map, *xla.linear_state(k_L, v_L, key_map, None))
+    y_S_BxNxHxD = _softmax(q, *prefix, platform).astype(jnp.float32)
+    y_BxNxHxD = (y_S_BxNxHxD + o_BxHxNxD.swapaxes(1, 2)) / (1 + n_BxHxN.swapaxes(1, 2)[..., None])
+    return y_BxNxHxD.astype(v.dtype)
+
+
+def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> jax.Array:
+    """[B, N, H, D]."""
+    if platform == "tpu":
+        return _flash(q, k, v)
+    return jax.nn.dot_product_attention(
+        q, k, v, implementation="cudnn" if platform == "gpu" and q.dtype in CUDNN_DTYPES else None
+    )
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """jax's kernel for TPU, on lengths padded to whole blocks; padding is a segment of its own."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    (q_BxHxTxD, q_block), (k_BxHxSxD, k_block), (v_BxHxSxD, _) = (_whole_blocks(x) for x in (q, k, v))
+    segments = None
+    if q_BxHxTxD.shape[2] > q.shape[1] or k_BxHxSxD.shape[2] > k.shape[1]:
+        padding = lambda padded, length: jnp.broadcast_to(
+            (jnp.arange(padded.shape[2]) >= length).astype(jnp.int32), (padded.shape[0], padded.shape[2])
+        )
+        segments = flash.SegmentIds(padding(q_BxHxTxD, q.shape[1]), padding(k_BxHxSxD, k.shape[1]))
+    blocks = flash.BlockSizes(
+        block_b=1,
+        **dict.fromkeys(("block_q", "block_q_major_dkv", "block_q_dkv", "block_q_dq"), q_block),
+        **dict.fromkeys(
+            ("block_k_major", "block_k", "block_k_major_dkv", "block_k_dkv", "block_k_major_dq", "block_k_dq"), k_block
+        ),
+    )
+    y_BxHxTxD = flash.flash_attention(
+        q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks
+    )
+    return y_BxHxTxD[:, :, : q.shape[1]].swapaxes(1, 2)
+
+
+def _whole_blocks(x_BxNxHxD: jax.Array) -> tuple[jax.Array, int]:
+    """[B, H, T, D] with T whole blocks, and the size of a block."""
+    length = x_BxNxHxD.shape[1]
+    block = min(FLASH_BLOCK, -(-length // 128) * 128)
+    padding = -length % block
+    return jnp.pad(x_BxNxHxD.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0))), block

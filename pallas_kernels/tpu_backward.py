@@ -1,0 +1,407 @@
+"""Backward of hybrid attention on TPU: a kernel per feature map, and one pass over the softmax scores.
+
+Everything but the forward's inputs and two numbers per query is recomputed. Scores and features lie transposed, tokens
+of the queries along lanes, so that what is known per query is a row, and every product takes its operands as they are.
+
+With g = dy / n, n eq. 5's denominator, delta = dy . y, and T_i = -phi_q,i . dphi_q,i, all that the softmax branch needs
+to know of the linear one, the scores' gradient is w (g . v - delta / n), less T at the row's maximum for stabiliser
+"max" (half of it each at two equal ones), or less w T for "lse".
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
+from pallas_kernels.tpu_forward import (
+    LANES,
+    LOG2_E,
+    MASKED,
+    Problem,
+    columns,
+    hidden_columns,
+    lane_sums,
+    map_flops,
+    powers,
+    row,
+    whole,
+    within,
+)
+
+# Queries whose dq is held in VMEM at once, in float32: 20 MiB at width 128.
+RESIDENT_QUERIES = 40960
+
+
+def _map_operands(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """`columns`, then the kernels the other way round, [H, d_in, d_out]."""
+    arrays, specs = columns(phi, problem.dtype)
+    turned = [kernel.astype(problem.dtype) for kernel in phi.kernels]
+    return arrays + turned, specs + [whole(*kernel.shape[1:]) for kernel in turned]
+
+
+def _map_results(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
+    """Gradients of the kernels [B, H, d_out, d_in], and of the biases [B, H, d_out, 128], to be summed over lanes."""
+    shapes = [(kernel.shape[2], kernel.shape[1]) for kernel in phi.kernels]
+    shapes += [(bias.shape[1], LANES) for bias in phi.biases]
+    arrays = [jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32) for shape in shapes]
+    return arrays, [whole(*shape, per_batch=True) for shape in shapes]
+
+
+def _map_gradient(phi: PolynomialMap, sums: list[jax.Array]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """(kernels, biases) from what `_map_results` describes."""
+    layers = len(phi.kernels)
+    kernels = tuple(kernel.sum(axis=0).swapaxes(1, 2) for kernel in sums[:layers])
+    return kernels, tuple(bias.sum(axis=(0, 3)) for bias in sums[layers:])
+
+
+def _map_backward(problem: Problem, x_TxD, before, after, dphi_FxT, operands, sums) -> jax.Array:
+    """dx [D, T]; adds what tokens [T, D] give the weights to the references of `sums`, in `_map_results`' order."""
+    layers = len(before)
+    slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
+    d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
+    for layer in reversed(range(layers)):
+        _, pullback = jax.vjp(ACTIVATIONS[problem.activation], before[layer])
+        (d,) = pullback(d)
+        sums[layers + layer][...] += lane_sums(d)
+        sums[layer][...] += problem.dot(d, after[layer - 1], (1, 1)) if layer else problem.dot(d, x_TxD)
+        d = problem.dot(operands[2 * layers + layer][...], d)
+    return d
+
+
+def _zero_at(first, refs) -> None:
+    @pl.when(first)
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros_like(ref)
+
+
+def _per_query(count: int, size: int, index) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, count, size), lambda b, h, *g: (b, h, 0, index(*g)))
+
+
+def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_query, state, z):
+    """Backward of phi_q's read-out.
+
+    Args:
+        per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.
+        state: S [B, H, F, D], with both maps' scales.
+        z: [B, H, F], likewise.
+
+    Returns:
+        the linear branch's part of dq, packed; T [B, H, 1, N]; dS; dz; the gradients of phi_q's kernels and biases.
+    """
+    size = problem.blocks.backward_state
+    features = state.shape[2]
+    operands, specs = _map_operands(query_map, problem)
+    sums, sum_specs = _map_results(query_map, problem)
+    count = len(operands)
+
+    def kernel(q_ref, dy_ref, per_query_ref, state_ref, z_ref, *refs):
+        weights, (dq_ref, linear_ref, dstate_ref, dz_ref, *sum_refs) = refs[:count], refs[count:]
+        step = pl.program_id(2)
+        _zero_at(step == 0, [dstate_ref, dz_ref, *sum_refs])
+        q_TxD, dy_TxD, known = q_ref[...], dy_ref[...], per_query_ref[...]
+        if problem.num_queries % size:
+            inside = within(step * size, size, 0, problem.num_queries, 0)
+            q_TxD, dy_TxD = jnp.where(inside, q_TxD, 0), jnp.where(inside, dy_TxD, 0)
+            known = jnp.where(within(step * size, size, 0, problem.num_queries, 1), known, 0.0)
+        base, shift, delta = known[0:1], known[1:2], known[2:3]
+        before, after = hidden_columns(problem, q_TxD, weights[: 2 * len(query_map.kernels)])
+        phi_FxT = powers(after[-1], problem.degree, 0)
+        over_n = jnp.exp2(base - shift)
+        weighted_FxT = phi_FxT * over_n
+        dstate_ref[...] += problem.dot(weighted_FxT, dy_TxD)
+        dz_ref[...] -= lane_sums(weighted_FxT * delta)
+        dphi_FxT = (problem.dot(state_ref[...], dy_TxD, (1, 1)) - z_ref[...] * delta) * over_n
+        linear_ref[...] = -(phi_FxT * dphi_FxT).sum(axis=0, keepdims=True)
+        dq_DxT = _map_backward(problem, q_TxD, before, after, dphi_FxT, weights, sum_refs)
+        dq_ref[...] = dq_DxT.T.astype(dq_ref.dtype)
+
+    tokens = problem.tokens(size, lambda step: step)
+    f32 = lambda *shape: jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32)
+    dq, linear, dstate, dz, *sums = problem.call(
+        kernel,
+        "hybrid_read_out_backward",
+        (pl.cdiv(problem.num_queries, size),),
+        parallel=0,
+        flops=problem.num_queries * (3 * map_flops(query_map) + 4 * features * problem.width),
+        exps=problem.num_queries,
+        in_specs=[
+            tokens,
+            tokens,
+            _per_query(3, size, lambda step: step),
+            whole(features, problem.width, per_batch=True),
+            whole(features, 1, per_batch=True),
+            *specs,
+        ],
+        out_specs=[
+            tokens,
+            _per_query(1, size, lambda step: step),
+            whole(features, problem.width, per_batch=True),
+            whole(features, LANES, per_batch=True),
+            *sum_specs,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            f32(1, problem.num_queries),
+            f32(features, problem.width),
+            f32(features, LANES),
+            *sums,
+        ],
+    )(q, dy, per_query, state.astype(problem.dtype), z[..., None], *operands)
+    return dq, linear, dstate, dz.sum(axis=-1), _map_gradient(query_map, sums)
+
+
+def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz):
+    """Backward of `summarize`: dk and dv, packed, whose softmax keys are left unset, and phi_k's gradients."""
+    size = problem.blocks.backward_state
+    first = problem.num_softmax // size
+    features = dstate.shape[2]
+    ragged = problem.num_softmax % size or problem.num_keys % size
+    operands, specs = _map_operands(key_map, problem)
+    sums, sum_specs = _map_results(key_map, problem)
+    count = len(operands)
+    masks = [valid] if problem.masked else []
+
+    def kernel(k_ref, v_ref, dstate_ref, turned_ref, dz_ref, *refs):
+        weights, mask_refs, results = refs[:count], refs[count : count + len(masks)], refs[count + len(masks) :]
+        dk_ref, dv_ref, *sum_refs = results
+        step = pl.program_id(2)
+        _zero_at(step == 0, sum_refs)
+        k_TxD, v_TxD = k_ref[...], v_ref[...]
+        start = (first + step) * size
+        if problem.num_keys % size:
+            inside = within(start, size, 0, problem.num_keys, 0)
+            k_TxD, v_TxD = jnp.where(inside, k_TxD, 0), jnp.where(inside, v_TxD, 0)
+        before, after = hidden_columns(problem, k_TxD, weights[: 2 * len(key_map.kernels)])
+        phi_FxT = powers(after[-1], problem.degree, 0)
+        dphi_FxT = problem.dot(dstate_ref[...], v_TxD, (1, 1)) + dz_ref[...]
+        if ragged:
+            inside = within(start, size, problem.num_softmax, problem.num_keys, 1)
+            phi_FxT, dphi_FxT = jnp.where(inside, phi_FxT, 0.0), jnp.where(inside, dphi_FxT, 0.0)
+        if problem.masked:
+            inside = mask_refs[0][...] > 0
+            phi_FxT, dphi_FxT = jnp.where(inside, phi_FxT, 0.0), jnp.where(inside, dphi_FxT, 0.0)
+        dv_ref[...] = problem.dot(turned_ref[...], phi_FxT).T.astype(dv_ref.dtype)
+        dk_DxT = _map_backward(problem, k_TxD, before, after, dphi_FxT, weights, sum_refs)
+        dk_ref[...] = dk_DxT.T.astype(dk_ref.dtype)
+
+    block = lambda step: first + step
+    tokens = problem.tokens(size, block)
+    dk, dv, *sums = problem.call(
+        kernel,
+        "hybrid_state_backward",
+        (pl.cdiv(problem.num_keys, size) - first,),
+        parallel=0,
+        flops=problem.num_linear * (3 * map_flops(key_map) + 4 * features * problem.width),
+        exps=0,
+        in_specs=[
+            tokens,
+            tokens,
+            whole(features, problem.width, per_batch=True),
+            whole(problem.width, features, per_batch=True),
+            whole(features, 1, per_batch=True),
+            *specs,
+            *(row(size, block) for _ in masks),
+        ],
+        out_specs=[tokens, tokens, *sum_specs],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2 + sums,
+    )(
+        k,
+        v,
+        dstate.astype(problem.dtype),
+        dstate.astype(problem.dtype).swapaxes(2, 3),
+        dz[..., None],
+        *operands,
+        *masks,
+    )
+    return dk, dv, _map_gradient(key_map, sums)
+
+
+def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):
+    """Backward of softmax over the prefix, in one pass: five products per tile of scores.
+
+    dq of `RESIDENT_QUERIES` stays in VMEM while the keys go by, and so do dk and dv of a block of keys while the
+    queries do.
+
+    Args:
+        per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.
+        linear: T [B, H, 1, N]; None in full softmax.
+        dq_linear: the linear branch's part of dq, packed; None in full softmax.
+
+    Returns:
+        dq, and dk and dv of the softmax keys, packed.
+    """
+    size = problem.blocks.backward_query
+    resident = RESIDENT_QUERIES // size
+    query_blocks = pl.cdiv(problem.num_queries, size)
+    parts = [
+        _attend_backward(
+            problem, range(start, min(start + resident, query_blocks)), q, k, v, valid, dy, per_query, linear, dq_linear
+        )
+        for start in range(0, query_blocks, resident)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    axis = 1 if problem.packed else 2
+    dq, dk, dv = zip(*parts, strict=True)
+    return jnp.concatenate(dq, axis), sum(dk).astype(k.dtype), sum(dv).astype(v.dtype)
+
+
+def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, per_query, linear, dq_linear):
+    queries, keys, chunk = (
+        problem.blocks.backward_query,
+        problem.blocks.backward_key,
+        problem.blocks.backward_chunk,
+    )
+    key_steps, query_steps = pl.cdiv(problem.num_softmax, keys), len(query_blocks)
+    length = min(problem.num_queries - query_blocks.start * queries, query_steps * queries)
+    tail = problem.num_softmax - (key_steps - 1) * keys
+    width = problem.width
+    scale = width**-0.5
+    hybrid = linear is not None
+    at_maximum = hybrid and problem.stabilizer == "max"
+    masks = [valid] if problem.masked else []
+
+    def kernel(q_ref, dy_ref, per_query_ref, k_ref, v_ref, *refs):
+        refs = iter(refs)
+        take = lambda count, present=True: [next(refs) for _ in range(count)] if present else []
+        valid_refs = take(1, problem.masked)
+        linear_ref, dq_linear_ref = take(2, hybrid) or (None, None)
+        dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum, turned_k = take(7)
+        (unclaimed,) = take(1, at_maximum) or (None,)
+        (valid_column,) = take(1, problem.masked) or (None,)
+        key_step, query_step = pl.program_id(2), pl.program_id(3)
+        last_keys = key_step == key_steps - 1
+
+        @pl.when(query_step == 0)
+        def _():
+            dk_sum[...] = jnp.zeros_like(dk_sum)
+            dv_sum[...] = jnp.zeros_like(dv_sum)
+            k_SxD = k_ref[...]
+            if problem.num_keys % keys:
+                k_SxD = jnp.where(within(key_step * keys, keys, 0, problem.num_keys, 0), k_SxD, 0)
+            turned_k[...] = k_SxD.T
+            if problem.masked:
+                valid_column[...] = jnp.broadcast_to(valid_refs[0][...], (LANES, keys)).T
+
+        @pl.when(key_step == 0)
+        def _():
+            dq_sum[query_step] = jnp.zeros_like(dq_sum[query_step])
+            if at_maximum:
+                unclaimed[query_step] = jnp.ones_like(unclaimed[query_step])
+
+        def backward(count):
+            q_QxD, dy_QxD = q_ref[...], dy_ref[...]
+            base, shift, delta = (per_query_ref[i : i + 1] for i in range(3))
+            linear_Q = linear_ref[...] if hybrid else jnp.zeros_like(delta)
+            if hybrid:
+                linear_Q *= jnp.exp2(shift - base)
+            if hybrid and not at_maximum:
+                delta += linear_Q
+            if problem.num_queries % queries:
+                start = (query_blocks.start + query_step) * queries
+                inside = within(start, queries, 0, problem.num_queries, 0)
+                q_QxD, dy_QxD = jnp.where(inside, q_QxD, 0), jnp.where(inside, dy_QxD, 0)
+                # Beyond the last query: weights of zero whatever the scores, and gradients of zero.
+                inside = within(start, queries, 0, problem.num_queries, 1)
+                base, delta, linear_Q = (jnp.where(inside, x, 0.0) for x in (base, delta, linear_Q))
+                shift = jnp.where(inside, shift, -MASKED)
+            left = unclaimed[query_step] if at_maximum else None
+            # A product of another shape than the forward's may round another way.
+            near_base = base - 1e-5 * jnp.maximum(jnp.abs(base), 1.0)
+            dq_DxQ = dq_sum[query_step]
+            for start in range(0, count, chunk):
+                piece = pl.ds(start, min(chunk, keys - start))
+                s = problem.dot(k_ref[piece, :], q_QxD, (1, 1)) * (scale * LOG2_E)
+                v_SxD = v_ref[piece, :]
+                if start + piece.size > count:
+                    inside = within(start, piece.size, 0, count, 0)
+                    s, v_SxD = jnp.where(inside, s, MASKED), jnp.where(inside, v_SxD, 0)
+                if problem.masked:
+                    lanes = jnp.concatenate([valid_column[piece, :]] * (queries // LANES), axis=1)
+                    s = jnp.where(lanes > 0, s, MASKED)
+                p = jnp.exp2(s - shift)
+                mean = delta
+                if at_maximum:
+                    at_base = s >= near_base
+                    hits = jnp.where(at_base, 1.0, 0.0).sum(axis=0, keepdims=True)
+                    mean = jnp.where(at_base, delta + left * linear_Q / jnp.maximum(hits, 1.0), delta)
+                    left = jnp.where(hits > 0, 0.0, left)
+                ds = (p * (problem.dot(v_SxD, dy_QxD, (1, 1)) - mean)).astype(problem.dtype)
+                p = p.astype(problem.dtype)
+                dv_sum[piece, :] += problem.dot(p, dy_QxD)
+                dk_sum[piece, :] += problem.dot(ds, q_QxD)
+                dq_DxQ += problem.dot(turned_k[:, piece], ds)
+            dq_sum[query_step] = dq_DxQ
+            if at_maximum:
+                unclaimed[query_step] = left
+
+        if key_steps > 1:
+            pl.when(~last_keys)(lambda: backward(keys))
+        pl.when(last_keys)(lambda: backward(tail))
+
+        @pl.when(last_keys)
+        def _():
+            dq_QxD = (dq_sum[query_step] * scale).T
+            if hybrid:
+                dq_QxD += dq_linear_ref[...].astype(jnp.float32)
+            dq_ref[...] = dq_QxD.astype(dq_ref.dtype)
+
+        @pl.when(query_step == query_steps - 1)
+        def _():
+            dk_ref[...] = (dk_sum[...] * scale).astype(dk_ref.dtype)
+            dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+    query_block = lambda j, i: query_blocks.start + i
+    key_block = lambda j, i: j
+    # Written out once, as the last keys go by: until then the window waits on the first block.
+    at_last = lambda j, i: jnp.where(j == key_steps - 1, i, 0)
+    operands = [q, dy, per_query, k, v, *masks]
+    specs = [
+        problem.tokens(queries, query_block),
+        problem.tokens(queries, query_block),
+        _per_query(3, queries, query_block),
+        problem.tokens(keys, key_block),
+        problem.tokens(keys, key_block),
+        *(row(keys, key_block) for _ in masks),
+    ]
+    if hybrid:
+        operands += [linear, dq_linear]
+        specs += [
+            _per_query(1, queries, query_block),
+            problem.tokens(queries, lambda j, i: query_blocks.start + at_last(j, i)),
+        ]
+    partial_sums = length < problem.num_queries
+    dkv = jax.ShapeDtypeStruct(
+        problem.packed_shape(problem.num_softmax), jnp.float32 if partial_sums else problem.dtype
+    )
+    f32 = jnp.float32
+    scratch = [
+        pltpu.VMEM((query_steps, width, queries), f32),
+        pltpu.VMEM((keys, width), f32),
+        pltpu.VMEM((keys, width), f32),
+        pltpu.VMEM((width, keys), problem.dtype),
+    ]
+    if at_maximum:
+        scratch.append(pltpu.VMEM((query_steps, 1, queries), f32))
+    if problem.masked:
+        scratch.append(pltpu.VMEM((keys, LANES), f32))
+    return problem.call(
+        kernel,
+        "hybrid_attend_backward",
+        (key_steps, query_steps),
+        parallel=0,
+        flops=10 * length * problem.num_softmax * width,
+        exps=length * problem.num_softmax,
+        in_specs=specs,
+        out_specs=[
+            problem.tokens(queries, at_last),
+            problem.tokens(keys, key_block),
+            problem.tokens(keys, key_block),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(problem.packed_shape(length), problem.dtype), dkv, dkv],
+        scratch_shapes=scratch,
+    )(*operands)

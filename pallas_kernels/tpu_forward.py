@@ -1,0 +1,396 @@
+"""Forward of hybrid attention on TPU: a kernel for the state of the linear keys, and flash attention that reads it out.
+
+`summarize` runs over the suffix of K and V and leaves S = sum phi(k)^T v and z = sum phi(k), phi computed inside.
+`attend` runs over the prefix, and in each query block's last key step computes phi(q), reads S and z, and combines: the
+branches never meet in memory. Row maxima and sums stay replicated over lanes, where broadcasting them is free.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
+from pallas_kernels.reference import EPSILON
+
+LANES = 128
+# Finite, so that a row whose keys are all masked so far stays free of NaN; the first valid key then wipes it out.
+MASKED = -1e30
+LOG2_E = 1.4426950408889634
+VMEM_LIMIT = 60 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Tokens per block, all multiples of 128.
+
+    Attributes:
+        query: queries of a forward step.
+        key: softmax keys of a forward step.
+        key_chunk: softmax keys of one tile of scores within a step.
+        state: linear keys of a step.
+        backward_query: queries of a backward step of the softmax branch.
+        backward_key: softmax keys of a backward step.
+        backward_chunk: softmax keys of one tile of scores within a backward step.
+        backward_state: tokens of a backward step of a feature map.
+    """
+
+    query: int = 2048
+    key: int = 4096
+    key_chunk: int = 512
+    state: int = 2048
+    backward_query: int = 1024
+    backward_key: int = 2048
+    backward_chunk: int = 512
+    backward_state: int = 1024
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if (size := getattr(self, field.name)) <= 0 or size % LANES:
+                raise ValueError(f"block size {field.name} must be a positive multiple of {LANES}, found {size}")
+
+    def fit(self, num_queries: int, num_keys: int, num_softmax: int) -> "BlockSizes":
+        """No block longer than what it cuts up."""
+        longest = {
+            "query": num_queries,
+            "key": num_softmax,
+            "key_chunk": num_softmax,
+            "state": num_keys,
+            "backward_query": num_queries,
+            "backward_key": num_softmax,
+            "backward_chunk": num_softmax,
+            "backward_state": max(num_queries, num_keys),
+        }
+        rounded = {name: max(-(-length // LANES), 1) * LANES for name, length in longest.items()}
+        return BlockSizes(**{name: min(getattr(self, name), length) for name, length in rounded.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is static in one call of hybrid attention."""
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    num_softmax: int
+    heads: int
+    width: int
+    dtype: Any
+    stabilizer: str
+    masked: bool
+    degree: int
+    activation: str
+    blocks: BlockSizes
+    interpret: Any
+
+    @property
+    def num_linear(self) -> int:
+        return self.num_keys - self.num_softmax
+
+    @property
+    def packed(self) -> bool:
+        """Whether a head is a whole number of lanes, so that a block can be cut out of [B, N, H*D]."""
+        return self.width % LANES == 0
+
+    def pack(self, x_BxNxHxD: jax.Array) -> jax.Array:
+        """[B, N, H*D] or [B, H, N, D], whichever kernels read."""
+        if self.packed:
+            return x_BxNxHxD.reshape(*x_BxNxHxD.shape[:2], -1)
+        return x_BxNxHxD.swapaxes(1, 2)
+
+    def unpack(self, x: jax.Array) -> jax.Array:
+        if self.packed:
+            return x.reshape(*x.shape[:2], self.heads, self.width)
+        return x.swapaxes(1, 2)
+
+    def packed_shape(self, length: int) -> tuple[int, ...]:
+        if self.packed:
+            return self.batch, length, self.heads * self.width
+        return self.batch, self.heads, length, self.width
+
+    def tokens(self, size: int, index) -> pl.BlockSpec:
+        """`size` tokens of one head of a packed array; `index` maps the grid's axes after (B, H) to a block."""
+        if self.packed:
+            return pl.BlockSpec((None, size, self.width), lambda b, h, *g: (b, index(*g), h))
+        return pl.BlockSpec((None, None, size, self.width), lambda b, h, *g: (b, h, index(*g), 0))
+
+    def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+        """A product with float32 accumulation, of the problem's dtype: full float32 where that is its dtype."""
+        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
+        a, b = a.astype(self.dtype), b.astype(self.dtype)
+        if self.interpret:  # The CPU has no product of bfloat16 into float32; this one is the same.
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return lax.dot_general(
+            a,
+            b,
+            (((contract[0],), (contract[1],)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def call(self, kernel, name: str, grid: tuple[int, ...], parallel: int, flops: int, exps: int, **options):
+        """`pl.pallas_call` over (B, H, *grid), of whose axes the last but the first `parallel` run in order.
+
+        flops and exps are those of one head; HBM traffic is estimated as every operand once.
+        """
+        per_call = self.batch * self.heads
+
+        def run(*operands):
+            results = jax.tree.leaves(options["out_shape"])
+            traffic = sum(x.size * x.dtype.itemsize for x in (*operands, *results))
+            return pl.pallas_call(
+                kernel,
+                grid=(self.batch, self.heads, *grid),
+                name=name,
+                interpret=self.interpret,
+                cost_estimate=pl.CostEstimate(
+                    flops=per_call * flops, transcendentals=per_call * exps, bytes_accessed=traffic
+                ),
+                compiler_params=pltpu.CompilerParams(
+                    dimension_semantics=["parallel"] * (2 + parallel) + ["arbitrary"] * (len(grid) - parallel),
+                    vmem_limit_bytes=VMEM_LIMIT,
+                ),
+                **options,
+            )(*operands)
+
+        return run
+
+
+def whole(*shape: int, per_batch: bool = False) -> pl.BlockSpec:
+    """All of one head's part of [H, *shape], or of [B, H, *shape]."""
+    zeros = (0,) * len(shape)
+    if per_batch:
+        return pl.BlockSpec((None, None, *shape), lambda b, h, *g: (b, h, *zeros))
+    return pl.BlockSpec((None, *shape), lambda b, h, *g: (h, *zeros))
+
+
+def row(size: int, index) -> pl.BlockSpec:
+    """`size` tokens of key_valid, [B, 1, M]."""
+    return pl.BlockSpec((None, 1, size), lambda b, h, *g: (b, 0, index(*g)))
+
+
+def map_flops(phi: PolynomialMap) -> int:
+    """FLOPs of one head's map per token."""
+    return sum(2 * kernel.shape[1] * kernel.shape[2] for kernel in phi.kernels)
+
+
+def columns(phi: PolynomialMap, dtype: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """phi's kernels [H, d_out, d_in] and biases [H, d_out, 1], for tokens along lanes."""
+    arrays = [kernel.swapaxes(1, 2).astype(dtype) for kernel in phi.kernels] + [bias[..., None] for bias in phi.biases]
+    return arrays, [whole(*array.shape[1:]) for array in arrays]
+
+
+def rows(phi: PolynomialMap, dtype: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+    """phi's kernels [H, d_in, d_out] and biases [H, 1, d_out], for tokens along sublanes."""
+    arrays = [kernel.astype(dtype) for kernel in phi.kernels] + [bias[:, None] for bias in phi.biases]
+    return arrays, [whole(*array.shape[1:]) for array in arrays]
+
+
+def powers(psi: jax.Array, degree: int, axis: int) -> jax.Array:
+    """[psi_1, psi_2^2, ..., psi_P^P] of the slices of psi along axis."""
+    slices = jnp.split(psi, degree, axis)
+    return jnp.concatenate([lax.integer_pow(x, p) for p, x in enumerate(slices, start=1)], axis)
+
+
+def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Pre-activations and activations [d_out, T] of phi's layers on tokens [T, D]."""
+    layers = len(weights) // 2
+    before, after = [], []
+    for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
+        h = problem.dot(kernel[...], after[-1]) if layer else problem.dot(kernel[...], x_TxD, (1, 1))
+        before.append(h + bias[...])
+        after.append(ACTIVATIONS[problem.activation](before[-1]))
+    return before, after
+
+
+def features_rows(problem: Problem, x_TxD: jax.Array, weights) -> jax.Array:
+    """phi without its scale, [T, F], of tokens [T, D]."""
+    layers = len(weights) // 2
+    h = x_TxD
+    for kernel, bias in zip(weights[:layers], weights[layers:], strict=True):
+        h = ACTIVATIONS[problem.activation](problem.dot(h, kernel[...]) + bias[...])
+    return powers(h, problem.degree, 1)
+
+
+def lane_sums(x: jax.Array) -> jax.Array:
+    """[X, T] -> [X, 128]: sums over whole groups of lanes."""
+    return functools.reduce(jnp.add, jnp.split(x, x.shape[1] // LANES, axis=1))
+
+
+def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
+    """Whether tokens start .. start + size lie in low .. high, along axis of a two-dimensional mask."""
+    token = start + lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
+    return (token >= low) & (token < high)
+
+
+def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:
+    """S [B, H, F, D] and z [B, H, F] of the linear keys in float32, without phi's scale; k and v packed."""
+    size = problem.blocks.state
+    first = problem.num_softmax // size
+    steps = pl.cdiv(problem.num_keys, size) - first
+    weights, weight_specs = columns(key_map, problem.dtype)
+    features = key_map.biases[-1].shape[-1]
+    ragged = problem.num_softmax % size or problem.num_keys % size
+
+    def kernel(k_ref, v_ref, *refs):
+        *inputs, state_ref, z_ref = refs
+        step = pl.program_id(2)
+
+        @pl.when(step == 0)
+        def _():
+            state_ref[...] = jnp.zeros_like(state_ref)
+            z_ref[...] = jnp.zeros_like(z_ref)
+
+        _, psi = hidden_columns(problem, k_ref[...], inputs[: len(weights)])
+        phi_FxT = powers(psi[-1], problem.degree, 0)
+        v_TxD = v_ref[...]
+        if ragged:
+            start = (first + step) * size
+            phi_FxT = jnp.where(within(start, size, problem.num_softmax, problem.num_keys, 1), phi_FxT, 0.0)
+            v_TxD = jnp.where(within(start, size, 0, problem.num_keys, 0), v_TxD, 0)
+        if problem.masked:
+            phi_FxT = jnp.where(inputs[-1][...] > 0, phi_FxT, 0.0)
+        state_ref[...] += problem.dot(phi_FxT, v_TxD)
+        z_ref[...] += lane_sums(phi_FxT)
+
+    block = lambda step: first + step
+    masks = [valid] if problem.masked else []
+    state, z = problem.call(
+        kernel,
+        "hybrid_state",
+        (steps,),
+        parallel=0,
+        flops=problem.num_linear * (map_flops(key_map) + 2 * features * problem.width),
+        exps=0,
+        in_specs=[
+            problem.tokens(size, block),
+            problem.tokens(size, block),
+            *weight_specs,
+            *(row(size, block) for _ in masks),
+        ],
+        out_specs=[whole(features, problem.width, per_batch=True), whole(features, LANES, per_batch=True)],
+        out_shape=[
+            jax.ShapeDtypeStruct((problem.batch, problem.heads, features, problem.width), jnp.float32),
+            jax.ShapeDtypeStruct((problem.batch, problem.heads, features, LANES), jnp.float32),
+        ],
+    )(k, v, *weights, *masks)
+    return state, z.sum(axis=-1)
+
+
+def attend(
+    problem: Problem, query_map: PolynomialMap | None, q, k, v, valid, state, z, *, with_stats: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """y, packed, and with_stats what the backward needs: float32 [B, H, 2, N], base and shift of every query.
+
+    The weight of key j for query i is exp2(s_ij - shift_i), with s in powers of two; exp2(shift - base) is eq. 5's
+    denominator, and base is c_i but in full softmax and pure linear attention, where any would do.
+    """
+    queries, keys, chunk = problem.blocks.query, problem.blocks.key, problem.blocks.key_chunk
+    key_steps = pl.cdiv(problem.num_softmax, keys)
+    tail = problem.num_softmax - (key_steps - 1) * keys
+    scale = problem.width**-0.5 * LOG2_E
+    linear, softmax = query_map is not None, problem.num_softmax > 0
+    features = 0 if query_map is None else query_map.biases[-1].shape[-1]
+
+    def kernel(*refs):
+        refs = iter(refs)
+        take = lambda count, present=True: [next(refs) for _ in range(count)] if present else []
+        (q_ref,) = take(1)
+        k_ref, v_ref = take(2, softmax) or (None, None)
+        valid_refs = take(1, softmax and problem.masked)
+        weight_refs = take(len(weights))
+        state_refs = take(2, linear)
+        (y_ref,) = take(1)
+        stats_refs = take(1, with_stats)
+        max_ref, sum_ref, out_ref = take(3, softmax) or (None, None, None)
+        step = pl.program_id(3)
+
+        def attend_to(count):
+            q_QxD = q_ref[...]
+            peak, total, o = max_ref[...], sum_ref[...], out_ref[...]
+            for start in range(0, count, chunk):
+                piece = pl.ds(start, min(chunk, keys - start))
+                s = problem.dot(q_QxD, k_ref[piece, :], (1, 1)) * scale
+                v_SxD = v_ref[piece, :]
+                if start + piece.size > count:
+                    s = jnp.where(within(start, piece.size, 0, count, 1), s, MASKED)
+                    v_SxD = jnp.where(within(start, piece.size, 0, count, 0), v_SxD, 0)
+                if problem.masked:
+                    s = jnp.where(valid_refs[0][:, piece] > 0, s, MASKED)
+                peak_next = jnp.maximum(peak, s.max(axis=1, keepdims=True))
+                p = jnp.exp2(s - jnp.concatenate([peak_next] * (piece.size // LANES), axis=1))
+                decay = jnp.exp2(peak - peak_next)
+                total = decay * total + lane_sums(p)
+                o = decay[:, : problem.width] * o + problem.dot(p, v_SxD)
+                peak = peak_next
+            max_ref[...], sum_ref[...], out_ref[...] = peak, total, o
+
+        if softmax:
+
+            @pl.when(step == 0)
+            def _():
+                max_ref[...] = jnp.full_like(max_ref, MASKED)
+                sum_ref[...] = jnp.zeros_like(sum_ref)
+                out_ref[...] = jnp.zeros_like(out_ref)
+
+            if key_steps > 1:
+                pl.when(step < key_steps - 1)(lambda: attend_to(keys))
+            pl.when(step == key_steps - 1)(lambda: attend_to(tail))
+
+        @pl.when(step == max(key_steps, 1) - 1)
+        def _():
+            num, den = jnp.zeros((queries, problem.width), jnp.float32), jnp.full((queries, 1), EPSILON)
+            base = jnp.zeros((queries, LANES), jnp.float32)
+            if softmax:
+                num, den, base = out_ref[...], sum_ref[...].sum(axis=1, keepdims=True), max_ref[...]
+                if problem.stabilizer == "lse" and linear:
+                    num, den, base = num / den, jnp.ones_like(den), base + jnp.log2(den)
+            if linear:
+                state_ref, z_ref = state_refs
+                phi_QxF = features_rows(problem, q_ref[...], weight_refs)
+                num += problem.dot(phi_QxF, state_ref[...])
+                den += (phi_QxF * z_ref[...]).sum(axis=1, keepdims=True)
+            y_ref[...] = (num / den).astype(y_ref.dtype)
+            if with_stats:
+                first_lane = lax.broadcasted_iota(jnp.int32, base.shape, 1) == 0
+                stats_refs[0][...] = jnp.where(first_lane, base, base + jnp.log2(den)).T[:2]
+
+    weights, weight_specs = rows(query_map, problem.dtype) if query_map is not None else ([], [])
+    operands, specs = [q], [problem.tokens(queries, lambda i, j: i)]
+    if softmax:
+        operands += [k, v]
+        specs += [problem.tokens(keys, lambda i, j: j)] * 2
+        if problem.masked:
+            operands.append(valid)
+            specs.append(row(keys, lambda i, j: j))
+    operands, specs = operands + weights, specs + weight_specs
+    if linear:
+        operands += [state.astype(problem.dtype), z[:, :, None]]
+        specs += [whole(features, problem.width, per_batch=True), whole(1, features, per_batch=True)]
+    out_specs = [problem.tokens(queries, lambda i, j: i)]
+    out_shape = [jax.ShapeDtypeStruct(problem.packed_shape(problem.num_queries), problem.dtype)]
+    if with_stats:
+        out_specs.append(pl.BlockSpec((None, None, 2, queries), lambda b, h, i, j: (b, h, 0, i)))
+        out_shape.append(jax.ShapeDtypeStruct((problem.batch, problem.heads, 2, problem.num_queries), jnp.float32))
+    per_query = 4 * problem.num_softmax * problem.width
+    if query_map is not None:
+        per_query += map_flops(query_map) + 2 * features * (problem.width + 1)
+    lanes = pltpu.VMEM((queries, LANES), jnp.float32)
+    y, *stats = problem.call(
+        kernel,
+        "hybrid_attend",
+        (pl.cdiv(problem.num_queries, queries), max(key_steps, 1)),
+        parallel=1,
+        flops=problem.num_queries * per_query,
+        exps=problem.num_queries * problem.num_softmax,
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[lanes, lanes, pltpu.VMEM((queries, problem.width), jnp.float32)] if softmax else [],
+    )(*operands)
+    return y, stats[0] if stats else None

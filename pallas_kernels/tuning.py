@@ -1,0 +1,55 @@
+"""Block sizes that measured or were estimated best, per chip and problem, kept in tuned.json beside this file."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import jax
+
+PATH = pathlib.Path(__file__).with_name("tuned.json")
+# What jax calls a chip (`Device.device_kind`), and what it is called here.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def current_chip() -> str:
+    """The default device's name in tuned.json, or what jax calls it."""
+    kind = jax.devices()[0].device_kind
+    return DEVICE_KINDS.get(kind, kind)
+
+
+def load(chip: str, path: pathlib.Path = PATH) -> list[dict]:
+    """A chip's entries: {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}}; none for an unknown chip."""
+    return json.loads(path.read_text()).get(chip, [])
+
+
+def save(chip: str, num_keys: int, num_softmax: int, blocks: Mapping[str, int], path: pathlib.Path = PATH) -> None:
+    """Adds an entry, in place of the chip's earlier one for the same number of keys and of softmax keys."""
+    chips = json.loads(path.read_text()) if path.exists() else {}
+    entries = [e for e in chips.get(chip, []) if (e["num_keys"], e["num_softmax"]) != (num_keys, num_softmax)]
+    entries.append({"num_keys": num_keys, "num_softmax": num_softmax, "blocks": dict(blocks)})
+    chips[chip] = sorted(entries, key=lambda e: (e["num_keys"], e["num_softmax"]))
+    path.write_text(json.dumps(dict(sorted(chips.items())), indent=1) + "\n")
+
+
+def lookup(chip: str, num_keys: int, num_softmax: int, path: pathlib.Path = PATH) -> dict[str, int]:
+    """Blocks of the entry nearest in softmax keys and in keys, on a log scale; empty for an unknown chip."""
+
+    def distance(entry: dict) -> float:
+        return sum(
+            abs(math.log((1 + ours) / (1 + theirs)))
+            for ours, theirs in ((num_softmax, entry["num_softmax"]), (num_keys, entry["num_keys"]))
+        )
+
+    entries = load(chip, path)
+    return min(entries, key=distance)["blocks"] if entries else {}

@@ -1,0 +1,55 @@
+"""Distillation on meshes of fake devices: losses, gradients and statistics are those of one device."""
+
+import json
+
+CHECK = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from jsurgery.config import base
+from jsurgery.runtime.mesh import AXES, make_mesh
+from jsurgery.surgery.distill import Setup, initial_maps, losses_and_gradients, measure
+from jsurgery.wan.transformer import WanConfig, WanTransformer
+
+rates = (2, 8, "linear")
+network = WanConfig(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+                    freq_dim=16, ffn_dim=32, num_layers=2)
+rng = np.random.default_rng(0)
+batch = jax.tree.map(np.float32, {
+    "latents": rng.normal(size=(2, 3, 10, 6, 4)),  # 45 tokens: 23 and 6 of them keep softmax
+    "timestep": rng.uniform(0, 1000, size=2), "text": rng.normal(size=(2, 7, 16)),
+})
+config = base()
+config.hybrid.rates = rates
+
+def teacher():
+    built = WanTransformer(network, rngs=nnx.Rngs(0))
+    noise = np.random.default_rng(1)
+    perturbed = lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32)
+    nnx.update(built, jax.tree.map(perturbed, nnx.state(built)))
+    return built
+
+maps = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), initial_maps(config, teacher()))
+
+def found(model):
+    values = []
+    for loss, stabilizer in (("value", "max"), ("attention", "lse")):
+        setup = Setup(rates, (1, 2, 8), "strided", stabilizer, loss)
+        values.append(losses_and_gradients(model, batch, maps, setup))
+    return jax.device_get(jax.tree.leaves([values, measure(model, batch, maps, setup)]))
+
+expected = found(teacher())
+for sizes in json.loads(sys.argv[1]):
+    spread = teacher()
+    spread.spread(make_mesh(ConfigDict(dict(zip(AXES, sizes)))))
+    errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found(spread), expected) if b.any()]
+    print(json.dumps([sizes, max(errors)]), flush=True)
+"""
+MESHES = [(2, 1, 1, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
+
+
+def test_every_mesh_learns_the_same(on_fake_devices):
+    found = on_fake_devices(CHECK, json.dumps(MESHES))
+    assert len(found) == len(MESHES)
+    assert not [case for case in found if not case[-1] < 1e-5], found
