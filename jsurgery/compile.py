@@ -25,7 +25,7 @@ from jsurgery.diffusion import State, schedule
 from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.hlo import collectives
 from jsurgery.report.cost_table import find_subject
-from jsurgery.runtime.mesh import AXES, make_mesh, parameter_shardings, sharding
+from jsurgery.runtime.mesh import AXES, check_batch, make_mesh, parameter_shardings, sharding
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
 from jsurgery.runtime.training import adamw, initial_state
@@ -150,6 +150,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
     """Latents, text and timesteps of a batch."""
+    check_batch(mesh, batch)
     video = config.video
     grid = latent_grid(video.frames, video.height, video.width)
     shapes = (

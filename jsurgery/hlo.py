@@ -24,16 +24,20 @@ class Instruction:
     rest: str
 
     @property
-    def largest(self) -> int:
-        """Bytes of the largest array of its result: an asynchronous start returns its input beside its output."""
-        return max((_nbytes(*shape) for shape in _SHAPE.findall(self.result)), default=0)
+    def bytes_out(self) -> int:
+        """Of a collective: what it produces; a reduce-scatter, what goes in."""
+        text = self.rest.partition(")")[0] if self.operation.startswith("reduce-scatter") else self.result
+        sizes = [_nbytes(*shape) for shape in _SHAPE.findall(text)]
+        if self.operation in ("all-gather-start", "collective-permute-start"):  # inputs stand beside the outputs
+            return sum(sizes[len(sizes) // 2 :]) if self.operation == "all-gather-start" else sizes[1]
+        return sum(sizes)
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """By kind: `count` and `bytes` that one device's collectives produce in one run of the program.
 
-    A loop counts as often as it runs, where the compiler knows; of a conditional's branches the one that moves most
-    counts. A reduce-scatter counts what goes in.
+    A loop counts as often as it runs, where that is known; of a conditional's branches the one that moves most counts.
+    A reduce-scatter counts what goes in. A collective that TPUs run in steps beside other work counts once.
     """
     computations, entry = _parse(text)
     totals = _total(entry, computations, {})
@@ -55,13 +59,13 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def _total(name: str, computations: dict[str, list[Instruction]], known: dict[str, Counter]) -> Counter:
     if name not in known:
         known[name] = Counter()
-        for instruction in computations.get(name, []):
+        instructions = computations.get(name, [])
+        starts = any("AsyncCollectiveStart" in instruction.rest for instruction in instructions)
+        for instruction in instructions:
             kind = instruction.operation.removesuffix("-start")
             if kind in COLLECTIVES:
-                size = instruction.largest
-                if kind == "reduce-scatter":
-                    size = max(size, max((_nbytes(*s) for s in _SHAPE.findall(instruction.rest)), default=0))
-                known[name] += Counter({(kind, "count"): 1, (kind, "bytes"): size})
+                if starts or "chain_id=" not in instruction.rest:
+                    known[name] += Counter({(kind, "count"): 1, (kind, "bytes"): instruction.bytes_out})
             else:
                 for times, called in _called(instruction, computations, known):
                     known[name] += Counter({key: times * n for key, n in called.items()})
@@ -70,8 +74,7 @@ def _total(name: str, computations: dict[str, list[Instruction]], known: dict[st
 
 def _called(instruction: Instruction, computations, known) -> Iterator[tuple[int, Counter]]:
     """(how often, totals) of what an instruction runs."""
-    trips = _TRIPS.search(instruction.rest)
-    times = int(trips[1]) if trips and instruction.operation == "while" else 1
+    times = _trips(instruction, computations) if instruction.operation == "while" else 1
     branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(instruction.rest) for name in found.split(",")]
     for role, name in _CALLED.findall(instruction.rest):
         if role in ("true_computation", "false_computation"):
@@ -81,6 +84,17 @@ def _called(instruction: Instruction, computations, known) -> Iterator[tuple[int
     if branches:
         totals = [_total(name, computations, known) for name in branches]
         yield 1, max(totals, key=lambda total: sum(n for (_, unit), n in total.items() if unit == "bytes"))
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    """How often a loop runs: as the compiler noted, or the one number that its counter, from 0, is compared with."""
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    compared = computations.get(condition[1], []) if condition else []
+    constants = [one.rest for one in compared if one.operation == "constant"]
+    numbers = [int(found[0]) for text in constants if (found := re.match(r"\d+", text))]
+    return numbers[0] if len(numbers) == 1 else 1
 
 
 def _nbytes(dtype: str, dimensions: str) -> int:

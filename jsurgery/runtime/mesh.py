@@ -75,16 +75,17 @@ def batch_pieces(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
-def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """Which of a batch's examples this process's devices hold: int [b], ascending.
-
-    Raises DoesNotFit when the batch does not divide.
-    """
-    axes = sharding(mesh, "batch")
+def check_batch(mesh: Mesh, batch: int) -> None:
+    """Raises DoesNotFit when the mesh does not divide a batch."""
     if batch % batch_pieces(mesh):
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in LOGICAL["batch"])
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
-    slices = (index[0] for index in axes.addressable_devices_indices_map((batch,)).values())
+
+
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which of a batch's examples this process's devices hold: int [b], ascending."""
+    check_batch(mesh, batch)
+    slices = (index[0] for index in sharding(mesh, "batch").addressable_devices_indices_map((batch,)).values())
     return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices]))
 
 

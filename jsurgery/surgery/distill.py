@@ -341,9 +341,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup) -> Any:
-    """The jitted step (state, teacher's parameters, batch) -> (state, losses [blocks, rates])."""
+    """The step (state, teacher's parameters, batch) -> (state, losses [blocks, rates]), overwriting the state."""
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
         losses, gradients = losses_and_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
@@ -374,7 +374,8 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
     opt_state = optimizer.init(maps)  # type: ignore[arg-type]
-    start, state = checkpoints.restore(put_state(mesh, {"maps": maps, "opt_state": opt_state}))
+    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state}
+    start, state = checkpoints.restore(put_state(mesh, fresh))
     graph, teacher_params = nnx.split(teacher)
     update = make_update(optimizer, graph, setup)
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)

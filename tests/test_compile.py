@@ -1,0 +1,131 @@
+"""What a compiled program moves between devices, counted; and stages compiled for TPUs that are not there."""
+
+import importlib.util
+import json
+
+import pytest
+
+from jsurgery.cli import main
+from jsurgery.hlo import collectives
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the `test` extra")
+
+COUNT = """
+import json
+import jax, jax.numpy as jnp
+from functools import partial
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
+from jsurgery.hlo import collectives
+from pallas_kernels import init_polynomial_map, sharded_self_attention
+
+mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
+spread = jax.NamedSharding(mesh, P("context"))
+
+def looped(x):
+    def step(carry, _):
+        return lax.psum(carry, "context") / 8, lax.all_gather(carry, "context", tiled=True).sum()
+    carry, sums = lax.scan(step, x, None, length=5)
+    taken = lax.cond(sums.sum() > 0, lambda: lax.all_gather(carry[:2], "context").sum(), lambda: 0.0)
+    return carry + taken
+
+x = jax.ShapeDtypeStruct((8 * 16,), jnp.float32, sharding=spread)
+program = jax.shard_map(looped, mesh=mesh, in_specs=P("context"), out_specs=P("context"), check_vma=False)
+print(json.dumps(collectives(jax.jit(program).lower(x).compile().as_text())))
+
+tokens = jax.ShapeDtypeStruct((1, 8 * 64, 8, 12), jnp.float32, sharding=jax.NamedSharding(mesh, P(None, "context")))
+maps = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), 8, 12))
+for rate in (1, 2, 8):
+    phi = (None, None) if rate == 1 else (maps, maps)
+    for exchange in ("gather", "all_to_all"):
+        attend = partial(sharded_self_attention, sharding=tokens.sharding, num_softmax=64 // rate, exchange=exchange)
+        moved = collectives(jax.jit(attend).lower(tokens, tokens, tokens, *phi).compile().as_text())
+        print(json.dumps({kind: one["bytes"] for kind, one in moved.items()}))
+"""
+
+
+def test_what_devices_exchange(on_fake_devices):
+    counted, *attention = on_fake_devices(COUNT)
+    assert counted["all-reduce"] == {"count": 5, "bytes": 5 * 16 * 4}
+    assert counted["all-gather"] == {"count": 6, "bytes": 5 * 8 * 16 * 4 + 8 * 2 * 4}
+    whole = 2 * 8 * 64 * 8 * 12 * 4  # keys and values
+    state = 8 * 24 * (12 + 1) * 4
+    gathered, traded = attention[::2], attention[1::2]
+    assert gathered == [{"all-gather": whole}] + [{"all-gather": whole / r, "all-reduce": state} for r in (2, 8)]
+    # q, k, v and y, a device's own of each, whatever the rate.
+    assert traded == [{"all-to-all": 2 * whole / 8}] * 3
+
+
+def test_loops_and_collectives_as_tpus_write_them():
+    text = """
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %six = s32[]{:T(128)} constant(6)
+  %c = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%i, %six), direction=LT
+}
+%begin (p: bf16[38]) -> bf16[76] {
+  %g = bf16[76]{0:T(8,128)(2,1)} all-gather(%p), channel_id=1, frontend_attributes={chain_id="2"}
+  ROOT %s = (bf16[38], bf16[76]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%go_on (p: bf16[38]) -> bf16[76] {
+  %g2 = bf16[76]{0} all-gather(%p), channel_id=1, frontend_attributes={chain_id="2"}
+  ROOT %d = bf16[76] custom-call(%g2), custom_call_target="AsyncCollectiveDone"
+}
+%body (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %a = bf16[76] fusion(%x), kind=kCustom, calls=%begin
+  %b = bf16[76] fusion(%a), kind=kCustom, calls=%go_on
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%tuple), condition=%condition, body=%body
+}
+"""
+    assert collectives(text) == {"all-gather": {"count": 6, "bytes": 6 * 152}}
+
+
+def test_a_reduce_scatter_counts_what_goes_in_and_a_start_what_comes_out():
+    text = """
+ENTRY %main (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  %start = (bf16[8]{0}, bf16[64]{0}) all-gather-start(bf16[8]{0} %x), dimensions={0}
+  %done = bf16[64]{0} all-gather-done((bf16[8]{0}, bf16[64]{0}) %start)
+  ROOT %r = f32[8]{0} reduce-scatter(f32[64]{0} %p), dimensions={0}, to_apply=%add
+}
+"""
+    assert collectives(text) == {
+        "all-gather": {"count": 1, "bytes": 128},
+        "reduce-scatter": {"count": 1, "bytes": 256},
+    }
+
+
+def run(*arguments):
+    return main(["compile", "--config=tiny", *arguments])
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (["--stage=sample", "--topology=v9:2x2"], 2, ["--topology", "v5e:4x4", "'v9:2x2'"]),
+        (["--stage=sample", "--topology=v5e:3x5"], 2, ["--topology=v5e:3x5"]),
+        (["--stage=sample", "--topology=v5e:2x2"], 3, ["= 1 devices, v5e:2x2 has 4"]),
+        (["--stage=distill", "--topology=v5e:2x2", "--config.mesh.data=4"], 3, ["data 4 x fsdp 1 divides, found 1"]),
+        (["--stage=finetune", "--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.plan.budget=0.5"], 2, ["15R2"]),
+    ],
+)
+def test_refusals(capsys, arguments, code, parts):
+    assert run(*arguments) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(part in error for part in parts), error
+
+
+@needs_libtpu
+def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    mesh = ["--config.mesh.data=2", "--config.mesh.context=2", "--config.distill.batch=2", "--config.hybrid.rates=8"]
+    rates = ["--config.plan.rates=(1, 8)", "--config.plan.budget=3R8"]
+    assert run("--stage=distill", "--topology=v5e:2x2", *mesh, *rates, f"--json={file}") == 0
+    found = json.loads(file.read_text())
+    memory = found["memory_bytes"]
+    assert 0 < memory["argument"] < memory["peak"] < found["capacity_bytes"] == 16 * 2**30
+    assert found["collectives"]["all-gather"]["bytes"] > 0 and "static estimate" in capsys.readouterr().out
