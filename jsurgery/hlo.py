@@ -14,6 +14,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*
 _SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")  # {{0,1},{2,3}} or [2,2]<=[4]
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -26,8 +27,9 @@ class Instruction:
     @property
     def bytes_out(self) -> int:
         """Of a collective: what it produces; a reduce-scatter, what goes in."""
-        text = self.rest.partition(")")[0] if self.operation.startswith("reduce-scatter") else self.result
-        sizes = [_nbytes(*shape) for shape in _SHAPE.findall(text)]
+        sizes = [_nbytes(*shape) for shape in _SHAPE.findall(self.result)]
+        if self.operation == "reduce-scatter" and (groups := _GROUPS.search(self.rest)):
+            return sum(sizes) * (int(groups[2]) if groups[2] else 1 + groups[1].count(","))
         if self.operation in ("all-gather-start", "collective-permute-start"):  # inputs stand beside the outputs
             return sum(sizes[len(sizes) // 2 :]) if self.operation == "all-gather-start" else sizes[1]
         return sum(sizes)

@@ -35,6 +35,7 @@ def hybrid_attention(
         NotImplementedError: what the kernels do not do: maps other than a pair of `PolynomialMap` of one kind, dtypes
             that are not all bfloat16 or all float32, heads that are no multiple of 64 wide (when compiled).
     """
+    query_map, key_map = _polynomial("query_map", query_map), _polynomial("key_map", key_map)
     _check(q, k, v, query_map, key_map, interpret)
     batch, num_queries, heads, width = q.shape
     num_keys = k.shape[1]
@@ -62,6 +63,14 @@ def hybrid_attention(
     return problem.unpack(_attention(problem, packed, (query_map, key_map), valid))
 
 
+def _polynomial(name: str, phi: FeatureMap | None) -> PolynomialMap | None:
+    if phi is None or isinstance(phi, PolynomialMap):
+        return phi
+    raise NotImplementedError(
+        f"implementation 'tpu': {name} is a {type(phi).__name__}; the kernels compute PolynomialMap alone"
+    )
+
+
 def _check(q, k, v, query_map, key_map, interpret) -> None:
     if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
         found = ", ".join(str(x.dtype) for x in (q, k, v))
@@ -72,11 +81,6 @@ def _check(q, k, v, query_map, key_map, interpret) -> None:
         raise NotImplementedError(
             f"implementation 'tpu': q has heads of {q.shape[-1]} channels; the kernels take multiples of 64"
         )
-    for name, phi in (("query_map", query_map), ("key_map", key_map)):
-        if phi is not None and not isinstance(phi, PolynomialMap):
-            raise NotImplementedError(
-                f"implementation 'tpu': {name} is a {type(phi).__name__}; the kernels compute PolynomialMap alone"
-            )
     if query_map is not None and key_map is not None:
         kinds = [(phi.degree, phi.activation) for phi in (query_map, key_map)]
         if kinds[0] != kinds[1]:

@@ -8,14 +8,17 @@ to know of the linear one, the scores' gradient is w (g . v - delta / n), less T
 "max" (half of it each at two equal ones), or less w T for "lse".
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
+from pallas_kernels.feature_map import PolynomialMap
 from pallas_kernels.tpu_forward import (
+    KERNEL_ACTIVATIONS,
     LANES,
     LOG2_E,
     MASKED,
@@ -26,6 +29,7 @@ from pallas_kernels.tpu_forward import (
     map_flops,
     powers,
     row,
+    take,
     whole,
     within,
 )
@@ -62,7 +66,7 @@ def _map_backward(problem: Problem, x_TxD, before, after, dphi_FxT, operands, su
     slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
     d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
     for layer in reversed(range(layers)):
-        _, pullback = jax.vjp(ACTIVATIONS[problem.activation], before[layer])
+        _, pullback = jax.vjp(KERNEL_ACTIVATIONS[problem.activation], before[layer])
         (d,) = pullback(d)
         sums[layers + layer][...] += lane_sums(d)
         sums[layer][...] += problem.dot(d, after[layer - 1], (1, 1)) if layer else problem.dot(d, x_TxD)
@@ -247,7 +251,8 @@ def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_
         return parts[0]
     axis = 1 if problem.packed else 2
     dq, dk, dv = zip(*parts, strict=True)
-    return jnp.concatenate(dq, axis), sum(dk).astype(k.dtype), sum(dv).astype(v.dtype)
+    dk, dv = (functools.reduce(jnp.add, sums).astype(problem.dtype) for sums in (dk, dv))
+    return jnp.concatenate(dq, axis), dk, dv
 
 
 def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, per_query, linear, dq_linear):
@@ -267,12 +272,11 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
 
     def kernel(q_ref, dy_ref, per_query_ref, k_ref, v_ref, *refs):
         refs = iter(refs)
-        take = lambda count, present=True: [next(refs) for _ in range(count)] if present else []
-        valid_refs = take(1, problem.masked)
-        linear_ref, dq_linear_ref = take(2, hybrid) or (None, None)
-        dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum, turned_k = take(7)
-        (unclaimed,) = take(1, at_maximum) or (None,)
-        (valid_column,) = take(1, problem.masked) or (None,)
+        (valid_ref,) = take(refs, 1, problem.masked)
+        linear_ref, dq_linear_ref = take(refs, 2, hybrid)
+        dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum, turned_k = take(refs, 7)
+        (unclaimed,) = take(refs, 1, at_maximum)
+        (valid_column,) = take(refs, 1, problem.masked)
         key_step, query_step = pl.program_id(2), pl.program_id(3)
         last_keys = key_step == key_steps - 1
 
@@ -285,7 +289,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
                 k_SxD = jnp.where(within(key_step * keys, keys, 0, problem.num_keys, 0), k_SxD, 0)
             turned_k[...] = k_SxD.T
             if problem.masked:
-                valid_column[...] = jnp.broadcast_to(valid_refs[0][...], (LANES, keys)).T
+                valid_column[...] = jnp.broadcast_to(valid_ref[...], (LANES, keys)).T
 
         @pl.when(key_step == 0)
         def _():
@@ -309,16 +313,17 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
                 inside = within(start, queries, 0, problem.num_queries, 1)
                 base, delta, linear_Q = (jnp.where(inside, x, 0.0) for x in (base, delta, linear_Q))
                 shift = jnp.where(inside, shift, -MASKED)
-            left = unclaimed[query_step] if at_maximum else None
+            left = unclaimed[query_step] if at_maximum else jnp.ones_like(delta)
             # A product of another shape than the forward's may round another way.
             near_base = base - 1e-5 * jnp.maximum(jnp.abs(base), 1.0)
             dq_DxQ = dq_sum[query_step]
             for start in range(0, count, chunk):
-                piece = pl.ds(start, min(chunk, keys - start))
+                extent = min(chunk, keys - start)
+                piece = pl.ds(start, extent)
                 s = problem.dot(k_ref[piece, :], q_QxD, (1, 1)) * (scale * LOG2_E)
                 v_SxD = v_ref[piece, :]
-                if start + piece.size > count:
-                    inside = within(start, piece.size, 0, count, 0)
+                if start + extent > count:
+                    inside = within(start, extent, 0, count, 0)
                     s, v_SxD = jnp.where(inside, s, MASKED), jnp.where(inside, v_SxD, 0)
                 if problem.masked:
                     lanes = jnp.concatenate([valid_column[piece, :]] * (queries // LANES), axis=1)

@@ -7,6 +7,7 @@ branches never meet in memory. Row maxima and sums stay replicated over lanes, w
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,6 +24,8 @@ LANES = 128
 MASKED = -1e30
 LOG2_E = 1.4426950408889634
 VMEM_LIMIT = 60 * 2**20
+# Mosaic has no expm1, of which jax.nn.elu is made.
+KERNEL_ACTIVATIONS = ACTIVATIONS | {"elu1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +155,18 @@ class Problem:
                     flops=per_call * flops, transcendentals=per_call * exps, bytes_accessed=traffic
                 ),
                 compiler_params=pltpu.CompilerParams(
-                    dimension_semantics=["parallel"] * (2 + parallel) + ["arbitrary"] * (len(grid) - parallel),
+                    dimension_semantics=[pltpu.PARALLEL] * (2 + parallel) + [pltpu.ARBITRARY] * (len(grid) - parallel),
                     vmem_limit_bytes=VMEM_LIMIT,
                 ),
                 **options,
             )(*operands)
 
         return run
+
+
+def take(refs: Iterator[Any], count: int, present: bool = True) -> Any:
+    """A kernel's next `count` references, or as many times None where it has none of the kind."""
+    return [next(refs) if present else None for _ in range(count)]
 
 
 def whole(*shape: int, per_batch: bool = False) -> pl.BlockSpec:
@@ -204,7 +212,7 @@ def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> tuple[list[ja
     for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
         h = problem.dot(kernel[...], after[-1]) if layer else problem.dot(kernel[...], x_TxD, (1, 1))
         before.append(h + bias[...])
-        after.append(ACTIVATIONS[problem.activation](before[-1]))
+        after.append(KERNEL_ACTIVATIONS[problem.activation](before[-1]))
     return before, after
 
 
@@ -213,7 +221,7 @@ def features_rows(problem: Problem, x_TxD: jax.Array, weights) -> jax.Array:
     layers = len(weights) // 2
     h = x_TxD
     for kernel, bias in zip(weights[:layers], weights[layers:], strict=True):
-        h = ACTIVATIONS[problem.activation](problem.dot(h, kernel[...]) + bias[...])
+        h = KERNEL_ACTIVATIONS[problem.activation](problem.dot(h, kernel[...]) + bias[...])
     return powers(h, problem.degree, 1)
 
 
@@ -246,7 +254,7 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
             state_ref[...] = jnp.zeros_like(state_ref)
             z_ref[...] = jnp.zeros_like(z_ref)
 
-        _, psi = hidden_columns(problem, k_ref[...], inputs[: len(weights)])
+        psi = hidden_columns(problem, k_ref[...], inputs[: len(weights)])[1]
         phi_FxT = powers(psi[-1], problem.degree, 0)
         v_TxD = v_ref[...]
         if ragged:
@@ -299,31 +307,31 @@ def attend(
 
     def kernel(*refs):
         refs = iter(refs)
-        take = lambda count, present=True: [next(refs) for _ in range(count)] if present else []
-        (q_ref,) = take(1)
-        k_ref, v_ref = take(2, softmax) or (None, None)
-        valid_refs = take(1, softmax and problem.masked)
-        weight_refs = take(len(weights))
-        state_refs = take(2, linear)
-        (y_ref,) = take(1)
-        stats_refs = take(1, with_stats)
-        max_ref, sum_ref, out_ref = take(3, softmax) or (None, None, None)
+        (q_ref,) = take(refs, 1)
+        k_ref, v_ref = take(refs, 2, softmax)
+        (valid_ref,) = take(refs, 1, softmax and problem.masked)
+        weight_refs = take(refs, len(weights))
+        state_ref, z_ref = take(refs, 2, linear)
+        (y_ref,) = take(refs, 1)
+        (stats_ref,) = take(refs, 1, with_stats)
+        max_ref, sum_ref, out_ref = take(refs, 3, softmax)
         step = pl.program_id(3)
 
         def attend_to(count):
             q_QxD = q_ref[...]
             peak, total, o = max_ref[...], sum_ref[...], out_ref[...]
             for start in range(0, count, chunk):
-                piece = pl.ds(start, min(chunk, keys - start))
+                size = min(chunk, keys - start)
+                piece = pl.ds(start, size)
                 s = problem.dot(q_QxD, k_ref[piece, :], (1, 1)) * scale
                 v_SxD = v_ref[piece, :]
-                if start + piece.size > count:
-                    s = jnp.where(within(start, piece.size, 0, count, 1), s, MASKED)
-                    v_SxD = jnp.where(within(start, piece.size, 0, count, 0), v_SxD, 0)
+                if start + size > count:
+                    s = jnp.where(within(start, size, 0, count, 1), s, MASKED)
+                    v_SxD = jnp.where(within(start, size, 0, count, 0), v_SxD, 0)
                 if problem.masked:
-                    s = jnp.where(valid_refs[0][:, piece] > 0, s, MASKED)
+                    s = jnp.where(valid_ref[:, piece] > 0, s, MASKED)
                 peak_next = jnp.maximum(peak, s.max(axis=1, keepdims=True))
-                p = jnp.exp2(s - jnp.concatenate([peak_next] * (piece.size // LANES), axis=1))
+                p = jnp.exp2(s - jnp.concatenate([peak_next] * (size // LANES), axis=1))
                 decay = jnp.exp2(peak - peak_next)
                 total = decay * total + lane_sums(p)
                 o = decay[:, : problem.width] * o + problem.dot(p, v_SxD)
@@ -351,14 +359,13 @@ def attend(
                 if problem.stabilizer == "lse" and linear:
                     num, den, base = num / den, jnp.ones_like(den), base + jnp.log2(den)
             if linear:
-                state_ref, z_ref = state_refs
                 phi_QxF = features_rows(problem, q_ref[...], weight_refs)
                 num += problem.dot(phi_QxF, state_ref[...])
                 den += (phi_QxF * z_ref[...]).sum(axis=1, keepdims=True)
             y_ref[...] = (num / den).astype(y_ref.dtype)
             if with_stats:
                 first_lane = lax.broadcasted_iota(jnp.int32, base.shape, 1) == 0
-                stats_refs[0][...] = jnp.where(first_lane, base, base + jnp.log2(den)).T[:2]
+                stats_ref[...] = jnp.where(first_lane, base, base + jnp.log2(den)).T[:2]
 
     weights, weight_specs = rows(query_map, problem.dtype) if query_map is not None else ([], [])
     operands, specs = [q], [problem.tokens(queries, lambda i, j: i)]

@@ -24,7 +24,7 @@ DEVICE_KINDS = {
 
 def current_chip() -> str:
     """The default device's name in tuned.json, or what jax calls it."""
-    kind = jax.devices()[0].device_kind
+    kind = str(jax.devices()[0].device_kind)
     return DEVICE_KINDS.get(kind, kind)
 
 

@@ -89,12 +89,13 @@ ENTRY %main (p: f32[64]) -> f32[8] {
   %p = f32[64]{0} parameter(0)
   %start = (bf16[8]{0}, bf16[64]{0}) all-gather-start(bf16[8]{0} %x), dimensions={0}
   %done = bf16[64]{0} all-gather-done((bf16[8]{0}, bf16[64]{0}) %start)
-  ROOT %r = f32[8]{0} reduce-scatter(f32[64]{0} %p), dimensions={0}, to_apply=%add
+  %q = f32[8]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %r = f32[8]{0} reduce-scatter(%p), replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
 }
 """
     assert collectives(text) == {
         "all-gather": {"count": 1, "bytes": 128},
-        "reduce-scatter": {"count": 1, "bytes": 256},
+        "reduce-scatter": {"count": 2, "bytes": 512},
     }
 
 

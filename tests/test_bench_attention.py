@@ -1,0 +1,110 @@
+"""`jsurgery bench attention`: what it reports, and the arithmetic behind estimates and the search for block sizes."""
+
+import functools
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from jsurgery import bench_attention
+from jsurgery.bench_attention import Size, gradients, search, step, whole_layer
+from jsurgery.cli import main
+from pallas_kernels import hybrid_attention
+
+SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_measures_every_rate(tmp_path, capsys):
+    report = tmp_path / "attention.json"
+    assert main(["bench", "attention", "--rates=1,4,linear", "--backward", f"--json={report}", *SIZE]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert list(found["passes"]) == ["forward", "forward + backward"] and found["dtype"] == "float32"
+    for rows in found["passes"].values():
+        assert [row["name"] for row in rows] == ["torch", "softmax", "R4", "linear"]
+        assert all(len(row["seconds"]) == 2 and row["name"] in printed for row in rows)
+        torch_row, softmax, r4, _ = rows
+        assert torch_row["speedup"] == softmax["bound"] == 1 and torch_row["memory_bytes"] is None
+        assert r4["speedup"] == pytest.approx(torch_row["median_s"] / r4["median_s"])
+        assert r4["share_of_bound"] == pytest.approx(r4["speedup"] / r4["bound"])
+        # 4 N^2 D for scores and values; a forward and a backward are three forwards
+        forwards = 3 if rows is found["passes"]["forward + backward"] else 1
+        assert softmax["flops"] == forwards * 4 * 40 * 40 * 32
+        assert softmax["memory_bytes"] > 4 * 4 * 40 * 32
+    assert found["machine"]["name"] in printed
+
+
+def test_torch_and_ours_compute_the_same_work():
+    size = Size(40, 2, 16, "float32", "lse")
+    q, k, v, *maps = bench_attention.arguments(size, 4)
+    assert q.shape == k.shape == v.shape == (1, 40, 2, 16) and maps[0].kernels[0].shape == (2, 16, 32)
+    assert size.num_softmax(4) == 10 and size.num_softmax("linear") == 0
+    assert size.bound(4) < 4  # phi costs
+
+
+def test_estimates_scale_to_all_heads_and_queries():
+    """From one head and two numbers of queries, with cycles that are linear in both."""
+    calls = []
+
+    def estimate(function, q, k, v, *maps):
+        pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
+        assert k.shape == v.shape == (1, 6000, *q.shape[2:])
+        calls.append(q.shape)
+        return {"kernel": 100 * q.shape[2] + 2 * q.shape[1] * q.shape[2], "fusion": q.shape[1] * q.shape[2]}
+
+    attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
+    for head_dim, heads in ((128, 1), (64, 2)):
+        size = Size(6000, 12, head_dim, "bfloat16", "lse")
+        calls.clear()
+        assert whole_layer(estimate, size, 8, step(attend, "forward + backward")) == 12 * (100 + 3 * 6000)
+        assert calls == [(1, rows, heads, head_dim) for rows in (2048, 4096)]
+
+
+def test_gradients_are_those_of_every_input():
+    size = Size(40, 2, 16, "float32", "lse")
+    inputs = bench_attention.arguments(size, 4)
+    found = gradients(functools.partial(hybrid_attention, num_softmax=10), *inputs)
+    assert [leaf.shape for leaf in jax.tree.leaves(found)] == [leaf.shape for leaf in jax.tree.leaves(inputs)]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
+
+
+def test_search_goes_downhill_and_times_the_backward_for_its_own_sizes():
+    asked = []
+
+    def seconds(blocks, passes):
+        asked.append(passes)
+        query, backward = abs(np.log2(blocks["query"] / 512)), abs(np.log2(blocks["backward_key"] / 64))
+        return 1 + (query if passes == "forward" else backward)
+
+    assert search({"query": 128, "backward_key": 256}, seconds) == {"query": 512, "backward_key": 64}
+    assert set(asked) == {"forward", "forward + backward"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--rates=1,0"], ["--rates", "positive", "'0'"]),
+        (["--rates=half"], ["--rates", "'half'"]),
+        (["--tokens=none"], ["--tokens", "positive"]),
+        (["--implementation=stock", "--stabilizer=max", "--rates=4", *SIZE], ["--implementation", "row maximum"]),
+        (["--implementation=cuda"], ["--implementation", "'cuda'"]),
+        (["--estimate=v9"], ["--estimate", "v6e", "'v9'"]),
+        (["--tune"], ["--tune", "TPU or GPU", "cpu"]),
+        (["--tune", "--estimate=v6e"], ["not allowed with"]),
+        (["--json=/no/such/folder/x.json"], ["/no/such/folder"]),
+    ],
+)
+def test_refusals(arguments, parts, capsys):
+    assert main(["bench", "attention", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("bench:")]
+    assert all(part in line for part in parts), line
