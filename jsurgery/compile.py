@@ -6,7 +6,6 @@ Everything here is the compiler's word, not a measurement.
 import dataclasses
 import functools
 import math
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -33,16 +32,12 @@ from jsurgery.surgery import distill, finetune
 from jsurgery.surgery.plan import hybrid_config, named_budget, workload
 from jsurgery.wan.pipeline import latent_grid, sampling_step
 from jsurgery.wan.transformer import WanConfig, WanTransformer
+from pallas_kernels import estimate
 
 STAGES = ("distill", "finetune", "sample")
 GIB = 2**30
-# By the name in a topology: bytes of a chip's memory, its bfloat16 FLOP/s and what libtpu calls a host of it.
-CHIPS = {
-    "v4": (32 * GIB, 275e12, "v4-8"),
-    "v5e": (16 * GIB, 197e12, "v5litepod-4"),
-    "v5p": (95 * GIB, 459e12, "v5p-8"),
-    "v6e": (32 * GIB, 918e12, "v6e-4"),
-}
+# Bytes of a chip's memory and its bfloat16 FLOP/s, as published.
+CHIPS = {"v4": (32 * GIB, 275e12), "v5e": (16 * GIB, 197e12), "v5p": (95 * GIB, 459e12), "v6e": (32 * GIB, 918e12)}
 
 
 def compile_stage(
@@ -68,7 +63,7 @@ def compile_stage(
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
-    capacity, peak_flops, _ = CHIPS[chip]
+    capacity, peak_flops = CHIPS[chip]
     flops = step_flops(config, network, stage) / len(devices)
     moved = collectives(compiled.as_text())
     found = {
@@ -94,19 +89,10 @@ def describe(topology: str, slices: int) -> tuple[str, Sequence[Any]]:
     chip = topology.partition(":")[0]
     if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
         raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE=CHIPS[chip][2],
-        TPU_MIN_LOG_LEVEL="3",
-    )
-    from jax.experimental import topologies
-
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
     try:
         options = single | ({"num_slices": slices} if slices > 1 else {})
-        return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        return chip, estimate.topology(topology, **options)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None

@@ -1,6 +1,6 @@
 """Hybrid softmax-linear attention for JAX."""
 
-from pallas_kernels.api import hybrid_attention
+from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state
 from pallas_kernels.feature_map import (
     ACTIVATIONS,
     EluMap,
@@ -22,10 +22,12 @@ __all__ = [
     "FeatureMap",
     "HedgehogMap",
     "PolynomialMap",
+    "attend_with_state",
     "hybrid_attention",
     "init_elu_map",
     "init_hedgehog_map",
     "init_polynomial_map",
+    "linear_state",
     "sharded_cross_attention",
     "sharded_self_attention",
     "softmax_share",

@@ -62,14 +62,39 @@ def hybrid_attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {implementation!r}")
     platform, whole = _place()
-    *preferred, last = _candidates(platform, whole, q.dtype) if implementation is None else (implementation,)
-    arguments, options = (q, k, v, query_map, key_map), {"num_softmax": num_softmax, "key_valid": key_valid}
-    for name in preferred:
-        try:
-            return _run(name, platform, *arguments, **options, stabilizer=stabilizer)
-        except NotImplementedError:
-            continue
-    return _run(last, platform, *arguments, **options, stabilizer=stabilizer)
+    names = _candidates(platform, whole, q.dtype) if implementation is None else (implementation,)
+    options = {"num_softmax": num_softmax, "key_valid": key_valid, "stabilizer": stabilizer}
+    return _first(names, "hybrid_attention", q, k, v, query_map, key_map, **options)
+
+
+def linear_state(
+    k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What the linear branch keeps of keys and values [B, L, H, D]: S [B, H, F, D] and z [B, H, F], float32.
+
+    States of disjoint sets of keys add up. F is the number of phi_k's features.
+    """
+    return _first(_with_state(), "linear_state", k, v, key_map, key_valid=key_valid)
+
+
+def attend_with_state(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap,
+    state: tuple[jax.Array, jax.Array],
+    *,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+) -> jax.Array:
+    """`hybrid_attention` of softmax keys and values [B, S, H, D], with the `linear_state` of all linear ones."""
+    options = {"key_valid": key_valid, "stabilizer": stabilizer}
+    return _first(_with_state(), "attend_with_state", q, k, v, query_map, state, **options)
+
+
+def _with_state() -> tuple[str, ...]:
+    platform, whole = _place()
+    return ("tpu", "xla") if platform == "tpu" and whole else ("xla",)
 
 
 def _place() -> tuple[str, bool]:
@@ -90,11 +115,15 @@ def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
 
 
-def _run(name: str, platform: str, *arguments: Any, **options: Any) -> jax.Array:
-    module = importlib.import_module(f"pallas_kernels.{name}")
-    if name == "stock":
-        options["platform"] = platform
-    return module.hybrid_attention(*arguments, **options)
+def _first(names: tuple[str, ...], function: str, *arguments: Any, **options: Any) -> Any:
+    """What the first implementation that takes the arguments returns; the last one's objection is everybody's."""
+    for name in names:
+        more = {"platform": _place()[0]} if name == "stock" else {}
+        try:
+            return getattr(importlib.import_module(f"pallas_kernels.{name}"), function)(*arguments, **options, **more)
+        except NotImplementedError:
+            if name == names[-1]:
+                raise
 
 
 def _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer):

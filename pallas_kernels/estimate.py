@@ -5,32 +5,42 @@ models the traffic with HBM, so of a kernel bound by bandwidth the figure is too
 ask about one head and a few blocks, and scale.
 """
 
+import concurrent.futures
+import multiprocessing
 import os
 import pathlib
-import pickle
 import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-# One chip of each kind: the accelerator type that libtpu is told, and the smallest slice of the topology.
-CHIPS = {
-    "v4": ("v4-8", "v4:2x2x1"),
-    "v5e": ("v5litepod-4", "v5e:2x2"),
-    "v5p": ("v5p-8", "v5p:2x2x1"),
-    "v6e": ("v6e-4", "v6e:2x2"),
-}
+# The smallest slice of each chip's topology, and the accelerator type that libtpu is told.
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
+
+
+def topology(name: str, **options: Any) -> Sequence[Any]:
+    """Devices to compile for, of a topology like "v5e:4x4", on a machine that has none of them.
+
+    libtpu must be installed, and loads once per process; JAX_PLATFORMS=cpu keeps a process off other accelerators.
+    `options` are those of `jax.experimental.topologies.get_topology_desc`.
+    """
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=ACCELERATORS[name.partition(":")[0]],
+        TPU_MIN_LOG_LEVEL="3",
+    )
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
     """`function` compiled for one TPU chip on a machine that has none: what `jax.jit(...).lower().compile()` returns.
-
-    libtpu must be installed, and loads once per process: call this in a process of its own, which JAX_PLATFORMS=cpu
-    keeps off other accelerators.
 
     Args:
         chip: a key of `CHIPS`.
@@ -40,56 +50,50 @@ def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
     Raises:
         ValueError: an unknown chip.
     """
-    if chip not in CHIPS:
-        raise ValueError(f"chip must be one of {', '.join(CHIPS)}, found {chip!r}")
-    from jax.experimental import topologies
-
-    accelerator, slice_name = CHIPS[chip]
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE=accelerator,
-        TPU_MIN_LOG_LEVEL="3",
-    )
-    device = topologies.get_topology_desc(platform="tpu", topology_name=slice_name).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    _check(chip)
+    sharding = jax.sharding.SingleDeviceSharding(topology(CHIPS[chip])[0])
     return jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower().compile()
 
 
 def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> dict[str, int]:
     """Estimated cycles of every operation of a compiled program, by its name in the HLO; a process of its own does it.
 
-    A kernel's name contains the one that its `pallas_call` was given: "hybrid_attend.1", "jvp_hybrid_attend_.1".
+    A kernel's name is the one its `pallas_call` was given, with a suffix where the program has several.
 
     Args:
         chip: a key of `CHIPS`.
-        function: what `pickle` can carry: a module's function, or a `functools.partial` of one. The figures of a
-            `while` loop's body count once.
+        function: a module's function, or a `functools.partial` of one, which another process can import. The figures of
+            a `while` loop's body count once.
         shapes: pytrees of `jax.ShapeDtypeStruct`.
 
     Raises:
         ValueError: an unknown chip.
-        RuntimeError: the compiler failed; its last words.
+        RuntimeError: the compiler failed.
     """
+    _check(chip)
+    with tempfile.TemporaryDirectory() as folder:
+        # libtpu reads its arguments when it loads, so the process is a new one.
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=_dump_profiles, initargs=(folder,)
+        ) as process:
+            try:
+                process.submit(_compile, chip, function, shapes).result()
+            except (concurrent.futures.BrokenExecutor, jax.errors.JaxRuntimeError) as error:
+                raise RuntimeError(f"the compiler for {chip} failed: {str(error).splitlines()[0]}") from None
+        return _read_profiles(pathlib.Path(folder))
+
+
+def _check(chip: str) -> None:
     if chip not in CHIPS:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, found {chip!r}")
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        run = subprocess.run(
-            [sys.executable, "-m", "pallas_kernels.estimate"],
-            input=pickle.dumps((chip, function, shapes)),
-            env=environment,
-            capture_output=True,
-        )
-        if run.returncode:
-            last_words = run.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-            raise RuntimeError(f"the compiler for {chip} failed with status {run.returncode}: {last_words[0]}")
-        return _read_profiles(pathlib.Path(folder))
+
+
+def _dump_profiles(folder: str) -> None:
+    os.environ |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
+
+
+def _compile(chip: str, function: Callable, shapes: Sequence[Any]) -> None:
+    compile_ahead(chip, function, *shapes)
 
 
 def _read_profiles(folder: pathlib.Path) -> dict[str, int]:
@@ -101,7 +105,3 @@ def _read_profiles(folder: pathlib.Path) -> dict[str, int]:
         ):
             cycles[name[1].lstrip("%")] = int(found[1])
     return cycles
-
-
-if __name__ == "__main__":
-    compile_ahead(*(lambda chip, function, shapes: (chip, function, *shapes))(*pickle.load(sys.stdin.buffer)))

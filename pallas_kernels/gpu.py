@@ -138,7 +138,7 @@ def _attend_backward(options, residuals, dy):
     _, read_pullback = jax.vjp(xla.read_out, q.swapaxes(1, 2), query_map, *sums)
     dq_BxHxNxD, d_query_map, *d_sums = read_pullback((do.swapaxes(1, 2), dn))
     k_L, v_L, valid_L = _suffix(options, k, v, valid)
-    _, state_pullback = jax.vjp(lambda *args: xla.linear_state(*args, valid_L), k_L, v_L, key_map)
+    _, state_pullback = jax.vjp(lambda *args: xla.state_of_heads(*args, valid_L), k_L, v_L, key_map)
     *d_suffix, d_key_map = state_pullback(tuple(d_sums))
     dq_L, dk_L, dv_L = (x.swapaxes(1, 2) for x in (dq_BxHxNxD, *d_suffix))
     if num_softmax == 0:
@@ -259,7 +259,7 @@ def _state(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[jax.A
     last = key_map.kernels[-1][0].size
     if (hidden + last) // degree * k.dtype.itemsize > STATE_WEIGHTS:
         k_L, v_L, valid_L = _suffix(options, k, v, valid)
-        return xla.linear_state(k_L, v_L, key_map, valid_L)
+        return xla.state_of_heads(k_L, v_L, key_map, valid_L)
 
     chunks = pl.cdiv(length, STATE_CHUNK)
     parts = (

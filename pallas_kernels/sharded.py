@@ -13,8 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import xla
-from pallas_kernels.api import hybrid_attention
+from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state
 from pallas_kernels.feature_map import FeatureMap
 
 EXCHANGES = ("gather", "all_to_all")
@@ -83,8 +82,8 @@ def _by_gathering(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stab
     if key_map is None:
         return hybrid_attention(q, k_S, v_S, None, None, num_softmax=k_S.shape[1], key_valid=valid_S)
     k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, num_softmax:], (k, v, valid))
-    state = lax.psum(xla.state_of(k_L, v_L, key_map, key_valid=valid_L), axis)
-    return xla.attend_with_state(q, k_S, v_S, query_map, state, key_valid=valid_S, stabilizer=stabilizer)
+    state = lax.psum(linear_state(k_L, v_L, key_map, key_valid=valid_L), axis)
+    return attend_with_state(q, k_S, v_S, query_map, state, key_valid=valid_S, stabilizer=stabilizer)
 
 
 def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):

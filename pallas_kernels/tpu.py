@@ -1,5 +1,6 @@
 """Hybrid attention on TPU: Pallas kernels compiled by Mosaic, and their gradient."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -37,13 +38,55 @@ def hybrid_attention(
     """
     query_map, key_map = _polynomial("query_map", query_map), _polynomial("key_map", key_map)
     _check(q, k, v, query_map, key_map, interpret)
+    if num_softmax == k.shape[1]:
+        query_map = key_map = None
+    problem = _problem(q, k, query_map, num_softmax, key_valid, stabilizer, block_sizes, interpret)
+    packed = tuple(problem.pack(x) for x in (q, k, v))
+    return problem.unpack(_attention(problem, packed, (query_map, key_map), _row(key_valid)))
+
+
+def linear_state(
+    k: jax.Array,
+    v: jax.Array,
+    key_map: FeatureMap,
+    *,
+    key_valid: jax.Array | None = None,
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The linear branch's S [B, H, F, D] and z [B, H, F] in float32; see `pallas_kernels.linear_state`."""
+    polynomial = _polynomial("key_map", key_map)
+    _check(k, k, v, polynomial, polynomial, interpret)
+    problem = _problem(k, k, polynomial, 0, key_valid, "lse", block_sizes, interpret)
+    return _state(problem, tuple(problem.pack(x) for x in (k, v)), polynomial, _row(key_valid))
+
+
+def attend_with_state(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap,
+    state: tuple[jax.Array, jax.Array],
+    *,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Eq. 5 of softmax keys and the state of the others; see `pallas_kernels.attend_with_state`."""
+    polynomial = _polynomial("query_map", query_map)
+    _check(q, k, v, polynomial, polynomial, interpret)
+    problem = _problem(q, k, polynomial, k.shape[1], key_valid, stabilizer, block_sizes, interpret)
+    packed = tuple(problem.pack(x) for x in (q, k, v))
+    return problem.unpack(_read(problem, packed, polynomial, state, _row(key_valid)))
+
+
+def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpret) -> Problem:
     batch, num_queries, heads, width = q.shape
     num_keys = k.shape[1]
-    if num_softmax == num_keys:
-        query_map = key_map = None
     if block_sizes is None:
         block_sizes = BlockSizes(**tuning.lookup(tuning.current_chip(), num_keys, num_softmax))
-    problem = Problem(
+    return Problem(
         batch=batch,
         num_queries=num_queries,
         num_keys=num_keys,
@@ -53,14 +96,16 @@ def hybrid_attention(
         dtype=q.dtype,
         stabilizer=stabilizer,
         masked=key_valid is not None,
-        degree=query_map.degree if query_map else 1,
-        activation=query_map.activation if query_map else "relu",
+        degree=phi.degree if phi else 1,
+        activation=phi.activation if phi else "relu",
         blocks=block_sizes.fit(num_queries, num_keys, num_softmax),
         interpret=interpret,
     )
-    valid = None if key_valid is None else key_valid[:, None].astype(jnp.float32)
-    packed = tuple(problem.pack(x) for x in (q, k, v))
-    return problem.unpack(_attention(problem, packed, (query_map, key_map), valid))
+
+
+def _row(key_valid: jax.Array | None) -> jax.Array | None:
+    """[B, 1, M]."""
+    return None if key_valid is None else key_valid[:, None].astype(jnp.float32)
 
 
 def _polynomial(name: str, phi: FeatureMap | None) -> PolynomialMap | None:
@@ -96,13 +141,16 @@ def _attention(problem: Problem, arrays: tuple, maps: tuple, valid: jax.Array | 
     return _forward(problem, arrays, maps, valid, with_stats=False)[0]
 
 
+def _scaled(state, z, log_scale_H):
+    scale_H = jnp.exp(log_scale_H)
+    return state * scale_H[None, :, None, None], z * scale_H[None, :, None]
+
+
 def _forward(problem, arrays, maps, valid, *, with_stats):
     (q, k, v), (query_map, key_map) = arrays, maps
     state = z = None
     if query_map is not None:
-        state, z = summarize(problem, key_map, k, v, valid)
-        scale_H = jnp.exp(query_map.log_scale + key_map.log_scale)
-        state, z = state * scale_H[None, :, None, None], z * scale_H[None, :, None]
+        state, z = _scaled(*summarize(problem, key_map, k, v, valid), query_map.log_scale + key_map.log_scale)
     y, stats = attend(problem, query_map, q, k, v, valid, state, z, with_stats=with_stats)
     return y, (stats, state, z)
 
@@ -112,20 +160,23 @@ def _attention_forward(problem, arrays, maps, valid):
     return y, (arrays, maps, valid, y, stats, state, z)
 
 
-def _attention_backward(problem, residuals, dy):
-    (q, k, v), (query_map, key_map), valid, y, stats, state, z = residuals
+def _per_query(problem: Problem, y: jax.Array, dy: jax.Array, stats: jax.Array) -> jax.Array:
+    """What the backward kernels know of a query, [B, H, 3, N]: stats, and delta = dy . y."""
     delta = (dy.astype(jnp.float32) * y).reshape(*dy.shape[:-1], -1, problem.width).sum(axis=-1)
     delta_BxHxN = delta.swapaxes(1, 2) if problem.packed else delta[..., 0]
-    per_query = jnp.concatenate([stats, delta_BxHxN[:, :, None]], axis=2)
+    return jnp.concatenate([stats, delta_BxHxN[:, :, None]], axis=2)
 
+
+def _attention_backward(problem, residuals, dy):
+    (q, k, v), (query_map, key_map), valid, y, stats, state, z = residuals
+    per_query = _per_query(problem, y, dy, stats)
     if query_map is None:
         d_arrays = attend_backward(problem, q, k, v, valid, dy, per_query, None, None)
         return d_arrays, (None, None), None
 
     dq, linear, dstate, dz, d_query = read_out_backward(problem, query_map, q, dy, per_query, state, z)
     dlog_scale_H = -linear.sum(axis=(0, 2, 3))
-    scale_H = jnp.exp(query_map.log_scale + key_map.log_scale)
-    dstate, dz = dstate * scale_H[None, :, None, None], dz * scale_H[None, :, None]
+    dstate, dz = _scaled(dstate, dz, query_map.log_scale + key_map.log_scale)
     dk, dv, d_key = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
     if problem.num_softmax:
         dq, dk_S, dv_S = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
@@ -142,3 +193,52 @@ def _attention_backward(problem, residuals, dy):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _state(problem: Problem, arrays: tuple, key_map: PolynomialMap, valid: jax.Array | None) -> tuple:
+    """S and z of (k, v), packed, of which every key is linear."""
+    return _state_forward(problem, arrays, key_map, valid)[0]
+
+
+def _state_forward(problem, arrays, key_map, valid):
+    state = _scaled(*summarize(problem, key_map, *arrays, valid), key_map.log_scale)
+    return state, (arrays, key_map, valid, state)
+
+
+def _state_backward(problem, residuals, cotangents):
+    arrays, key_map, valid, state = residuals
+    dstate, dz = cotangents
+    dlog_scale_H = (dstate * state[0]).sum(axis=(0, 2, 3)) + (dz * state[1]).sum(axis=(0, 2))
+    dstate, dz = _scaled(dstate, dz, key_map.log_scale)
+    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, *arrays, valid, dstate, dz)
+    return (dk, dv), dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=dlog_scale_H), None
+
+
+_state.defvjp(_state_forward, _state_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(problem: Problem, arrays: tuple, query_map: PolynomialMap, state: tuple, valid: jax.Array | None):
+    """y of (q, k, v), packed, of which every key keeps softmax, and of S and z."""
+    return attend(problem, query_map, *arrays, valid, *_scaled(*state, query_map.log_scale), with_stats=False)[0]
+
+
+def _read_forward(problem, arrays, query_map, state, valid):
+    scaled = _scaled(*state, query_map.log_scale)
+    y, stats = attend(problem, query_map, *arrays, valid, *scaled, with_stats=True)
+    return y, (arrays, query_map, scaled, valid, y, stats)
+
+
+def _read_backward(problem, residuals, dy):
+    (q, k, v), query_map, scaled, valid, y, stats = residuals
+    per_query = _per_query(problem, y, dy, stats)
+    dq, linear, dstate, dz, (kernels, biases) = read_out_backward(problem, query_map, q, dy, per_query, *scaled)
+    dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
+    if problem.num_softmax:
+        dq, dk, dv = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
+    d_map = dataclasses.replace(query_map, kernels=kernels, biases=biases, log_scale=-linear.sum(axis=(0, 2, 3)))
+    return (dq, dk, dv), d_map, _scaled(dstate, dz, query_map.log_scale), None
+
+
+_read.defvjp(_read_forward, _read_backward)

@@ -34,16 +34,16 @@ def hybrid_attention(
     q_BxHxNxD, *arrays = _heads_second(q, k, v, key_valid)
     k_S, v_S, valid_S = jax.tree.map(lambda x: x[:, :, :num_softmax], arrays)
     k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, :, num_softmax:], arrays)
-    state = None if num_softmax == k.shape[1] else linear_state(k_L, v_L, key_map, valid_L)
+    state = None if num_softmax == k.shape[1] else state_of_heads(k_L, v_L, key_map, valid_L)
     return _attend(q_BxHxNxD, k_S, v_S, valid_S, query_map, state, stabilizer).swapaxes(1, 2).astype(v.dtype)
 
 
-def state_of(
+def linear_state(
     k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The linear branch's S [B, H, F, D] and z [B, H, F] of keys and values [B, L, H, D]."""
     _, k_BxHxLxD, v_BxHxLxD, valid_BxHxL = _heads_second(k, k, v, key_valid)
-    return linear_state(k_BxHxLxD, v_BxHxLxD, key_map, valid_BxHxL)
+    return state_of_heads(k_BxHxLxD, v_BxHxLxD, key_map, valid_BxHxL)
 
 
 def attend_with_state(
@@ -185,7 +185,7 @@ def _over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_pe
 
 
 @jax.custom_vjp
-def linear_state(
+def state_of_heads(
     k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F] in float32; k, v [B, H, L, D], valid [B, H, L]."""
@@ -195,7 +195,7 @@ def linear_state(
 
 
 def _state_forward(k, v, key_map, valid):
-    return linear_state(k, v, key_map, valid), (k, v, key_map, valid)
+    return state_of_heads(k, v, key_map, valid), (k, v, key_map, valid)
 
 
 def _state_backward(residuals, cotangents):
@@ -206,7 +206,7 @@ def _state_backward(residuals, cotangents):
     return dk, dv, d_map, None
 
 
-linear_state.defvjp(_state_forward, _state_backward)
+state_of_heads.defvjp(_state_forward, _state_backward)
 
 
 def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
@@ -240,7 +240,7 @@ def _state_head_backward(k_LxBxD, v_LxBxD, valid_LxB, key_map, d_state_BxFxD, d_
 
 @jax.custom_vjp
 def read_out(q: jax.Array, query_map: FeatureMap, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """phi_q S [B, H, N, D] and phi_q z [B, H, N] in float32, of q [B, H, N, D] and `linear_state`'s S and z."""
+    """phi_q S [B, H, N, D] and phi_q z [B, H, N] in float32, of q [B, H, N, D] and `state_of_heads`'s S and z."""
     o_HxNxBxD, n_HxNxB = _over(1, _read_head, _tokens_first(q), query_map, *_swap((state, z)))
     return _tokens_third((o_HxNxBxD, n_HxNxB))
 

@@ -6,7 +6,11 @@ import json
 import pytest
 
 from jsurgery.cli import main
+from jsurgery.compile import describe, lowered
+from jsurgery.config import load_config
 from jsurgery.hlo import collectives
+from jsurgery.runtime.mesh import make_mesh
+from jsurgery.wan.transformer import WanConfig
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the `test` extra")
 
@@ -17,6 +21,8 @@ from functools import partial
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 from jsurgery.hlo import collectives
+from jsurgery.runtime.mesh import make_mesh
+from jsurgery.wan.transformer import WanConfig
 from pallas_kernels import init_polynomial_map, sharded_self_attention
 
 mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
@@ -130,3 +136,23 @@ def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
     memory = found["memory_bytes"]
     assert 0 < memory["argument"] < memory["peak"] < found["capacity_bytes"] == 16 * 2**30
     assert found["collectives"]["all-gather"]["bytes"] > 0 and "static estimate" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_a_sharded_step_runs_the_kernels():
+    """Half of the blocks at rate 2, the others at softmax, tokens over four chips: nothing falls back."""
+    overrides = {
+        "mesh.data": "4", "mesh.context": "4", "model.dtype": "bfloat16", "model.remat": "blocks",
+        "finetune.batch": "4", "hybrid.stabilizer": "max", "plan.budget": "1R2",
+    }  # fmt: skip
+    config = load_config("tiny", overrides)
+    network = WanConfig(
+        num_attention_heads=2, attention_head_dim=128, in_channels=8, out_channels=8, text_dim=64, ffn_dim=256,
+        num_layers=2,
+    )  # fmt: skip
+    _, devices = describe("v5e:4x4", 1)
+    text = lowered(config, network, "finetune", make_mesh(config.mesh, devices)).compile().as_text()
+    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    for kernel in ("attend", "state", "attend_backward", "read_out_backward", "state_backward"):
+        assert any(f"hybrid_{kernel}" in line for line in calls), kernel
+    assert {"all-gather", "all-reduce"} <= collectives(text).keys()

@@ -140,6 +140,32 @@ def test_values_and_gradients(num_tokens, num_softmax, stabilizer, options):
     assert gradient_error < 1e-5, by_name
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_softmax", "stabilizer", "masked"),
+    [(300, 38, "max", True), (130, 33, "lse", False), (130, 0, "lse", False)],
+)
+def test_states_of_disjoint_keys_add_up(num_tokens, num_softmax, stabilizer, masked):
+    """The linear keys in two parts, and the softmax keys by themselves."""
+    arguments, dy = problem(num_tokens, num_softmax, width=64)
+    valid = some_valid(num_tokens) if masked else None
+    common = {"block_sizes": BLOCKS, "interpret": True}
+
+    @jax.jit
+    def in_parts(arguments):
+        q, k, v, query_map, key_map = arguments
+        cuts = slice(num_softmax), slice(num_softmax, num_tokens - 41), slice(num_tokens - 41, num_tokens)
+        (k_S, v_S, valid_S), *linear = (jax.tree.map(lambda x, cut=cut: x[:, cut], (k, v, valid)) for cut in cuts)
+        states = [tpu.linear_state(k, v, key_map, key_valid=valid, **common) for k, v, valid in linear]
+        state = jax.tree.map(jnp.add, *states)
+        options = {"key_valid": valid_S, "stabilizer": stabilizer, **common}
+        return tpu.attend_with_state(q, k_S, v_S, query_map, state, **options)
+
+    expected = equation_5(arguments, dy, num_softmax, valid, stabilizer)
+    y_error, gradient_error, by_name = errors(value_and_gradients(in_parts, arguments, dy), expected)
+    assert y_error < 1e-5
+    assert gradient_error < 1e-5, by_name
+
+
 def test_bfloat16():
     arguments, dy = problem(300, 75, dtype=jnp.bfloat16)
     y, gradients = kernels(arguments, dy, 75)
