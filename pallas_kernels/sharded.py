@@ -100,7 +100,7 @@ def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabiliz
         valid = softmax_first(lax.all_gather(valid, axis, tiled=True)[None])[0]
     first = lax.axis_index(axis) * q.shape[2]
     own = lambda leaf: lax.dynamic_slice_in_dim(leaf, first, q.shape[2])
-    maps = jax.tree.map(own, (query_map, key_map))
+    query_map, key_map = jax.tree.map(own, (query_map, key_map))
     options = {"num_softmax": pieces * num_softmax, "stabilizer": stabilizer}
-    y = _whole(q, softmax_first(k), softmax_first(v), *maps, valid, **options)
+    y = _whole(q, softmax_first(k), softmax_first(v), query_map, key_map, valid, **options)
     return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)

@@ -50,7 +50,7 @@ def hybrid_attention(
     k_L, v_L = k[:, num_softmax:].swapaxes(1, 2), v[:, num_softmax:].swapaxes(1, 2)
     if num_softmax == 0:
         return xla.hybrid_attention(q, k, v, query_map, key_map, num_softmax=0, key_valid=key_valid)
-    o_BxHxNxD, n_BxHxN = xla.read_out(q.swapaxes(1, 2), query_map, *xla.linear_state(k_L, v_L, key_map, None))
+    o_BxHxNxD, n_BxHxN = xla.read_out(q.swapaxes(1, 2), query_map, *xla.state_of_heads(k_L, v_L, key_map, None))
     y_S_BxNxHxD = _softmax(q, *prefix, platform).astype(jnp.float32)
     y_BxNxHxD = (y_S_BxNxHxD + o_BxHxNxD.swapaxes(1, 2)) / (1 + n_BxHxN.swapaxes(1, 2)[..., None])
     return y_BxNxHxD.astype(v.dtype)

@@ -141,8 +141,8 @@ def _attention(problem: Problem, arrays: tuple, maps: tuple, valid: jax.Array | 
     return _forward(problem, arrays, maps, valid, with_stats=False)[0]
 
 
-def _scaled(state, z, log_scale_H):
-    scale_H = jnp.exp(log_scale_H)
+def _scaled(state_and_z: tuple[jax.Array, jax.Array], log_scale_H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (state, z), scale_H = state_and_z, jnp.exp(log_scale_H)
     return state * scale_H[None, :, None, None], z * scale_H[None, :, None]
 
 
@@ -150,7 +150,7 @@ def _forward(problem, arrays, maps, valid, *, with_stats):
     (q, k, v), (query_map, key_map) = arrays, maps
     state = z = None
     if query_map is not None:
-        state, z = _scaled(*summarize(problem, key_map, k, v, valid), query_map.log_scale + key_map.log_scale)
+        state, z = _scaled(summarize(problem, key_map, k, v, valid), query_map.log_scale + key_map.log_scale)
     y, stats = attend(problem, query_map, q, k, v, valid, state, z, with_stats=with_stats)
     return y, (stats, state, z)
 
@@ -176,7 +176,7 @@ def _attention_backward(problem, residuals, dy):
 
     dq, linear, dstate, dz, d_query = read_out_backward(problem, query_map, q, dy, per_query, state, z)
     dlog_scale_H = -linear.sum(axis=(0, 2, 3))
-    dstate, dz = _scaled(dstate, dz, query_map.log_scale + key_map.log_scale)
+    dstate, dz = _scaled((dstate, dz), query_map.log_scale + key_map.log_scale)
     dk, dv, d_key = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
     if problem.num_softmax:
         dq, dk_S, dv_S = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
@@ -202,16 +202,17 @@ def _state(problem: Problem, arrays: tuple, key_map: PolynomialMap, valid: jax.A
 
 
 def _state_forward(problem, arrays, key_map, valid):
-    state = _scaled(*summarize(problem, key_map, *arrays, valid), key_map.log_scale)
+    k, v = arrays
+    state = _scaled(summarize(problem, key_map, k, v, valid), key_map.log_scale)
     return state, (arrays, key_map, valid, state)
 
 
 def _state_backward(problem, residuals, cotangents):
-    arrays, key_map, valid, state = residuals
+    (k, v), key_map, valid, (state, z) = residuals
     dstate, dz = cotangents
-    dlog_scale_H = (dstate * state[0]).sum(axis=(0, 2, 3)) + (dz * state[1]).sum(axis=(0, 2))
-    dstate, dz = _scaled(dstate, dz, key_map.log_scale)
-    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, *arrays, valid, dstate, dz)
+    dlog_scale_H = (dstate * state).sum(axis=(0, 2, 3)) + (dz * z).sum(axis=(0, 2))
+    dstate, dz = _scaled((dstate, dz), key_map.log_scale)
+    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
     return (dk, dv), dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=dlog_scale_H), None
 
 
@@ -221,24 +222,25 @@ _state.defvjp(_state_forward, _state_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(problem: Problem, arrays: tuple, query_map: PolynomialMap, state: tuple, valid: jax.Array | None):
     """y of (q, k, v), packed, of which every key keeps softmax, and of S and z."""
-    return attend(problem, query_map, *arrays, valid, *_scaled(*state, query_map.log_scale), with_stats=False)[0]
+    (q, k, v), (S, z) = arrays, _scaled(state, query_map.log_scale)
+    return attend(problem, query_map, q, k, v, valid, S, z, with_stats=False)[0]
 
 
 def _read_forward(problem, arrays, query_map, state, valid):
-    scaled = _scaled(*state, query_map.log_scale)
-    y, stats = attend(problem, query_map, *arrays, valid, *scaled, with_stats=True)
-    return y, (arrays, query_map, scaled, valid, y, stats)
+    (q, k, v), (S, z) = arrays, _scaled(state, query_map.log_scale)
+    y, stats = attend(problem, query_map, q, k, v, valid, S, z, with_stats=True)
+    return y, (arrays, query_map, S, z, valid, y, stats)
 
 
 def _read_backward(problem, residuals, dy):
-    (q, k, v), query_map, scaled, valid, y, stats = residuals
+    (q, k, v), query_map, S, z, valid, y, stats = residuals
     per_query = _per_query(problem, y, dy, stats)
-    dq, linear, dstate, dz, (kernels, biases) = read_out_backward(problem, query_map, q, dy, per_query, *scaled)
+    dq, linear, dstate, dz, (kernels, biases) = read_out_backward(problem, query_map, q, dy, per_query, S, z)
     dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
     if problem.num_softmax:
         dq, dk, dv = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
     d_map = dataclasses.replace(query_map, kernels=kernels, biases=biases, log_scale=-linear.sum(axis=(0, 2, 3)))
-    return (dq, dk, dv), d_map, _scaled(dstate, dz, query_map.log_scale), None
+    return (dq, dk, dv), d_map, _scaled((dstate, dz), query_map.log_scale), None
 
 
 _read.defvjp(_read_forward, _read_backward)

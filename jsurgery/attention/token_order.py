@@ -127,6 +127,5 @@ class TokenOrder:
             return 0
         if rate != 1 and rate not in self._chain:
             raise InputError(f"rate: expected one of {list(self.rates)}, found {rate!r}")
-        lower = sum(smaller < rate for smaller in self._chain)
-        kept = self._zones if rate == 1 else self._zones[: len(self._chain) - lower]
+        kept = self._zones if rate == 1 else self._zones[: len(self._chain) - self._chain.index(int(rate))]
         return sum(map(self._per_shard, kept))

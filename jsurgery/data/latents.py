@@ -48,7 +48,7 @@ def encode_sprites(
 class Rows:
     """The examples at `rows` of every batch of an endless dataset, one after the other; a source for grain."""
 
-    def __init__(self, examples: Sequence[Any], batch: int, rows: Sequence[int]):
+    def __init__(self, examples: Any, batch: int, rows: Sequence[int]):
         self.examples, self.batch, self.rows = examples, batch, rows
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Rows:
 
     def __getitem__(self, index) -> Any:
         number, row = divmod(index, len(self.rows))
-        return self.examples[number * self.batch + int(self.rows[row])]
+        return self.examples[number * self.batch + self.rows[row]]
 
 
 def batches(

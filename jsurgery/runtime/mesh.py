@@ -82,14 +82,14 @@ def check_batch(mesh: Mesh, batch: int) -> None:
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
 
 
-def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """Which of a batch's examples this process's devices hold: int [b], ascending."""
+def local_rows(mesh: Mesh, batch: int) -> Sequence[int]:
+    """Which of a batch's examples this process's devices hold, ascending."""
     check_batch(mesh, batch)
-    slices = (index[0] for index in sharding(mesh, "batch").addressable_devices_indices_map((batch,)).values())
-    return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices]))
+    slices = sharding(mesh, "batch").addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in slices])).tolist()
 
 
-def put_rows(mesh: Mesh, rows: np.ndarray, batch: int, examples: Any) -> Any:
+def put_rows(mesh: Mesh, rows: Sequence[int], batch: int, examples: Any) -> Any:
     """Global arrays [batch, ...] of which this process has the `rows` alone, in leaves [b, ...]."""
 
     def put(leaf: np.ndarray) -> jax.Array:

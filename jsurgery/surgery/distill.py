@@ -345,7 +345,8 @@ def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, se
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        losses, gradients = losses_and_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
+        found: Any = losses_and_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
+        losses, gradients = found
         updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
         return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}, losses
 
@@ -410,7 +411,7 @@ def held_out_errors(
     def totals(maps, name):
         found, progress = [], Progress(name, batches)
         for number in progress.over(range(batches)):
-            steps = [held_out[number * size + int(row)] for row in rows]
+            steps = [held_out[number * size + row] for row in rows]
             batch = put_rows(mesh, rows, size, jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
             found.append(jax.device_get(measure(teacher, batch, maps, setup)))
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)

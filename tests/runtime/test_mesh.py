@@ -45,7 +45,7 @@ def test_every_rule_shards_a_parameter_of_a_hybrid():
 def test_a_process_reads_the_rows_that_its_devices_hold():
     mesh = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}))
     rows = local_rows(mesh, 6)
-    assert rows.tolist() == list(range(6))
+    assert rows == list(range(6))
     placed = put_rows(mesh, rows, 6, {"x": np.arange(12.0).reshape(6, 2)})
     np.testing.assert_array_equal(placed["x"], np.arange(12.0).reshape(6, 2))
     with pytest.raises(DoesNotFit, match="data 2 x fsdp 2 divides, found 6 examples"):
