@@ -30,11 +30,11 @@ from jsurgery.runtime.stages import write_json
 from jsurgery.runtime.training import adamw, initial_state
 from jsurgery.surgery import distill, finetune
 from jsurgery.surgery.plan import hybrid_config, named_budget, workload
+from jsurgery.verify import check_report
 from jsurgery.wan.pipeline import latent_grid, sampling_step
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 from pallas_kernels import estimate
 
-STAGES = ("distill", "finetune", "sample")
 GIB = 2**30
 # Bytes of a chip's memory and its bfloat16 FLOP/s, as published.
 CHIPS = {"v4": (32 * GIB, 275e12), "v5e": (16 * GIB, 197e12), "v5p": (95 * GIB, 459e12), "v6e": (32 * GIB, 918e12)}
@@ -47,6 +47,7 @@ def compile_stage(
 
     Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory.
     """
+    check_report(report)
     network = find_subject(config, config_name).transformer
     chip, devices = describe(topology, slices)
     wanted = math.prod(config.mesh[axis] for axis in AXES)
@@ -59,7 +60,10 @@ def compile_stage(
     try:
         compiled = lowered(config, network, stage, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise DoesNotFit(f"{stage} on {topology}: {too_large(str(error))}") from None
+        status, _, complaint = str(error).partition(": ")
+        if status != "RESOURCE_EXHAUSTED":
+            raise
+        raise DoesNotFit(f"{stage} on {topology}: {complaint}") from None
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
@@ -201,18 +205,6 @@ def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
     if config.finetune.teacher_weight > 0:
         times += model_flops(work, (1,) * network.num_layers) / forward
     return config.finetune.batch * forward * times
-
-
-def too_large(message: str) -> str:
-    """The compiler's complaint in a line: how much too much, and the largest buffers. Other complaints as they are."""
-    first = " ".join(message.split("\n")[0].split())
-    if "RESOURCE_EXHAUSTED" not in message:
-        return first
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    buffers = re.findall(r"Size: ([\d.]+\w).*?Shape: (\S+)", message, re.DOTALL)[:3]
-    largest = ", ".join(f"{size} {shape.partition('{')[0]}" for size, shape in buffers)
-    needs = f"needs {used[1]} of {used[2]} a chip" if used else first
-    return needs + (f"; the largest buffers: {largest}" if largest else "")
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from jsurgery.data.latents import encode_sprites
 from jsurgery.errors import InputError
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.report.page import write_report
+from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
 from jsurgery.runtime.stages import Stage, file_identity, write_json
 from jsurgery.surgery.distill import distill, load_maps
 from jsurgery.surgery.finetune import finetune
@@ -35,6 +36,10 @@ class Run:
         check_size(self.model_config, config.video.frames, config.video.height, config.video.width)
         load_prompts(config, config.trace.prompts + config.evaluate.prompts)
         check_budget(config, self.model_config)
+        mesh = abstract_mesh(config.mesh)
+        check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange)
+        for batch in (config.distill.batch, config.finetune.batch // config.finetune.accumulate):
+            check_batch(mesh, batch)
         if config.finetune.steps and config.data.path != "sprites" and not epath.Path(config.data.path or "?").exists():
             raise InputError(f"config.data.path: {config.data.path or '(empty)'}: no such folder; or 'sprites'")
 

@@ -41,6 +41,8 @@ def sharded_self_attention(
         key_valid: bool [N], False at padding. Unless num_softmax is 0, some piece must have a valid softmax key.
         exchange: "gather", or "all_to_all", which needs the pieces of the sequence to divide a device's heads.
     """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, found {exchange!r}")
     batch, axis, heads = (*sharding.spec, None, None, None)[:3]
     tokens = P(batch, axis, heads)
     if axis is None or sharding.mesh.shape[axis] == 1:

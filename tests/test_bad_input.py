@@ -29,7 +29,7 @@ WEIGHTS = {
 }
 
 
-def refusal(folder: pathlib.Path, *arguments: str) -> str:
+def refusal(folder: pathlib.Path, *arguments: str, code: int = 2) -> str:
     """The one line that the command leaves, run in `folder`; everything else about a refusal is checked here."""
     before = sorted(folder.rglob("*"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -37,7 +37,7 @@ def refusal(folder: pathlib.Path, *arguments: str) -> str:
     ended = subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
     )
-    assert ended.returncode == 2, ended.stderr
+    assert ended.returncode == code, ended.stderr
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert ended.stderr.startswith("jsurgery: ")
@@ -79,6 +79,22 @@ def test_a_command_that_is_none(tmp_path, arguments):
 def test_a_budget_below_the_cheapest_plan(tmp_path, tiny_pipeline):
     message = refusal(tmp_path, *surgery(tiny_pipeline, **{"plan.budget": "0.001"}))
     assert "config.plan.budget" in message and "cheapest" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"mesh.tensor": "3"}, "expected tensor 3 to divide the 2 heads"),
+        (
+            {"mesh.context": "4", "mesh.exchange": "all_to_all"},
+            "context 4 (all_to_all) to divide the 2 heads",
+        ),
+        ({"mesh.data": "3"}, "expected a batch that data 3 x fsdp 1 divides"),
+        ({"mesh.fsdp": "2", "distill.batch": "2", "finetune.accumulate": "8"}, "fsdp 2 divides, found 1 examples"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_work(tmp_path, tiny_pipeline, overrides, message):
+    assert message in refusal(tmp_path, *surgery(tiny_pipeline, **overrides), code=3)
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -117,6 +117,11 @@ def run(*arguments):
         (["--stage=sample", "--topology=v5e:3x5"], 2, ["--topology=v5e:3x5"]),
         (["--stage=sample", "--topology=v5e:2x2"], 3, ["= 1 devices, v5e:2x2 has 4"]),
         (["--stage=distill", "--topology=v5e:2x2", "--config.mesh.data=4"], 3, ["data 4 x fsdp 1 divides, found 1"]),
+        (
+            ["--stage=sample", "--topology=v5e:2x2", "--config.mesh.data=4", "--config.evaluate.batch=40000"],
+            3,
+            ["sample on v5e:2x2", "exceeds available HBM (15.75G)"],
+        ),
         (["--stage=finetune", "--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.plan.budget=0.5"], 2, ["15R2"]),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
@@ -70,16 +70,31 @@ def put_state(mesh: Mesh, state: Any) -> Any:
     return jax.device_put(state, parameter_shardings(mesh, state))
 
 
-def batch_pieces(mesh: Mesh) -> int:
+def abstract_mesh(config: ConfigDict) -> AbstractMesh:
+    """The mesh of `config.mesh` without devices: what can be checked anywhere."""
+    return AbstractMesh(tuple(config[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_pieces(mesh: Mesh | AbstractMesh) -> int:
     """In how many pieces a batch lies on the mesh."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
-def check_batch(mesh: Mesh, batch: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises DoesNotFit when the mesh does not divide a batch."""
     if batch % batch_pieces(mesh):
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in LOGICAL["batch"])
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
+
+
+def check_heads(mesh: Mesh | AbstractMesh, heads: int, exchange: str) -> None:
+    """Raises DoesNotFit when the mesh, with this exchange between pieces of the sequence, does not divide the heads."""
+    tensor, context = mesh.shape[LOGICAL["heads"]], mesh.shape[LOGICAL["sequence"]]
+    parts, name = tensor, f"tensor {tensor}"
+    if exchange == "all_to_all":
+        parts, name = tensor * context, f"tensor {tensor} x context {context} (all_to_all)"
+    if heads % parts:
+        raise DoesNotFit(f"config.mesh: expected {name} to divide the {heads} heads of the model")
 
 
 def local_rows(mesh: Mesh, batch: int) -> Sequence[int]:

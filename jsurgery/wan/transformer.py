@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jsurgery.attention.hybrid import (
     FORMAT_VERSION,
@@ -26,8 +26,8 @@ from jsurgery.attention.hybrid import (
     token_order,
 )
 from jsurgery.attention.token_order import Rate, TokenOrder
-from jsurgery.errors import DoesNotFit, InputError
-from jsurgery.runtime.mesh import LOGICAL, parameter_shardings, place, sharding
+from jsurgery.errors import InputError
+from jsurgery.runtime.mesh import LOGICAL, batch_pieces, check_heads, parameter_shardings, place, sharding
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
 from jsurgery.wan.rope import apply_rope, rope_tables
@@ -299,13 +299,7 @@ class WanTransformer(nnx.Module):
         `exchange` is how attention meets the keys of other shards of the sequence: "gather" or "all_to_all". Raises
         DoesNotFit where the heads do not divide.
         """
-        tensor, context = mesh.shape[LOGICAL["heads"]], mesh.shape[LOGICAL["sequence"]]
-        parts, name = tensor, f"tensor {tensor}"
-        if exchange == "all_to_all":
-            parts, name = tensor * context, f"tensor {tensor} x context {context} (all_to_all)"
-        if self.config.num_attention_heads % parts:
-            heads = self.config.num_attention_heads
-            raise DoesNotFit(f"config.mesh: expected {name} to divide the {heads} heads of the model")
+        check_heads(mesh, self.config.num_attention_heads, exchange)
         self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
 
     @property
@@ -323,7 +317,7 @@ class WanTransformer(nnx.Module):
             return attend(q, k, v, *maps, **options)
         if order is not None and order.valid is not None:
             options["key_valid"] = jnp.asarray(order.valid)
-        spread = sharding(self.mesh, "batch", "sequence", "heads")
+        spread = self._sharding(len(q), "sequence", "heads")
         return sharded_self_attention(q, k, v, *maps, **options, sharding=spread, exchange=self.exchange)
 
     def apply_blocks(
@@ -355,8 +349,7 @@ class WanTransformer(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
         to_text = full_attention
         if self.mesh is not None:
-            spread = sharding(self.mesh, "batch", "sequence", "heads")
-            to_text = functools.partial(sharded_cross_attention, sharding=spread)
+            to_text = functools.partial(sharded_cross_attention, sharding=self._sharding(len(x), "sequence", "heads"))
 
         def body(x, layer):
             state, layer = layer
@@ -382,7 +375,13 @@ class WanTransformer(nnx.Module):
         """Tokens, kept where the mesh has their batch and their piece of the sequence."""
         if self.mesh is None:
             return x_BxNxD
-        return lax.with_sharding_constraint(x_BxNxD, sharding(self.mesh, "batch", "sequence", None))
+        return lax.with_sharding_constraint(x_BxNxD, self._sharding(len(x_BxNxD), "sequence", None))
+
+    def _sharding(self, batch: int, *dimensions: str | None) -> NamedSharding:
+        """Of an array of `batch` examples; a batch that the mesh does not divide is whole everywhere."""
+        assert self.mesh is not None
+        divides = batch % batch_pieces(self.mesh) == 0
+        return sharding(self.mesh, "batch" if divides else None, *dimensions)
 
     def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens row-major."""
