@@ -2,6 +2,7 @@
 # make test      the tests
 # make lint      ruff and pyright
 # make evidence  the tables of the README, re-run; takes hours
+# make ablations the tables of docs/results.md, re-run; takes hours
 #
 # Each sets up .venv by itself, with the first Python of 3.11 to 3.13 that it finds, or with PYTHON=...
 
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 # Two processes of one thread each: tests compile more than they compute, and compilers use one core.
 ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 
-.PHONY: demo test lint evidence clean
+.PHONY: demo test lint evidence ablations clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -31,7 +32,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 evidence: $(VENV)/base.stamp
-	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence
+	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence --results=docs/results.md
+
+ablations: $(VENV)/base.stamp
+	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/ablations --results=docs/results.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

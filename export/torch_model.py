@@ -356,8 +356,8 @@ def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> Hybrid
     Raises InputError naming the file that is missing, damaged or does not fit, and the tensors that do not.
     """
     folder = pathlib.Path(path)
-    config = WanConfig.from_json(_read_json(folder / "config.json"), source=str(folder / "config.json"))
-    tensors = _read_tensors(folder)
+    config = WanConfig.from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
+    tensors = read_tensors(folder)
     with torch.device("meta"):
         model = HybridWanTransformer3DModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -378,7 +378,7 @@ def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> Hybrid
     return model.eval()
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
     try:
@@ -387,11 +387,11 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"{file}: expected JSON ({error})") from None
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     """All tensors of the folder's safetensors, one file or the shards that an index names."""
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
-        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     if not files:
         raise InputError(f"{folder}: no .safetensors file in this folder")
     tensors: dict[str, torch.Tensor] = {}

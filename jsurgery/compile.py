@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import Rate
+from jsurgery.chips import CHIPS, GIB, Chip
 from jsurgery.cost import distillation_flops, model_flops
 from jsurgery.diffusion import State, schedule
 from jsurgery.errors import DoesNotFit, InputError
@@ -34,10 +35,6 @@ from jsurgery.verify import check_report
 from jsurgery.wan.pipeline import latent_grid, sampling_step
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 from pallas_kernels import estimate
-
-GIB = 2**30
-# Bytes of a chip's memory and its bfloat16 FLOP/s, as published.
-CHIPS = {"v4": (32 * GIB, 275e12), "v5e": (16 * GIB, 197e12), "v5p": (95 * GIB, 459e12), "v6e": (32 * GIB, 918e12)}
 
 
 def compile_stage(
@@ -67,7 +64,6 @@ def compile_stage(
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
-    capacity, peak_flops = CHIPS[chip]
     flops = step_flops(config, network, stage) / len(devices)
     moved = collectives(compiled.as_text())
     found = {
@@ -76,9 +72,9 @@ def compile_stage(
         "slices": slices,
         "mesh": {axis: config.mesh[axis] for axis in AXES},
         "memory_bytes": parts | {"peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]},
-        "capacity_bytes": capacity,
+        "capacity_bytes": chip.memory,
         "flops_per_device": flops,
-        "least_seconds": flops / peak_flops,
+        "least_seconds": flops / chip.flops,
         "collectives": moved,
         "compile_seconds": seconds,
         "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
@@ -88,15 +84,15 @@ def compile_stage(
         write_json(epath.Path(report), found)
 
 
-def describe(topology: str, slices: int) -> tuple[str, Sequence[Any]]:
-    """The chip's name and the devices of a topology. Raises InputError for one that libtpu does not know."""
-    chip = topology.partition(":")[0]
-    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
+def describe(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
+    """The chip and the devices of a topology. Raises InputError for one that libtpu does not know."""
+    name = topology.partition(":")[0]
+    if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
         raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
     try:
         options = single | ({"num_slices": slices} if slices > 1 else {})
-        return chip, estimate.topology(topology, **options)
+        return CHIPS[name], estimate.topology(topology, **options)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None

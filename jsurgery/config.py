@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import math
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,7 +58,7 @@ def base() -> ConfigDict:
     c.hybrid.linear_branch = True
     c.hybrid.degree = 2
     c.hybrid.layers = 2
-    c.hybrid.activation = "relu"
+    c.hybrid.activation = "relu"  # "hedgehog" is that map instead, of degree 1 and one layer
 
     c.trace = ConfigDict()
     c.trace.prompts = 512
@@ -74,6 +75,7 @@ def base() -> ConfigDict:
     c.distill.learning_rate = 1e-3
     c.distill.weight_decay = 0.0
     c.distill.calibrate = True
+    c.distill.blocks = ""  # of one of several independent jobs, which `plan` merges: "0-9", "0,3,5"; "": all
 
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
@@ -119,6 +121,7 @@ def base() -> ConfigDict:
     c.checkpoint.every = 200
     c.checkpoint.keep = 2
     c.log_every = 10
+    c.profile = 0  # steps of `distill` and `finetune`, after the first, that jax.profiler traces into profile/
 
     c.train = ConfigDict()  # `jsurgery train`: a tiny teacher
     c.train.init = ""  # a pipeline folder to go on from, with its tokenizer and VAE; "": from scratch
@@ -159,7 +162,7 @@ CHOICES = {
     "trace.solver": ("euler", "euler_ancestral"),
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered"),
-    "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1"),
+    "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1", "hedgehog"),
     "distill.loss": ("value", "attention"),
     "finetune.schedule": ("constant", "cosine"),
     "plan.selection": ("heterogeneous", "homogeneous"),
@@ -174,7 +177,7 @@ SHARES = (
 )  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
-    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", *SHARES,
+    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", "profile", *SHARES,
 }  # fmt: skip
 
 
@@ -193,6 +196,7 @@ def validate(config: ConfigDict) -> None:
         raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
     if config.seed >= 2**32:
         raise InputError(f"config.seed: expected less than 2^32, found {config.seed}")
+    block_numbers(config.distill.blocks)
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
     check_rates("config.plan.rates", config.plan.rates)
@@ -205,6 +209,10 @@ def validate(config: ConfigDict) -> None:
     for rate in config.plan.rates:
         if rate != 1 and rate not in config.hybrid.rates:
             raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")
+    if config.hybrid.activation == "hedgehog":
+        for field in ("degree", "layers"):
+            if config.hybrid[field] != 1:
+                raise InputError(f"config.hybrid.{field}: HedgeHog has 1, found {config.hybrid[field]}")
     if config.trace.keep_steps > config.sampler.steps:
         raise InputError(
             f"config.trace.keep_steps: {config.trace.keep_steps} of config.sampler.steps = {config.sampler.steps}"
@@ -231,6 +239,20 @@ def check_video(frames: int, height: int, width: int, prefix: str = "") -> None:
             raise InputError(
                 f"{prefix}{name}: expected a multiple of 16, found {size}; the nearest are {below} and {below + 16}"
             )
+
+
+def block_numbers(text: str) -> tuple[int, ...] | None:
+    """`config.distill.blocks`: "0-2,5" -> (0, 1, 2, 5); "" -> None, all of them."""
+    if not text:
+        return None
+    numbers = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise InputError(f"config.distill.blocks: expected numbers and ranges like '0-9,12', found {text!r}")
+        numbers |= set(range(first, last + 1))
+    return tuple(sorted(numbers))
 
 
 def check_rates(field: str, rates: Iterable[Any]) -> None:

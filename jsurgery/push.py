@@ -12,7 +12,8 @@ from flax import nnx
 from jsurgery import __version__
 from jsurgery.attention.hybrid import Rate
 from jsurgery.errors import InputError
-from jsurgery.report.page import interval, read_json
+from jsurgery.report.quality import interval
+from jsurgery.report.run_files import read_json
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import MARKER
 from jsurgery.wan import hub

@@ -6,24 +6,41 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import flat
+from jsurgery.config import block_numbers, flat
 from jsurgery.data.latents import encode_sprites
 from jsurgery.errors import InputError
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.report.page import write_report
-from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
-from jsurgery.runtime.stages import Stage, file_identity, write_json
+from jsurgery.runtime import processes
+from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather, make_mesh
+from jsurgery.runtime.stages import Stage, difference, file_identity, write_json
 from jsurgery.surgery.distill import distill, load_maps
 from jsurgery.surgery.finetune import finetune
+from jsurgery.surgery.jobs import job_name, merge, owners
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import check_budget, hybrid_config, plan, read_plan
 from jsurgery.surgery.trace import load_prompts, trace
-from jsurgery.wan.pipeline import check_pipeline, check_size, load_pipeline, model_path, transformer_folder
+from jsurgery.wan.pipeline import Pipeline, check_pipeline, check_size, load_pipeline, model_path, transformer_folder
 from jsurgery.wan.transformer import WanTransformer, load_transformer
 
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
+DISTILLING = (
+    "hybrid", "distill.loss", "distill.steps", "distill.updates_per_batch", "distill.batch", "distill.learning_rate",
+    "distill.weight_decay", "distill.calibrate",
+)  # fmt: skip
 LATENTS = ("video", "data.path", "data.clips", "data.two_sprites", "seed", "evaluate.validation_clips")
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
+
+
+def begin(config: ConfigDict, workdir: str) -> "Run":
+    """The run that all processes do together. Raises InputError, in all of them, where they were not started alike."""
+    run = processes.together(lambda: Run(config, workdir))
+    first, *others = processes.exchange({"workdir": workdir, "model": run.identity, **dict(flat(config))})
+    for number, found in enumerate(others, 1):
+        if found != first:
+            told = difference(first, found)
+            raise InputError(f"--process_id={number}: expected what process 0 was started with: {told}")
+    return run
 
 
 class Run:
@@ -40,13 +57,21 @@ class Run:
         check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange)
         for batch in (config.distill.batch, config.finetune.batch // config.finetune.accumulate):
             check_batch(mesh, batch)
+        if processes.several():
+            make_mesh(config.mesh)
         if config.finetune.steps and config.data.path != "sprites" and not epath.Path(config.data.path or "?").exists():
             raise InputError(f"config.data.path: {config.data.path or '(empty)'}: no such folder; or 'sprites'")
 
-        identity = file_identity(self.teacher_path)
+        blocks = block_numbers(config.distill.blocks)
+        if blocks is not None and blocks[-1] >= self.model_config.num_layers:
+            model = f"the model has blocks 0 to {self.model_config.num_layers - 1}"
+            raise InputError(f"config.distill.blocks: {model}, found {blocks[-1]}")
+
+        identity = self.identity = file_identity(self.teacher_path)
         stage = functools.partial(Stage, self.workdir, config=config)
         self.trace = stage("trace", fields=(*SAMPLING, "trace"), teacher=identity)
-        self.distill = stage("distill", fields=("hybrid", "distill"), after=[self.trace])
+        self.distill = stage("distill", fields=DISTILLING, after=[self.trace])
+        self.job = None if blocks is None else self.distill_job(job_name(blocks))
         self.plan = stage("plan", fields=("plan",), after=[self.distill])
         self.latents = stage("latents", fields=LATENTS, teacher=identity)
         self.operate = stage("hybrid", fields=("finetune.distilled",), after=[self.plan])
@@ -58,9 +83,19 @@ class Run:
                 made.done()  # refuses a workdir of another config before anything is written
 
     @functools.cached_property
-    def pipeline(self):
+    def pipeline(self) -> Pipeline:
         """The teacher, loaded when a stage first needs it."""
         return load_pipeline(self.config.model.path, jnp.dtype(self.config.model.dtype))
+
+    def shared_pipeline(self) -> Pipeline:
+        """The teacher for a stage that all processes work at: of several, each loads its part."""
+        if not processes.several():
+            return self.pipeline
+        for name in ("pipeline", "teacher"):  # process 0 may have had them to itself
+            vars(self).pop(name, None)
+        return load_pipeline(
+            self.config.model.path, jnp.dtype(self.config.model.dtype), mesh=make_mesh(self.config.mesh)
+        )
 
     @functools.cached_property
     def teacher(self) -> WanTransformer:
@@ -69,8 +104,32 @@ class Run:
     def run_trace(self) -> None:
         self.trace.run(lambda: trace(self.config, self.pipeline, self.trace.folder))
 
+    def distill_job(self, name: str) -> Stage:
+        """The stage of an independent job of the distillation: its folder lies in that of the whole."""
+        return Stage(self.workdir, f"{self.distill.name}/{name}", self.config, DISTILLING, after=[self.trace])
+
     def run_distill(self) -> None:
-        self.distill.run(lambda: distill(self.config, self.teacher, self.trace.folder, self.distill.folder))
+        """All blocks, or those of one job; where there are jobs, all blocks are theirs."""
+        stage = self.job or self.distill
+        if self.job is None and processes.once(self.merge_jobs):
+            return
+        stage.run(lambda: self.distill_maps(stage.folder), spread=True)
+
+    def distill_maps(self, folder: epath.Path) -> None:
+        teacher = self.shared_pipeline().transformer
+        distill(self.config, teacher, self.trace.folder, folder, profile=self.workdir / "profile")
+
+    def merge_jobs(self) -> bool:
+        """Whether there are jobs. Their results become the stage's; raises InputError where a block is in none."""
+        jobs = [self.distill_job(path.name) for path in sorted(self.distill.folder.glob("blocks_*"))]
+        finished = [job.folder for job in jobs if job.done()]
+        blocks = self.model_config.num_layers
+        if jobs and not self.distill.done():
+            owners(finished, blocks)
+            self.distill.begin()
+            merge(self.config, finished, blocks, self.distill.folder)
+            self.distill.end()
+        return bool(jobs)
 
     def run_plan(self) -> None:
         self.plan.run(lambda: plan(self.config, self.model_config, self.distill.folder, self.plan.folder))
@@ -82,7 +141,7 @@ class Run:
 
     def run_finetune(self) -> None:
         self.latents.run(self.encode_latents)
-        self.finetune.run(self.finetune_and_save)
+        self.finetune.run(self.finetune_and_save, spread=True)
 
     def run_evaluate(self) -> None:
         self.evaluate.run(self.evaluate_all)
@@ -102,9 +161,11 @@ class Run:
             "report": (self.evaluate, self.run_report),
         }
         before, run = stages[name]
-        if before is not None and not before.done():
+        if before is self.distill:
+            processes.once(self.merge_jobs)
+        if before is not None and not processes.once(before.done):
             raise InputError(f"{before.folder}: not there or not complete; run that stage first, or `jsurgery surgery`")
-        self.write_config()
+        processes.once(lambda: self.write_config(self.job if name == "distill" else None))
         run()
 
     @property
@@ -144,10 +205,13 @@ class Run:
         folder = (
             transformer_folder(self.teacher_path) if self.config.finetune.subject == "teacher" else self.operate.folder
         )
-        student = load_transformer(folder, jnp.dtype(self.config.model.dtype))
+        student = load_transformer(folder, jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh))
         student.remat = self.config.model.remat
-        trained = finetune(self.config, student, self.pipeline, self.training_latents, self.finetune.folder)
-        save_model(trained, self.workdir / "model", self.base)
+        profile = self.workdir / "profile"
+        teacher, latents = self.shared_pipeline(), self.training_latents
+        trained = finetune(self.config, student, teacher, latents, self.finetune.folder, profile=profile)
+        gather(trained)
+        processes.once(lambda: save_model(trained, self.workdir / "model", self.base))
 
     def evaluate_all(self) -> None:
         dtype = jnp.dtype(self.config.model.dtype)
@@ -161,6 +225,8 @@ class Run:
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
         self.pipeline.transformer = teacher
 
-    def write_config(self) -> None:
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(self.workdir / "config.json", dict(flat(self.config)))
+    def write_config(self, job: Stage | None = None) -> None:
+        """Beside the stages, or with the files of a job: others may be at work in this workdir."""
+        folder = job.folder if job else self.workdir
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dict(flat(self.config)))

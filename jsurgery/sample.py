@@ -1,5 +1,6 @@
 """sample: prompts to video files with a model folder."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,17 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A video to make: its noise depends on the seed and the number alone (`Pipeline.sample`)."""
+
+    file: pathlib.Path
+    prompt: str
+    seed: int
+    number: int
+    label: str = "sample"  # of its progress
+
+
 def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[pathlib.Path]:
     """Makes the video of every prompt and yields its file: `output` itself, or `output`/0000.mp4 and so on.
 
@@ -71,38 +83,61 @@ def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, singl
     """
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("--prompt: expected a text, found an empty one")
-    model = check_pipeline(config.model.path)
-    check_size(model, config.video.frames, config.video.height, config.video.width)
     folder = pathlib.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
-    identity = file_identity(transformer_folder(model_path(config.model.path)))
-    wanted = [settings(config, prompt, number, identity) for number, prompt in enumerate(prompts)]
-    missing = [number for number, file in enumerate(files) if single or not finished(file, wanted[number])]
+    jobs = [
+        Job(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
+        for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
+    ]
+    missing = unfinished(config, jobs, again=single)
     make_room(folder, single)
-    if len(missing) < len(prompts):
-        say(f"sample: {len(prompts) - len(missing)} of {len(prompts)} videos are finished already")
-    if not missing:
+    yield from make_videos(config, missing)
+
+
+def unfinished(config: ConfigDict, jobs: Sequence[Job], again: bool = False) -> list[Job]:
+    """The jobs whose file is not there yet, or with `again` all of them.
+
+    Raises InputError, having read no weights, for a video that the model cannot make and for a file that was made with
+    other settings.
+    """
+    model = check_pipeline(config.model.path)
+    check_size(model, config.video.frames, config.video.height, config.video.width)
+    if again:
+        return list(jobs)
+    identity = transformer_identity(config)
+    missing = [job for job in jobs if not finished(job.file, settings(config, job, identity))]
+    if len(missing) < len(jobs):
+        say(f"sample: {len(jobs) - len(missing)} of {len(jobs)} videos are finished already")
+    return missing
+
+
+def make_videos(config: ConfigDict, jobs: Sequence[Job]) -> Iterator[pathlib.Path]:
+    """Makes one video after the other and yields its file."""
+    if not jobs:
         return
-
+    identity = transformer_identity(config)
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
-    for number in missing:
-        progress = Progress("sample" if single else f"sample {number + 1}/{len(prompts)}", config.sampler.steps)
-        latents = pipeline.sample_by_steps(
-            [prompts[number]], config, seed=config.seed, first=number, on_step=progress.show
-        )
+    for job in jobs:
+        progress = Progress(job.label, config.sampler.steps)
+        latents = pipeline.sample_by_steps([job.prompt], config, seed=job.seed, first=job.number, on_step=progress.show)
         progress.show(config.sampler.steps, last=True)
-        write_video(files[number], pipeline.decode(latents)[0], config.video.fps, wanted[number])
-        yield files[number]
+        video = pipeline.decode(latents)[0]
+        write_video(job.file, video, config.video.fps, settings(config, job, identity))
+        yield job.file
 
 
-def settings(config: ConfigDict, prompt: str, number: int, identity: str) -> dict[str, Any]:
+def transformer_identity(config: ConfigDict) -> str:
+    return file_identity(transformer_folder(model_path(config.model.path)))
+
+
+def settings(config: ConfigDict, job: Job, identity: str) -> dict[str, Any]:
     """What the pixels of a video depend on, for its metadata."""
     sampler = config.sampler.to_dict()
     del sampler["guidance_batched"]
     return {
-        "prompt": prompt,
-        "number": number,
-        "seed": config.seed,
+        "prompt": job.prompt,
+        "number": job.number,
+        "seed": job.seed,
         **sampler,
         **config.video.to_dict(),
         "text_length": config.text_length,

@@ -99,6 +99,16 @@ class HedgehogMap:
 
     kernel: jax.Array
     log_scale: jax.Array
+    activation = "hedgehog"  # these four as a PolynomialMap has them
+    degree = 1
+
+    @property
+    def kernels(self) -> tuple[jax.Array, ...]:
+        return (self.kernel,)
+
+    @property
+    def biases(self) -> tuple[jax.Array, ...]:
+        return ()
 
     def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
         """Features [B, N, H, 2*D] of heads [B, N, H, D]."""

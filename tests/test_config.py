@@ -127,6 +127,10 @@ def test_one_rate_needs_no_parentheses_that_a_shell_would_eat():
         ("video.width", "8", ["config.video.width", "16"]),
         ("trace.keep_steps", "99", ["config.trace.keep_steps", "99"]),
         ("trace.holdout", "9999", ["config.trace.holdout"]),
+        ("distill.blocks", "3-1", ["config.distill.blocks", "'0-9,12'", "'3-1'"]),
+        ("distill.blocks", "0,,1", ["config.distill.blocks", "'0,,1'"]),
+        ("distill.blocks", "all", ["config.distill.blocks", "'all'"]),
+        ("profile", "-1", ["config.profile", "-1"]),
     ],
 )
 def test_bad_values_name_the_field_and_what_is_allowed(field, text, parts):
@@ -137,7 +141,8 @@ def test_bad_values_name_the_field_and_what_is_allowed(field, text, parts):
 def test_choices_are_listed(field):
     fails({field: "nonsense"}, f"config.{field}", "'nonsense'", *CHOICES[field])
     for choice in CHOICES[field]:
-        assert dict(flat(load_config("tiny", {field: choice})))[field] == choice
+        needed = {"hybrid.degree": "1", "hybrid.layers": "1"} if choice == "hedgehog" else {}
+        assert dict(flat(load_config("tiny", {field: choice, **needed})))[field] == choice
 
 
 def test_an_unknown_name_lists_the_shipped_ones():

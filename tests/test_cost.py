@@ -29,7 +29,7 @@ from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.text_encoder import TextEncoderConfig
 from jsurgery.wan.transformer import Block, WanConfig, WanTransformer
 from jsurgery.wan.vae import VaeConfig
-from pallas_kernels import hybrid_attention, init_polynomial_map
+from pallas_kernels import hybrid_attention, init_hedgehog_map, init_polynomial_map
 
 WAN_1_3B = WanConfig()
 WAN_14B = WanConfig(num_attention_heads=40, num_layers=40, ffn_dim=13824)
@@ -175,16 +175,18 @@ def test_parameters_are_those_of_the_hybrid_module(linear_branch):
     assert (parameters(config) > parameters(ODD)) == linear_branch
 
 
-def block_with(config, rate, tokens, text, implementation):
-    """XLA's count of one of our blocks, attention included."""
+def block_with(config, rate, tokens, text, implementation, init_map=init_polynomial_map):
+    """XLA's count of one of our blocks, attention included; without `init_map` it has no linear branch."""
     block = nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(block)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    maps = jax.eval_shape(lambda key: init_polynomial_map(key, heads, head_dim), jax.random.key(0))
+    maps = jax.eval_shape(lambda key: init_map(key, heads, head_dim), jax.random.key(0)) if init_map else None
     kept = tokens if rate == 1 else 0 if rate == "linear" else -(-tokens // rate)
 
     def run(state, maps, x, text, modulation, cosine, sine):
         def attention(q, k, v):
+            if maps is None:
+                k, v = k[:, :kept], v[:, :kept]
             return hybrid_attention(q, k, v, maps, maps, num_softmax=kept, implementation=implementation)
 
         return nnx.merge(graph, state)(x, text, modulation, (cosine, sine), attention)
@@ -206,6 +208,20 @@ def test_a_block_agrees_with_xla(rate):
     tokens, text = 250, 50
     counted = block_flops(Workload(ONE_HEAD, tokens, text_len=text), rate).total
     assert 1 < block_with(ONE_HEAD, rate, tokens, text, "xla") / counted < 1.02
+
+
+@pytest.mark.parametrize(
+    "rate, phi, init_map",
+    [
+        (8, Hedgehog(), lambda _, heads, width: init_hedgehog_map(heads, width)),
+        ("linear", Hedgehog(), lambda _, heads, width: init_hedgehog_map(heads, width)),
+        (8, None, None),
+    ],
+)
+def test_other_kinds_of_block_agree_with_xla(rate, phi, init_map):
+    tokens, text = 250, 50
+    counted = block_flops(Workload(ONE_HEAD, tokens, text_len=text, feature_map=phi), rate).total
+    assert 1 < block_with(ONE_HEAD, rate, tokens, text, "xla", init_map) / counted < 1.02
 
 
 @pytest.mark.parametrize("rate", [1, 4, "linear"])

@@ -14,6 +14,7 @@ SIZES = {
     "trace.keep_steps": 2, "trace.batch": 2, "hybrid.rates": '(2, "linear")', "plan.rates": '(2, "linear")',
     "plan.budget": "2R2", "distill.steps": 4, "finetune.steps": 2, "finetune.batch": 2, "data.clips": 4,
     "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.validation_clips": 8, "evaluate.videos": 1, "log_every": 1,
+    "profile": 1,
 }  # fmt: skip
 STAGES = ("trace", "distill", "plan", "hybrid", "latents", "finetune", "evaluation", "report")
 
@@ -40,6 +41,7 @@ def test_every_stage_leaves_its_files(surgery):
     assert evaluation["teacher"]["latent_rmse"] == [0, 0]
     assert all(min(evaluation[name]["latent_rmse"]) > 0 for name in list(evaluation)[1:])
     assert (workdir / "report.html").stat().st_size > 10_000
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2, "of distill and of finetune"
 
 
 def test_the_front_around_the_plan(surgery, capsys):

@@ -1,7 +1,7 @@
 """Hybrid attention in a network: which block keeps how much softmax, and the maps that stand in for the rest."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -9,16 +9,27 @@ from flax import nnx
 
 from jsurgery.attention.token_order import LATTICES, Rate, TokenOrder
 from jsurgery.errors import InputError
-from pallas_kernels import PolynomialMap, hybrid_attention, init_polynomial_map
+from pallas_kernels import (
+    HedgehogMap,
+    PolynomialMap,
+    hybrid_attention,
+    init_hedgehog_map,
+    init_polynomial_map,
+)
 from pallas_kernels.api import STABILIZERS
 from pallas_kernels.feature_map import ACTIVATIONS
 
 FORMAT_VERSION = 1
+HEDGEHOG = HedgehogMap.activation
+LearnedMap = PolynomialMap | HedgehogMap
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMapConfig:
-    """phi of eq. 8: `layers` per-head layers, powers 1 to `degree` of a non-negative `activation`."""
+    """phi of eq. 8: `layers` per-head layers, powers 1 to `degree` of a non-negative `activation`.
+
+    The activation `HEDGEHOG` is that map instead, of one layer and no powers.
+    """
 
     degree: int = 2
     layers: int = 2
@@ -50,7 +61,7 @@ class HybridConfig:
         for name, found, choices in (
             ("lattice", config.lattice, LATTICES),
             ("stabilizer", config.stabilizer, STABILIZERS),
-            ("activation", phi.activation, tuple(ACTIVATIONS)),
+            ("activation", phi.activation, (*ACTIVATIONS, HEDGEHOG)),
         ):
             if found not in choices:
                 raise InputError(f"{source}: hybrid: {name}: expected one of {', '.join(choices)}, found {found!r}")
@@ -82,28 +93,41 @@ def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, 
 class FeatureMap(nnx.Module):
     """One learned map phi; `maps` is the pytree that kernels take. Leaves may be stacked: [S, ...] over blocks."""
 
-    def __init__(self, maps: PolynomialMap):
+    def __init__(self, maps: LearnedMap):
         self.kernels = nnx.List([nnx.Param(kernel) for kernel in maps.kernels])
         self.biases = nnx.List([nnx.Param(bias) for bias in maps.biases])
         self.log_scale = nnx.Param(maps.log_scale)
         self.degree, self.activation = maps.degree, maps.activation
 
     @property
-    def maps(self) -> PolynomialMap:
-        return PolynomialMap(
-            kernels=tuple(kernel[...] for kernel in self.kernels),
-            biases=tuple(bias[...] for bias in self.biases),
-            log_scale=self.log_scale[...],
-            degree=self.degree,
-            activation=self.activation,
-        )
+    def maps(self) -> LearnedMap:
+        config = FeatureMapConfig(self.degree, len(self.kernels), self.activation)
+        leaves = {f"kernels.{j}": kernel for j, kernel in enumerate(self.kernels)}
+        leaves |= {f"biases.{j}": bias for j, bias in enumerate(self.biases)} | {"log_scale": self.log_scale}
+        return feature_map(config, lambda name: leaves[name][...])
 
 
-def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, config: FeatureMapConfig) -> PolynomialMap:
-    """`count` freshly initialised maps, stacked on the first axis of every leaf."""
-    make = lambda k: init_polynomial_map(
-        k, heads, head_dim, degree=config.degree, layers=config.layers, activation=config.activation
+def feature_map(config: FeatureMapConfig, leaf: Callable[[str], jax.Array]) -> LearnedMap:
+    """The map of the leaves "kernels.0", "biases.0", ..., "log_scale"."""
+    if config.activation == HEDGEHOG:
+        return HedgehogMap(leaf("kernels.0"), leaf("log_scale"))
+    return PolynomialMap(
+        kernels=tuple(leaf(f"kernels.{j}") for j in range(config.layers)),
+        biases=tuple(leaf(f"biases.{j}") for j in range(config.layers)),
+        log_scale=leaf("log_scale"),
+        degree=config.degree,
+        activation=config.activation,
     )
+
+
+def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, config: FeatureMapConfig) -> LearnedMap:
+    """`count` freshly initialised maps, stacked on the first axis of every leaf."""
+
+    def make(key: jax.Array) -> LearnedMap:
+        if config.activation == HEDGEHOG:
+            return init_hedgehog_map(heads, head_dim)
+        return init_polynomial_map(key, heads, head_dim, config.degree, config.layers, config.activation)
+
     return jax.vmap(make)(jax.random.split(key, count))
 
 
@@ -111,8 +135,8 @@ def attend(
     q_BxNxHxD: jax.Array,
     k_BxNxHxD: jax.Array,
     v_BxNxHxD: jax.Array,
-    query_map: PolynomialMap | None,
-    key_map: PolynomialMap | None,
+    query_map: LearnedMap | None,
+    key_map: LearnedMap | None,
     *,
     num_softmax: int,
     stabilizer: str,

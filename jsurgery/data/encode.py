@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jsurgery.data.shards import Record, ShardWriter, shard_path, text_array
 from jsurgery.data.sprites import to_float
 from jsurgery.data.videos import Bucket, Clip, Skipped, Wanted, buckets_of, find_clips, in_processes, read_clip
 from jsurgery.errors import InputError
+from jsurgery.runtime import processes
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.runtime.stages import Stage, file_identity, write_json
 from jsurgery.wan.pipeline import check_pipeline, check_size, latent_grid, model_path, pipeline_folder
@@ -53,7 +53,7 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
     shards = [range(start, min(start + size, len(clips))) for start in range(0, len(clips), size)]
     there = [is_there(stage.folder, shard) for shard in range(len(shards))]
     finished = stage.done() and all(there)
-    wait_for_hosts("looked")
+    processes.wait()  # before any host marks or makes what others still look for
     if finished:
         say("encoded: up to date, skipped")
         return stage.folder
@@ -61,20 +61,14 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
         stage.begin()
     mine = range(host, len(shards), jax.process_count())
     missing = {shard: shards[shard] for shard in mine if not there[shard]}
-    if missing:
-        encode_shards(config, base, stage.folder, clips, missing, buckets, mine)
-    wait_for_hosts("encoded")
+    work = lambda: encode_shards(config, base, stage.folder, clips, missing, buckets, mine)
+    processes.together(work if missing else lambda: None)
     if host == 0:
         check_skipped(stage.folder, range(len(shards)), config.data.max_skipped)
         skipped = write_skipped(stage.folder)
         say(f"encode: {skipped} of {len(clips)} clips skipped, listed in {stage.folder / 'skipped.jsonl'}")
         stage.end()
     return stage.folder
-
-
-def wait_for_hosts(point: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(point)
 
 
 def encode_shards(

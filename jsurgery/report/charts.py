@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Line:
     smooth: str
     last: float  # of the running mean
     depth: float  # 0 to 1: the place among the chart's lines, for its colour
+    points: tuple[tuple[float, float], ...]  # what is drawn of the raw values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +32,44 @@ class Chart:
     lines: tuple[Line, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
+    x_range: tuple[float, float]  # values at the left and the right end
+    y_range: tuple[float, float]  # values at the bottom and the top
     log: bool
 
+    def hover(self) -> dict[str, Any]:
+        """What a script needs to tell the values under the pointer."""
+        lines = [{"label": line.label, "points": [[rounded(v) for v in p] for p in line.points]} for line in self.lines]
+        return {"x": self.x_range, "y": self.y_range, "log": self.log, "lines": lines}
 
-def line_chart(title: str, rows: Sequence[dict[str, float]], names: dict[str, str]) -> Chart | None:
-    """`rows` over their "step", one line for each key of `names` (key -> label); None with fewer than two rows."""
+
+def line_chart(
+    title: str, rows: Sequence[dict[str, float]], names: dict[str, str], from_zero: bool = False
+) -> Chart | None:
+    """`rows` over their "step", one line for each key of `names` (key -> label); None with fewer than two rows.
+
+    from_zero: a linear axis that begins at zero, whatever range the values span.
+    """
     steps = np.array([row["step"] for row in rows], float)
     series = {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
     everything = np.concatenate([*series.values(), np.array([])])
     everything = everything[np.isfinite(everything)]
-    if len(steps) < 2 or not everything.size:
+    if len(steps) < 2 or not everything.size or steps[0] == steps[-1]:
         return None
     low, high = float(everything.min()), float(everything.max())
+    low = min(0.0, low) if from_zero else low
     log = low > 0 and high > LOG_RANGE * low
     transform = np.log10 if log else np.asarray
     bottom, top = (float(transform(value)) for value in (low, high))
     margin = 0.06 * (top - bottom) or 0.5 * abs(top) or 1.0
-    bottom, top = bottom - margin, top + margin
+    bottom, top = bottom - (0 if from_zero else margin), top + margin
     first, last = steps[0], steps[-1]
 
-    def path(values: np.ndarray) -> str:
+    def drawn(values: np.ndarray) -> np.ndarray:
         keep = np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int))
-        keep = keep[np.isfinite(values[keep])]
+        return keep[np.isfinite(values[keep])]
+
+    def path(values: np.ndarray) -> str:
+        keep = drawn(values)
         x = 100 * (steps[keep] - first) / (last - first)
         y = 100 * (top - transform(values[keep])) / (top - bottom)
         return "M" + "L".join(f"{a:.2f} {b:.2f}" for a, b in zip(x, y, strict=True))
@@ -63,7 +81,8 @@ def line_chart(title: str, rows: Sequence[dict[str, float]], names: dict[str, st
             smooth = running_mean(values)
             finite = smooth[np.isfinite(smooth)]
             depth = (index + 1) / len(names)
-            lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth))
+            points = tuple((float(steps[i]), float(values[i])) for i in drawn(values))
+            lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth, points))
 
     def at(value: float) -> float:
         return 100 * (top - float(transform(value))) / (top - bottom)
@@ -72,10 +91,16 @@ def line_chart(title: str, rows: Sequence[dict[str, float]], names: dict[str, st
     return Chart(
         title,
         tuple(lines),
-        tuple((100 * (value - first) / (last - first), f"{value:,g}") for value in linear_ticks(first, last)),
+        tuple((100 * (value - first) / (last - first), f"{value:,g}") for value in linear_ticks(first, last, 6)),
         tuple((at(value), f"{value:.4g}") for value in y_values),
+        (float(first), float(last)),
+        (10**bottom, 10**top) if log else (bottom, top),
         log,
     )
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

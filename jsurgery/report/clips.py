@@ -1,32 +1,92 @@
-"""The clips of a page: mp4 files as data URIs, re-encoded when they are too large for one page; and side by side."""
+"""The clips of a page: all models' clips of a prompt as one video, side by side, so that they cannot drift apart."""
 
 import base64
 import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import av
+import av.error
 import numpy as np
 from etils import epath
 
-PAGE_BYTES = 8_000_000  # of all clips together, before base64 adds a third
-CLIP_BYTES = 120_000  # a clip is never squeezed below this: later prompts are left out instead
-CLIP_HEIGHT = 320  # of a clip that is re-encoded
+PAGE_BYTES = 8_000_000  # of all videos together, before base64 adds a third
+PROMPT_BYTES = 400_000  # the video of a prompt is not squeezed below this: later prompts are left out instead
+CLIP_HEIGHT = 320  # of a clip in the page
 GRID_HEIGHT = 192  # of a clip in the grid
+BLOCK = 16  # clips start at multiples of it, so that the codec's blocks belong to one
+SPEED = {"b:v": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # of VP9, which every browser plays
+QUALITIES = (22, 34, 46, 56, 63)  # its CRF: the first, and what comes next where that is too large
 
 
-def embed_rows(folder: epath.Path, names: list[str], count: int) -> list[dict[str, str]]:
-    """The clips `folder/NAME/0000.mp4`, ... of `count` prompts as name -> data URI; as many prompts as fit a page."""
-    rows = []
-    for number in range(count):
-        files = {name: folder / name / f"{number:04d}.mp4" for name in names}
-        clips = {name: file.read_bytes() for name, file in files.items() if file.exists()}
-        if not clips:
+def embed(folders: dict[str, epath.Path], prompts: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row for each prompt with clips, the files that are missing or broken).
+
+    `folders` has the clips `0000.mp4`, ... of each model. A row has its number among the prompts, `video` (WebM as
+    base64), the `width` and `height` of a clip, the `offset` from one to the next, `fps`, `frames` and `models`, from
+    left to right. Later prompts are left out where a page would grow too large.
+    """
+    rows, faults = [], []
+    for number, prompt in enumerate(prompts):
+        clips, missing = {}, []
+        for name, folder in folders.items():
+            clip = read_clip(folder / f"{number:04d}.mp4", CLIP_HEIGHT)
+            if clip is None:
+                missing.append(f"{name}/{number:04d}.mp4")
+            else:
+                clips[name] = clip
+        if clips:
+            faults += missing
+            rows.append({"number": number, "prompt": prompt, **join(clips)})
+    if sum(len(row["video"]) for row in rows) > PAGE_BYTES:
+        rows = rows[: max(1, PAGE_BYTES // PROMPT_BYTES)]
+        share = PAGE_BYTES // len(rows)
+        rows = [row | {"video": squeeze(row["video"], share)} for row in rows]
+    while len(rows) > 1 and sum(len(row["video"]) for row in rows) > PAGE_BYTES:
+        rows.pop()
+    return [row | {"video": base64.b64encode(row["video"]).decode()} for row in rows], faults
+
+
+def join(clips: dict[str, tuple[np.ndarray, Fraction]]) -> dict[str, Any]:
+    """Clips as one video; those of another size or length than the first are fitted to it."""
+    first, rate = next(iter(clips.values()))
+    height, width = first.shape[1:3]
+    frames = min(len(clip) for clip, _ in clips.values())
+    margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
+    fitted = [fit(clip[:frames], height, width) for clip, _ in clips.values()]
+    both = np.concatenate([np.pad(clip, margin, mode="edge") for clip in fitted], axis=2)
+    return {
+        "video": encode(both, rate),
+        "width": width,
+        "height": height,
+        "offset": both.shape[2] // len(clips),
+        "fps": float(rate),
+        "frames": frames,
+        "models": list(clips),
+    }
+
+
+def encode(video_FxHxWx3: np.ndarray, rate: Fraction, quality: int = QUALITIES[0]) -> bytes:
+    """WebM (VP9) of constant quality."""
+    result = io.BytesIO()
+    with av.open(result, "w", format="webm") as target:
+        stream = target.add_stream("libvpx-vp9", rate=rate, options=SPEED | {"crf": str(quality)})
+        stream.height, stream.width, stream.pix_fmt = *video_FxHxWx3.shape[1:3], "yuv420p"
+        for frame in video_FxHxWx3:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        target.mux(stream.encode())
+    return result.getvalue()
+
+
+def squeeze(video: bytes, size: int) -> bytes:
+    """The video in `size` bytes if the worst quality takes no more; as it is when it is no larger."""
+    frames, rate = decode(video)
+    for quality in QUALITIES[1:]:
+        if len(video) <= size:
             break
-        rows.append(clips)
-    if sum(len(clip) for clips in rows for clip in clips.values()) > PAGE_BYTES:
-        rows = rows[: max(1, PAGE_BYTES // (CLIP_BYTES * len(names)))]
-        share = PAGE_BYTES // sum(map(len, rows))
-        rows = [{name: shrink(clip, share) for name, clip in clips.items()} for clips in rows]
-    return [{name: data_uri(clip) for name, clip in clips.items()} for clips in rows]
+        video = encode(frames, rate, quality)
+    return video
 
 
 def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray | None:
@@ -37,43 +97,32 @@ def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray
     columns = []
     for number in range(count):
         files = [folder / name / f"{number:04d}.mp4" for name in names]
-        if all(file.exists() for file in files):
-            columns.append(np.concatenate([read_frames(file.read_bytes(), GRID_HEIGHT) for file in files], axis=1))
+        clips = [clip for file in files if (clip := read_clip(file, GRID_HEIGHT)) is not None]
+        if len(clips) == len(files):
+            columns.append(np.concatenate([clip for clip, _ in clips], axis=1))
     return np.concatenate(columns, axis=2) if columns else None
 
 
-def read_frames(clip: bytes, height: int) -> np.ndarray:
-    """uint8 [F, h, w, 3], scaled down to at most `height`."""
+def read_clip(file: epath.Path, height: int) -> tuple[np.ndarray, Fraction] | None:
+    """`decode` of a file; None where it is missing or broken."""
+    try:
+        return decode(file.read_bytes(), height)
+    except (av.error.FFmpegError, OSError, IndexError, ValueError):
+        return None
+
+
+def decode(clip: bytes, height: int | None = None) -> tuple[np.ndarray, Fraction]:
+    """(uint8 [F, h, w, 3], frames a second), scaled down to at most `height`."""
     with av.open(io.BytesIO(clip)) as source:
+        rate = source.streams.video[0].average_rate or Fraction(16)
         frames = list(source.decode(video=0))  # type: ignore[attr-defined]
-    height = min(height, frames[0].height)
+    height = min(height or frames[0].height, frames[0].height)
     width = round(frames[0].width * height / frames[0].height)
+    return np.stack([frame.reformat(width, height, "rgb24").to_ndarray() for frame in frames]), rate
+
+
+def fit(video_FxHxWx3: np.ndarray, height: int, width: int) -> np.ndarray:
+    if video_FxHxWx3.shape[1:3] == (height, width):
+        return video_FxHxWx3
+    frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in video_FxHxWx3)
     return np.stack([frame.reformat(width, height, "rgb24").to_ndarray() for frame in frames])
-
-
-def data_uri(clip: bytes) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(clip).decode()
-
-
-def shrink(clip: bytes, size: int) -> bytes:
-    """The clip in about `size` bytes at most; as it is when it is no larger."""
-    if len(clip) <= size:
-        return clip
-    with av.open(io.BytesIO(clip)) as source:
-        rate = source.streams.video[0].average_rate
-        frames = list(source.decode(video=0))  # type: ignore[attr-defined]
-    assert rate  # of every clip that `write_video` wrote
-    height = min(CLIP_HEIGHT, frames[0].height)
-    width = round(frames[0].width * height / frames[0].height / 2) * 2
-    bits_per_second = int(0.85 * 8 * size * float(rate) / len(frames))
-    limit = {"maxrate": str(bits_per_second), "bufsize": str(bits_per_second // 2)}
-    result = io.BytesIO()
-    with av.open(result, "w", format="mp4") as target:
-        stream = target.add_stream("libx264", rate=rate, options=limit)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", bits_per_second
-        for number, frame in enumerate(frames):
-            smaller = frame.reformat(width, height, "yuv420p")
-            smaller.pts, smaller.time_base = number, 1 / rate
-            target.mux(stream.encode(smaller))
-        target.mux(stream.encode())
-    return result.getvalue()

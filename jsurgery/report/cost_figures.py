@@ -1,16 +1,13 @@
 """Pages of figures about cost: one block over duration and rate, and the plans that no other plan beats."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from jsurgery.report.charts import POINTS, Chart, line_chart
+from jsurgery.report.templates import render
 
-HERE = pathlib.Path(__file__).parent
 SIDES = {"core": "Core attention", "attention": "Attention with projections", "block": "Whole block"}
 PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
@@ -149,12 +146,7 @@ def rate_label(rate: str) -> str:
 
 
 def write_page(path: epath.Path, title: str, sections: Sequence[dict[str, Any]]) -> epath.Path:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("cost.html.jinja").render(
-        title=title, sections=sections, style=Markup((HERE / "page.css").read_text())
-    )
+    page = render("cost.html.jinja", title=title, sections=sections)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path

@@ -32,7 +32,8 @@ from jsurgery.cost import (
 )
 from jsurgery.errors import InputError
 from jsurgery.report.cost_figures import PARTS, scaled, write_cost_page
-from jsurgery.report.page import PUBLISHED, rate_key, rate_name
+from jsurgery.report.costs import PUBLISHED
+from jsurgery.report.templates import rate_key, rate_name
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.plan import named_budget, workload
 from jsurgery.wan.pipeline import model_path, pipeline_folder, transformer_folder

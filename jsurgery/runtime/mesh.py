@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
+from jsurgery.runtime import processes
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -37,13 +39,17 @@ PARAMETERS = [
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh`, of this machine's devices. Raises DoesNotFit when it asks for more than there are."""
+    """The mesh of `config.mesh`, of all processes' devices. Raises DoesNotFit when it asks for more than there are, or
+    of several processes for fewer: each must hold a part."""
     shape = tuple(config[axis] for axis in AXES)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(shape)
-    if wanted > len(devices):
+    hosts = len({device.process_index for device in devices})
+    if wanted > len(devices) or (hosts > 1 and wanted < len(devices)):
         sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, found {len(devices)} ({devices[0].platform})")
+        held = f" in {hosts} processes; expected all of them" if hosts > 1 else ""
+        found = f"found {len(devices)} ({devices[0].platform}){held}"
+        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {found}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
 
 
@@ -66,8 +72,28 @@ def parameter_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def put_state(mesh: Mesh, state: Any) -> Any:
-    """A training state (parameters, optimiser moments, counters) placed as a step returns it: no second compile."""
-    return jax.device_put(state, parameter_shardings(mesh, state))
+    """A training state (parameters, optimiser moments, counters) placed as a step returns it: no second compile.
+
+    Of several processes each brings all values, or its part of those that are spread already.
+    """
+
+    def put(leaf: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        values = np.asarray(leaf)  # device_put would send them round, to see that all processes have the same
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: values[index])
+
+    return jax.tree.map(put, state, parameter_shardings(mesh, state))
+
+
+def fetched(tree: Any) -> Any:
+    """Whole NumPy arrays in every process; all must ask."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
+        return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def abstract_mesh(config: ConfigDict) -> AbstractMesh:
@@ -118,3 +144,23 @@ def place(mesh: Mesh, module: nnx.Module) -> None:
     """Moves a module's parameters onto the mesh, in place."""
     state = nnx.state(module)
     nnx.update(module, put_state(mesh, state))
+
+
+def gather(module: nnx.Module) -> None:
+    """Brings parameters that are spread over several processes to process 0, in place; all must ask.
+
+    Stacked parameters come row by row: no device ever holds more than a block's.
+    """
+
+    def whole(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable:
+            return leaf
+        rows = range(len(leaf)) if leaf.ndim > 2 else [slice(None)]
+        values = np.empty(leaf.shape, leaf.dtype) if processes.is_first() else None
+        for row in rows:
+            found = fetched(leaf[row])
+            if values is not None:
+                values[row] = found
+        return leaf if values is None else values
+
+    nnx.update(module, jax.tree.map(whole, nnx.state(module)))

@@ -8,13 +8,17 @@ from typing import Any
 
 from etils import epath
 
+from jsurgery.runtime import processes
+
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if processes.is_first():
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Iterates over steps and reports them: on one line of a terminal, every few seconds in a log."""
+    """Iterates over steps and reports them, of several processes the first: on one line of a terminal, every few
+    seconds in a log."""
 
     def __init__(self, name: str, total: int, start: int = 0):
         self.name, self.total, self.start = name, total, start
@@ -30,7 +34,7 @@ class Progress:
     def show(self, done: int, last: bool = False) -> None:
         now = time.monotonic()
         terminal = sys.stderr.isatty()
-        if not last and now - self.shown < (0.2 if terminal else 10.0):
+        if not processes.is_first() or (not last and now - self.shown < (0.2 if terminal else 10.0)):
             return
         self.shown = now
         elapsed = max(now - self.began, 1e-9)
@@ -51,11 +55,13 @@ def clock(seconds: float) -> str:
 class Metrics:
     """Scalars of a stage: `metrics.jsonl` (one object a logged step, read by the report) and TensorBoard events.
 
-    A resumed run drops what was logged after the step that it restarts from.
+    A resumed run drops what was logged after the step that it restarts from. Of several processes the first writes.
     """
 
     def __init__(self, folder: epath.PathLike, resume_step: int = 0):
-        self.folder = epath.Path(folder)
+        self.folder, self.board = epath.Path(folder), None
+        if not processes.is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
         self.rows = kept
@@ -64,6 +70,8 @@ class Metrics:
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def log(self, step: int, **values: Any) -> None:
+        if self.board is None:
+            return
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self.rows.append(row)
         for name, value in row.items():
@@ -71,6 +79,8 @@ class Metrics:
                 self.board.add_scalar(name, value, step)
 
     def flush(self) -> None:
+        if self.board is None:
+            return
         temporary = self.folder / "metrics.jsonl.tmp"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         temporary.replace(self.folder / "metrics.jsonl")

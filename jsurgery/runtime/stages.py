@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.config import flat
 from jsurgery.errors import InputError
+from jsurgery.runtime import processes
 from jsurgery.runtime.progress import say
 
 MARKER = "stage.json"
@@ -67,14 +68,21 @@ class Stage:
     def _mark(self, complete: bool) -> None:
         write_json(self.folder / MARKER, {"stage": self.name, "complete": complete, "made_with": self.made_with})
 
-    def run(self, work, *arguments: Any) -> None:
-        """Runs `work` unless the stage is done already, and says which."""
-        if self.done():
+    def run(self, work, *arguments: Any, spread: bool = False) -> None:
+        """Runs `work` unless the stage is done already, and says which.
+
+        Of several processes the first looks, works and marks, and the others wait; `spread` work is all processes'.
+        """
+        if processes.once(self.done):
             say(f"{self.name}: up to date, skipped")
             return
-        self.begin()
-        work(*arguments)
-        self.end()
+
+        def perform() -> None:
+            work(*arguments)  # its result is nobody's
+
+        processes.once(self.begin)
+        perform() if spread else processes.once(perform)
+        processes.once(self.end)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ spot from the queries, keys and values that pass by. Nothing but gradients leave
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -21,23 +21,35 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import FeatureMapConfig, Rate, init_feature_maps, token_order
+from jsurgery.attention.hybrid import (
+    FeatureMapConfig,
+    LearnedMap,
+    Rate,
+    feature_map,
+    init_feature_maps,
+    token_order,
+)
 from jsurgery.attention.token_order import TokenOrder
+from jsurgery.config import block_numbers
 from jsurgery.data.latents import Rows
 from jsurgery.errors import InputError
+from jsurgery.runtime import processes
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import LOGICAL, batch_pieces, local_rows, make_mesh, put_rows, put_state, sharding
+from jsurgery.runtime.mesh import LOGICAL, batch_pieces, fetched, local_rows, make_mesh, put_rows, put_state, sharding
+from jsurgery.runtime.profiler import Profiler
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.wan.rope import apply_rope, rope_tables
 from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.transformer import WanTransformer
-from pallas_kernels import PolynomialMap
 from pallas_kernels.reference import EPSILON
 
 CALIBRATION_BATCHES = 8
 LARGEST_LOG_SCALE = 20.0
-Maps = tuple[PolynomialMap, PolynomialMap]  # of queries and of keys, leaves [blocks, rates, heads, ...]
+INITIAL, TRAINED = "initial.safetensors", "feature_maps.safetensors"
+# Of queries and of keys, leaves [blocks, rates, heads, ...]; blocks are those of `Setup.blocks`.
+Maps = tuple[LearnedMap, LearnedMap]
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +86,12 @@ class Tokens:
         if self.axis is None or self.order.valid is None:
             return None
         return jnp.asarray(self.order.valid).reshape(self.order.shards, -1)[jax.lax.axis_index(self.axis)]
+
+    def own(self, x_PxF: np.ndarray) -> jax.Array:
+        """This piece's tokens [N, F] of all places."""
+        if self.axis is None:
+            return jnp.asarray(x_PxF)
+        return jnp.asarray(x_PxF).reshape(self.order.shards, -1, x_PxF.shape[-1])[jax.lax.axis_index(self.axis)]
 
     def masked(self, x: jax.Array, start: int = 0) -> jax.Array:
         """[..., N - start, F] of the tokens from `start` on, zero at padding."""
@@ -138,6 +156,7 @@ class Visit:
     full: Branch
     tokens: Tokens
     stabilizer: str
+    turn_back: tuple[jax.Array, jax.Array] | None = None  # RoPE's angles [N, D/2], negated, if phi sees what was before
 
     @property
     def start(self) -> int:
@@ -146,8 +165,11 @@ class Visit:
 
     @property
     def inputs(self) -> tuple[jax.Array, jax.Array]:
-        """The queries, and the linear keys."""
-        return self.q, self.k[:, self.start :]
+        """The queries, and the linear keys, as phi sees them."""
+        q, k = self.q, self.k
+        if (angles := self.turn_back) is not None:
+            q, k = (apply_rope(x[:, :, None], *angles)[:, :, 0] for x in (q, k))
+        return q, k[:, self.start :]
 
     def features(self, maps: Maps) -> tuple[jax.Array, jax.Array]:
         """phi_q [B, N, F] of the queries and phi_k [B, M, F] of the linear keys, zero at padding."""
@@ -242,13 +264,14 @@ class Setup:
     lattice: str
     stabilizer: str
     loss: str
+    blocks: tuple[int, ...] | None = None  # None: all
+    rope: str = "after"  # what phi sees: queries and keys "before" RoPE or after it
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Setup":
-        hybrid = config.hybrid
-        return cls(
-            tuple(hybrid.rates), rate_chain(hybrid.rates), hybrid.lattice, hybrid.stabilizer, config.distill.loss
-        )
+        hybrid, settings = config.hybrid, config.distill
+        rates, blocks = tuple(hybrid.rates), block_numbers(settings.blocks)
+        return cls(rates, rate_chain(rates), hybrid.lattice, hybrid.stabilizer, settings.loss, blocks)
 
 
 def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
@@ -257,41 +280,64 @@ def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
 
 
 def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps, setup: Setup, visit) -> Any:
-    """Runs the teacher over a batch and `visit(maps, Visit)` in every head.
+    """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the setup's blocks.
 
     Returns the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so
     `visit` returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
     """
     mesh, axis = teacher.mesh, LOGICAL["sequence"]
-    order = token_order(
-        teacher.config.token_grid(batch["latents"].shape[1:4]), setup.chain, setup.lattice, teacher.shards
-    )
+    grid = teacher.config.token_grid(batch["latents"].shape[1:4])
+    order = token_order(grid, setup.chain, setup.lattice, teacher.shards)
     tokens = Tokens(order, axis if teacher.shards > 1 else None, 1 if mesh is None else batch_pieces(mesh))
 
-    def head(inputs):
+    cos, sin = rope_tables(grid, teacher.config.attention_head_dim, teacher.config.rope_max_seq_len)
+    angles = cos[order.permutation], -sin[order.permutation]
+
+    def head(inputs, chosen):
         (q, k, v), maps_R = inputs
+        turn_back = (tokens.own(angles[0]), tokens.own(angles[1])) if setup.rope == "before" else None
         branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, setup.rates))(q, k, v)
         records = []
         for index, rate in enumerate(setup.rates):
             one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
-            records.append(visit(one_head, Visit(rate, q, k, v, branches.get(rate), full, tokens, setup.stabilizer)))
+            at = Visit(rate, q, k, v, branches.get(rate), full, tokens, setup.stabilizer, turn_back)
+            records.append(if_chosen(chosen, functools.partial(visit, one_head, at)))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
-    def attention(q, k, v, maps_RxH):
+    def attention(q, k, v, layer):
+        chosen, maps_RxH = layer
         heads_first = tuple(x.transpose(2, 0, 1, 3).astype(jnp.float32) for x in (q, k, v))
-        y, records = jax.lax.map(head, (heads_first, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), maps_RxH)))
+        inputs = heads_first, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), maps_RxH)
+        y, records = jax.lax.map(lambda inputs: head(inputs, chosen), inputs)
         return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
 
-    def added_up(q, k, v, maps_RxH):
-        y, records = attention(q, k, v, maps_RxH)
+    def added_up(q, k, v, layer):
+        y, records = attention(q, k, v, layer)
         return y, jax.lax.psum(records, (*LOGICAL["batch"], axis))
 
     visiting = attention
     if mesh is not None:
         spread, by_head = sharding(mesh, "batch", "sequence", "heads").spec, sharding(mesh, None, "heads").spec
-        specs = {"in_specs": (spread, spread, spread, by_head), "out_specs": (spread, by_head)}
+        layer = sharding(mesh).spec, by_head
+        specs = {"in_specs": (spread, spread, spread, layer), "out_specs": (spread, by_head)}
         visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
-    return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], visiting, maps, order=order)[1]
+    inputs = batch["latents"], batch["timestep"], batch["text"]
+    if setup.blocks is None:
+        return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)[1]
+    blocks, every = np.array(setup.blocks), np.arange(teacher.config.num_layers)
+    # A block that is not chosen reads the maps of some other, to no effect.
+    slots = np.searchsorted(blocks, every).clip(max=len(blocks) - 1)
+    layers = jnp.asarray(np.isin(every, blocks)), jax.tree.map(lambda leaf: leaf[slots], maps)
+    records = teacher.apply_blocks(*inputs, visiting, layers, order=order, until=blocks[-1] + 1)[1]
+    return jax.tree.map(lambda leaf: leaf[blocks], records)
+
+
+def if_chosen(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
+    """What `work` returns, or zeros where it is not `chosen` and not done; None: always."""
+    if chosen is None:
+        return work()
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work))
+    return jax.lax.cond(chosen, work, zeros)
 
 
 @functools.partial(nnx.jit, static_argnames="setup")
@@ -313,14 +359,15 @@ def losses_and_gradients(teacher, batch, maps, setup: Setup) -> tuple[jax.Array,
 
 
 def initial_maps(config: ConfigDict, teacher: WanTransformer) -> Maps:
-    """Fresh maps for every block and rate, leaves [blocks, rates, heads, ...]."""
+    """Fresh maps for every rate and block of `config.distill.blocks`: the same, whichever these are."""
     hybrid, model = config.hybrid, teacher.config
     phi = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
-    count = model.num_layers * len(hybrid.rates)
+    count, chosen = model.num_layers * len(hybrid.rates), block_numbers(config.distill.blocks)
 
     def maps(key):
         stacked = init_feature_maps(key, count, model.num_attention_heads, model.attention_head_dim, phi)
-        return jax.tree.map(lambda leaf: leaf.reshape(model.num_layers, len(hybrid.rates), *leaf.shape[1:]), stacked)
+        stacked = jax.tree.map(lambda leaf: leaf.reshape(model.num_layers, -1, *leaf.shape[1:]), stacked)
+        return stacked if chosen is None else jax.tree.map(lambda leaf: leaf[np.array(chosen)], stacked)
 
     key_q, key_k = jax.random.split(jax.random.key(config.seed))
     return maps(key_q), maps(key_k)
@@ -353,9 +400,23 @@ def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, se
     return update
 
 
-def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, folder: epath.Path) -> None:
-    """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`."""
-    settings, setup = config.distill, Setup.of(config)
+def distill(
+    config: ConfigDict,
+    teacher: WanTransformer,
+    traces: epath.Path,
+    folder: epath.Path,
+    *,
+    rope: str = "after",
+    profile: epath.Path | None = None,
+) -> None:
+    """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`.
+
+    errors.json names their blocks: all, or those of `config.distill.blocks`. With `rope` "before", phi sees queries and
+    keys that are not turned by RoPE: to be measured, for no model takes such maps. `profile` gets the trace of
+    `config.profile` steps.
+    """
+    settings, setup = config.distill, dataclasses.replace(Setup.of(config), rope=rope)
+    blocks = setup.blocks or range(teacher.config.num_layers)
     mesh = make_mesh(config.mesh)
     teacher.spread(mesh, config.mesh.exchange)
     split = config.trace.prompts - config.trace.holdout
@@ -370,7 +431,8 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
         maps = calibrate(teacher, [batch(i) for i in range(CALIBRATION_BATCHES)], maps, setup)
-    save_maps(folder / "initial.safetensors", maps, setup.rates)
+    initial = fetched(maps)
+    processes.once(lambda: save_maps(folder / INITIAL, initial, setup.rates, blocks))
 
     optimizer = make_optimizer(config)
     checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
@@ -380,20 +442,24 @@ def distill(config: ConfigDict, teacher: WanTransformer, traces: epath.Path, fol
     graph, teacher_params = nnx.split(teacher)
     update = make_update(optimizer, graph, setup)
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
-    for step in progress.over(range(start, settings.steps)):
+    profiler = Profiler(profile, config.profile)
+    for step in profiler.over(progress.over(range(start, settings.steps))):
         # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
         replayed = batch(step // settings.updates_per_batch)
         state, losses = update(state, teacher_params, replayed)
+        profiler.result = losses
         if (step + 1) % config.log_every == 0:
-            by_rate = losses.mean(axis=0)
+            by_rate = fetched(losses).mean(axis=0)
             metrics.log(step + 1, **{f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)})
             metrics.flush()
-            progress.note = f"loss {losses.mean():.4f}"
+            progress.note = f"loss {by_rate.mean():.4f}"
         checkpoints.save(step + 1, state, last=step + 1 == settings.steps)
     checkpoints.close()
     metrics.flush()
-    save_maps(folder / "feature_maps.safetensors", state["maps"], setup.rates)
-    write_json(folder / "errors.json", held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup))
+    trained = fetched(state["maps"])
+    processes.once(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
+    found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup)
+    processes.once(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
 
 
 def held_out_errors(
@@ -413,7 +479,7 @@ def held_out_errors(
         for number in progress.over(range(batches)):
             steps = [held_out[number * size + row] for row in rows]
             batch = put_rows(mesh, rows, size, jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
-            found.append(jax.device_get(measure(teacher, batch, maps, setup)))
+            found.append(fetched(measure(teacher, batch, maps, setup)))
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
 
     before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
@@ -428,15 +494,15 @@ def held_out_errors(
     }
 
 
-def save_maps(path: epath.Path, maps: Maps, rates: Sequence[Rate]) -> None:
-    """Tensors named blocks.I.rate_R.phi_q.LEAF, one map a block and rate."""
+def save_maps(path: epath.Path, maps: Maps, rates: Sequence[Rate], blocks: Sequence[int]) -> None:
+    """Tensors named blocks.I.rate_R.phi_q.LEAF, one map a rate and block of `blocks`."""
     tensors = {}
     for side, stacked in zip(("phi_q", "phi_k"), maps, strict=True):
         for leaf_name, leaf in _leaves(stacked):
             array = np.asarray(leaf)
-            for block in range(array.shape[0]):
-                for index, rate in enumerate(rates):
-                    tensors[f"blocks.{block}.rate_{rate}.{side}.{leaf_name}"] = array[block, index]
+            for of_block, block in zip(array, blocks, strict=True):
+                for of_rate, rate in zip(of_block, rates, strict=True):
+                    tensors[f"blocks.{block}.rate_{rate}.{side}.{leaf_name}"] = of_rate
     phi = maps[0]
     write_tensors(
         path,
@@ -458,19 +524,11 @@ def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) 
             raise InputError(f"{path}: holds no {missing[0]}; was its rate distilled?")
         return jnp.asarray(np.stack([tensors[name] for name in names]))
 
-    def maps(side: str) -> PolynomialMap:
-        return PolynomialMap(
-            kernels=tuple(stacked(side, f"kernels.{j}") for j in range(config.layers)),
-            biases=tuple(stacked(side, f"biases.{j}") for j in range(config.layers)),
-            log_scale=stacked(side, "log_scale"),
-            degree=config.degree,
-            activation=config.activation,
-        )
-
-    return maps("phi_q"), maps("phi_k")
+    query_maps, key_maps = (feature_map(config, functools.partial(stacked, side)) for side in ("phi_q", "phi_k"))
+    return query_maps, key_maps
 
 
-def _leaves(maps: PolynomialMap) -> list[tuple[str, jax.Array]]:
+def _leaves(maps: LearnedMap) -> list[tuple[str, jax.Array]]:
     layers = [(f"kernels.{j}", leaf) for j, leaf in enumerate(maps.kernels)]
     layers += [(f"biases.{j}", leaf) for j, leaf in enumerate(maps.biases)]
     return [*layers, ("log_scale", maps.log_scale)]

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from jsurgery.data.latents import batches, padded_text
 from jsurgery.diffusion import noised
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
+from jsurgery.runtime.mesh import fetched, local_rows, make_mesh, put_rows, put_state
+from jsurgery.runtime.profiler import Profiler
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.training import adamw, initial_state, trained_parameters, updated
 from jsurgery.wan.pipeline import Pipeline
@@ -61,9 +62,18 @@ def make_update(
 
 
 def finetune(
-    config: ConfigDict, student: WanTransformer, teacher: Pipeline, latents: epath.Path, folder: epath.Path
+    config: ConfigDict,
+    student: WanTransformer,
+    teacher: Pipeline,
+    latents: epath.Path,
+    folder: epath.Path,
+    *,
+    profile: epath.Path | None = None,
 ) -> WanTransformer:
-    """Trains `student` (or goes on) on the shards in `latents`; checkpoints and metrics go to `folder`."""
+    """Trains `student` (or goes on) on the shards in `latents`; checkpoints and metrics go to `folder`.
+
+    `profile` gets the trace of `config.profile` steps.
+    """
     settings = config.finetune
     mesh = make_mesh(config.mesh)
     student.spread(mesh, config.mesh.exchange)
@@ -90,10 +100,13 @@ def finetune(
     params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
     start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, settings.ema)))
     metrics, progress = Metrics(folder, start), Progress("finetune", settings.steps, start)
-    for step in progress.over(range(start, settings.steps)):
+    profiler = Profiler(profile, config.profile)
+    for step in profiler.over(progress.over(range(start, settings.steps))):
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         state, values = update(state, teacher_params, embedded(step), key)
+        profiler.result = values
         if (step + 1) % config.log_every == 0:
+            values = fetched(values)
             metrics.log(step + 1, **values)
             metrics.flush()
             progress.note = f"loss {values['loss']:.4f}"

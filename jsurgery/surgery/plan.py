@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, Rate
+from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, HybridConfig, Rate
 from jsurgery.config import check_rates
-from jsurgery.cost import Workload, core_flops, num_tokens
+from jsurgery.cost import Hedgehog, Workload, core_flops, num_tokens
 from jsurgery.errors import InputError
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distill import rate_chain, read_errors
@@ -49,7 +49,10 @@ class BlockCosts:
 def workload(config: ConfigDict, model: WanConfig) -> Workload:
     """What one forward pass works on, for the cost model."""
     hybrid, video = config.hybrid, config.video
-    phi = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation) if hybrid.linear_branch else None
+    phi = None
+    if hybrid.linear_branch:
+        polynomial = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
+        phi = Hedgehog() if hybrid.activation == HEDGEHOG else polynomial
     return Workload(model, num_tokens(video.frames, video.height, video.width), config.text_length, phi)
 
 

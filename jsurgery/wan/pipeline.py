@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import State, Velocity, guided, initial_state, sample, schedule, solver_step, step_keys
@@ -149,14 +150,17 @@ class Pipeline:
         return self.decode(self.sample(prompts, config, seed=seed)[0])
 
 
-def load_pipeline(path: str, dtype: Any = jnp.float32) -> Pipeline:
-    """A pipeline folder in the diffusers layout, an operated model's folder, or a bundled name."""
+def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Pipeline:
+    """A pipeline folder in the diffusers layout, an operated model's folder, or a bundled name.
+
+    With a mesh, the transformer's parameters go where they belong on it.
+    """
     folder = model_path(path)
     base = pipeline_folder(folder)
     return Pipeline(
         tokenizer=Tokenizer(base / "tokenizer"),
         text_encoder=load_text_encoder(base / "text_encoder"),
-        transformer=load_transformer(transformer_folder(folder), dtype),
+        transformer=load_transformer(transformer_folder(folder), dtype, mesh),
         vae=load_vae(base / "vae"),
     )
 

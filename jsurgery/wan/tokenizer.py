@@ -69,7 +69,8 @@ def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size:
     a word's score is the logarithm of its frequency. The vocabulary may end up smaller than `vocab_size`.
     Raises InputError where not even the characters fit.
     """
-    normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc")
+    spaces = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), True)
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", **spaces)
     counts = collections.Counter(
         word for caption in captions for word in re.findall("▁[^▁]+", normalizer.normalize(clean_prompt(caption)))
     )

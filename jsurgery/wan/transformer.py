@@ -329,11 +329,13 @@ class WanTransformer(nnx.Module):
         layers: Any,
         *,
         order: TokenOrder | None,
+        until: int | None = None,
     ) -> tuple[jax.Array, Any]:
         """The whole network around a given self-attention.
 
         `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned: `layer` is this block's slice of the
-        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is how tokens lie.
+        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is how tokens lie. Blocks from
+        number `until` on are passed over, with zeros for records.
         Returns (velocity [B, T, H, W, C], records).
         """
         config = self.config
@@ -351,7 +353,7 @@ class WanTransformer(nnx.Module):
         if self.mesh is not None:
             to_text = functools.partial(sharded_cross_attention, sharding=self._sharding(len(x), "sequence", "heads"))
 
-        def body(x, layer):
+        def block(x, layer):
             state, layer = layer
             records = []
 
@@ -363,7 +365,16 @@ class WanTransformer(nnx.Module):
             x = nnx.merge(graph, state)(x, text, modulation, rope, recorded, to_text)
             return self._constrained(x), records[0]
 
-        x, records = lax.scan(REMAT[self.remat](body), x, (stacked, layers))
+        def block_or_none(x, layer):
+            number, layer = layer
+            zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+            none = lambda x, layer: (x, jax.tree.map(zeros, jax.eval_shape(block, x, layer)[1]))
+            return lax.cond(number < until, block, none, x, layer)
+
+        body, layers = block, (stacked, layers)
+        if until is not None:
+            body, layers = block_or_none, (jnp.arange(config.num_layers), layers)
+        x, records = lax.scan(REMAT[self.remat](body), x, layers)
 
         shift, scale = jnp.split(self.scale_shift_table[None] + time[:, None].astype(jnp.float32), 2, axis=1)
         x = self.proj_out((layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype))

@@ -96,7 +96,7 @@ def test_the_page_stands_alone(tmp_path):
     for text in ("Core attention", "Attention with projections", "Whole block", "The Pareto front", "proven optimal"):
         assert text in page
     assert "70 GFLOP contradicts" in page and "next cheaper" in page and "0.875" in page
-    assert not re.search(r"(src|href)=.(https?:)?//", page) and "<script" not in page
+    assert not re.search(r"(src|href)=.(https?:)?//", page) and page.count("<script") == 1
     plan = plans[0] | {"cheaper": None, "dearer": None, "error_bound": 3, "optimum": 3, "proven_optimal": True}
     alone = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
     assert "<svg" not in alone.read_text()

@@ -1,5 +1,6 @@
 """Losses, gradients and statistics of the one-pass distillation against direct formulas; then the whole stage, tiny."""
 
+import dataclasses
 import json
 
 import jax
@@ -25,8 +26,9 @@ from jsurgery.surgery.distill import (
     losses_and_gradients,
     measure,
 )
+from jsurgery.surgery.jobs import merge
 from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.transformer import WanConfig, WanTransformer
 from pallas_kernels import hybrid_attention, init_polynomial_map, softmax_share
 
 RATES = (2, 4, "linear")
@@ -319,3 +321,48 @@ def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_pa
     for name in ("errors.json", "metrics.jsonl"):
         assert (folder / name).read_text() == (distilled / name).read_text()
     assert [row["step"] for row in read_metrics(folder)] == [10, 20, 30, 40]
+
+
+def test_a_job_leaves_out_the_blocks_after_its_own(teacher, batches):
+    """The velocity is then that of the teacher's first block alone."""
+    first = nnx.eval_shape(lambda: WanTransformer(dataclasses.replace(teacher.config, num_layers=1), rngs=nnx.Rngs(0)))
+    state = nnx.state(teacher)
+    state["blocks"] = jax.tree.map(lambda leaf: leaf[:1], state["blocks"])
+    nnx.update(first, state)
+    latents, timestep, text = (batches[0][name] for name in ("latents", "timestep", "text"))
+    number = jnp.arange(2)
+    attention = lambda q, k, v, layer: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), layer + 5)
+    run = jax.jit(
+        lambda until: teacher.apply_blocks(latents, timestep, text, attention, number, order=None, until=until),
+        static_argnums=0,
+    )
+    velocity, records = run(1)
+    np.testing.assert_allclose(velocity, first(latents, timestep, text), rtol=1e-5, atol=1e-6)
+    assert records.tolist() == [5, 0]
+    assert relative_error(run(2)[0], velocity) > 1e-2 and run(2)[1].tolist() == [5, 6]
+
+
+def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
+    """One of them, stopped at the middle, goes on. The compiler rounds a job's gradients in another order."""
+    jobs = {blocks: epath.Path(tmp_path) / f"blocks_{blocks}" for blocks in ("0", "1")}
+    distill(small_config(**{"distill.blocks": "1", "distill.steps": 20}), teacher, traces, jobs["1"])
+    for blocks, folder in jobs.items():
+        distill(small_config(**{"distill.blocks": blocks}), teacher, traces, folder)
+    assert all(name.startswith("blocks.1.") for name in read_tensors(jobs["1"] / "feature_maps.safetensors"))
+    merge(small_config(), list(jobs.values()), 2, epath.Path(tmp_path))
+    initial, trained = "initial.safetensors", "feature_maps.safetensors"
+    assert (tmp_path / initial).read_bytes() == (distilled / initial).read_bytes()
+    together = read_tensors(distilled / trained)
+    assert list(read_tensors(tmp_path / trained)) == list(together)
+    # Where all keys are linear, the maps' scale cancels: its gradient is rounding, of which Adam makes full steps.
+    names = [name for name in together if "rate_linear" not in name or "log_scale" not in name]
+    assert len(names) == len(together) - 4
+    flat = lambda tensors: np.concatenate([np.ravel(tensors[name]) for name in names])
+    assert relative_error(flat(read_tensors(tmp_path / trained)), flat(together)) < 1e-5
+    assert relative_error(flat(read_tensors(tmp_path / initial)), flat(together)) > 1e-2
+    reports = [json.loads((folder / "errors.json").read_text()) for folder in (epath.Path(tmp_path), distilled)]
+    assert list(reports[0]) == list(reports[1])
+    for field in ("blocks", "errors", "initial_errors", "softmax_share", "teacher_softmax_share", "samples"):
+        np.testing.assert_allclose(reports[0][field], reports[1][field], rtol=1e-5)
+    for row, wanted in zip(read_metrics(tmp_path), read_metrics(distilled), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)

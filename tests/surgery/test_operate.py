@@ -42,7 +42,7 @@ def maps():
 @pytest.fixture(scope="module")
 def file(maps, tmp_path_factory):
     path = epath.Path(tmp_path_factory.mktemp("distill")) / "feature_maps.safetensors"
-    save_maps(path, maps, RATES)
+    save_maps(path, maps, RATES, range(BLOCKS))
     return path
 
 

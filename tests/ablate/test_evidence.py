@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from jsurgery.ablate.evidence import evaluation_stage, finetune_stage
 from jsurgery.cli import main
+from jsurgery.config import load_config
+from jsurgery.run import Run
 
 SIZES = {
     "video.frames": 5, "video.height": 64, "video.width": 48, "sampler.steps": 2, "trace.prompts": 3,
@@ -64,3 +67,27 @@ def test_it_resumes(ablated):
     assert len(kept) > 10 and main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")} == kept
     assert (workdir / "evidence.json").read_text() == table
+
+
+OF_FINETUNE = [
+    f"finetune.{name}"
+    for name in (
+        "accumulate", "batch", "clip_norm", "condition_dropout", "distilled", "ema", "learning_rate", "schedule",
+        "steps", "subject", "teacher_weight", "warmup", "weight_decay",
+    )
+]  # fmt: skip
+OF_HYBRID = ["activation", "degree", "lattice", "layers", "linear_branch", "rates", "stabilizer"]
+OF_DISTILL = ["batch", "calibrate", "learning_rate", "loss", "steps", "updates_per_batch", "weight_decay"]
+
+
+def test_the_stages_of_runs_that_are_there_already_stay_theirs(tmp_path):
+    """Hours of work are read by what these stages depend on: a new field among them would be another config."""
+    run = Run(load_config("tiny_evidence"), str(tmp_path))
+    assert sorted(run.distill.made_with) == [
+        *(f"distill.{name}" for name in OF_DISTILL), *(f"hybrid.{name}" for name in OF_HYBRID), "stage trace",
+    ]  # fmt: skip
+    finetune, evaluation = finetune_stage(run, "all"), evaluation_stage(run)
+    assert (finetune.name, evaluation.name) == ("finetune_all", "evidence")
+    assert sorted(finetune.made_with) == [*OF_FINETUNE, "stage distill", "stage latents"]
+    of_evaluate = [f"evaluate.{name}" for name in ("batch", "prompts", "validation_clips", "videos")]
+    assert sorted(evaluation.made_with) == [*of_evaluate, *OF_FINETUNE, "stage distill", "stage latents"]

@@ -1,4 +1,4 @@
-"""ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
+"""evidence: does each step of the surgery help? Its stages are those of a run, with one evaluation of all arms."""
 
 import dataclasses
 import functools
@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.ablate.table import Spread, cell, grid, spread
 from jsurgery.attention.hybrid import HybridConfig, Rate
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.run import Run
-from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import Stage, write_json
 from jsurgery.surgery.distill import load_maps, read_errors
 from jsurgery.surgery.finetune import finetune
@@ -25,20 +25,20 @@ from jsurgery.wan.transformer import WanTransformer, load_transformer
 EVIDENCE_RATE = 8
 
 
-def evidence(config: ConfigDict, workdir: str, seeds: int) -> dict[str, Any]:
-    """Does each step of the surgery help? All blocks and half of them at rate 8, every arm beside the teacher.
+def evidence(config: ConfigDict, workdir: str, seeds: int) -> str:
+    """All blocks and half of them at rate 8, every arm beside the teacher.
 
     Per plan: not distilled (calibrated maps as initialised), distilled, distilled and fine-tuned, no linear branch, and
     no linear branch fine-tuned; besides them the teacher, and the teacher fine-tuned alike. Leaves `evidence.json` and
-    `evidence.md` in the workdir.
+    `evidence.md` in the workdir; returns the latter.
     """
     per_seed = [evidence_of_seed(config, epath.Path(workdir) / f"seed{seed}", seed) for seed in range(seeds)]
-    table = {"seeds": seeds, "prompts": config.evaluate.prompts, "arms": spread(per_seed), "per_seed": per_seed}
+    table = {"seeds": seeds, "prompts": config.evaluate.prompts, "arms": spreads(per_seed), "per_seed": per_seed}
     write_json(epath.Path(workdir) / "evidence.json", table)
     text = markdown(table)
     (epath.Path(workdir) / "evidence.md").write_text(text)
     print(text)
-    return table
+    return text
 
 
 def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
         models[f"{name}_no_linear_finetuned"] = finetuned(
             run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
         )
-    evaluated = Stage(workdir, "evidence", config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+    evaluated = evaluation_stage(run)
     teacher = run.teacher
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
     run.pipeline.transformer = teacher
@@ -95,6 +95,14 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     }
 
 
+def evaluation_stage(run: Run) -> Stage:
+    return Stage(run.workdir, "evidence", run.config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+
+
+def finetune_stage(run: Run, name: str) -> Stage:
+    return Stage(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
+
+
 def load_teacher(run: Run) -> WanTransformer:
     """A copy of its own of the teacher, which training may change."""
     return operate(run.teacher, HybridConfig(rates=(1,) * run.model_config.num_layers), None)
@@ -109,7 +117,7 @@ def finetuned(run: Run, name: str, build: Callable[[], WanTransformer]) -> Calla
     """Loads the model that `build` gives, fine-tuned; trains it when it is first asked for."""
 
     def load() -> WanTransformer:
-        stage = Stage(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
+        stage = finetune_stage(run, name)
         model = stage.folder / "model"
 
         def work() -> None:
@@ -128,28 +136,16 @@ def measures(result: dict[str, Any]) -> dict[str, float]:
     return row
 
 
-def spread(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+def spreads(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
     """arm -> measure -> [mean, standard deviation over seeds]."""
-    arms = per_seed[0]["arms"]
-    values = lambda arm, measure: [seed["arms"][arm][measure] for seed in per_seed]
-    ddof = min(1, len(per_seed) - 1)
-    return {
-        arm: {m: [float(np.mean(values(arm, m))), float(np.std(values(arm, m), ddof=ddof))] for m in row}
-        for arm, row in arms.items()
-    }
+    first = per_seed[0]["arms"]
+    return {arm: {m: spread([seed["arms"][arm][m] for seed in per_seed]) for m in row} for arm, row in first.items()}
 
 
 def markdown(table: dict[str, Any]) -> str:
     columns = list(next(iter(table["arms"].values())))
-    lines = [f"| tiny model, {table['seeds']} seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for arm, row in table["arms"].items():
-        cells = [f"{row[column][0]:.4f} ± {row[column][1]:.4f}" for column in columns]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    body = [[arm, *(cell(row[column]) for column in columns)] for arm, row in table["arms"].items()]
     errors = [seed["attention_error_by_rate"] for seed in table["per_seed"]]
-    lines += [
-        "",
-        "Relative L1 error of attention, mean over blocks and seeds: "
-        + ", ".join(f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0]),
-    ]
-    say("evidence: done")
-    return "\n".join(lines) + "\n"
+    by_rate = ", ".join(f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0])
+    head = [f"tiny model, {table['seeds']} seeds", *columns]
+    return f"{grid(head, body)}\n\nRelative L1 error of attention, mean over blocks and seeds: {by_rate}\n"

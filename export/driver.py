@@ -1,0 +1,130 @@
+"""Text to video from an export alone: what an app does, in Python. It needs NumPy, sentencepiece, ftfy and LiteRT.
+
+    python driver.py EXPORT --prompt="a red circle moves left over a grey background" --output=out.gif
+
+An app keeps named tensors, runs the parts in the manifest's order and hands each the tensors that it names. Nothing
+here knows what a part computes.
+"""
+
+import argparse
+import html
+import json
+import pathlib
+import re
+from typing import Any
+
+import ftfy
+import numpy as np
+import sentencepiece
+from ai_edge_litert.interpreter import Interpreter
+
+Tensors = dict[str, np.ndarray]
+
+
+class Graph:
+    """A part's TFLite file."""
+
+    def __init__(self, folder: pathlib.Path, record: dict[str, Any], threads: int):
+        self.inputs, self.outputs = record["inputs"], record["outputs"]
+        self.runner = Interpreter(str(folder / record["file"]), num_threads=threads).get_signature_runner()
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        made = self.runner(**{own: tensors[name] for name, own in self.inputs.items()})
+        return {name: made[own] for name, own in self.outputs.items()}
+
+
+class Pipeline:
+    """An export folder's TFLite parts in one precision."""
+
+    def __init__(self, folder: str | pathlib.Path, precision: str = "float32", threads: int = 2):
+        self.folder = pathlib.Path(folder)
+        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        found = {
+            record["part"]: record
+            for record in self.manifest["artefacts"]
+            if (record["format"], record["precision"]) == ("tflite", precision)
+        }
+        missing = [part["name"] for part in self.manifest["parts"] if part["name"] not in found]
+        if missing:
+            raise FileNotFoundError(f"{self.folder}: no {precision} TFLite file of {', '.join(missing)}")
+        self.graphs = {name: Graph(self.folder, record, threads) for name, record in found.items()}
+
+    def run(self, step: str, tensors: Tensors) -> Tensors:
+        """All tensors after the parts of a step ("once a prompt", "every step", "once a video")."""
+        for part in self.manifest["parts"]:
+            if part["step"] == step:
+                tensors = tensors | self.graphs[part["name"]](tensors)
+        return tensors
+
+    def tokens(self, prompt: str) -> Tensors:
+        """The prompt, cleaned as Wan cleans it, as token ids and mask."""
+        settings = self.manifest["tokenizer"]
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.folder / settings["file"]))
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+        ids = [*pieces.encode(re.sub(r"\s+", " ", text).strip())[: settings["length"] - 1], settings["end"]]
+        padding = settings["length"] - len(ids)
+        return {
+            "token_ids": np.array([ids + [settings["padding"]] * padding], np.int32),
+            "mask": np.array([[1.0] * len(ids) + [0.0] * padding], np.float32),
+        }
+
+    def velocity(self, latents: np.ndarray, timestep: float, text_embeddings: np.ndarray) -> np.ndarray:
+        given = {"latents": latents, "timestep": np.array([timestep], np.float32), "text_embeddings": text_embeddings}
+        return self.run("every step", given)["velocity"]
+
+    def __call__(self, prompt: str, noise: np.ndarray, fresh_noise: np.ndarray | None = None) -> np.ndarray:
+        """Video uint8 [F, H, W, 3] from noise [T, H, W, C]; `fresh_noise` [steps, T, H, W, C] for a solver of that."""
+        sampler = self.manifest["sampler"]
+        guidance, rows = sampler["guidance"], sampler["schedule"]
+        text = self.run("once a prompt", self.tokens(prompt))["text_embeddings"]
+        if guidance != 1:
+            blank = self.run("once a prompt", self.tokens(sampler["negative_prompt"]))["text_embeddings"]
+        x = noise.astype(np.float32)
+        previous, older, last = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+        for i in range(sampler["steps"]):
+            velocity = self.velocity(x, rows["timestep"][i], text)
+            if guidance != 1:
+                away = self.velocity(x, rows["timestep"][i], blank)
+                velocity = away + guidance * (velocity - away)
+            data = x - np.float32(rows["sigma"][i]) * velocity
+            corrected = combine(rows["corrector"][i], x, previous, older, last, data)
+            x = combine(rows["predictor"][i], corrected, last, data)
+            if rows["renoise"][i]:
+                drawn = np.random.default_rng(i).standard_normal(x.shape) if fresh_noise is None else fresh_noise[i]
+                x = (x + rows["renoise"][i] * drawn).astype(np.float32)
+            previous, older, last = corrected, last, data
+        video = self.run("once a video", {"latents": x})["video"]
+        return np.round((video + 1) * 127.5).astype(np.uint8)
+
+
+def combine(weights: list[float], *terms: np.ndarray) -> np.ndarray:
+    total = np.zeros_like(terms[0])
+    for weight, term in zip(weights, terms, strict=True):
+        total += np.float32(weight) * term
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Text to video from an export alone.")
+    parser.add_argument("folder")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--output", default="out.gif", help=".gif, or .npy for the frames")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    pipeline = Pipeline(options.folder, options.precision)
+    shape = pipeline.manifest["tensors"]["latents"]["shape"]
+    video = pipeline(options.prompt, np.random.default_rng(options.seed).standard_normal(shape))
+    if options.output.endswith(".npy"):
+        np.save(options.output, video)
+        return
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame) for frame in video)
+    first.save(
+        options.output, save_all=True, append_images=rest, duration=1000 / pipeline.manifest["video"]["fps"], loop=0
+    )
+
+
+if __name__ == "__main__":
+    main()

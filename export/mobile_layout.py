@@ -1,0 +1,86 @@
+"""How tokens lie in the mobile form: a prefix order by slices, where a permutation would be a gather."""
+
+import dataclasses
+import math
+from functools import cached_property
+
+import numpy as np
+
+from jsurgery.attention.hybrid import HybridConfig, Rate
+from jsurgery.errors import InputError
+from jsurgery.wan.transformer import WanConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixSlices:
+    """Strided slices of the tokens in natural order that, one after the other, are the tokens in a prefix order.
+
+    The zones are those of `TokenOrder`; within one, tokens lie by their residue, which attention does not care about.
+    On the staggered lattice, whose positions move by one a frame, each frame is a segment of its own.
+    """
+
+    segments: tuple[tuple[int, int, int], ...]  # (first token, tokens, lattice position of the first)
+    chain: tuple[int, ...]
+
+    @classmethod
+    def of(cls, hybrid: HybridConfig | None, grid: tuple[int, int, int]) -> "PrefixSlices":
+        """Those of a (time, height, width) token grid; the identity where no block is converted."""
+        frames, height, width = grid
+        size = height * width
+        if hybrid is None or not hybrid.converted:
+            return cls(((0, frames * size, 0),), (1,))
+        chain = tuple(sorted(rate for rate in hybrid.chain if isinstance(rate, int)))
+        if hybrid.lattice == "strided":
+            return cls(((0, frames * size, 0),), chain)
+        return cls(tuple((t * size, size, t * (size + 1)) for t in range(frames)), chain)
+
+    @property
+    def period(self) -> int:
+        return max(self.chain)
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, int, slice]]:
+        """(segment, residue within the segment, slice of the natural order) of each piece, empty ones left out."""
+        zone = lambda residue: sum(residue % rate != 0 for rate in self.chain)
+        found = []
+        for residue in sorted(range(self.period), key=zone):
+            for number, (start, size, position) in enumerate(self.segments):
+                local = (residue - position) % self.period
+                if local < size:
+                    found.append((number, local, slice(start + local, start + size, self.period)))
+        return found
+
+    @cached_property
+    def permutation(self) -> np.ndarray:
+        """int [N]: natural index of the i-th token in prefix order."""
+        natural = np.arange(sum(size for _, size, _ in self.segments))
+        return np.concatenate([natural[piece] for _, _, piece in self.pieces])
+
+    @cached_property
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(segment, residue within it) -> (first, end) of that piece in prefix order."""
+        ends = np.cumsum([len(range(piece.start, piece.stop, piece.step)) for _, _, piece in self.pieces]).tolist()
+        starts = [0, *ends]
+        return {key[:2]: place for key, place in zip(self.pieces, zip(starts, ends, strict=False), strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """How a model's tokens lie for latents of one size (T, H, W)."""
+
+    grid: tuple[int, int, int]
+    order: PrefixSlices
+    softmax: dict[Rate, int]  # rate -> tokens that keep softmax
+
+    @classmethod
+    def of(cls, config: WanConfig, latent_shape: tuple[int, int, int]) -> "TokenLayout":
+        if config.patch_size[0] != 1:
+            raise InputError(f"patch_size: the mobile form takes patches of one frame, found {config.patch_size}")
+        grid = config.token_grid(latent_shape)
+        order = config.hybrid.token_order(grid) if config.hybrid else None
+        kept = {rate: math.prod(grid) if order is None else order.num_softmax(rate) for rate in config.rates}
+        return cls(grid, PrefixSlices.of(config.hybrid, grid), kept)
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)

@@ -1,0 +1,338 @@
+"""The mobile form of the transformer: graphs of static shape and rank at most 4, without gathers, for one video.
+
+It computes what `torch_model` does, with these differences, all made once when a graph is built:
+rotated channels lie as halves instead of pairs (rows of the query and key projections, their norms' gains and the rows
+of the feature maps move along); 1 / sqrt(D) is part of the query norm's gain; the linear state is a mean over its
+tokens, and its length and the scales of both maps are spread evenly over query and key features, so that 16 bits hold
+them; queries and linear keys are taken in tiles. The softmax branch is a plain softmax, which compilers have as one
+operation.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.transformer import WanConfig
+from pallas_kernels.reference import EPSILON
+
+from . import torch_model
+from .mobile_layout import TokenLayout
+from .torch_model import ACTIVATIONS, HybridWanTransformer3DModel, plain_norm
+
+# Queries, or linear keys, that self-attention takes at a time. The compiler tiles by itself too: `--ddr_table` tells.
+TILE = 4096
+
+
+def half_split(head_dim: int) -> torch.Tensor:
+    """Indices of a head's channels, the first of every rotated pair before all the second ones."""
+    return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+
+
+def split_heads(x_1xNxD: torch.Tensor, heads: int) -> torch.Tensor:
+    """[1, N, D] -> [1, H, N, D / H]."""
+    return x_1xNxD.reshape(1, x_1xNxD.shape[1], heads, -1).transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    gain_D: torch.Tensor
+
+    def __init__(self, gain_D: torch.Tensor, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("gain_D", gain_D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.eps) * self.gain_D
+
+
+class Projection(nn.Linear):
+    """A linear layer of given tensors."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+
+class FeatureMap(nn.Module):
+    """phi times `scale_H` on channels in half-split order, themselves divided by `gain`; each power's [1, H, N, D].
+
+    A ReLU lets its last layer take the scale up, s ^ (1 / p) for power p.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, source: torch_model.FeatureMap, scale_H: torch.Tensor, gain: float):
+        super().__init__()
+        self.degree, self.activation = source.degree, ACTIVATIONS[source.activation]
+        layers: list[Any] = list(source)
+        kernels = [layer.kernel.detach() for layer in layers]
+        biases = [layer.bias.detach()[:, None] for layer in layers]
+        kernels[0] = kernels[0][:, half_split(kernels[0].shape[1])] / gain
+        self.scaled = source.activation == "relu"
+        if self.scaled:
+            powers = torch.arange(1, self.degree + 1).repeat_interleave(kernels[-1].shape[2] // self.degree)
+            spread_HxF = scale_H[:, None] ** (1 / powers)
+            kernels[-1], biases[-1] = kernels[-1] * spread_HxF[:, None], biases[-1] * spread_HxF[:, None]
+        else:
+            self.register_buffer("scale", scale_H[None, :, None, None])
+        self.kernels = nn.ParameterList(nn.Parameter(kernel[None], requires_grad=False) for kernel in kernels)
+        self.biases = nn.ParameterList(nn.Parameter(bias[None], requires_grad=False) for bias in biases)
+
+    def forward(self, x_1xHxNxD: torch.Tensor) -> list[torch.Tensor]:
+        h = x_1xHxNxD
+        for kernel, bias in zip(self.kernels, self.biases, strict=True):
+            h = self.activation(h @ kernel + bias)
+        features = []
+        for power, psi in enumerate(h.chunk(self.degree, dim=-1)):
+            product = psi
+            for _ in range(power):
+                product = product * psi
+            features.append(product if self.scaled else product * self.scale)
+        return features
+
+
+def tiles(tokens: int, size: int) -> list[slice]:
+    """Even pieces of a run of tokens, of at most `size` each."""
+    count = -(-tokens // size)
+    bounds = [round(i * tokens / count) for i in range(count + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens in prefix order where `rope` is given, else cross-attention."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    phi_q: nn.Module | None
+    phi_k: nn.Module | None
+
+    def __init__(
+        self,
+        source: torch_model.Attention,
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_softmax: int | None = None,
+        tokens: int | None = None,
+        tile: int = TILE,
+    ):
+        super().__init__()
+        self.heads, dim = source.heads, source.to_q.weight.shape[0]
+        head_dim = dim // source.heads
+        rows = torch.arange(dim)
+        if rope is not None:
+            rows = (torch.arange(source.heads)[:, None] * head_dim + half_split(head_dim)).flatten()
+            cos_NxE, sin_NxE = rope
+            self.register_buffer("cos", cos_NxE[None, None])
+            self.register_buffer("sin", sin_NxE[None, None])
+        self.rotates, self.tile, gain = rope is not None, tile, head_dim**-0.5
+        out: Any = source.to_out[0]
+        q, k, v = source.to_q, source.to_k, source.to_v
+        self.to_q, self.to_k = (Projection(layer.weight.detach()[rows], layer.bias.detach()[rows]) for layer in (q, k))
+        self.to_v, self.to_out = (Projection(layer.weight.detach(), layer.bias.detach()) for layer in (v, out))
+        self.norm_q = RMSNorm(source.norm_q.weight.detach()[rows] * gain, source.norm_q.eps)
+        self.norm_k = RMSNorm(source.norm_k.weight.detach()[rows], source.norm_k.eps)
+        self.num_softmax, self.stabilizer = num_softmax, source.stabilizer
+        self.phi_q = self.phi_k = None
+        if source.phi_q is not None and source.phi_k is not None and num_softmax != tokens:
+            assert tokens is not None and num_softmax is not None
+            self.linear = tokens - num_softmax
+            scale_H = (source.phi_q.log_scale + source.phi_k.log_scale).detach().float().exp() * self.linear
+            self.phi_q = FeatureMap(source.phi_q, scale_H.sqrt(), gain)
+            self.phi_k = FeatureMap(source.phi_k, scale_H.sqrt() / self.linear, 1.0)
+
+    def rotate(self, x_1xHxNxD: torch.Tensor) -> torch.Tensor:
+        real, imag = x_1xHxNxD.chunk(2, dim=-1)
+        return torch.cat([real * self.cos - imag * self.sin, imag * self.cos + real * self.sin], dim=-1)
+
+    def forward(self, x_1xNxD: torch.Tensor, context_1xMxD: torch.Tensor) -> torch.Tensor:
+        q, k = self.norm_q(self.to_q(x_1xNxD)), self.norm_k(self.to_k(context_1xMxD))
+        q, k, v = (split_heads(x, self.heads) for x in (q, k, self.to_v(context_1xMxD)))
+        if self.rotates:
+            q, k = self.rotate(q), self.rotate(k)
+        y_1xNxHxD = self.attend(q, k, v).transpose(1, 2)
+        return self.to_out(y_1xNxHxD.reshape(1, x_1xNxD.shape[1], -1))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Eq. 5; queries are scaled already. [1, H, N, D]."""
+        softmax = None
+        if self.num_softmax != 0:
+            softmax = k[:, :, : self.num_softmax].transpose(2, 3), v[:, :, : self.num_softmax]
+        state = None
+        if self.phi_k is not None:
+            k, v = k[:, :, self.num_softmax :], v[:, :, self.num_softmax :]
+            for piece in tiles(k.shape[2], self.tile):
+                added = self.summed(k[:, :, piece], v[:, :, piece])
+                state = (
+                    added
+                    if state is None
+                    else [tuple(map(torch.add, *both)) for both in zip(state, added, strict=True)]
+                )
+        pieces = [self.attend_tile(q[:, :, piece], softmax, state) for piece in tiles(q.shape[2], self.tile)]
+        return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+
+    def summed(self, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What a tile of keys adds to S [1, H, D, D] and z [1, H, D, 1] of each power."""
+        assert self.phi_k is not None
+        return [
+            (phi_1xHxTxD.transpose(2, 3) @ v_1xHxTxD, phi_1xHxTxD.sum(dim=2, keepdim=True).transpose(2, 3))
+            for phi_1xHxTxD in self.phi_k(k_1xHxTxD)
+        ]
+
+    def attend_tile(self, q_1xHxTxD: torch.Tensor, softmax: tuple | None, state: list | None) -> torch.Tensor:
+        if softmax is not None:
+            k_1xHxDxS, v_1xHxSxD = softmax
+            p_1xHxTxS = (q_1xHxTxD @ k_1xHxDxS).softmax(dim=-1)
+            o_S_1xHxTxD = p_1xHxTxS @ v_1xHxSxD
+            if state is None:
+                return o_S_1xHxTxD
+        assert self.phi_q is not None and state is not None
+        powers = list(zip(self.phi_q(q_1xHxTxD), state, strict=True))
+        o_L_1xHxTxD = functools.reduce(torch.add, (phi_1xHxTxD @ S for phi_1xHxTxD, (S, _) in powers))
+        n_L_1xHxTx1 = functools.reduce(torch.add, (phi_1xHxTxD @ z for phi_1xHxTxD, (_, z) in powers))
+        if softmax is None:
+            return o_L_1xHxTxD / (n_L_1xHxTx1 + EPSILON)
+        if self.stabilizer == "max":  # n_S = 1 / max p divides the linear terms, as o_S is divided by it already
+            most_1xHxTx1 = p_1xHxTxS.amax(dim=-1, keepdim=True)
+            o_L_1xHxTxD, n_L_1xHxTx1 = o_L_1xHxTxD * most_1xHxTx1, n_L_1xHxTx1 * most_1xHxTx1
+        return (o_S_1xHxTxD + o_L_1xHxTxD) / (1.0 + n_L_1xHxTx1)
+
+
+class Block(nn.Module):
+    """(tokens [1, N, D], text [1, M, D], modulation [1, 6, D]) -> tokens."""
+
+    def __init__(self, source: torch_model.Block, self_attention: Attention):
+        super().__init__()
+        self.eps, self.table = source.eps, nn.Parameter(source.scale_shift_table.detach(), requires_grad=False)
+        self.attn1, self.attn2 = self_attention, Attention(source.attn2)
+        self.norm2, self.ffn = source.norm2, source.ffn
+
+    def forward(self, x_1xNxD: torch.Tensor, text_1xMxD: torch.Tensor, modulation_1x6xD: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.table + modulation_1x6xD).split(1, dim=1)
+        h = plain_norm(x_1xNxD, self.eps) * (1 + scale1) + shift1
+        x = x_1xNxD + self.attn1(h, h) * gate1
+        x = x + self.attn2(self.norm2(x), text_1xMxD)
+        h = plain_norm(x, self.eps) * (1 + scale2) + shift2
+        return x + self.ffn(h) * gate2
+
+
+class Blocks(nn.Sequential):
+    """Several blocks in one graph."""
+
+    def forward(self, x, text, modulation):  # type: ignore[override]
+        for block in self:
+            x = block(x, text, modulation)
+        return x
+
+
+class Embed(nn.Module):
+    """latents [T, H, W, C] -> tokens [1, N, D] in prefix order."""
+
+    def __init__(self, model: HybridWanTransformer3DModel, layout: TokenLayout):
+        super().__init__()
+        weight_DxCx1xPxQ = model.patch_embedding.weight.detach()
+        weight_DxPxQxC = weight_DxCx1xPxQ[:, :, 0].permute(0, 2, 3, 1)
+        self.patch = tuple(weight_DxPxQxC.shape[1:3])
+        self.projection = Projection(weight_DxPxQxC.flatten(1), model.state_dict()["patch_embedding.bias"])
+        self.grid, self.pieces = layout.grid, [piece for _, _, piece in layout.order.pieces]
+
+    def forward(self, latents_TxHxWxC: torch.Tensor) -> torch.Tensor:
+        frames, height, width = self.grid
+        x = latents_TxHxWxC.reshape(frames * height, self.patch[0], width, -1).transpose(1, 2)
+        x = x.reshape(1, frames * height * width, -1)
+        if len(self.pieces) > 1:
+            x = torch.cat([x[:, piece] for piece in self.pieces], dim=1)
+        return self.projection(x)
+
+
+class Condition(nn.Module):
+    """(timestep [1], text embeddings [1, M, E]) -> time [1, D], modulation [1, 6, D], text [1, M, D]; in float32."""
+
+    frequencies: torch.Tensor
+
+    def __init__(self, model: HybridWanTransformer3DModel):
+        super().__init__()
+        self.source = model.condition_embedder
+        half = model.config.freq_dim // 2
+        self.register_buffer("frequencies", 10_000.0 ** (-torch.arange(half) / half))
+
+    def forward(self, timestep_1: torch.Tensor, text_1xMxE: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        source, angles = self.source, timestep_1[:, None] * self.frequencies
+        time_1xD = source.time_embedder(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        modulation_1x6xD = source.time_proj(F.silu(time_1xD)).reshape(1, 6, -1)
+        return time_1xD, modulation_1x6xD, source.text_embedder(text_1xMxE)
+
+
+class Head(nn.Module):
+    """(tokens [1, N, D] in prefix order, time [1, D]) -> velocity [T, H, W, C]."""
+
+    def __init__(self, model: HybridWanTransformer3DModel, layout: TokenLayout):
+        super().__init__()
+        self.eps, self.table = model.config.eps, nn.Parameter(model.scale_shift_table.detach(), requires_grad=False)
+        self.proj_out, self.patch = model.proj_out, model.config.patch_size[1:]
+        self.grid, self.order = layout.grid, layout.order
+
+    def forward(self, x_1xNxD: torch.Tensor, time_1xD: torch.Tensor) -> torch.Tensor:
+        shift, scale = (self.table + time_1xD.reshape(1, 1, -1)).split(1, dim=1)
+        x_1xNxP = self.proj_out(plain_norm(x_1xNxD, self.eps) * (1 + scale) + shift)
+        (frames, height, width), (ph, pw) = self.grid, self.patch
+        x = self.natural(x_1xNxP).reshape(frames * height, width, ph, -1).transpose(1, 2)
+        return x.reshape(frames, height * ph, width * pw, -1)
+
+    def natural(self, x_1xNxP: torch.Tensor) -> torch.Tensor:
+        """Tokens out of prefix order: the pieces of a segment side by side as channels are its tokens in a row."""
+        if self.order.period == 1:
+            return x_1xNxP
+        period, segments = self.order.period, []
+        for number, (_, size, _) in enumerate(self.order.segments):
+            longest = -(-size // period)
+            columns = []
+            for residue in range(period):
+                start, end = self.order.places.get((number, residue), (0, 0))
+                columns.append(F.pad(x_1xNxP[:, start:end], (0, 0, 0, longest - (end - start))))
+            row = torch.cat(columns, dim=2).reshape(1, longest * period, -1)
+            segments.append(row[:, :size])
+        return torch.cat(segments, dim=1) if len(segments) > 1 else segments[0]
+
+
+class Transformer(nn.Module):
+    """(latents [T, H, W, C], timestep [1], text embeddings [1, M, E]) -> velocity [T, H, W, C], in one graph."""
+
+    def __init__(self, embed: Embed, condition: Condition, blocks: Blocks, head: Head):
+        super().__init__()
+        self.embed, self.condition, self.blocks, self.head = embed, condition, blocks, head
+
+    def forward(
+        self, latents_TxHxWxC: torch.Tensor, timestep_1: torch.Tensor, text_1xMxE: torch.Tensor
+    ) -> torch.Tensor:
+        time, modulation, text = self.condition(timestep_1, text_1xMxE)
+        return self.head(self.blocks(self.embed(latents_TxHxWxC), text, modulation), time)
+
+
+def mobile_block(model: HybridWanTransformer3DModel, index: int, layout: TokenLayout, tile: int = TILE) -> Block:
+    """Block `index` for one size; self-attention takes at most `tile` queries or keys at a time."""
+    config = model.config
+    source: Any = model.blocks[index]
+    rope, num_softmax = mobile_rope(config, layout), layout.softmax[config.rates[index]]
+    return Block(source, Attention(source.attn1, rope, num_softmax, layout.tokens, tile)).eval()
+
+
+def mobile_rope(config: WanConfig, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [N, D / 2] in prefix order."""
+    tables = rope_tables(layout.grid, config.attention_head_dim, config.rope_max_seq_len)
+    cos, sin = (torch.from_numpy(table[layout.order.permutation]) for table in tables)
+    return cos, sin
+
+
+def mobile_transformer(
+    model: HybridWanTransformer3DModel, latent_shape: tuple[int, int, int], tile: int = TILE
+) -> Transformer:
+    """The whole mobile form of a float32 model for latents of one size (T, H, W)."""
+    layout = TokenLayout.of(model.config, latent_shape)
+    blocks = Blocks(*(mobile_block(model, i, layout, tile) for i in range(model.config.num_layers)))
+    return Transformer(Embed(model, layout), Condition(model), blocks, Head(model, layout)).eval()

@@ -1,0 +1,54 @@
+"""A job's parts as torch modules of static shape; what TFLite and ONNX are made from."""
+
+import functools
+import pathlib
+
+import torch
+from torch import nn
+
+from .mobile_layout import TokenLayout
+from .mobile_model import Blocks, Condition, Embed, Head, mobile_block, mobile_transformer
+from .mobile_text_encoder import load_text_encoder
+from .mobile_vae import load_vae_decoder
+from .parity import errors, load_sample
+from .parts import Job, Part
+from .torch_model import load
+
+
+class MobileParts:
+    """Builds one part at a time; the transformer is loaded once, when a part of it is asked for."""
+
+    def __init__(self, job: Job, folder: pathlib.Path):
+        self.job, self.folder = job, folder
+        self.layout = TokenLayout.of(job.config, job.latent_shape)
+
+    @functools.cached_property
+    def model(self):
+        return load(self.job.transformer)
+
+    def module(self, part: Part) -> nn.Module:
+        job = self.job
+        if part.name == "text_encoder":
+            return load_text_encoder(f"{job.base}/text_encoder", job.text_length)
+        if part.name == "vae_decoder":
+            return load_vae_decoder(f"{job.base}/vae")
+        if part.name == "condition":
+            return Condition(self.model).eval()
+        if part.name == "embed":
+            return Embed(self.model, self.layout).eval()
+        if part.name == "head":
+            return Head(self.model, self.layout).eval()
+        if part.name == "transformer":
+            return mobile_transformer(self.model, job.latent_shape)
+        blocks = [mobile_block(self.model, number, self.layout) for number in part.blocks]
+        return blocks[0] if len(blocks) == 1 else Blocks(*blocks).eval()
+
+    def arguments(self, part: Part, sample: int = 0) -> tuple[torch.Tensor, ...]:
+        """The part's inputs in a sample of the reference."""
+        return tuple(torch.from_numpy(tensor) for tensor in load_sample(self.folder, sample, part.inputs))
+
+    def error(self, part: Part, module: nn.Module) -> dict[str, float | None]:
+        """Of the torch module itself."""
+        with torch.no_grad():
+            made = module(*self.arguments(part))
+        return errors(part, made if isinstance(made, tuple) else (made,), self.folder)

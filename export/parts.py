@@ -1,0 +1,194 @@
+"""What an export consists of: parts, each one graph, and the named tensors that they hand to one another.
+
+An app keeps a dictionary of tensors and runs the parts in order, each on the tensors that it names. Everything here is
+plain Python and NumPy: every format's process reads the same job.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any, Self
+
+from jsurgery.wan.transformer import WanConfig
+
+FORMAT_VERSION = 1
+JOB = "job.json"
+# Precisions of each format; the first is what the others are made from.
+PRECISIONS = {
+    "tflite": ("float32", "fp16", "int8", "int4", "w8a16"),
+    "savedmodel": ("float32",),
+    "onnx": ("float32",),
+    "qnn": ("fp16",),
+}
+SUFFIXES = {"tflite": ".tflite", "savedmodel": ".tflite", "onnx": ".onnx", "qnn": ".bin"}
+STEPS = ("once a prompt", "every step", "once a video")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A named tensor: static shape, NumPy's name of its type, what it is."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One graph: the tensors that it takes and gives, in order, and when an app runs it."""
+
+    name: str
+    step: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    blocks: tuple[int, ...] = ()  # of the transformer
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether integers may take the place of its weights; the other parts get 16-bit floats instead."""
+        return bool(self.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is exported, from where and for which size; the fields of job.json."""
+
+    transformer: str  # a folder
+    base: str  # the folder of vae/, text_encoder/ and tokenizer/; "": the transformer alone
+    text_encoder: bool  # False: too large for one file, left out
+    identity: str  # hash of the weights
+    frames: int
+    height: int
+    width: int
+    text_length: int
+    blocks_per_file: int  # 0: the whole transformer is one part
+    samples: int  # of tensors to compare with and to calibrate on
+    trace: str  # a folder of traced steps; "": samples begin from noise
+    prompts: tuple[str, ...]
+    sampler: dict[str, Any]
+    seed: int
+
+    @classmethod
+    def read(cls, folder: str | pathlib.Path) -> Self:
+        fields = json.loads((pathlib.Path(folder) / JOB).read_text())
+        return cls(**fields | {"prompts": tuple(fields["prompts"])})
+
+    def write(self, folder: pathlib.Path) -> None:
+        (folder / JOB).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that changes an artefact."""
+        fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def config(self) -> WanConfig:
+        file = pathlib.Path(self.transformer) / "config.json"
+        return WanConfig.from_json(json.loads(file.read_text()), source=str(file))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that passes between parts or between them and the app."""
+        config = self.config
+        tokens, dim, length = 1, config.dim, self.text_length
+        for size in config.token_grid(self.latent_shape):
+            tokens *= size
+        found = {
+            "token_ids": Tensor((1, length), "int32", "ids of the prompt's pieces, then the end, then padding"),
+            "mask": Tensor((1, length), "float32", "1 on pieces and the end, 0 on padding"),
+            "text_embeddings": Tensor((1, length, config.text_dim), "float32", "the prompt; zero on padding"),
+            "timestep": Tensor((1,), "float32", "in [0, 1000], of the sampler's table"),
+            "time": Tensor((1, dim), "float32", "the timestep, embedded"),
+            "modulation": Tensor((1, 6, dim), "float32", "the timestep's shifts, scales and gates"),
+            "text": Tensor((1, length, dim), "float32", "the prompt at the transformer's width"),
+            "latents": Tensor((*self.latent_shape, config.in_channels), "float32", "noise at first, [T, H, W, C]"),
+            "velocity": Tensor((*self.latent_shape, config.out_channels), "float32", "noise - data, [T, H, W, C]"),
+            "video": Tensor((self.frames, self.height, self.width, 3), "float32", "in [-1, 1], [F, H, W, RGB]"),
+        }
+        for block in range(config.num_layers + 1):
+            meaning = "tokens in prefix order, " + (f"after {block} blocks" if block else "before the blocks")
+            found[f"tokens_{block:02d}"] = Tensor((1, tokens, dim), "float32", meaning)
+        used = {name for part in self.parts() for name in (*part.inputs, *part.outputs)}
+        return {name: tensor for name, tensor in found.items() if name in used}
+
+    def parts(self) -> list[Part]:
+        """In the order in which an app runs them."""
+        prompt, step, video = STEPS
+        transformer = self.transformer_parts(step)
+        encoder = Part("text_encoder", prompt, ("token_ids", "mask"), ("text_embeddings",))
+        decoder = Part("vae_decoder", video, ("latents",), ("video",))
+        return [*([encoder] if self.text_encoder else []), *transformer, *([decoder] if self.base else [])]
+
+    def transformer_parts(self, step: str) -> list[Part]:
+        layers, size = self.config.num_layers, self.blocks_per_file
+        if size == 0:
+            taken = ("latents", "timestep", "text_embeddings")
+            return [Part("transformer", step, taken, ("velocity",), tuple(range(layers)))]
+        blocks = []
+        for first in range(0, layers, size):
+            end = min(first + size, layers)
+            name = f"block_{first:02d}" if end - first == 1 else f"blocks_{first:02d}_{end - 1:02d}"
+            taken = (f"tokens_{first:02d}", "text", "modulation")
+            blocks.append(Part(name, step, taken, (f"tokens_{end:02d}",), tuple(range(first, end))))
+        return [
+            Part("condition", step, ("timestep", "text_embeddings"), ("time", "modulation", "text")),
+            Part("embed", step, ("latents",), ("tokens_00",)),
+            *blocks,
+            Part("head", step, (f"tokens_{layers:02d}", "time"), ("velocity",)),
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """A part in one format and precision: a file, and beside it a JSON that is written last."""
+
+    folder: pathlib.Path
+    format: str
+    precision: str
+    part: str
+    variant: str = ""  # of a compiled format: the chip
+
+    @property
+    def path(self) -> pathlib.Path:
+        name = ".".join(filter(None, (self.part, self.variant, self.precision)))
+        return self.folder / self.format / (name + SUFFIXES[self.format])
+
+    @property
+    def record_path(self) -> pathlib.Path:
+        return self.path.with_name(self.path.name + ".json")
+
+    def record(self, fingerprint: str) -> dict[str, Any] | None:
+        """What was recorded of it, if it is there and whole and was made by this job."""
+        if not self.record_path.exists() or not self.path.exists():
+            return None
+        found = json.loads(self.record_path.read_text())
+        same = found["made_with"] == fingerprint and found["bytes"] == self.path.stat().st_size
+        return found if same else None
+
+    def finish(self, fingerprint: str, written: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
+        """Gives the file written under a temporary name its own, and records it."""
+        digest = hashlib.sha256()
+        with written.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        written.replace(self.path)
+        found = {
+            "part": self.part,
+            "format": self.format,
+            "precision": self.precision,
+            **({"chip": self.variant} if self.variant else {}),
+            "file": f"{self.format}/{self.path.name}",
+            "bytes": self.path.stat().st_size,
+            "sha256": digest.hexdigest(),
+            "made_with": fingerprint,
+            **facts,
+        }
+        temporary = self.record_path.with_name(self.record_path.name + ".tmp")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(self.record_path)
+        return found

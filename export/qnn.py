@@ -1,0 +1,174 @@
+"""A compile for Qualcomm's Hexagon NPU (HTP) with no phone and no account, by ONNX Runtime's QNN provider on x86.
+
+What it says of memory traffic is the compiler's own estimate. It says nothing of latency: that takes a device.
+"""
+
+import collections
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from jsurgery.errors import InputError
+
+from .parity import errors, load_sample
+from .parts import Artefact, Job, Part
+from .worker import make_all
+
+CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> QNN's number of the chip, version of its HTP
+SIMULATED = 4e9  # multiply-adds of a part up to which the simulator is asked to run it
+ERROR = re.compile(r"\[E:|<E>|Error|FAIL|error code|out of memory")
+SUMMARY = re.compile(r"\b((?:spill|fill|write_total|read_total)_bytes)=(\d+)")
+
+
+def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
+    """A context binary of every part that belongs on the NPU, from its ONNX artefact.
+
+    Text and timestep stay off it: one looks up a table, the other needs the angles of float32.
+    """
+    parts = {part.name: part for part in job.parts() if part.name not in ("text_encoder", "condition")}
+    if "transformer" in parts:
+        raise InputError("--formats=qnn: timesteps need float32, and the NPU has 16 bits: not with --one_file")
+
+    def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
+        part = parts[artefact.part]
+        model = Artefact(folder, "onnx", "float32", part.name).path
+        facts = compile_model(model, file, artefact.variant)
+        inputs = load_sample(folder, 0, part.inputs)
+        if multiply_adds(job, part) > SIMULATED:
+            return facts | {"simulated": False}
+        made = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
+        return facts | {"simulated": True} | errors(part, made, folder)
+
+    make_all(job, [Artefact(folder, "qnn", "fp16", part, chip) for chip in chips for part in parts], make)
+
+
+def multiply_adds(job: Job, part: Part) -> float:
+    """About how much work a part is; only blocks and the VAE are much."""
+    config, tokens = job.config, math.prod(job.config.token_grid(job.latent_shape))
+    if part.name == "vae_decoder":
+        return 3e3 * job.frames * job.height * job.width  # of the smallest decoder; published ones are far above
+    weights = 8 * config.dim**2 + 2 * config.dim * config.ffn_dim
+    return len(part.blocks) * tokens * (weights + 2 * tokens * config.dim)
+
+
+def compile_model(model: pathlib.Path, file: pathlib.Path, chip: str) -> dict[str, Any]:
+    """Compiles in a process of its own; leaves the binary as `file`, and beside it the ONNX file that runs it."""
+    import onnx
+
+    wrapper = file.with_suffix(".context.onnx")
+    binary = file.with_suffix(".context_qnn.bin")
+    for stale in (wrapper, binary):
+        stale.unlink(missing_ok=True)
+    output = call("compile", str(model), str(wrapper), chip)
+    compiled = onnx.load(wrapper, load_external_data=False)
+    left = [node for node in compiled.graph.node if node.op_type != "EPContext"]
+    contexts = [node for node in compiled.graph.node if node.op_type == "EPContext"]
+    total = len(onnx.load(model, load_external_data=False).graph.node)
+    if not contexts or not binary.exists():
+        raise InputError(f"{model}: nothing of it compiles for {chip}; {reason(output)}")
+    name = file.name.removeprefix("tmp.")
+    for attribute in (attribute for node in contexts for attribute in node.attribute):
+        if attribute.name == "ep_cache_context":
+            attribute.s = name.encode()
+    onnx.save(compiled, file.with_name(name).with_suffix(".onnx"))
+    binary.replace(file)
+    wrapper.unlink()
+    traffic = {name: int(value) for name, value in SUMMARY.findall(output)}
+    return {
+        "nodes": total,
+        "off_npu": sorted(node.op_type for node in left),
+        "npu_share": 1 - len(left) / total,
+        "ddr": {name: traffic.get(f"{name}_bytes") for name in ("write_total", "read_total", "spill", "fill")},
+    }
+
+
+def simulate(model: pathlib.Path, chip: str, inputs: dict[str, np.ndarray], folder: pathlib.Path) -> list[np.ndarray]:
+    """The outputs in order, by the compiler's simulator of the NPU."""
+    given, made = folder / "tmp.inputs.npz", folder / "tmp.outputs.npz"
+    arrays: dict[str, Any] = inputs
+    np.savez(given, **arrays)
+    call("simulate", str(model), str(made), chip, str(given))
+    with np.load(made) as found:
+        outputs = [found[name] for name in found.files]
+    given.unlink()
+    made.unlink()
+    return outputs
+
+
+def call(*arguments: str) -> str:
+    """This module's `main` in another process; of what the compiler prints, figures, errors and the end."""
+    command = [sys.executable, "-m", "jsurgery.export.qnn", *arguments]
+    told, last = [], collections.deque(maxlen=50)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line)
+            if SUMMARY.search(line) or ERROR.search(line):
+                told.append(line)
+    output = "".join([*last, *told])
+    if process.returncode:
+        raise InputError(f"{arguments[1]}: {arguments[0]} for {arguments[3]} failed; {reason(output)}")
+    return output
+
+
+def reason(output: str) -> str:
+    """The last line that tells of an error, else the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if ERROR.search(line)]
+    return (told or lines or ["it said nothing"])[-1][-300:]
+
+
+def session(model: str, chip: str, context: str | None):
+    """A session of ONNX Runtime on the NPU's compiler; nodes that it refuses go to the CPU when compiling."""
+    import onnxruntime
+    import onnxruntime_qnn
+
+    onnxruntime.set_default_logger_severity(0 if context else 3)
+    onnxruntime.register_execution_provider_library("QNNExecutionProvider", onnxruntime_qnn.get_library_path())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 0 if context else 3
+    if context:
+        options.add_session_config_entry("ep.context_enable", "1")
+        options.add_session_config_entry("ep.context_file_path", context)
+        options.add_session_config_entry("ep.context_embed_mode", "0")
+    else:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    soc, arch = CHIPS[chip]
+    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == "QNNExecutionProvider"]
+    options.add_provider_for_devices(
+        devices,
+        {
+            "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
+            "htp_arch": str(arch),
+            "soc_model": str(soc),
+            "enable_htp_fp16_precision": "1",
+            "htp_graph_finalization_optimization_mode": "3",
+        },
+    )
+    return onnxruntime.InferenceSession(model, sess_options=options)
+
+
+def main(action: str, model: str, target: str, chip: str, inputs: str = "") -> None:
+    if action == "compile":
+        session(model, chip, target)
+        return
+    with np.load(inputs) as given:
+        found = dict(given)
+    running = session(model, chip, None)
+    names = [output.name for output in running.get_outputs()]
+    made: dict[str, Any] = dict(zip(names, running.run(names, found), strict=True))
+    np.savez(target, **made)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # the compiler's threads are not waited for

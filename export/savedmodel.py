@@ -1,0 +1,53 @@
+"""JAX to TFLite through a TensorFlow SavedModel: a second way, which shares nothing with the torch one but the weights.
+
+Attention is spelled out here, O(N^2): the graphs are for comparing, and for tools that read SavedModels.
+"""
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from jax.experimental import jax2tf
+
+from .parity import errors, load_sample
+from .parts import Artefact, Job
+from .reference import JaxParts
+from .worker import make_all
+
+
+def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
+    """Every part as a SavedModel folder and the .tflite file made from it."""
+    parts, functions, tensors = {part.name: part for part in job.parts()}, JaxParts(job), job.tensors()
+
+    def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
+        part = parts[artefact.part]
+        specs = [tf.TensorSpec(tensors[name].shape, tensors[name].dtype, name) for name in part.inputs]
+        with jax.default_matmul_precision("highest"):
+            function = jax2tf.convert(functions.function(part, plain=True), with_gradient=False)
+            named = lambda *arguments: dict(zip(part.outputs, function(*arguments), strict=True))
+            module: Any = tf.Module()
+            module.run = tf.function(named, autograph=False, input_signature=specs)
+            target = folder / "savedmodel" / part.name
+            shutil.rmtree(target, ignore_errors=True)
+            tf.saved_model.save(module, str(target), signatures=module.run.get_concrete_function())
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(target))
+        file.write_bytes(converter.convert())
+        interpreter = Interpreter(model_path=str(file), num_threads=2)
+        runner = interpreter.get_signature_runner()
+        arguments: dict[str, np.ndarray] = dict(zip(part.inputs, load_sample(folder, 0, part.inputs), strict=True))
+        made = runner(**arguments)
+        facts = {
+            "saved_model": f"savedmodel/{part.name}",
+            "inputs": {name: name for name in part.inputs},
+            "outputs": {name: name for name in part.outputs},
+        }
+        return facts | errors(part, [made[name] for name in part.outputs], folder)
+
+    make_all(job, [Artefact(folder, "savedmodel", "float32", name) for name in parts], make)

@@ -1,0 +1,153 @@
+"""torch to TFLite by litert-torch, and lower precisions of it by ai-edge-quantizer.
+
+Importing litert-torch switches the whole process to JAX's 64 bits: see `worker`.
+"""
+
+import collections
+import contextlib
+import functools
+import io
+import pathlib
+from typing import Any
+
+import litert_torch
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_manager
+
+from .mobile_parts import MobileParts
+from .parity import errors, load_sample
+from .parts import PRECISIONS, Artefact, Job, Part
+from .worker import make_all
+
+LARGE = 1 << 30  # bytes of weights from which the converter is asked to save memory
+SIGNATURE = "serving_default"
+MARGIN = 4  # of ranges over those calibrated: two of 16 bits, against clipping what other inputs reach
+
+
+def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
+    """Every part in every precision of `precisions`, some of PRECISIONS["tflite"]."""
+    parts, modules = job.parts(), MobileParts(job, folder)
+    by_name = {part.name: part for part in parts}
+
+    @functools.lru_cache(maxsize=1)
+    def float32(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
+        """The part in float32, which the others are made from: the artefact, or a file for this run."""
+        kept = Artefact(folder, "tflite", "float32", name)
+        if kept.record(job.fingerprint) is not None:
+            return kept.path, {}
+        part, file = by_name[name], folder / "tflite" / "tmp.float32.tflite"
+        module = modules.module(part).requires_grad_(False)
+        facts = {"torch": modules.error(part, module)}
+        convert(module, modules.arguments(part), file)
+        return file, facts
+
+    def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
+        part, precision = by_name[artefact.part], artefact.precision
+        source, facts = float32(part.name)
+        if precision == "float32":
+            file.write_bytes(source.read_bytes())
+        else:
+            weights = precision if part.quantizes else "fp16"
+            facts = facts | {"weights": weights}
+            samples = range(1, job.samples) if weights == "w8a16" else ()
+            quantize(source, RECIPES[weights](), [load_sample(folder, n, part.inputs) for n in samples], file)
+        facts = facts | describe(file, part)
+        return facts | errors(part, run(file, facts, load_sample(folder, 0, part.inputs)), folder)
+
+    ordered = [name for name in PRECISIONS["tflite"] if name in precisions]
+    make_all(job, [Artefact(folder, "tflite", name, part.name) for part in parts for name in ordered], make)
+    (folder / "tflite" / "tmp.float32.tflite").unlink(missing_ok=True)
+
+
+def convert(module, arguments: tuple, file: pathlib.Path) -> None:
+    """A module of static shape to a .tflite file."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    with quiet():
+        litert_torch.convert(module, arguments, lightweight_conversion=size > LARGE).export(str(file))
+
+
+def describe(file: pathlib.Path, part: Part) -> dict[str, Any]:
+    """The graph's operations, its highest rank, and what its signature calls the part's tensors."""
+    interpreter = Interpreter(model_path=str(file), experimental_default_delegate_latest_features=False)
+    signature = interpreter.get_signature_list()[SIGNATURE]
+    operations = collections.Counter(op["op_name"] for op in interpreter._get_ops_details())
+    operations.pop("DELEGATE", None)
+    return {
+        "inputs": dict(zip(part.inputs, sorted(signature["inputs"], key=_number), strict=True)),
+        "outputs": dict(zip(part.outputs, sorted(signature["outputs"], key=_number), strict=True)),
+        "operations": dict(operations.most_common()),
+        "max_rank": max(len(tensor["shape"]) for tensor in interpreter.get_tensor_details()),
+    }
+
+
+def _number(name: str) -> int:
+    """args_10 comes after args_9."""
+    return int("".join(filter(str.isdigit, name.rpartition("_")[2])) or 0)
+
+
+def run(file: pathlib.Path, facts: dict[str, Any], arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs, in order, by the interpreter."""
+    runner = Interpreter(model_path=str(file), num_threads=2).get_signature_runner()
+    made = runner(**dict(zip(facts["inputs"].values(), arguments, strict=True)))
+    return [made[name] for name in facts["outputs"].values()]
+
+
+def quantize(source: pathlib.Path, recipe: list, calibration: list[list[np.ndarray]], file: pathlib.Path) -> None:
+    """Writes `source` by a recipe of ai-edge-quantizer; activations are calibrated on inputs in order."""
+    file.unlink(missing_ok=True)
+    with quiet():
+        worker = quantizer.Quantizer(str(source), recipe)
+        ranges: Any = None
+        if worker.need_calibration:
+            names = sorted(Interpreter(model_path=str(source)).get_signature_runner().get_input_details(), key=_number)
+            data = [dict(zip(names, arguments, strict=True)) for arguments in calibration]
+            ranges = {
+                tensor: {end: value * MARGIN if end in ("min", "max") else value for end, value in seen.items()}
+                for tensor, seen in worker.calibrate({SIGNATURE: data}).items()
+            }
+        worker.quantize(ranges).export_model(str(file))
+
+
+Everything = qtyping.TFLOperationName.ALL_SUPPORTED
+Algorithm = algorithm_manager.AlgorithmName
+
+
+def half_weights() -> list:
+    recipe = recipe_manager.RecipeManager()
+    half = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+    config = qtyping.OpQuantizationConfig(
+        weight_tensor_config=half, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
+    )
+    recipe.add_quantization_config(".*", Everything, config, Algorithm.FLOAT_CASTING)
+    return recipe.get_quantization_recipe()
+
+
+def dynamic_int8() -> list:
+    recipe = recipe_manager.RecipeManager()
+    recipe.add_dynamic_config(".*", Everything, 8)
+    return recipe.get_quantization_recipe()
+
+
+def int4_weights() -> list:
+    recipe = recipe_manager.RecipeManager()
+    recipe.add_weight_only_config(".*", Everything, 4)
+    return recipe.get_quantization_recipe()
+
+
+def w8a16() -> list:
+    """Linear layers with weights in 8 bits and activations in 16. Attention stays float32: its linear branch divides
+    numbers of a range that a fixed step does not span."""
+    recipe = recipe_manager.RecipeManager()
+    recipe.add_static_config(".*", qtyping.TFLOperationName.FULLY_CONNECTED, 16, 8)
+    return recipe.get_quantization_recipe()
+
+
+RECIPES = {"fp16": half_weights, "int8": dynamic_int8, "int4": int4_weights, "w8a16": w8a16}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps the libraries' progress bars from the command's own lines."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,57 @@
+"""ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.ablate.attention import attention_statistics
+from jsurgery.ablate.errors import block_errors
+from jsurgery.ablate.evidence import evidence
+from jsurgery.ablate.objective import objective
+from jsurgery.ablate.results import update_results
+from jsurgery.ablate.rope import phi_and_rope
+from jsurgery.ablate.seed import Seed
+from jsurgery.ablate.sweep import run_sweep
+from jsurgery.ablate.sweeps import STUDIES, SWEEPS, TABLES
+from jsurgery.ablate.table import write
+from jsurgery.errors import InputError
+from jsurgery.runtime.progress import say
+
+Study = Callable[[Sequence[Seed]], dict[str, Any]]
+RUN: dict[str, Study] = {
+    "errors": block_errors,
+    "objective": objective,
+    "attention": attention_statistics,
+    "rope": phi_and_rope,
+}
+
+
+def ablate(config: ConfigDict, table: str, workdir: str, seeds: int, results: str | None = None) -> None:
+    """Runs a table of `TABLES`, "all" of them, or "evidence"; leaves TABLE.json, .md and .html in the workdir.
+
+    Tables in one workdir share what their arms have in common. `results` is a Markdown document whose section for the
+    table is rewritten.
+    """
+    folder, document = epath.Path(workdir), None if results is None else epath.Path(results)
+    if document is not None and not document.exists():
+        raise InputError(f"--results={results}: no such file")
+    if table == "evidence":
+        text = evidence(config, workdir, seeds)
+        if document is not None:
+            update_results(document, table, text)
+        return
+    shared = [Seed(config, folder, number) for number in range(seeds)]
+    for name in TABLES if table == "all" else (table,):
+        made = RUN[name](shared) if name in RUN else run_sweep(SWEEPS[name], shared)
+        subject = "tiny model" if config.model.path == "tiny_wan" else config.model.path
+        text = write({"table": name, "title": title(name), "subject": subject, **made}, folder)
+        print(text)
+        if document is not None:
+            update_results(document, name, text)
+        say(f"{name}: {folder / name}.json, .md, .html")
+
+
+def title(table: str) -> str:
+    return STUDIES[table] if table in STUDIES else SWEEPS[table].title

@@ -1,0 +1,33 @@
+"""errors: what distillation leaves of every block's error at every rate, the paper's Fig. 4."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsurgery.ablate.seed import Seed, rate_name
+from jsurgery.ablate.table import spread
+from jsurgery.surgery.distill import read_errors
+
+
+def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Relative L1 errors of the attention output on held-out traces, before and after distillation."""
+    found = [read_errors(seed.distilled(seed.config).folder) for seed in seeds]
+    rates = found[0]["rates"]
+    over_seeds = lambda field, block, column: spread([seed[field][block][column] for seed in found])
+    rows = {
+        f"block {block}": {
+            **{rate_name(rate): over_seeds("errors", block, i) for i, rate in enumerate(rates)},
+            **{f"{rate_name(rate)}, initial": over_seeds("initial_errors", block, i) for i, rate in enumerate(rates)},
+        }
+        for block in range(seeds[0].layers)
+    }
+    blocks = list(range(seeds[0].layers))
+    lines = {
+        rate_name(rate): {"x": blocks, "y": [rows[f"block {block}"][rate_name(rate)][0] for block in blocks]}
+        for rate in rates
+    }
+    return {
+        "text": f"{len(seeds)} seeds; “initial” is calibrated, not trained. ± is the standard deviation over seeds.",
+        "rows": rows,
+        "charts": [{"title": "Relative L1 error of attention, by block", "lines": lines}],
+        "per_seed": found,
+    }

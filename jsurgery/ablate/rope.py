@@ -1,0 +1,50 @@
+"""rope: does φ do better with queries and keys before RoPE turns them, or after, as the models have it?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsurgery.ablate.seed import Seed, rate_name
+from jsurgery.ablate.table import paired_difference, spread
+from jsurgery.run import DISTILLING
+from jsurgery.surgery.distill import distill, read_errors
+
+SIDES = {"after": "after RoPE", "before": "before RoPE"}
+
+
+def phi_and_rope(seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Relative L1 errors of the attention output after distillation, φ on either side of RoPE."""
+    found = [{side: errors_of(seed, side) for side in SIDES} for seed in seeds]
+    rates = found[0]["after"]["rates"]
+
+    def by_block(side: str, column: int) -> list[list[float]]:
+        return [[row[column] for row in seed[side]["errors"]] for seed in found]
+
+    rows = {
+        text: {
+            f"error {rate_name(rate)}": spread([sum(errors) / len(errors) for errors in by_block(side, i)])
+            for i, rate in enumerate(rates)
+        }
+        for side, text in SIDES.items()
+    }
+    differences = {
+        f"error {rate_name(rate)}": paired_difference(by_block("before", i), by_block("after", i))
+        for i, rate in enumerate(rates)
+    }
+    return {
+        "text": f"{len(seeds)} seeds; means over blocks, ± is the standard deviation over seeds. Softmax keeps RoPE on "
+        "both sides. Errors of attention alone: kernels give both branches the same queries and keys, so that no "
+        "model has φ before RoPE.",
+        "rows": rows,
+        "contrasts": {"before − after": differences},
+        "plotted": [f"error {rate_name(rate)}" for rate in rates],
+        "per_seed": found,
+    }
+
+
+def errors_of(seed: Seed, side: str) -> dict[str, Any]:
+    if side == "after":
+        return read_errors(seed.distilled(seed.config).folder)
+    stage = seed.stage("distill", seed.config, DISTILLING, [seed.trace()], rope=side)
+    if not stage.done():
+        stage.run(lambda: distill(seed.config, seed.run.teacher, seed.run.trace.folder, stage.folder, rope=side))
+    return read_errors(stage.folder)

@@ -1,0 +1,94 @@
+"""A sweep: every arm built, trained and measured on every seed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jsurgery.ablate.seed import Items, Operation, Seed
+from jsurgery.ablate.sweeps import Sweep
+from jsurgery.ablate.table import PAIRED, fact, paired_difference, spread
+from jsurgery.runtime.progress import say
+
+PLOTTED = ("total", "motion", "velocity_error", "error R8", "softmax_share")
+Measured = dict[str, dict[int, Items]]  # arm -> steps of fine-tuning -> items
+
+
+def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
+    """The table of a sweep: what `table.write` takes."""
+    measured, facts, plans = [], [], []
+    for seed in seeds:
+        say(f"{sweep.title}: seed {seed.number}")
+        operations = {arm.name: seed.operation(arm) for arm in sweep.arms}
+        measured.append(measure(sweep, seed, operations))
+        facts.append({arm: seed.facts(found, sweep.facts) for arm, found in operations.items()})
+        plans.append({arm: found.plan["rates"] for arm, found in operations.items()})
+    rows: dict[str, dict[str, Any]] = {}
+    for arm, items in measured[0].items():  # the teacher has no facts
+        rows[arm] = {name: fact([row[arm][name] for row in facts]) for name in facts[0].get(arm, {})}
+        for m in measures_of(items):
+            rows[arm][m] = spread([float(items_over_steps(found[arm], m).mean()) for found in measured])
+    steps = sorted({step for of in measured[0].values() for step in of} - {0})
+    prompts = f", {seeds[0].config.evaluate.prompts} prompts each" if "samples" in sweep.measures else ""
+    tuned = f"; means over {' and '.join(map(str, steps))} steps of fine-tuning" if steps else "; not fine-tuned"
+    return {
+        "text": f"{len(seeds)} seeds{prompts}{tuned}; ± is the standard deviation over seeds.",
+        "rows": rows,
+        "paper": {arm.name: dict(arm.paper) for arm in sweep.arms if arm.paper},
+        "contrasts": {f"{a} − {b}": contrast(measured, a, b) for a, b in sweep.contrasts},
+        "plotted": [m for m in PLOTTED if m in rows[sweep.arms[-1].name]],
+        "charts": cost_charts(sweep, rows),
+        "plans": plans,
+        "per_seed": measured,
+    }
+
+
+def measure(sweep: Sweep, seed: Seed, operations: dict[str, Operation]) -> Measured:
+    """Trains what is not trained yet, then measures it."""
+    models = {arm: seed.models(found) for arm, found in operations.items()}
+    distinct = list({model.name: model for of in models.values() for model in of.values()}.values())
+    kinds = {"samples": seed.samples, "velocity": seed.velocity, "shares": seed.shares}
+    by_model = [kinds[kind](distinct) for kind in sweep.measures if kind in kinds]
+    found: Measured = {}
+    if "samples" in sweep.measures:
+        found["teacher"] = {0: next(of["teacher"] for of in by_model if "teacher" in of)}
+    for arm, operation in operations.items():
+        shared = seed.attention(operation) if "attention" in sweep.measures else {}
+        shared |= seed.teacher_share(operation) if "shares" in sweep.measures else {}
+        found[arm] = {
+            step: shared | {m: v for of in by_model for m, v in of[model.name].items()}
+            for step, model in models[arm].items()
+        }
+    return found
+
+
+def measures_of(steps: dict[int, Items]) -> list[str]:
+    return list(next(iter(steps.values())))
+
+
+def items_over_steps(steps: dict[int, Items], measure: str) -> np.ndarray:
+    """[items], each the mean over the numbers of fine-tuning steps."""
+    return np.mean([items[measure] for items in steps.values()], axis=0)
+
+
+def contrast(measured: Sequence[Measured], a: str, b: str) -> dict[str, dict[str, float]]:
+    """Measure -> paired difference of two arms."""
+    both = [m for m in PAIRED if m in measures_of(measured[0][a]) and m in measures_of(measured[0][b])]
+    items = lambda arm, m: [items_over_steps(found[arm], m) for found in measured]
+    return {m: paired_difference(items(a, m), items(b, m)) for m in both}
+
+
+def cost_charts(sweep: Sweep, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Score over cost, a line for each rate, where arms differ in blocks and rate alone."""
+    if any(arm.changes or arm.selection != "homogeneous" or arm.maps != "feature_maps" for arm in sweep.arms):
+        return []
+    made = []
+    for measure, title in (("total", "Score"), ("velocity_error", "Velocity error")):
+        lines: dict[str, dict[str, list[float]]] = {}
+        for arm in sweep.arms:
+            if arm.finetuned and measure in rows[arm.name]:
+                line = lines.setdefault("R" + arm.blocks.partition("R")[2], {"x": [], "y": []})
+                line["x"].append(100 * rows[arm.name]["attention_flops"])
+                line["y"].append(rows[arm.name][measure][0])
+        made.append({"title": f"{title} over attention FLOPs, percent of the teacher’s", "lines": lines})
+    return made

@@ -1,0 +1,30 @@
+"""What a TPU chip can do, as published: memory, peak rates, links."""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip.
+
+    Attributes:
+      memory: bytes of HBM.
+      flops: bfloat16 FLOP/s.
+      bandwidth: bytes/s between HBM and the chip.
+      link: bytes/s of a link to a neighbour, both directions together: what a ring along one axis of the torus moves.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 1e11),
+    "v5e": Chip(16 * GIB, 197e12, 8.0e11, 1e11),
+    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 2e11),
+    "v6e": Chip(32 * GIB, 918e12, 1.6e12, 2e11),
+}

@@ -1,0 +1,65 @@
+"""synthesize: prompts to clips that a teacher makes, straight into shards of latents and text embeddings."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.data.shards import Record, shard_path, text_array, write_shard
+from jsurgery.runtime import processes
+from jsurgery.runtime.progress import Progress
+from jsurgery.runtime.stages import Stage, file_identity
+from jsurgery.wan.pipeline import Pipeline, batched, check_pipeline, check_size, load_pipeline, model_path
+
+FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_per_shard")
+
+
+def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.PathLike) -> epath.Path:
+    """Samples a clip for every prompt; returns the folder, `workdir`/synthesized, for `config.data.path`.
+
+    A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], as long as the prompt in tokens, and
+    `caption`: what `encode` leaves of a video. A clip's noise depends on the seed and the prompt's number alone. Host h
+    of H makes every H-th shard of `data.clips_per_shard` clips from h on, `data.batch` clips at once. Shards that are
+    there are kept.
+    """
+    check_size(check_pipeline(config.model.path), config.video.frames, config.video.height, config.video.width)
+    listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+    identity = file_identity(model_path(config.model.path))
+    stage = Stage(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
+    work = lambda: make_shards(config, prompts, stage.folder)
+    stage.run(lambda: processes.together(work), spread=True)
+    return stage.folder
+
+
+def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path) -> None:
+    """This host's shards, as far as they are missing."""
+    size, hosts = config.data.clips_per_shard, jax.process_count()
+    mine = range(jax.process_index(), -(-len(prompts) // size), hosts)
+    missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
+    if not missing:
+        return
+    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    total = sum(len(prompts[shard * size : (shard + 1) * size]) for shard in missing)
+    progress, done = Progress("synthesize", total), 0
+    for shard in missing:
+        of_shard = prompts[shard * size : (shard + 1) * size]
+        write_shard(shard_path(folder, shard), clips(config, pipeline, of_shard, shard * size, progress, done))
+        done += len(of_shard)
+
+
+def clips(
+    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], first: int, progress: Progress, done: int
+) -> Iterator[Record]:
+    """Records of prompts that are number `first` and following, when `done` clips have been made before."""
+    for start, batch in batched(prompts, config.data.batch):
+        latents = np.asarray(pipeline.sample(batch, config, seed=config.seed, first=first + start)[0], np.float16)
+        text = np.asarray(pipeline.embed(batch, config.text_length), np.float16)
+        lengths = pipeline.tokenizer(list(batch), config.text_length)[1].sum(1)
+        for prompt, z_TxHxWxC, words, length in zip(batch, latents, text, lengths, strict=True):
+            yield {"latents": z_TxHxWxC, "text": words[:length], "caption": text_array(prompt)}
+        progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)

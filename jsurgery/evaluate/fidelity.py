@@ -1,0 +1,270 @@
+"""fidelity: how near a model stays to its teacher at equal prompts, noise and solver.
+
+Videos are compared frame by frame, and velocities on the teacher's way from noise to latents, where both models see the
+same x_t. The control is the teacher itself from other noise: what two unrelated videos of a prompt have in common.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jsurgery.config import check_video
+from jsurgery.diffusion import schedule
+from jsurgery.errors import InputError
+from jsurgery.evaluate import video_metrics
+from jsurgery.runtime.progress import Progress
+from jsurgery.runtime.stages import difference, file_identity, write_json
+from jsurgery.sample import transformer_identity
+from jsurgery.surgery.trace import kept_steps
+from jsurgery.verify import check_report
+from jsurgery.wan.pipeline import (
+    Pipeline,
+    check_pipeline,
+    check_size,
+    guided_velocity,
+    load_pipeline,
+    model_path,
+    transformer_folder,
+)
+from jsurgery.wan.transformer import load_transformer, read_config
+
+STEPS = 10  # of the sampler's, evenly spread, at which velocities are compared
+CONTROL = "teacher, other noise"
+COLUMNS = ("PSNR (dB)", "SSIM", "velocity error", "drift (levels/s)", "flicker (levels)", "motion (pixels/frame)")
+
+
+def evaluate_fidelity(
+    config: ConfigDict,
+    models: Sequence[str],
+    prompts: Sequence[str],
+    workdir: str,
+    durations: Sequence[int] = (),
+    report: str | None = None,
+) -> dict[str, Any]:
+    """Compares model folders with the teacher, `config.model.path`; prints a table, leaves `workdir/fidelity.json`.
+
+    durations: frames of the videos, each 4k + 1 (default: `config.video.frames`). Prompts that a workdir has already
+    are not made again. `report` names another JSON file.
+    Raises InputError for models of other latents or text, and for a workdir that was made with other settings.
+    """
+    check_report(report)
+    durations = sorted(set(durations)) or [config.video.frames]
+    teacher = check_pipeline(config.model.path)
+    for path in models:
+        other = read_config(transformer_folder(model_path(path)))
+        for field in ("in_channels", "text_dim", "patch_size"):
+            if getattr(other, field) != getattr(teacher, field):
+                raise InputError(
+                    f"--model={path}: expected the teacher's {field} = {getattr(teacher, field)}, "
+                    f"found {getattr(other, field)}"
+                )
+    for frames in durations:
+        check_video(frames, config.video.height, config.video.width, prefix="--durations: ")
+        check_size(teacher, frames, config.video.height, config.video.width)
+    folder = epath.Path(workdir)
+    begin(folder, config, prompts)
+    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    for frames in durations:
+        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames))
+    names = {}
+    for path in models:
+        part = transformer_folder(model_path(path))
+        names[path] = f"{model_path(path).name}-{file_identity(part)}"
+        files = [
+            folder / str(frames) / names[path] / f"{i:04d}.json" for frames in durations for i in range(len(prompts))
+        ]
+        if not all(file.exists() for file in files):
+            pipeline.transformer = load_transformer(part, jnp.dtype(config.model.dtype))
+            for frames in durations:
+                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path])
+    result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)
+    for file in (folder / "fidelity.json", *([epath.Path(report)] if report else [])):
+        write_json(file, {"prompts": list(prompts), **result})
+    print(table(result))
+    return result
+
+
+def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str]) -> None:
+    """Marks a workdir with what its teacher's videos depend on."""
+    video, sampler = config.video.to_dict(), config.sampler.to_dict()
+    del video["frames"], sampler["guidance_batched"]
+    made_with = {
+        "teacher": transformer_identity(config),
+        "prompts": list(prompts),
+        "seed": config.seed,
+        **sampler,
+        **video,
+        "text_length": config.text_length,
+        "dtype": config.model.dtype,
+    }
+    marker = folder / "made_with.json"
+    if marker.exists():
+        found = json.loads(marker.read_text())
+        if found != made_with:
+            raise InputError(f"{marker}: {difference(found, made_with)}; use another --workdir")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, made_with)
+    except OSError as error:
+        raise InputError(f"--workdir={folder}: {error.strerror}") from None
+
+
+def with_frames(config: ConfigDict, frames: int) -> ConfigDict:
+    with config.unlocked():
+        sized = config.copy_and_resolve_references()
+    sized.video.frames = frames
+    return sized
+
+
+def make_reference(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path) -> None:
+    """Leaves the teacher's videos and way of every prompt in `folder/teacher`, and the control's numbers."""
+    kept = kept_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
+    progress = Progress(f"teacher, {config.video.frames} frames", len(prompts))
+    for number in progress.over(range(len(prompts))):
+        file = folder / "teacher" / f"{number:04d}.npz"
+        control = folder / "control" / f"{number:04d}.json"
+        if file.exists() and control.exists():
+            continue
+        latents, way = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
+        way = np.asarray(way)[kept, 0]
+        video = pipeline.decode(latents)[0]
+        velocity = velocities(pipeline, config, prompts[number], way)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        with temporary.open("wb") as stream:
+            np.savez(stream, way=way, velocity=velocity, video=video)
+        temporary.replace(file)
+        latents, _ = pipeline.sample([prompts[number]], config, seed=(config.seed + 1) % 2**32, first=number)
+        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video))
+
+
+def compare(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, name: str) -> None:
+    """Leaves the numbers of the pipeline's transformer in `folder/NAME`, one file a prompt."""
+    progress = Progress(f"{name}, {config.video.frames} frames", len(prompts))
+    for number in progress.over(range(len(prompts))):
+        file = folder / name / f"{number:04d}.json"
+        if file.exists():
+            continue
+        with (folder / "teacher" / f"{number:04d}.npz").open("rb") as stream:
+            teacher = dict(np.load(stream))
+        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number)
+        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"])
+        velocity = velocities(pipeline, config, prompts[number], teacher["way"])
+        write_numbers(file, numbers | velocity_numbers(velocity, teacher["velocity"]))
+
+
+def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, way_SxTxHxWxC: np.ndarray) -> np.ndarray:
+    """The transformer's velocity, guided as in sampling, at every x_t of a way: float32, of the way's shape."""
+    sampler = config.sampler
+    rows = schedule(sampler.solver, sampler.steps, sampler.shift)
+    text = pipeline.embed([prompt], config.text_length)
+    blank = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)
+    timesteps = rows.timestep[kept_steps(sampler.steps, len(way_SxTxHxWxC))]
+    found = [
+        _velocity(pipeline.transformer, text, blank, x[None], timestep, sampler.guidance, sampler.guidance_batched)
+        for x, timestep in zip(way_SxTxHxWxC, timesteps, strict=True)
+    ]
+    return np.concatenate([np.asarray(velocity, np.float32) for velocity in found])
+
+
+@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
+def _velocity(transformer, text, blank, x, timestep, guidance, batched):
+    return guided_velocity(transformer, text, blank, guidance, batched)(x, jnp.full(x.shape[0], timestep))
+
+
+def video_numbers(video: np.ndarray, teacher: np.ndarray) -> dict[str, Any]:
+    """Per frame mse and ssim against the teacher's video, and the flicker and motion of both."""
+    return {
+        "mse": video_metrics.mse(video, teacher),
+        "ssim": video_metrics.ssim(video, teacher),
+        "flicker": video_metrics.flicker(video),
+        "motion": video_metrics.motion(video),
+        "teacher_flicker": video_metrics.flicker(teacher),
+        "teacher_motion": video_metrics.motion(teacher),
+    }
+
+
+def velocity_numbers(velocity_SxTxHxWxC: np.ndarray, teacher_SxTxHxWxC: np.ndarray) -> dict[str, Any]:
+    """Relative L2 errors: of each step [S], and of each step and latent frame [S, T]."""
+    square = ((velocity_SxTxHxWxC - teacher_SxTxHxWxC).astype(float) ** 2).sum(axis=(2, 3, 4))
+    norm = (teacher_SxTxHxWxC.astype(float) ** 2).sum(axis=(2, 3, 4))
+    return {
+        "velocity_error_per_step": np.sqrt(square.sum(axis=1) / norm.sum(axis=1)),
+        "velocity_error": np.sqrt(square / norm),
+    }
+
+
+def write_numbers(file: epath.Path, numbers: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {name: np.asarray(value).tolist() for name, value in numbers.items()})
+
+
+def collect(
+    config: ConfigDict, names: dict[str, str], prompts: int, folder: epath.Path, durations: Sequence[int]
+) -> dict[str, Any]:
+    """Means over prompts of every model at every duration. PSNR is null where videos are equal."""
+    kept = kept_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
+    timesteps = schedule(config.sampler.solver, config.sampler.steps, config.sampler.shift).timestep[kept]
+    result: dict[str, Any] = {"timesteps": timesteps.tolist(), "durations": []}
+    for frames in durations:
+        seconds = np.arange(frames) / config.video.fps
+        models = {}
+        for name, part in names.items():
+            files = [folder / str(frames) / part / f"{number:04d}.json" for number in range(prompts)]
+            models[name] = summarize([json.loads(file.read_text()) for file in files], seconds)
+        result["durations"].append({"frames": frames, "seconds": frames / config.video.fps, "models": models})
+    return result
+
+
+def summarize(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, Any]:
+    """Means over prompts. drift: how fast the root mean square difference grows within a video, in levels a second."""
+    mean = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    psnr = np.mean([video_metrics.psnr(np.mean(row["mse"])) for row in rows])
+    difference_per_frame = np.sqrt(mean["mse"])
+    found = {
+        "psnr": psnr,
+        "ssim": np.mean(mean["ssim"]),
+        "drift": np.polyfit(seconds, difference_per_frame, 1)[0] if len(seconds) > 1 else 0.0,
+        **{name: mean[name] for name in ("flicker", "motion", "teacher_flicker", "teacher_motion")},
+        "psnr_per_frame": [video_metrics.psnr(error) for error in mean["mse"]],
+        "ssim_per_frame": mean["ssim"],
+    }
+    if "velocity_error" in mean:
+        found |= {
+            "velocity_error": np.mean(mean["velocity_error_per_step"]),
+            "velocity_error_per_step": mean["velocity_error_per_step"],
+            "velocity_error_per_frame": np.mean(mean["velocity_error"], axis=0),
+        }
+    return {name: _finite(np.asarray(value).tolist()) for name, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown, the teacher first at every duration."""
+    rows = [["", "seconds", *COLUMNS], ["---", *["---:"] * (1 + len(COLUMNS))]]
+    for duration in result["durations"]:
+        seconds = f"{duration['seconds']:.2f}"
+        models = duration["models"]
+        own = next(iter(models.values()))
+        rows.append(["teacher", seconds, *["–"] * 4, f"{own['teacher_flicker']:.2f}", f"{own['teacher_motion']:.2f}"])
+        for name, numbers in models.items():
+            psnr = "∞" if numbers["psnr"] is None else f"{numbers['psnr']:.2f}"
+            error = f"{numbers['velocity_error']:.4f}" if "velocity_error" in numbers else "–"
+            cells = [psnr, f"{numbers['ssim']:.4f}", error, f"{numbers['drift']:+.2f}"]
+            rows.append([name, seconds, *cells, f"{numbers['flicker']:.2f}", f"{numbers['motion']:.2f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

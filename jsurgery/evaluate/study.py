@@ -1,0 +1,262 @@
+"""A blind preference study, as behind the paper's Table 2: one page of pairs of videos, and the table of its answers.
+
+The two videos of a pair are one video in the page, side by side, so that they cannot drift apart. Which half is whose
+stands in a key file beside the page and nowhere else; on which side of the screen a half appears, and in which order
+pairs come, each participant's browser draws anew.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import pathlib
+import re
+import secrets
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from etils import epath
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from scipy.stats import binomtest
+
+from jsurgery.errors import InputError
+from jsurgery.evaluate.vbench import read_info
+from jsurgery.evaluate.vbench_scores import canonical
+from jsurgery.evaluate.video_file import read_settings
+from jsurgery.runtime.progress import Progress, say
+from jsurgery.runtime.stages import write_json
+from jsurgery.verify import check_report
+
+HERE = pathlib.Path(__file__).parent
+PAGE, KEY = "study.html", "study.key.json"
+QUALITY = {"crf": "22", "b:v": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # of VP9
+BLOCK = 16  # halves start at multiples of it, so that the codec's blocks belong to one
+ANSWERS = ("first", "none", "second")
+
+
+def build_study(
+    a: str, b: str, output: str, *, prompts: int = 50, info: str | None = None, seed: int = 0
+) -> pathlib.Path:
+    """Writes `output/study.html` and its key from two folders with videos of the same names; returns the page.
+
+    prompts: how many are drawn, by `seed`, of those that both have; of a prompt's videos one is drawn.
+    info: VBench's list of prompts with their dimensions (default: `full_info.json` beside the folder `a`, if it is
+        there). Without one the table has a single row.
+    Raises InputError for folders with no video in common, pairs of different sizes, and a study that is there already.
+    """
+    if seed < 0:
+        raise InputError(f"--seed: expected a whole number from 0, found {seed}")
+    folders = {"a": pathlib.Path(a), "b": pathlib.Path(b)}
+    files = {}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise InputError(f"--{name}={folder}: expected a folder of mp4 files, found none")
+        files[name] = {file.relative_to(folder) for file in folder.rglob("*.mp4") if not file.name.startswith(".")}
+    common = sorted(files["a"] & files["b"])
+    if not common:
+        raise InputError(f"--a={a}, --b={b}: expected mp4 files of the same names, found none in both")
+    target = pathlib.Path(output)
+    if (target / KEY).exists() or (target / PAGE).exists():
+        raise InputError(f"--output={output}: a study is there already; its answers need its key: use another folder")
+    alone = len(files["a"] ^ files["b"])
+    if alone:
+        say(f"study: {alone} videos are in one folder only and left out")
+
+    said: dict[str, list[pathlib.Path]] = {}
+    for file in common:
+        said.setdefault(prompt_of(file, list(folders.values())), []).append(file)
+    rng = np.random.default_rng(seed)
+    if len(said) < prompts:
+        say(f"study: {len(said)} of {prompts} prompts are there; all are taken")
+    chosen = [list(said)[i] for i in sorted(rng.permutation(len(said))[:prompts])]
+    drawn = {prompt: said[prompt][rng.integers(len(said[prompt]))] for prompt in chosen}
+    beside = folders["a"].parent / "full_info.json"
+    dimensions = read_dimensions(info or (str(beside) if beside.exists() else None))
+
+    sealed = secrets.SystemRandom()
+    pairs, key, progress = [], {}, Progress("study", len(drawn))
+    for number, (prompt, file) in enumerate(drawn.items()):
+        name, first = secrets.token_hex(6), sealed.choice("ab")
+        halves = join(*(folders[side] / file for side in ("ab" if first == "a" else "ba")))
+        pairs.append({"id": name, "prompt": prompt, **halves})
+        key[name] = {"prompt": prompt, "dimensions": dimensions.get(prompt, []), "file": str(file), "first": first}
+        progress.show(number + 1, last=number + 1 == len(drawn))
+    sealed.shuffle(pairs)
+    study = secrets.token_hex(6)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(epath.Path(target / KEY), {"study": study, "a": a, "b": b, "pairs": key})
+        temporary = target / f"{PAGE}.tmp"
+        temporary.write_text(render(study, pairs))
+        temporary.replace(target / PAGE)
+    except OSError as error:
+        raise InputError(f"--output={output}: {error.strerror}") from None
+    return target / PAGE
+
+
+def prompt_of(file: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
+    """What a video shows: by VBench's name `prompt-N.mp4`, its metadata, or the evaluation that it belongs to."""
+    named = re.fullmatch(r"(.*\D.*)-\d+", file.stem)
+    if named:
+        return named[1]
+    for folder in folders:
+        prompt = read_settings(folder / file).get("prompt")
+        if prompt:
+            return str(prompt)
+        evaluation = folder.parent.parent / "evaluation.json"
+        if file.stem.isdecimal() and evaluation.exists():
+            prompts = json.loads(evaluation.read_text())["prompts"]
+            if int(file.stem) < len(prompts):
+                return prompts[int(file.stem)]
+    return file.stem
+
+
+def read_dimensions(path: str | None) -> dict[str, list[str]]:
+    """Dimensions of every prompt of VBench's list."""
+    found: dict[str, list[str]] = {}
+    for entry in read_info(path) if path else ():
+        names = found.setdefault(entry["prompt_en"], [])
+        names += [canonical(name).replace("_", " ") for name in entry["dimension"]]
+    return found
+
+
+def join(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
+    """Two videos as one, side by side: `video` (WebM as base64), and `width`, `height` and `offset` of the halves."""
+    (one, rate), (two, _) = read_video(first), read_video(second)
+    if one.shape[1:] != two.shape[1:]:
+        sizes = " and ".join(f"{video.shape[2]} x {video.shape[1]}" for video in (one, two))
+        raise InputError(f"{first}, {second}: expected videos of one size, found {sizes}")
+    frames = min(len(one), len(two))
+    height, width = one.shape[1:3]
+    margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
+    both = np.concatenate([np.pad(video[:frames], margin, mode="edge") for video in (one, two)], axis=2)
+    result = io.BytesIO()
+    with av.open(result, "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=rate, options=QUALITY)
+        stream.height, stream.width, stream.pix_fmt = *both.shape[1:3], "yuv420p"
+        for frame in both:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    video = base64.b64encode(result.getvalue()).decode()
+    return {"video": video, "width": width, "height": height, "offset": both.shape[2] // 2}
+
+
+def read_video(file: pathlib.Path) -> tuple[np.ndarray, Fraction]:
+    """(uint8 [F, H, W, 3], frames a second)."""
+    try:
+        with av.open(str(file)) as container:
+            rate = container.streams.video[0].average_rate or Fraction(16)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            return np.stack(frames), rate
+    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise InputError(f"{file}: expected a video that decodes ({error})") from None
+
+
+def render(study: str, pairs: Sequence[dict[str, Any]]) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script = (HERE / "study.js").read_text()
+    shown = [{field: value for field, value in pair.items() if field != "video"} for pair in pairs]
+    return environment.get_template("study.html.jinja").render(
+        data={"study": study, "pairs": shown},
+        videos={pair["id"]: pair["video"] for pair in pairs},
+        style=Markup((HERE / "study.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def report_study(files: Sequence[str], key: str | None = None, report: str | None = None) -> None:
+    """Prints the table of exported answers, and writes its numbers to a JSON file if `report` names one."""
+    check_report(report)
+    sealed = read_key(pathlib.Path(key) if key else pathlib.Path(files[0]).parent / KEY)
+    rows, participants = tally(files, sealed)
+    print(table(rows, sealed))
+    print(f"\n{participants} participants; {rows['Total']['n']} comparisons. In brackets: 95 % (Wilson).")
+    if report is not None:
+        write_json(epath.Path(report), {"a": sealed["a"], "b": sealed["b"], "participants": participants, "rows": rows})
+
+
+def read_key(file: pathlib.Path) -> dict[str, Any]:
+    """The key that `build_study` left beside the page."""
+    try:
+        key = json.loads(file.read_text())
+    except (OSError, ValueError):
+        key = None
+    if not isinstance(key, dict) or not {"study", "a", "b", "pairs"} <= key.keys():
+        raise InputError(f"--key={file}: expected the {KEY} that lies beside the study's page")
+    return key
+
+
+def tally(files: Sequence[str], key: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], int]:
+    """(row per dimension and "Total", number of participants) of exported answers.
+
+    A prompt of several dimensions counts in each, and once in the total. Of two exports by one participant the later
+    in `files` counts.
+    """
+    votes: dict[tuple[str, str], str] = {}
+    for path in files:
+        try:
+            export = json.loads(pathlib.Path(path).read_text())
+            study, participant = export["study"], export["participant"]
+            answers = {answer["pair"]: answer["answer"] for answer in export["answers"]}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise InputError(f"{path}: expected answers that a study's page exported") from None
+        if study != key["study"]:
+            raise InputError(f"{path}: expected answers of study {key['study']}, found those of {study}")
+        for pair, answer in answers.items():
+            if pair not in key["pairs"] or answer not in ANSWERS:
+                raise InputError(f"{path}: expected answers {', '.join(ANSWERS)} to the key's pairs, found {answer!r}")
+            votes[participant, pair] = answer
+    counts: dict[str, dict[str, int]] = {}
+    for (_, pair), answer in votes.items():
+        sealed = key["pairs"][pair]
+        choice = "none" if answer == "none" else "ab"[(sealed["first"] == "b") != (answer == "second")]
+        for dimension in {*sealed["dimensions"], "Total"}:
+            row = counts.setdefault(dimension, {"a": 0, "none": 0, "b": 0})
+            row[choice] += 1
+    names = [*sorted(counts.keys() - {"Total"}), "Total"]
+    rows = {name: statistics(**counts.get(name, {"a": 0, "none": 0, "b": 0})) for name in names}
+    return rows, len({participant for participant, _ in votes})
+
+
+def statistics(a: int, none: int, b: int) -> dict[str, Any]:
+    """Counts, the share of each answer with its 95 % Wilson interval, and the two-sided sign test of a against b.
+
+    The test leaves out those without a preference; it takes answers as independent, which those of one participant, or
+    of one pair, are only in part.
+    """
+    n = a + none + b
+    result: dict[str, Any] = {"n": n, "p": float(binomtest(a, a + b).pvalue) if a + b else None}
+    for name, count in {"a": a, "none": none, "b": b}.items():
+        interval = binomtest(count, n).proportion_ci(method="wilson") if n else None
+        result[name] = {
+            "count": count,
+            "share": count / n if n else None,
+            "interval": [float(interval.low), float(interval.high)] if interval else None,
+        }
+    return result
+
+
+def table(rows: dict[str, dict[str, Any]], key: dict[str, Any]) -> str:
+    """Markdown, in the columns of the paper's Table 2."""
+
+    def cell(choice: dict[str, Any]) -> str:
+        if choice["share"] is None:
+            return "–"
+        low, high = choice["interval"]
+        return f"{100 * choice['share']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+    header = ["prompt dimension", f"{key['a']} %", "no preference %", f"{key['b']} %", "n", "sign test p"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name, row in rows.items():
+        p = "–" if row["p"] is None else f"{row['p']:.3g}"
+        lines.append([name, cell(row["a"]), cell(row["none"]), cell(row["b"]), str(row["n"]), p])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,141 @@
+"""Several runs on one page: what each saves, how good it is, its plan, its curves, and in what their configs differ."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jsurgery.config import flat
+from jsurgery.errors import InputError
+from jsurgery.report.charts import Chart, line_chart
+from jsurgery.report.clips import embed
+from jsurgery.report.costs import cost_table
+from jsurgery.report.page import MODELS, describe, note, versions
+from jsurgery.report.quality import quality, scores
+from jsurgery.report.run_files import RunFiles, read_run
+from jsurgery.report.templates import depths, render
+from jsurgery.surgery.plan import workload
+
+SHOWN_PROMPTS = 6
+
+
+def write_comparison(workdirs: Sequence[epath.PathLike], page: epath.PathLike) -> epath.Path:
+    """Writes one page about several runs and returns its path; the page says what each of them has not left.
+
+    Raises InputError for fewer than two runs, for a folder that is not there, and where the page cannot be written.
+    """
+    if len(workdirs) < 2:
+        raise InputError(f"--compare: expected two runs or more, found {len(workdirs)}")
+    runs = dict(zip(names(workdirs), map(read_run, workdirs), strict=True))
+    page = epath.Path(page)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        temporary = page.with_name(page.name + ".tmp")
+        temporary.write_text(render_comparison(runs))
+        temporary.replace(page)
+    except OSError as error:
+        raise InputError(f"--output={page}: {error.strerror}") from None
+    return page
+
+
+def names(workdirs: Sequence[epath.PathLike]) -> list[str]:
+    """The end of each folder's path that tells it from the others."""
+    parts = [epath.Path(workdir).resolve().parts for workdir in workdirs]
+    if len(set(parts)) < len(parts):
+        raise InputError(f"--compare: expected runs that differ, found {', '.join(map(str, workdirs))}")
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]
+
+
+def render_comparison(runs: dict[str, RunFiles]) -> str:
+    rows = {name: summary(run) for name, run in runs.items()}
+    shown, labels = clips(runs)
+    evaluations = {name: scores(run.evaluation) for name, run in runs.items() if run.evaluation}
+    return render(
+        "compare.html.jinja",
+        runs=rows,
+        depth=depths([rate for run in runs.values() if run.plan for rate in run.plan["rates"]]),
+        dimensions=dimensions(evaluations),
+        clips=shown,
+        labels=labels,
+        charts=curves(runs),
+        differences=differences(runs),
+        versions=versions(),
+        absent={name: run.absent for name, run in runs.items() if run.absent},
+    )
+
+
+def summary(run: RunFiles) -> dict[str, Any]:
+    """A run in a row: None for what it has not left."""
+    found: dict[str, Any] = {"plan": run.plan, "subject": None, "cost": None}
+    if run.config is not None and run.model is not None:
+        work = workload(run.config, run.model)
+        found["subject"] = describe(run.config, run.model, work)
+        found["cost"] = cost_table(work, run.plan["rates"]) if run.plan else None
+    return found | {"quality": quality(run.evaluation) if run.evaluation else None}
+
+
+def dimensions(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by dimension of the runs' last models' scores, None where a run has none."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, evaluation in evaluations.items():
+        for row in evaluation["rows"]:
+            entry = found.setdefault(row["dimension"], {"meaning": row["meaning"], "cells": {}})
+            entry["cells"][name] = row["cells"][-1]
+    return [{"dimension": dimension, **row} for dimension, row in found.items()]
+
+
+def clips(runs: dict[str, RunFiles]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(rows of the player, label of each model): the first run's teacher and every run's last model.
+
+    No rows where the runs were not evaluated on the same prompts.
+    """
+    evaluated = {name: (run.videos, run.evaluation) for name, run in runs.items() if run.evaluation}
+    if not evaluated or len({tuple(evaluation["prompts"]) for _, evaluation in evaluated.values()}) > 1:
+        return [], {}
+    videos, first = next(iter(evaluated.values()))
+    folders, labels = {"teacher": videos / "teacher"}, {"teacher": "Teacher"}
+    models = {"teacher": first["models"]["teacher"]}
+    for number, (name, (videos, evaluation)) in enumerate(evaluated.items()):
+        last = next(model for model in reversed(MODELS) if model in evaluation["models"])
+        key = f"run-{number}"
+        folders[key], labels[key], models[key] = videos / last, name, evaluation["models"][last]
+    rows, _ = embed(folders, first["prompts"][:SHOWN_PROMPTS])
+    for row in rows:
+        row["notes"] = {name: note(model, row["number"]) for name, model in models.items()}
+    return rows, labels
+
+
+def curves(runs: dict[str, RunFiles]) -> list[Chart]:
+    """A line for each run: the distillation's loss, its mean over rates, and fine-tuning's."""
+
+    def distillation(row: dict[str, float]) -> float | None:
+        losses = [value for name, value in row.items() if name.startswith("loss_")]
+        return float(np.mean(losses)) if losses else None
+
+    charts = [
+        chart("Distillation: error of the attention, mean over blocks and rates", runs, "distilled", distillation),
+        chart("Fine-tuning: loss", runs, "finetuned", lambda row: row.get("loss")),
+    ]
+    return [found for found in charts if found]
+
+
+def chart(title: str, runs: dict[str, RunFiles], metrics: str, value) -> Chart | None:
+    by_step: dict[float, dict[str, float]] = {}
+    for name, run in runs.items():
+        for row in getattr(run, metrics):
+            if (found := value(row)) is not None:
+                by_step.setdefault(row["step"], {"step": row["step"]})[f"run {name}"] = found
+    rows = [by_step[step] for step in sorted(by_step)]
+    return line_chart(title, rows, {f"run {name}": name for name in runs})
+
+
+def differences(runs: dict[str, RunFiles]) -> dict[str, list[Any]]:
+    """Field -> its value in every run, of the fields that are not the same in all."""
+    configs = [dict(flat(run.config)) if run.config is not None else {} for run in runs.values()]
+    fields = dict.fromkeys(field for config in configs for field in config)
+    found = {field: [config.get(field) for config in configs] for field in fields}
+    return {field: values for field, values in found.items() if len({str(v) for v in values if v is not None}) > 1}

@@ -1,0 +1,149 @@
+"""What a run has left in its workdir so far, and what it has not."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.config import base, flat
+from jsurgery.errors import InputError
+from jsurgery.runtime.stages import MARKER
+from jsurgery.surgery.trace import load_prompts
+from jsurgery.wan.pipeline import model_path, transformer_folder
+from jsurgery.wan.transformer import WanConfig, read_config
+
+CONFIG = "config.json"
+WITHOUT = {  # file -> what a page lacks without it, the stage's folder and command
+    "distill/metrics.jsonl": ("the curves of the distillation", "distill", "distill"),
+    "distill/errors.json": ("the errors of the blocks and what trades against them", "distill", "distill"),
+    "plan/plan.json": ("the plan and what it saves", "plan", "plan"),
+    "finetune/metrics.jsonl": ("the curves of the fine-tuning", "finetune", "finetune"),
+    "evaluation/evaluation.json": ("scores and distances", "evaluation", "evaluate"),
+}
+
+
+@dataclass
+class RunFiles:
+    """What there is; None, or no rows, for what there is not. `absent` says that in words."""
+
+    workdir: epath.Path
+    config: ConfigDict | None = None
+    model: WanConfig | None = None
+    plan: dict[str, Any] | None = None
+    errors: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    parity: list[dict[str, Any]] | None = None
+    distilled: list[dict[str, float]] = field(default_factory=list)
+    finetuned: list[dict[str, float]] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def videos(self) -> epath.Path:
+        return self.workdir / "evaluation" / "videos"
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the evaluation; before it has ended, those that it takes from the config."""
+        if self.evaluation is not None:
+            return self.evaluation["prompts"]
+        if self.config is None:
+            return []
+        count, skip = self.config.evaluate.prompts, self.config.trace.prompts
+        try:
+            return load_prompts(self.config, count, skip=skip)
+        except InputError:  # the file of prompts is on another machine
+            return [f"Prompt {number + 1}" for number in range(count)]
+
+
+def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFiles:
+    """`config`: the run's own, where it is known; otherwise that which lies in the workdir.
+
+    Raises InputError where the workdir is not there.
+    """
+    run = RunFiles(epath.Path(workdir))
+    if not run.workdir.is_dir():
+        raise InputError(f"{run.workdir}: expected the folder of a run, found none")
+    run.config = config or read_run_config(run)
+    run.model = read_model(run)
+    found = {name: read(run, name, *lacks) for name, lacks in WITHOUT.items() if not skipped(run, name)}
+    run.errors, run.plan = found["distill/errors.json"], found["plan/plan.json"]
+    run.evaluation = found["evaluation/evaluation.json"]
+    run.distilled = found["distill/metrics.jsonl"] or []
+    run.finetuned = found.get("finetune/metrics.jsonl") or []
+    if run.config is None and not any((run.workdir / name).exists() for name in WITHOUT):
+        run.absent = [f"{CONFIG} is not there, nor anything that a stage leaves: nothing has run in {run.workdir}."]
+    if (run.workdir / "export" / "parity.json").exists():
+        run.parity = read(run, "export/parity.json", "the parity of exports", "export", "export")
+    return run
+
+
+def skipped(run: RunFiles, name: str) -> bool:
+    """Whether the config leaves out the stage of a file."""
+    return name.startswith("finetune/") and run.config is not None and run.config.finetune.steps == 0
+
+
+def read_run_config(run: RunFiles) -> ConfigDict | None:
+    """The config that the run's commands left; what another version wrote differently keeps its default here."""
+    if not (run.workdir / CONFIG).exists():
+        run.absent.append(f"{CONFIG} is not there: the config is not known.")
+        return None
+    try:
+        left = dict(read_json(run.workdir / CONFIG))
+    except (OSError, ValueError, TypeError) as error:
+        run.absent.append(f"{CONFIG} cannot be read ({error}): the config is not known.")
+        return None
+    config = base()
+    for name, _ in flat(config):
+        *sections, leaf = name.split(".")
+        node = functools.reduce(getattr, sections, config)
+        value = left.get(name, node[leaf])
+        try:
+            node[leaf] = tuple(value) if isinstance(value, list) else value
+        except TypeError:
+            run.absent.append(f"{CONFIG}: {name}: {value!r} is another version’s; the page goes by {node[leaf]!r}.")
+    return config
+
+
+def read_model(run: RunFiles) -> WanConfig | None:
+    """The sizes of the run's own model, or of its teacher."""
+    own = [run.workdir / name for name in ("model", "hybrid") if (run.workdir / name / CONFIG).exists()]
+    try:
+        if own:
+            return read_config(own[0])
+        return run.config and read_config(transformer_folder(model_path(run.config.model.path)))
+    except InputError as error:
+        run.absent.append(f"Counted FLOPs need the sizes of the model: {error}")
+        return None
+
+
+def read(run: RunFiles, name: str, lacks: str, folder: str, command: str) -> Any:
+    """A file's content; None, and a word about it, where it is not there or not whole."""
+    path, text = run.workdir / name, f"{lacks[0].upper()}{lacks[1:]}: {name}"
+    if not path.exists():
+        run.absent.append(f"{text} is not there; {progress(run.workdir / folder, command)}.")
+        return None
+    try:
+        if not name.endswith(".jsonl"):
+            return read_json(path)
+        whole, _, _ = path.read_text().rpartition("\n")  # a line without an end is still being written
+        return [json.loads(line) for line in whole.splitlines()]
+    except (OSError, ValueError) as error:
+        run.absent.append(f"{text} cannot be read ({error}).")
+        return None
+
+
+def read_json(path: epath.Path) -> Any:
+    """None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def progress(folder: epath.Path, command: str) -> str:
+    """How far a stage has come, by its marker."""
+    try:
+        complete = json.loads((folder / MARKER).read_text())["complete"]
+    except (OSError, ValueError, KeyError):
+        return f"`jsurgery {command}` has not begun"
+    return f"`jsurgery {command}` has ended without it" if complete else f"`jsurgery {command}` has not ended"

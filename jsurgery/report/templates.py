@@ -1,0 +1,81 @@
+"""Pages from templates: what they share, and how numbers and rates are written."""
+
+import base64
+import hashlib
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from jsurgery.attention.hybrid import Rate
+
+HERE = pathlib.Path(__file__).parent
+MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page with its style and its script inside, and a policy that lets no other script run and loads nothing."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number, "short": short, "signed": signed, "percent": percent, "rate": rate_name, "count": count,
+    }  # fmt: skip
+    script = (HERE / "page.js").read_text()
+    return environment.get_template(template).render(
+        **values,
+        player_data=player_data,
+        style=Markup((HERE / "page.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def player_data(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of `clips.embed` what a script needs; the videos stand beside it."""
+    return [{field: value for field, value in row.items() if field != "video"} for row in rows]
+
+
+def depths(rates: Sequence[Rate]) -> dict[Rate, int]:
+    """How strongly each rate is coloured, in percent: softmax not at all, the fewest softmax tokens fully."""
+    ordered = sorted({1, *rates}, key=rate_key)
+    last = len(ordered) - 1
+    return {rate: 100 if i and i == last else 55 * i // max(1, last - 1) for i, rate in enumerate(ordered)}
+
+
+def rate_key(rate: Rate) -> float:
+    return math.inf if rate == "linear" else float(rate)
+
+
+def rate_name(rate: Rate) -> str:
+    return "softmax" if rate == 1 else "linear" if rate == "linear" else f"R{rate}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def short(value: float | None) -> str:
+    """Two digits of a number of any size."""
+    return NOTHING if value is None else f"{value:.1e}".replace("-", MINUS)
+
+
+def signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%".replace("-", MINUS)
+
+
+def count(value: int) -> str:
+    """A large count in words: 1.42 billion, 2.9 million."""
+    for name, scale in (("billion", 1e9), ("million", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {name}"
+    return f"{value:,}"

@@ -1,0 +1,210 @@
+"""The declared sweeps: their arms, what they share, and their tables, with nothing computed."""
+
+import json
+import pathlib
+import types
+import zlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jsurgery.ablate import seed as seed_module
+from jsurgery.ablate.ablate import RUN, ablate, title
+from jsurgery.ablate.seed import Seed, arm_config, measured_steps
+from jsurgery.ablate.sweep import run_sweep
+from jsurgery.ablate.sweeps import MAPS, STUDIES, SWEEPS, TABLES, Arm, scaled
+from jsurgery.ablate.table import grids, markdown
+from jsurgery.config import base, flat, load_config
+from jsurgery.errors import InputError
+
+BLOCKS = 6
+FIELDS = {field for field, _ in flat(base())}
+MEASURES = {"attention", "velocity", "samples", "shares"}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config("tiny_ablations")
+
+
+@pytest.mark.parametrize(
+    "blocks, layers, expected",
+    [("20R8", 6, "4R8"), ("25R4", 6, "5R4"), ("15Rlinear", 30, "15Rlinear"), ("15R2", 2, "1R2"), ("10R8", 1, "1R8")],
+)
+def test_budgets_scale_with_depth(blocks, layers, expected):
+    assert scaled(blocks, layers) == expected
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_is_well_formed(name, config):
+    sweep = SWEEPS[name]
+    names = [arm.name for arm in sweep.arms]
+    assert len(set(names)) == len(names) > 1 and set(sweep.measures) <= MEASURES
+    assert all(a in names and b in names and a != b for a, b in sweep.contrasts)
+    kinds = [[arm.blocks, arm.selection, arm.maps, arm.finetuned, dict(arm.changes)] for arm in sweep.arms]
+    assert all(kind not in kinds[:at] for at, kind in enumerate(kinds))
+    for arm in sweep.arms:
+        assert arm.maps in MAPS and set(arm.changes) <= FIELDS
+        assert all(field.startswith(("hybrid.", "distill.")) for field in arm.changes)
+        made = arm_config(config, arm, BLOCKS)  # validates
+        assert made.plan.budget == scaled(arm.blocks, BLOCKS) and made.seed == config.seed
+        for field, value in arm.changes.items():
+            assert dict(flat(made))[field] == value != dict(flat(config))[field]
+    assert not sweep.arms[0].finetuned or measured_steps(config) == (30, 60)
+
+
+def test_every_table_has_a_name_and_a_way_to_run():
+    assert set(RUN) == set(STUDIES) and set(TABLES) == {*STUDIES, *SWEEPS}
+    assert all(title(name) for name in TABLES)
+
+
+def test_the_document_has_a_place_for_every_table():
+    document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for name in (*TABLES, "evidence"):
+        before, _, after = document.partition(f"<!-- begin {name} -->")
+        assert after.count(f"<!-- end {name} -->") == 1 and f"<!-- end {name} -->" not in before
+
+
+def test_the_paper_s_numbers():
+    """Means that the source prints, or that follow from it: heterogeneous wins every budget of Table 5."""
+    totals = {arm.name: arm.paper["Total"] for arm in SWEEPS["budgets"].arms}
+    assert all(totals[a] > totals[b] for a, b in SWEEPS["budgets"].contrasts)
+    loss = {arm.name: arm.paper for arm in SWEEPS["loss"].arms}
+    assert loss["15R8, attention loss"]["Total"] > loss["15R8, value loss"]["Total"]  # named as a slip
+    assert all(loss[a]["Dynamic degree"] > loss[b]["Dynamic degree"] for a, b in SWEEPS["loss"].contrasts)
+    assert [arm.paper["GFLOP"] for arm in SWEEPS["feature_map"].arms] == [387, 70, 60, 30]
+
+
+@pytest.fixture
+def seeds(config, tmp_path, monkeypatch):
+    """Seeds whose work is counted and faked: no model is loaded."""
+    count = {"trace": 0, "latents": 0, "distill": 0, "finetune": 0}
+
+    def faked(kind, work):
+        def run(*arguments, **_):
+            count[kind] += 1
+            return work(*arguments)
+
+        return run
+
+    def distill(config, teacher, traces, folder):
+        rates = list(config.hybrid.rates)
+        rng = np.random.default_rng(zlib.crc32(str(flat(config.hybrid)).encode()))
+        table = np.sort(rng.random((BLOCKS, len(rates))), axis=1).tolist()
+        names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share")
+        (folder / "errors.json").write_text(json.dumps({"rates": rates, **{name: table for name in names}}))
+
+    def save_model(model, folder, base):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def evaluate(config, pipeline, models, latents, folder):
+        clips = {name: np.linspace(0, 1, config.evaluate.prompts).tolist() for name in seed_module.DIMENSIONS}
+        score = {name: {"chance": 0.5, "upper": 1.0} for name in (*seed_module.DIMENSIONS, "total")}
+        result = {"validation_loss": 1.0, "latent_rmse": [0.5] * config.evaluate.prompts}
+        result |= {"per_clip": clips, "score": score}
+        (folder / "evaluation.json").write_text(json.dumps({"models": {name: result for name in models}}))
+
+    monkeypatch.setattr(seed_module, "distill", faked("distill", distill))
+    monkeypatch.setattr(seed_module, "finetune", faked("finetune", lambda *_: None))
+    for name, work in {"save_model": save_model, "evaluate": evaluate}.items():
+        monkeypatch.setattr(seed_module, name, work)
+    for name in ("load_maps", "operate", "load_transformer"):
+        monkeypatch.setattr(seed_module, name, lambda *_, **__: None)
+    monkeypatch.setattr(Seed, "_velocity", lambda self, model: {"velocity_error": [0.25, 0.5]})
+    monkeypatch.setattr(Seed, "_shares", lambda self, model: {"softmax_share": [0.5] * BLOCKS})
+
+    def make(number=0):
+        made = Seed(config, epath.Path(tmp_path), number)
+        vars(made.run)["pipeline"] = types.SimpleNamespace(transformer=None)
+        made.run.run_trace = lambda: made.run.trace.run(faked("trace", lambda: None))
+        made.run.encode_latents = faked("latents", lambda: None)
+        return made
+
+    return make, count
+
+
+def test_arms_share_what_they_have_in_common(seeds):
+    make, count = seeds
+    made = make()
+    for name in ("front", "distillation", "budgets", "loss", "linear_branch", "shares"):
+        run_sweep(SWEEPS[name], [made])
+    assert count["trace"] == count["latents"] == 1 and count["distill"] == 2  # the value loss and the attention loss
+    finetuned = {path.name for path in (made.run.workdir).glob("finetune_*")}
+    # Nine of Fig. 6; linear with and without, 20R8 without distillation; two of the attention loss; the plans of
+    # Table 5 that differ from a homogeneous one; without a linear branch; 30 blocks at three rates.
+    plans = {tuple(made.operation(arm).plan["rates"]) for arm in SWEEPS["budgets"].arms}
+    homogeneous = {tuple(made.operation(arm).plan["rates"]) for arm in SWEEPS["front"].arms}
+    assert len(finetuned) == 9 + 3 + 2 + len(plans - homogeneous) + 2 + 3
+    assert count["finetune"] == 2 * len(finetuned)
+    before = dict(count)
+    again = make()
+    for name in ("loss", "shares", "front"):
+        run_sweep(SWEEPS[name], [again])
+    assert count == before
+
+
+def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
+    make, count = seeds
+    made = make()
+    for sweep in SWEEPS.values():
+        for arm in sweep.arms:
+            made.operation(arm)
+    # As configured; the attention loss; three more maps of Table 7; max; staggered; HedgeHog; nine more kinds of phi.
+    assert count["distill"] == 1 + 1 + 3 + 1 + 1 + 1 + 9
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
+    sweep = SWEEPS[name]
+    found = run_sweep(sweep, [seeds[0](0), seeds[0](1)])
+    arms = [arm.name for arm in sweep.arms]
+    assert list(found["rows"]) == (["teacher", *arms] if "samples" in sweep.measures else arms)
+    for arm in arms:
+        row = found["rows"][arm]
+        assert ("total" in row) == ("samples" in sweep.measures)
+        assert ("velocity_error" in row) == ("velocity" in sweep.measures)
+        assert ("error R8" in row) == ("attention" in sweep.measures)
+        assert row["velocity_error"] == (0.375, 0.0)
+    assert list(found["contrasts"]) == [f"{a} − {b}" for a, b in sweep.contrasts]
+    for contrast in found["contrasts"].values():
+        assert contrast["velocity_error"]["difference"] == 0 and contrast["velocity_error"]["items"] == 4
+    (_, head, body), *rest = grids({"table": name, "subject": "tiny model", **found})
+    assert head[0] == "tiny model" and [row[0] for row in body] == list(found["rows"])
+    assert all(len(row) == len(head) for row in body) and len(rest) == bool(sweep.contrasts)
+    printed = [name for name in head if name.startswith("paper: ")]
+    assert printed == [f"paper: {c}" for c in (sweep.arms[0].paper if sweep.arms[0].paper else {})]
+    assert "2 seeds" in markdown({"table": name, "subject": "tiny model", **found})
+
+
+def test_less_of_the_network_costs_less(seeds):
+    rows = run_sweep(SWEEPS["front"], [seeds[0]()])["rows"]
+    share = {arm: row["attention_flops"] for arm, row in rows.items() if arm != "teacher"}
+    assert share["25R8"] < share["20R8"] < share["15R8"] < share["15R2"] < 1
+    branch = run_sweep(SWEEPS["linear_branch"], [seeds[0]()])["rows"]
+    bare, whole = (
+        branch[f"20R8, {text}"]["attention_flops"] for text in ("softmax tokens alone", "with the linear branch")
+    )
+    assert bare == pytest.approx((2 + 4 / 8) / 6) and bare < whole == share["20R8"]
+
+
+def test_what_cannot_be_measured_on_the_way_is_refused(config):
+    for change, message in (
+        ({"finetune.schedule": "cosine"}, "config.finetune.schedule: ablations measure on the way"),
+        ({"finetune.steps": 0}, "config.finetune.steps: ablations fine-tune"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measured_steps(seed_module.changed(config, change))
+    with pytest.raises(InputError, match="rate 4 is not among config.hybrid.rates"):
+        arm_config(
+            seed_module.changed(config, {"hybrid.rates": (2, 8), "plan.rates": (1, 2)}), Arm("a", "20R4"), BLOCKS
+        )
+    with pytest.raises(InputError, match="config.hybrid.degree: HedgeHog has 1, found 2"):
+        seed_module.changed(config, {"hybrid.activation": "hedgehog"})
+
+
+def test_a_document_that_is_not_there_is_refused_before_any_work(config, tmp_path):
+    with pytest.raises(InputError, match="--results=.*none.md: no such file"):
+        ablate(config, "errors", str(tmp_path / "run"), 1, str(tmp_path / "none.md"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,85 @@
+"""`jsurgery synthesize`: what training reads is what the pipeline samples, shard by shard, and nothing twice."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsurgery.cli import main
+from jsurgery.config import load_config
+from jsurgery.data import synthesize
+from jsurgery.data.latents import batches, padded_text
+from jsurgery.data.shards import Records, array_text, shard_path
+from jsurgery.wan.pipeline import Pipeline, load_pipeline
+
+PROMPTS = ["a red circle", "a blue square stays still", "a green triangle moves left", "a circle", "a square"]
+
+
+def overrides(tiny_pipeline):
+    return {
+        "model.path": str(tiny_pipeline), "video.frames": "5", "video.height": "32", "video.width": "48",
+        "sampler.steps": "2", "trace.keep_steps": "2", "data.clips_per_shard": "2", "data.batch": "2",
+        "sampler.guidance": "3.0",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tiny_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthesize")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    fields = [f"--config.{name}={value}" for name, value in overrides(tiny_pipeline).items()]
+    files = [f"--prompts_file={folder / 'prompts.txt'}", f"--workdir={folder}"]
+    return folder / "synthesized", ["synthesize", "--config=tiny", *files, *fields]
+
+
+def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypatch, capsys):
+    folder, arguments = command
+    assert main(arguments) == 0
+    records = Records(folder)
+    assert [array_text(records[i]["caption"]) for i in range(len(records))] == PROMPTS
+    pipeline = load_pipeline(str(tiny_pipeline), jnp.float32)
+    config = load_config("tiny", overrides(tiny_pipeline))
+    wanted = np.asarray(pipeline.sample(PROMPTS[2:4], config, seed=config.seed, first=2)[0])
+    for row in (2, 3):
+        np.testing.assert_allclose(records[row]["latents"], wanted[row - 2], atol=5e-3)
+    assert np.abs(records[4]["latents"] - wanted[0]).max() > 0.1
+
+    element = batches(folder, 4, seed=0)[0]
+    text = padded_text(element["text"], config.text_length)
+    np.testing.assert_allclose(text, pipeline.embed(element["captions"], config.text_length), atol=2e-3)
+
+    before = shard_path(folder, 0).read_bytes()
+    shard_path(folder, 1).unlink()
+    (folder / "stage.json").write_text(
+        (folder / "stage.json").read_text().replace('"complete": true', '"complete": false')
+    )
+    asked = []
+    sample = Pipeline.sample
+    monkeypatch.setattr(
+        Pipeline, "sample", lambda self, batch, *a, **k: asked.extend(batch) or sample(self, batch, *a, **k)
+    )
+    assert main(arguments) == 0
+    assert asked == PROMPTS[2:4] and shard_path(folder, 0).read_bytes() == before
+    assert len(Records(folder)) == len(PROMPTS)
+
+    (folder.parent / "prompts.txt").write_text("a dog")
+    assert main(arguments) == 2
+    assert "prompts was" in capsys.readouterr().err
+
+
+def test_hosts_share_the_shards(command, tiny_pipeline, tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(synthesize, "clips", lambda config, pipeline, prompts, first, progress, done: prompts)
+    config = load_config("tiny", overrides(tiny_pipeline))
+    for host in range(2):
+        monkeypatch.setattr(synthesize.jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(synthesize.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(
+            synthesize, "write_shard", lambda path, records, host=host: made.setdefault(path.name, (host, records))
+        )
+        synthesize.make_shards(config, PROMPTS, tmp_path)
+    assert [made[f"{shard:05d}.array_record"] for shard in range(3)] == [
+        (0, PROMPTS[:2]),
+        (1, PROMPTS[2:4]),
+        (0, PROMPTS[4:]),
+    ]

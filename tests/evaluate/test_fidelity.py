@@ -1,0 +1,114 @@
+"""`evaluate fidelity`: a model against itself, a changed model, the control, and resuming."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsurgery.cli import main
+from jsurgery.evaluate import fidelity
+from jsurgery.evaluate.fidelity import CONTROL, summarize, velocity_numbers
+from jsurgery.wan.transformer import load_transformer, save_transformer
+
+PROMPTS = ("a red circle moves left over a grey background", "a blue square stays still over a white background")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_pipeline):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["evaluate", "fidelity", f"--teacher={tiny_pipeline}", f"--prompts_file={tmp_path / 'prompts.txt'}"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--json={tmp_path / 'out.json'}"]
+    command += ["--height=48", "--width=64", "--steps=3", "--guidance=3"]
+
+    def start(*arguments):
+        code = main([*command, *arguments])
+        return code, json.loads((tmp_path / "out.json").read_text()) if code == 0 else None
+
+    return start
+
+
+def changed(source, folder, scale):
+    """The transformer with one projection scaled."""
+    transformer = load_transformer(source / "transformer")
+    for (*_, leaf), param in nnx.to_flat_state(nnx.state(transformer, nnx.Param)):
+        if leaf == "kernel" and param.ndim == 3:  # of the stacked blocks
+            param[...] = param[...] * scale
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "transformer")
+    save_transformer(transformer, folder / "transformer")
+    return folder
+
+
+def test_a_model_against_itself_and_others(tmp_path, tiny_pipeline, run, capsys, monkeypatch):
+    near, far = (changed(tiny_pipeline, tmp_path / name, s) for name, s in (("near", 1.02), ("far", 1.5)))
+    paths = [str(path) for path in (tiny_pipeline, near, far)]
+    code, result = run("--durations=9,5", "--model", *paths)
+    assert code == 0 and [duration["frames"] for duration in result["durations"]] == [5, 9]
+    assert result == json.loads((tmp_path / "run" / "fidelity.json").read_text())
+    assert len(result["timesteps"]) == 3 and result["timesteps"][0] > result["timesteps"][2]
+    for duration, latent_frames in zip(result["durations"], (2, 3), strict=True):
+        itself, close, distant, control = (duration["models"][name] for name in (*paths, CONTROL))
+        assert itself["psnr"] is None and itself["psnr_per_frame"] == [None] * duration["frames"]
+        assert itself["ssim"] == pytest.approx(1, abs=1e-12) and itself["velocity_error"] == itself["drift"] == 0
+        assert itself["flicker"] == itself["teacher_flicker"] and itself["motion"] == itself["teacher_motion"]
+        assert close["psnr"] > distant["psnr"] and close["ssim"] > distant["ssim"]
+        assert 0 < close["velocity_error"] < distant["velocity_error"]
+        assert close["psnr"] > control["psnr"] + 3 and close["ssim"] > control["ssim"] + 0.05
+        assert "velocity_error" not in control  # the teacher's own is 0 at any x_t
+        assert len(close["velocity_error_per_step"]) == 3 and len(close["velocity_error_per_frame"]) == latent_frames
+    text = capsys.readouterr().out
+    assert f"| {tiny_pipeline} | 0.62 | ∞ | 1.0000 | 0.0000 | +0.00 |" in text
+
+    monkeypatch.setattr(fidelity, "velocities", None)  # nothing is left to do
+    assert run("--durations=5,9", "--model", *paths)[1] == result
+    assert run("--durations=5", "--model", str(near), "--seed=1")[0] == 2
+    assert "seed was 0, is 1; use another --workdir" in capsys.readouterr().err
+
+
+def test_velocity_errors():
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
+    velocity = teacher.copy()
+    velocity[1, 2] *= 1.5
+    found = velocity_numbers(velocity, teacher)
+    assert found["velocity_error"] == pytest.approx(np.array([[0, 0, 0], [0, 0, 0.5]]), abs=1e-6)
+    share = np.linalg.norm(teacher[1, 2]) / np.linalg.norm(teacher[1])
+    assert found["velocity_error_per_step"] == pytest.approx([0, 0.5 * share], rel=1e-5)
+
+
+def test_summary():
+    rows = [{"mse": [0.0, 16.0, 64.0], "ssim": [1.0, 0.9, 0.8]}, {"mse": [0.0, 16.0, 64.0], "ssim": [1.0, 0.7, 0.6]}]
+    for row in rows:
+        row |= {"flicker": 1.0, "motion": 2.0, "teacher_flicker": 3.0, "teacher_motion": 4.0}
+    found = summarize(rows, np.array([0.0, 0.5, 1.0]))
+    assert found["drift"] == pytest.approx(8) and found["ssim_per_frame"] == pytest.approx([1, 0.8, 0.7])
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / (80 / 3)))
+    assert found["psnr_per_frame"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model=no/such/model"], ["no/such/model", "no such folder"]),
+        (["--durations=6"], ["--durations: frames", "5 and 9"]),
+        (["--durations=5,x"], ["--durations", "'x'"]),
+        (["--teacher=no/such/teacher"], ["no/such/teacher"]),
+        (["--prompts_file=none.txt"], ["none.txt"]),
+    ],
+)
+def test_refusals(tmp_path, tiny_pipeline, run, capsys, monkeypatch, arguments, parts):
+    monkeypatch.setattr(fidelity, "load_pipeline", None)
+    assert run(f"--model={tiny_pipeline}", *arguments)[0] == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_of_other_latents_are_refused(tmp_path, tiny_pipeline, run, capsys):
+    other = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    config = json.loads((other / "transformer" / "config.json").read_text())
+    (other / "transformer" / "config.json").write_text(json.dumps(config | {"text_dim": 32}))
+    assert run(f"--model={other}")[0] == 2
+    assert "expected the teacher's text_dim = 16, found 32" in capsys.readouterr().err

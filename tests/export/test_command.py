@@ -1,0 +1,122 @@
+"""What `jsurgery export` decides before any other library is needed; nothing here is converted."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jsurgery import cli
+from jsurgery.config import load_config
+from jsurgery.errors import ParityError
+from jsurgery.export.command import make_job, manifest
+from jsurgery.export.parity import check_parity, parity_rows
+from jsurgery.export.parts import Artefact, Job
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEAVY = ("torch", "tensorflow", "litert_torch", "ai_edge_litert", "onnx", "onnxruntime", "qai_hub", "diffusers")
+
+
+def job(tmp_path, **changes):
+    found, left_out = make_job(load_config("tiny"), tmp_path, "tiny_wan", blocks_per_file=changes.pop("group", 1))
+    assert not left_out and not changes
+    return found
+
+
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [
+        (1, ["block_00", "block_01", "block_02", "block_03", "block_04", "block_05"]),
+        (4, ["blocks_00_03", "blocks_04_05"]),
+        (6, ["blocks_00_05"]),
+    ],
+)
+def test_blocks_in_groups(tmp_path, group, names):
+    found = job(tmp_path, group=group)
+    parts = found.parts()
+    assert [part.name for part in parts[3:-2]] == names
+    assert [i for part in parts for i in part.blocks] == list(range(6))
+    made = {"token_ids", "mask", "timestep", "latents"}
+    for part in parts:
+        assert set(part.inputs) <= made and set(part.inputs) | set(part.outputs) <= found.tensors().keys()
+        made |= set(part.outputs)
+
+
+def test_the_job_survives_its_file(tmp_path):
+    found = job(tmp_path)
+    found.write(tmp_path)
+    assert Job.read(tmp_path) == found and Job.read(tmp_path).fingerprint == found.fingerprint
+    assert job(tmp_path, group=2).fingerprint != found.fingerprint
+
+
+def test_only_whole_artefacts_of_this_job_count(tmp_path):
+    artefact = Artefact(tmp_path, "onnx", "float32", "head")
+    artefact.path.parent.mkdir()
+    assert artefact.record("a") is None
+    for made_with in ("a", "b"):
+        temporary = tmp_path / "temporary"
+        temporary.write_bytes(b"graph")
+        artefact.finish(made_with, temporary, {"nodes": 3})
+    assert artefact.record("a") is None and artefact.record("b")["nodes"] == 3
+    artefact.path.write_bytes(b"gra")
+    assert artefact.record("b") is None
+
+
+def test_the_manifest_needs_no_artefact(tmp_path):
+    config, found = load_config("tiny"), job(tmp_path)
+    told = json.loads(json.dumps(manifest(config, found, tmp_path, {})))
+    assert told["artefacts"] == [] and told["video"] == config.video.to_dict()
+    assert told["tensors"]["latents"]["shape"] == [5, 24, 20, 8]
+    assert told["tokenizer"] == {"file": "tokenizer/spiece.model", "length": 16, "padding": 0, "end": 1}
+
+
+def test_a_breach_names_the_worst():
+    record = {"part": "head", "format": "onnx", "precision": "float32", "relative_error": 1e-6, "max_error": 1e-6}
+    wrong = [record | {"part": f"block_{i}", "relative_error": 10.0**-i} for i in range(4)]
+    unknown = record | {"part": "embed", "relative_error": None, "max_error": None}
+    check_parity(parity_rows([record]), "parity.json")
+    with pytest.raises(ParityError, match=r"block_0 float32 1.0e\+00 > 1e-05; .*block_1.*; .* and 1 more"):
+        check_parity(parity_rows([record, *wrong]), "parity.json")
+    with pytest.raises(ParityError, match="embed float32 inf"):
+        check_parity(parity_rows([record, unknown]), "parity.json")
+
+
+@pytest.mark.parametrize("format", ["tflite", "savedmodel", "onnx", "qnn"])
+def test_names_the_package_that_is_missing(tmp_path, format, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = ["export", "--model=tiny_wan", f"--workdir={tmp_path}", f"--formats={format}"]
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'jsurgery[export]'" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--formats=tflite,coreml", "tflite,savedmodel,onnx,qnn"),
+        ("--precision=int2", "float32,fp16,int8,int4,w8a16"),
+        ("--chips=A17", "SM8750,SM8650"),
+        ("--frames=6", "4k + 1"),
+        ("--workdir=gs://bucket/run", "local folders"),
+    ],
+)
+def test_bad_flags(tmp_path, flag, message, capsys):
+    arguments = ["export", "--model=tiny_wan", f"--workdir={tmp_path}", flag]
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_rest_needs_none_of_its_packages():
+    """Importing them fails here, and everything but the formats themselves works."""
+    code = f"""if True:
+        import sys
+        sys.modules |= dict.fromkeys({HEAVY})
+        from jsurgery import cli
+        import jsurgery.export.command, jsurgery.export.parity, jsurgery.export.reference
+        sys.exit(cli.main(["cost", "--config=tiny"]))
+    """
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]

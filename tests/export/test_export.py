@@ -1,0 +1,206 @@
+"""`jsurgery export` from end to end, and what its artefacts do without it. Needs the packages of the export extra."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsurgery import cli
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.config import load_config
+from jsurgery.surgery.operate import save_model
+from jsurgery.wan.pipeline import initial_noise, load_pipeline
+from jsurgery.wan.transformer import load_transformer
+
+NEEDED = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "tensorflow", "onnxscript", "onnxruntime_qnn")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]  # importing them changes JAX
+if MISSING:
+    pytest.skip(f"NOT TESTED: export, without {', '.join(MISSING)}: pip install '.[export]'", allow_module_level=True)
+
+PROMPT = "a red circle moves left over a grey background"
+SIZE = {"frames": 5, "height": 64, "width": 48}
+FIELDS = {"text_length": "7", "sampler.steps": "3", "trace.keep_steps": "1"}
+FLAGS = [
+    "export",
+    "--config=tiny",
+    *(f"--{name}={value}" for name, value in SIZE.items()),
+    *(f"--config.{name}={value}" for name, value in FIELDS.items()),
+]
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_pipeline, random_transformer, tmp_path_factory):
+    """A run whose final model has a block at rate 4 and a linear one, random but for the teacher's tensors."""
+    workdir = tmp_path_factory.mktemp("run")
+    teacher = load_transformer(tiny_pipeline / "transformer")
+    hybrid = random_transformer(dataclasses.replace(teacher.config, hybrid=HybridConfig((4, "linear"))))
+    nnx.update(hybrid, nnx.state(teacher))
+    save_model(hybrid, workdir / "model", base_pipeline=str(tiny_pipeline))
+    return workdir
+
+
+def run(workdir, *flags):
+    return cli.main([*FLAGS, f"--workdir={workdir}", *flags])
+
+
+@pytest.fixture(scope="module")
+def exported(workdir):
+    """Everything, once."""
+    assert run(workdir, "--precision=float32,fp16,int8,int4,w8a16", "--chips=SM8750,SM8650") == 0
+    return workdir / "export"
+
+
+@pytest.fixture(scope="module")
+def manifest(exported):
+    return json.loads((exported / "manifest.json").read_text())
+
+
+def test_parity_of_every_format(exported):
+    rows = json.loads((exported / "parity.json").read_text())
+    assert all(row["passed"] and row["relative_error"] <= row["bound"] for row in rows)
+    found = {(row["format"], row["precision"]) for row in rows}
+    assert found == {
+        ("torch", "float32"), ("tflite", "float32"), ("tflite", "fp16"), ("tflite", "int8"), ("tflite", "int4"),
+        ("tflite", "w8a16"), ("savedmodel", "float32"), ("onnx", "float32"), ("qnn", "fp16"),
+    }  # fmt: skip
+    bounds = {(row["format"], row["precision"]): row["bound"] for row in rows}
+    assert bounds["torch", "float32"] == bounds["tflite", "float32"] == bounds["savedmodel", "float32"] == 1e-5
+    assert (bounds["tflite", "w8a16"], bounds["qnn", "fp16"]) == (2e-2, 5e-3)
+    chain = {row["precision"]: row["relative_error"] for row in rows if row["part"] == "all"}
+    assert chain["float32"] < chain["fp16"] < chain["int8"] < chain["int4"]
+
+
+def test_the_manifest_is_complete_and_true(exported, manifest):
+    parts = [part["name"] for part in manifest["parts"]]
+    assert parts == ["text_encoder", "condition", "embed", "block_00", "block_01", "head", "vae_decoder"]
+    made = {(a["format"], a["precision"], a.get("chip"), a["part"]) for a in manifest["artefacts"]}
+    assert len(made) == len(manifest["artefacts"]) == 7 * 5 + 7 + 7 + 5 * 2
+    for artefact in manifest["artefacts"]:
+        content = (exported / artefact["file"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (artefact["bytes"], artefact["sha256"])
+    assert manifest["tensors"]["video"]["shape"] == [5, 64, 48, 3]
+    assert manifest["tensors"]["tokens_00"]["shape"] == [1, 2 * 4 * 3, 24]
+    known = {"token_ids", "mask", "timestep", "latents"}  # what an app makes itself
+    for part in manifest["parts"]:
+        assert set(part["inputs"]) <= known
+        known |= set(part["outputs"])
+    assert known == manifest["tensors"].keys()
+    rows = manifest["sampler"]["schedule"]
+    assert len(rows["sigma"]) == len(rows["predictor"]) == manifest["sampler"]["steps"] == 3
+
+
+def test_blocks_are_of_rank_4_and_gather_nothing(manifest):
+    blocks = [a for a in manifest["artefacts"] if a["format"] == "tflite" and a["part"].startswith("block")]
+    assert len(blocks) == 10
+    for block in blocks:
+        assert block["max_rank"] <= 4
+        assert not {"GATHER", "GATHER_ND", "BROADCAST_TO"} & block["operations"].keys()
+    softmax = {a["part"]: a["operations"].get("SOFTMAX", 0) for a in blocks if a["precision"] == "float32"}
+    assert softmax == {"block_00": 2, "block_01": 1}  # the linear block has that of the text alone
+    assert all("EXP" not in block["operations"] for block in blocks)
+    sizes = {a["precision"]: a["bytes"] for a in blocks if a["part"] == "block_00"}
+    assert sizes["int4"] < sizes["int8"] < sizes["fp16"] < sizes["float32"]
+
+
+def test_every_node_is_on_the_npu(manifest):
+    compiled = [a for a in manifest["artefacts"] if a["format"] == "qnn"]
+    assert {a["chip"] for a in compiled} == {"SM8750", "SM8650"}
+    for artefact in compiled:
+        assert artefact["npu_share"] == 1 and not artefact["off_npu"]
+        assert artefact["ddr"]["read_total"] > 0 and artefact["ddr"]["write_total"] > 0
+
+
+def test_what_is_there_is_kept(exported, workdir, capfd):
+    """The same command makes nothing anew; of artefacts that are gone or cut short, those alone."""
+    gone, cut = exported / "onnx" / "head.float32.onnx", exported / "onnx" / "embed.float32.onnx"
+    kept = exported / "onnx" / "block_00.float32.onnx"
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    capfd.readouterr()
+    assert run(workdir, "--formats=onnx") == 0
+    told = capfd.readouterr().err
+    assert told.count("export: onnx ") == 2 and gone.name in told and cut.name in told
+    assert kept.stat().st_mtime_ns == before and gone.exists() and cut.stat().st_size > 100
+
+
+def test_another_size_is_refused(exported, workdir, capsys):
+    assert run(workdir, "--frames=9") == 2
+    assert "video.frames was 5, is 9" in capsys.readouterr().err
+
+
+def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "run")
+    record = tmp_path / "run" / "export" / "onnx" / "block_01.float32.onnx.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"relative_error": 0.5}))
+    assert run(tmp_path / "run", "--formats=onnx") == 4
+    assert "onnx block_01 float32 5.0e-01 > 1e-05" in capsys.readouterr().err
+
+
+def test_a_video_from_the_artefacts_alone(exported, workdir, tmp_path):
+    """By the driver that lies beside them, in a process that cannot import jsurgery or JAX, as JAX makes it."""
+    alone = shutil.copytree(exported, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("reference", "*.onnx"))
+    shape = json.loads((alone / "manifest.json").read_text())["tensors"]["latents"]["shape"]
+    noise = np.asarray(initial_noise(0, [0], tuple(shape))[0])
+    np.save(tmp_path / "noise.npy", noise)
+    code = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(("jsurgery", "jax", "torch", "tensorflow", "flax"))  # importing them now fails
+        import numpy as np
+        import driver
+        folder, prompt, noise, precision, output = sys.argv[1:]
+        np.save(output, driver.Pipeline(folder, precision)(prompt, np.load(noise)))
+    """
+    config = load_config("tiny", FIELDS)
+    config.video.update(SIZE)
+    expected = load_pipeline(str(workdir / "model"))(PROMPT, config, seed=0)[0].astype(int)
+    for precision, most in (("float32", 1.0), ("w8a16", 12.0)):
+        output = tmp_path / f"{precision}.npy"
+        arguments = [alone, PROMPT, tmp_path / "noise.npy", precision, output]
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        ended = subprocess.run(command, cwd=alone, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        video = np.load(output).astype(int)
+        assert video.shape == expected.shape == (5, 64, 48, 3)
+        assert np.abs(video - expected).mean() < most, precision
+        assert np.abs(video - expected[::-1]).mean() > 2 or np.ptp(expected) == 0
+
+
+def test_driver_as_a_program(exported, tmp_path):
+    command = [sys.executable, str(exported / "driver.py"), str(exported), f"--prompt={PROMPT}"]
+    subprocess.run([*command, f"--output={tmp_path / 'out.gif'}"], check=True, capture_output=True)
+    assert (tmp_path / "out.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_the_transformer_in_one_file(workdir, tmp_path):
+    shutil.copytree(workdir / "model", tmp_path / "model")
+    assert run(tmp_path, "--formats=tflite", "--precision=float32", "--one_file") == 0
+    manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
+    assert [part["name"] for part in manifest["parts"]] == ["text_encoder", "transformer", "vae_decoder"]
+    (whole,) = (a for a in manifest["artefacts"] if a["part"] == "transformer")
+    assert whole["max_rank"] <= 4 and whole["relative_error"] < 1e-5
+    assert not {"GATHER", "GATHER_ND", "BROADCAST_TO"} & whole["operations"].keys()
+
+
+def test_no_model(tmp_path, capsys):
+    assert run(tmp_path) == 2
+    assert "no such folder; run `jsurgery surgery` first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_memory_traffic(tmp_path, capsys):
+    arguments = ["export", "--ddr_table", "--config=tiny", "--height=64", "--width=48", f"--workdir={tmp_path}"]
+    assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0
+    rows = json.loads((tmp_path / "export" / "ddr.json").read_text())
+    assert [row["variant"] for row in rows] == ["softmax", "hybrid R8", "linear, HedgeHog", "linear", "no attention"]
+    assert all(row["tokens"] == 36 and row["npu_share"] == 1 and row["ddr"]["read_total"] > 0 for row in rows)
+    kept = (tmp_path / "export" / "ddr.json").stat().st_mtime_ns
+    assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0  # nothing is compiled again
+    assert (tmp_path / "export" / "ddr.json").stat().st_mtime_ns == kept

@@ -1,0 +1,134 @@
+"""The report in headless Chromium: clips in sync, the slider, what lies under the pointer; and nothing asked for."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from jsurgery.evaluate.video_file import write_video
+from jsurgery.report.page import write_report
+from jsurgery.report.run_files import read_run
+from jsurgery.surgery.knapsack import solve
+from jsurgery.surgery.plan import block_costs
+from tests.browser import CHROMIUM, Browser
+from tests.report.made_up_run import HOSTILE, MODEL, MODELS, tiny_config, write_run
+
+LEVELS, FRAMES = 24, 9  # of green from frame to frame
+COLORS = """["left", "right", "difference"].map((id) => {
+  const canvas = document.getElementById(id);
+  return [...canvas.getContext("2d").getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data];
+})"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Green counts the frames; only the fine-tuned model's clips have red in them."""
+    if CHROMIUM is None:
+        pytest.skip("NOT CHECKED in a browser: there is no Chromium here")
+    folder = tmp_path_factory.mktemp("browser")
+    config = tiny_config(folder / "teacher")
+    write_run(folder / "run", config, videos=0)
+    for name in MODELS:
+        for number in range(2):
+            clip = np.zeros((FRAMES, 40, 56, 3), np.uint8)
+            clip[..., 1] = (LEVELS * np.arange(FRAMES))[:, None, None]
+            clip[..., 0] = 40 if name == "finetuned" else 0
+            clip[..., 2] = 200 * number
+            write_video(folder / "run" / "evaluation" / "videos" / name / f"{number:04d}.mp4", clip, 8)
+    (folder / "run" / "evaluation" / "videos" / "distilled" / "0001.mp4").unlink()
+    write_report(config, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def browser(run, tmp_path):
+    browser = Browser(tmp_path)
+    browser.screen(1440, 900)
+    browser.open(run / "report.html")
+    yield browser
+    assert [log for log in browser.logs if "readback" not in log] == []  # that one is about what these tests read
+    assert [request for request in browser.requests if not request.startswith(("file://", "data:"))] == []
+    browser.close()
+
+
+def act(browser, id, value, event):
+    code = f"element.value = {json.dumps(value)}; element.dispatchEvent(new Event('{event}'))"
+    browser.run(f"(() => {{ const element = document.querySelector('{id}'); {code} }})()")
+
+
+def test_clips_stay_together_and_follow_the_frame(browser):
+    browser.wait(f"({COLORS})[0][3] === 255")
+    seen = set()
+    deadline = time.monotonic() + 60
+    while len(seen) < 4 and time.monotonic() < deadline:
+        left, right, difference = browser.run(COLORS)
+        assert abs(left[1] - right[1]) < LEVELS / 2 and difference[1] < 4 * LEVELS / 2  # one frame in all
+        assert left[0] < 20 and right[0] > 25 and 80 < difference[0] < 240  # 40, four times as strong
+        seen.add(round(left[1] / LEVELS))
+    assert len(seen) >= 4  # they play
+    for frame in (7, 2):
+        act(browser, "#player [type=range]", frame, "input")
+        browser.wait(f"Math.abs(({COLORS})[0][1] - {LEVELS * frame}) < {LEVELS // 2}")
+        browser.wait(f"document.querySelector('#player output').textContent === 'frame {frame + 1} of {FRAMES}'")
+    assert browser.run("document.querySelector('#player button').textContent") == "Play"
+    still = browser.run(COLORS)
+    time.sleep(0.4)
+    assert browser.run(COLORS) == still
+
+
+def test_prompts_and_models_are_picked(browser):
+    browser.wait(f"({COLORS})[0][3] === 255")
+    assert browser.run("document.querySelector('.prompts span').textContent") == HOSTILE
+    browser.run("document.querySelectorAll('.prompts input')[1].click()")
+    browser.wait(f"({COLORS})[0][2] > 150")
+    act(browser, "#right-model", "teacher", "change")
+    browser.wait(f"Math.max(...({COLORS})[2].slice(0, 3)) === 0")
+    assert browser.run("document.getElementById('difference-note').textContent").startswith("mean 0.0")
+    act(browser, "#right-model", "distilled", "change")
+    browser.wait("document.getElementById('right-note').textContent.startsWith('This clip is missing')")
+    assert browser.run(COLORS)[1][3] == 0
+
+
+def test_the_slider_changes_the_plan(browser, run):
+    strip = "[...document.querySelectorAll('#strip b')].map((cell) => cell.textContent)"
+    own = browser.run(strip)
+    assert own == ["softmax", "R8", "R4", "R8", "linear", "softmax"]
+    files = read_run(run)
+    costs = block_costs(files.config, MODEL)
+    errors = np.insert(np.array(files.errors["errors"]), 0, 0.0, axis=1)
+    of_rates = np.stack([costs.at(rate) for rate in files.config.plan.rates], axis=1)
+    named = ["softmax", "R2", "R4", "R8", "linear"]
+    shown = []
+    for budget in (45.0, 60.0, 85.0):
+        act(browser, "#budget-slider", budget, "input")
+        best = solve(errors, of_rates, budget / 100 * costs.teacher)
+        assert browser.run(strip) == [named[i] for i in best.indices]
+        assert browser.run("document.getElementById('budget-error').textContent") == f"{best.error:.4f}"
+        shown.append(browser.run("document.querySelector('#front .mark').style.left"))
+        differ = sum(a != named[b] for a, b in zip(own, best.indices, strict=True))
+        assert browser.run("document.querySelectorAll('#strip .differs').length") == differ
+    assert len(set(shown)) == 3
+    browser.run("document.getElementById('own-plan').click()")
+    assert browser.run(strip) == own
+
+
+def test_numbers_under_the_pointer(browser, run):
+    error = read_run(run).errors["errors"][0][0]
+    tip = "document.getElementById('tip')"
+    for target, text in (("[data-tip^='Block 0, R2']", f"error {error:.4f}"), ("#training .plot", "R2: ")):
+        found = f"document.querySelector({json.dumps(target)})"
+        browser.run(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box = browser.run(f"{found}.getBoundingClientRect().toJSON()")
+        time.sleep(0.3)  # the scroll that hides a tip
+        for step in range(2):
+            x, y = box["x"] + box["width"] / 2 + step, box["y"] + box["height"] / 2
+            browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        browser.wait(f"!{tip}.hidden && {tip}.textContent.includes('{text}')")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_nothing_is_wider_than_the_screen(browser, run, width):
+    browser.screen(width, 844, dark=True)
+    browser.open(run / "report.html")
+    assert browser.run("document.documentElement.scrollWidth") == width
