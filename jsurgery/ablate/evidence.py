@@ -148,4 +148,16 @@ def markdown(table: dict[str, Any]) -> str:
     errors = [seed["attention_error_by_rate"] for seed in table["per_seed"]]
     by_rate = ", ".join(f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0])
     head = [f"tiny model, {table['seeds']} seeds", *columns]
-    return f"{grid(head, body)}\n\nRelative L1 error of attention, mean over blocks and seeds: {by_rate}\n"
+    shares = [seed["softmax_share"] for seed in table["per_seed"]]
+    found, wanted = (np.mean([share[side] for share in shares], axis=0) for side in ("blocks", "teacher"))
+    pairs = lambda mine, teacher: [f"{a:.3f} ({b:.3f})" for a, b in zip(mine, teacher, strict=True)]
+    by_block = [[f"block {i}", *pairs(*rows)] for i, rows in enumerate(zip(found, wanted, strict=True))]
+    return "\n".join(
+        [
+            grid(head, body),
+            f"\nRelative L1 error of attention, mean over blocks and seeds: {by_rate}",
+            "\nShare of the denominator that the softmax tokens carry, after distillation (and in the teacher):\n",
+            grid(["rate", *map(str, shares[0]["rates"])], by_block),
+            "",
+        ]
+    )
