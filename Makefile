@@ -1,8 +1,12 @@
 # make demo      the whole surgery on the bundled tiny model; prints the path of report.html
 # make test      the tests
+# make soak      faults by the hundred in real processes, each survived; takes about an hour
 # make lint      ruff and pyright
+# make kernels   the attention kernels' tests at every shape of their grid, and of every config on TPUs; takes hours
 # make evidence  the tables of the README, re-run; takes hours
 # make ablations the tables of docs/results.md, re-run; takes hours
+# make fuzz      every reader on files changed at random, ten minutes each; takes hours
+# make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
 #
 # Each sets up .venv by itself, with the first Python of 3.11 to 3.13 that it finds, or with PYTHON=...
 
@@ -17,25 +21,37 @@ TORCH_INDEX ?=
 # Two processes of one thread each: tests compile more than they compute, and compilers use one core.
 ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 
-.PHONY: demo test lint evidence ablations clean
+.PHONY: demo test soak lint fuzz kernels evidence ablations notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
 	$(BIN)/jsurgery surgery --config=tiny --workdir=runs/demo
 
 test: $(VENV)/test.stamp
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: $(VENV)/test.stamp
+	$(ONE_THREAD) $(BIN)/python -m tests.faults.soak
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+fuzz: $(VENV)/test.stamp
+	$(ONE_THREAD) $(BIN)/python tests/faults/fuzz.py all --minutes=10
+
+kernels: $(VENV)/test.stamp
+	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/kernels
+
 evidence: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence --results=docs/results.md
 
 ablations: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/ablations --results=docs/results.md
+
+notebooks: $(VENV)/notebooks.stamp
+	$(BIN)/python notebooks/render.py docs/notebooks
 
 clean:
 	rm -rf $(VENV) build *.egg-info
@@ -54,7 +70,13 @@ $(VENV)/base.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/base.stamp
-	@echo 'Installing what the tests need into $(VENV) (1 GB more; once)'
+	@echo 'Installing what the tests need into $(VENV) (5 GB more; once)'
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps) torch
 	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/notebooks.stamp: $(VENV)/base.stamp
+	@echo 'Installing what the notebooks need into $(VENV) (3 GB more; once)'
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps) torch
+	$(PIP_INSTALL) --editable '.[export,notebooks]'
 	@touch $@

@@ -27,7 +27,7 @@ def get_config():
     c.finetune.learning_rate = 1e-4
     c.data.path = "sprites"
     c.data.clips = 256
-    c.evaluate.prompts = 24
+    c.evaluate.prompts = 68
     c.evaluate.validation_clips = 64
     c.evaluate.videos = 0
     c.checkpoint.every = 100

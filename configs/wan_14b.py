@@ -1,14 +1,21 @@
 """Wan2.1 14B at 480x832, 81 frames: 32,760 tokens, 40 blocks. The paper takes this model as a source of clips only.
 
-    jsurgery surgery --config=wan_14b --workdir=gs://bucket/run --config.mesh.fsdp=32 \\
+    jsurgery surgery --config=wan_14b@v5p:8x8x8 --workdir=gs://bucket/run \\
         --config.model.path=/path/to/Wan2.1-T2V-14B-Diffusers --config.prompts=prompts.txt --config.data.path=latents/
 
 Fine-tuning keeps 229 GB of weights, gradients and AdamW moments, spread over `fsdp`, and 13.4 GB of block inputs per
 example: 32 TPU v5p of 95 GB with 16 examples a batch, by that arithmetic. Half of the blocks become hybrids, as in the
-1.3B of the paper.
+1.3B of the paper. Of `TOPOLOGIES`, the eight chips sample and synthesise; the others also fine-tune, and at 720p.
 """
 
 from jsurgery.config import base
+
+# Distillation sees as many examples as in 10,000 steps of one.
+BATCHES = {"trace.batch": 16, "distill.batch": 16, "distill.steps": 625, "evaluate.batch": 16}
+TOPOLOGIES = {
+    "v6e:2x4": {"mesh.context": 2, "mesh.tensor": 4, "evaluate.batch": 1},
+    "v5p:8x8x8": BATCHES | {"mesh.fsdp": 8, "mesh.context": 8, "mesh.tensor": 8},
+}
 
 
 def get_config():

@@ -1,9 +1,11 @@
 """The velocity through all TFLite parts in a row, as an app runs them, beside JAX's."""
 
-import json
 import pathlib
 
+from etils import epath
+
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.stages import write_json
 
 from .driver import Pipeline
 from .parity import BOUNDS, load_sample, relative_error
@@ -19,5 +21,5 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
         error, bound = relative_error(velocity, expected), BOUNDS["tflite", precision]
         row = {"part": "all", "format": "tflite", "precision": precision, "relative_error": error}
         row |= {"max_error": float(abs(velocity - expected).max()), "bound": bound, "passed": bool(error <= bound)}
-        (folder / "chain" / f"{precision}.json").write_text(json.dumps(row, indent=2) + "\n")
+        write_json(epath.Path(folder) / "chain" / f"{precision}.json", row)
         say(f"export: velocity through all parts, {precision}: error {error:.1e}")

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 import jsurgery
 from jsurgery.diffusion import schedule
 from jsurgery.errors import InputError
+from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import Stage, file_identity, write_json
 from jsurgery.surgery.trace import load_prompts
@@ -28,6 +29,7 @@ from jsurgery.wan.transformer import WanConfig
 
 from .parity import check_parity, parity_rows
 from .parts import FORMAT_VERSION, PRECISIONS, Artefact, Job
+from .worker import LOG
 
 FIELDS = ("video", "text_length", "sampler", "seed")
 SAMPLES = 9  # the first is compared with, all others calibrate
@@ -74,10 +76,23 @@ def export(
         formats = [name for name in PRECISIONS if name in {*formats, "tflite" if ai_hub[1] == "tflite" else "onnx"}]
     need_packages([*formats, *(["ai_hub"] if ai_hub else [])])
     job, left_out = make_job(config, pathlib.Path(workdir), model, blocks_per_file)
-    stage = Stage(
-        workdir, "export", config, FIELDS, weights=job.identity, base=job.base, blocks_per_file=str(blocks_per_file)
-    )
+    stage = Stage(workdir, "export", config, FIELDS, weights=job.identity, blocks_per_file=str(blocks_per_file))
     stage.done()
+    with locked(stage.folder):
+        return make(config, stage, job, left_out, formats, precisions, chips, score, ai_hub)
+
+
+def make(
+    config: ConfigDict,
+    stage: Stage,
+    job: Job,
+    left_out: dict[str, str],
+    formats: Sequence[str],
+    precisions: Sequence[str],
+    chips: Sequence[str],
+    score: int,
+    ai_hub: Sequence[str] | None,
+) -> pathlib.Path:
     stage.begin()
     folder = pathlib.Path(stage.folder)
     job.write(folder)
@@ -207,11 +222,13 @@ def work(module: str, folder: pathlib.Path, *choices: str) -> None:
     told.unlink(missing_ok=True)
     command = [sys.executable, "-m", "jsurgery.export.worker", module, str(folder), *choices]
     # litert-torch lowers through JAX and relies on what JAX allows by default.
-    code = subprocess.run(command, env=os.environ | {"JAX_NUMPY_RANK_PROMOTION": "allow"}).returncode
+    environment = os.environ | {"JAX_NUMPY_RANK_PROMOTION": "allow"}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+        code = process.wait()
     if told.exists():
         raise InputError(told.read_text())
     if code:
-        raise RuntimeError(f"the process of {module} ended with {code}")
+        raise RuntimeError(f"the process of {module} ended with {code}; see {folder / LOG.format(module)}")
 
 
 def records(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:

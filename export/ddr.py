@@ -27,7 +27,7 @@ from .mobile_model import TILE, Attention, Block, mobile_rope
 from .parts import Part
 
 PART = Part("block", "every step", ("tokens", "text", "modulation"), ("made",))
-VARIANTS = ("softmax", "hybrid R8", "linear, HedgeHog", "linear", "no attention")
+VARIANTS = ("softmax", "softmax, tiled", "hybrid R8", "linear, HedgeHog", "linear", "no attention")
 
 
 class HedgeHog(nn.Module):
@@ -45,23 +45,25 @@ class HedgeHog(nn.Module):
 class NoAttention(Attention):
     """The control: projections alone."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return q + k + v
 
 
 def block(config: WanConfig, variant: str, latent_shape: tuple[int, int, int], tile: int) -> Block:
     """A block of the variant with random weights; the size in T, H, W of its latents."""
     torch.manual_seed(0)
-    rate = {"softmax": 1, "no attention": 1, "hybrid R8": 8}.get(variant, "linear")
+    rate = {"softmax": 1, "softmax, tiled": 1, "no attention": 1, "hybrid R8": 8}.get(variant, "linear")
     hybrid = HybridConfig((rate,), feature_map=FeatureMapConfig())
     config = dataclasses.replace(config, num_layers=1, hybrid=hybrid)
     layout = TokenLayout.of(config, latent_shape)
     source = torch_model.Block(config, rate).requires_grad_(False)
     kind = NoAttention if variant == "no attention" else Attention
-    attention = kind(source.attn1, mobile_rope(config, layout), layout.softmax[rate], layout.tokens, tile)
+    taken = None if variant in ("softmax", "no attention") else tile
+    attention = kind(source.attn1, mobile_rope(config, layout), layout.softmax[rate], layout.tokens, taken)
     if variant == "linear, HedgeHog":
-        sizes = config.num_attention_heads, config.attention_head_dim
-        attention.phi_q, attention.phi_k = HedgeHog(*sizes), HedgeHog(*sizes)
+        for group, heads in enumerate(attention.groups):
+            sizes = heads.stop - heads.start, config.attention_head_dim
+            attention.phi_q[group], attention.phi_k[group] = HedgeHog(*sizes), HedgeHog(*sizes)
     return Block(source, attention).eval()
 
 
@@ -104,25 +106,26 @@ def main(folder: pathlib.Path, chip: str, settings: dict) -> None:
     sizes: dict[str, Any] = settings["model"] | {"patch_size": tuple(settings["model"]["patch_size"])}
     config = WanConfig(**sizes)
     tile = settings["tile"] or TILE
+    setting = {"height": settings["height"], "width": settings["width"], "chip": chip, "tile": tile}
     for frames in settings["frames"]:
         for variant in VARIANTS:
             size = frames, settings["height"], settings["width"]
-            key = {"variant": variant, "frames": frames, "height": size[1], "width": size[2], "chip": chip}
-            key |= {"tile": tile}
+            key = {"variant": variant, "frames": frames} | setting
             if any(key.items() <= row.items() for row in rows):
                 continue
             length = settings["text_length"]
             rows.append(traffic(folder, config, variant, size, chip=chip, text_length=length, tile=tile))
             file.write_text(json.dumps(rows, indent=2) + "\n")
             say(f"export: {variant}, {frames} frames: {clock(rows[-1]['seconds'])}")
-    for line in table([row for row in rows if row["chip"] == chip]):
+    print(f"{chip}, MB written / read by one block at 16 bits: the compiler's estimate, not a measurement")
+    for line in table([row for row in rows if setting.items() <= row.items()]):
         print(line)
 
 
 def table(rows: list[dict]) -> list[str]:
     """Lines of text: MB written and read by the variants at each number of tokens."""
     variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
-    lines = ["frames  tokens  " + "".join(f"{variant:>20}" for variant in variants) + "   MB written / read"]
+    lines = ["frames  tokens  " + "".join(f"{variant:>20}" for variant in variants)]
     for frames, tokens in sorted({(row["frames"], row["tokens"]) for row in rows}):
         cells = []
         for variant in variants:

@@ -4,8 +4,8 @@ It computes what `torch_model` does, with these differences, all made once when 
 rotated channels lie as halves instead of pairs (rows of the query and key projections, their norms' gains and the rows
 of the feature maps move along); 1 / sqrt(D) is part of the query norm's gain; the linear state is a mean over its
 tokens, and its length and the scales of both maps are spread evenly over query and key features, so that 16 bits hold
-them; queries and linear keys are taken in tiles. The softmax branch is a plain softmax, which compilers have as one
-operation.
+them; heads, queries and linear keys are taken a few at a time. The softmax branch is a plain softmax, which
+compilers have as one operation.
 """
 
 import functools
@@ -24,8 +24,9 @@ from . import torch_model
 from .mobile_layout import TokenLayout
 from .torch_model import ACTIVATIONS, HybridWanTransformer3DModel, plain_norm
 
-# Queries, or linear keys, that self-attention takes at a time. The compiler tiles by itself too: `--ddr_table` tells.
-TILE = 4096
+# Heads, and queries or linear keys, that attention takes at a time: at 256 features a head, more does not stay in the
+# NPU's own 8 MB. A softmax over all tokens its compiler tiles better by itself (`--ddr_table`).
+HEADS, TILE = 4, 512
 
 
 def half_split(head_dim: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ class RMSNorm(nn.Module):
         self.register_buffer("gain_D", gain_D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.eps) * self.gain_D
+        return F.rms_norm(x, self.gain_D.shape, self.gain_D, self.eps)  # a pattern that the NPU's compiler knows
 
 
 class Projection(nn.Linear):
@@ -61,19 +62,20 @@ class Projection(nn.Linear):
 
 
 class FeatureMap(nn.Module):
-    """phi times `scale_H` on channels in half-split order, themselves divided by `gain`; each power's [1, H, N, D].
+    """phi of a few heads times their `scale_H`, on channels in half-split order, themselves divided by `gain`; each
+    power's [1, H, N, D].
 
     A ReLU lets its last layer take the scale up, s ^ (1 / p) for power p.
     """
 
     scale: torch.Tensor
 
-    def __init__(self, source: torch_model.FeatureMap, scale_H: torch.Tensor, gain: float):
+    def __init__(self, source: torch_model.FeatureMap, heads: slice, scale_H: torch.Tensor, gain: float):
         super().__init__()
         self.degree, self.activation = source.degree, ACTIVATIONS[source.activation]
         layers: list[Any] = list(source)
-        kernels = [layer.kernel.detach() for layer in layers]
-        biases = [layer.bias.detach()[:, None] for layer in layers]
+        kernels = [layer.kernel.detach()[heads] for layer in layers]
+        biases = [layer.bias.detach()[heads, None] for layer in layers]
         kernels[0] = kernels[0][:, half_split(kernels[0].shape[1])] / gain
         self.scaled = source.activation == "relu"
         if self.scaled:
@@ -99,19 +101,20 @@ class FeatureMap(nn.Module):
 
 
 def tiles(tokens: int, size: int) -> list[slice]:
-    """Even pieces of a run of tokens, of at most `size` each."""
+    """Even pieces of a run of tokens, or heads, of at most `size` each."""
     count = -(-tokens // size)
     bounds = [round(i * tokens / count) for i in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens in prefix order where `rope` is given, else cross-attention."""
+    """Self-attention over tokens in prefix order where `rope` is given, else cross-attention.
+
+    With a `tile` it takes `HEADS` heads, and so many queries or linear keys, at a time.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    phi_q: nn.Module | None
-    phi_k: nn.Module | None
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Attention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,
         num_softmax: int | None = None,
         tokens: int | None = None,
-        tile: int = TILE,
+        tile: int | None = None,
     ):
         super().__init__()
         self.heads, dim = source.heads, source.to_q.weight.shape[0]
@@ -138,13 +141,16 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(source.norm_q.weight.detach()[rows] * gain, source.norm_q.eps)
         self.norm_k = RMSNorm(source.norm_k.weight.detach()[rows], source.norm_k.eps)
         self.num_softmax, self.stabilizer = num_softmax, source.stabilizer
-        self.phi_q = self.phi_k = None
+        self.groups = tiles(self.heads, HEADS if tile else self.heads)
+        self.phi_q, self.phi_k = nn.ModuleList(), nn.ModuleList()  # of each group of heads
         if source.phi_q is not None and source.phi_k is not None and num_softmax != tokens:
             assert tokens is not None and num_softmax is not None
             self.linear = tokens - num_softmax
             scale_H = (source.phi_q.log_scale + source.phi_k.log_scale).detach().float().exp() * self.linear
-            self.phi_q = FeatureMap(source.phi_q, scale_H.sqrt(), gain)
-            self.phi_k = FeatureMap(source.phi_k, scale_H.sqrt() / self.linear, 1.0)
+            for heads in self.groups:
+                scale = scale_H[heads].sqrt()
+                self.phi_q.append(FeatureMap(source.phi_q, heads, scale, gain))
+                self.phi_k.append(FeatureMap(source.phi_k, heads, scale / self.linear, 1.0))
 
     def rotate(self, x_1xHxNxD: torch.Tensor) -> torch.Tensor:
         real, imag = x_1xHxNxD.chunk(2, dim=-1)
@@ -152,49 +158,49 @@ class Attention(nn.Module):
 
     def forward(self, x_1xNxD: torch.Tensor, context_1xMxD: torch.Tensor) -> torch.Tensor:
         q, k = self.norm_q(self.to_q(x_1xNxD)), self.norm_k(self.to_k(context_1xMxD))
-        q, k, v = (split_heads(x, self.heads) for x in (q, k, self.to_v(context_1xMxD)))
+        v, made = self.to_v(context_1xMxD), []
+        head_dim = q.shape[2] // self.heads
+        for group, heads in enumerate(self.groups):
+            channels = slice(heads.start * head_dim, heads.stop * head_dim)
+            made.append(self.attend_group(group, q[:, :, channels], k[:, :, channels], v[:, :, channels]))
+        return self.to_out(torch.cat(made, dim=2) if len(made) > 1 else made[0])
+
+    def attend_group(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads = self.groups[group].stop - self.groups[group].start
+        q, k, v = (split_heads(x_1xNxD, heads) for x_1xNxD in (q, k, v))
         if self.rotates:
             q, k = self.rotate(q), self.rotate(k)
-        y_1xNxHxD = self.attend(q, k, v).transpose(1, 2)
-        return self.to_out(y_1xNxHxD.reshape(1, x_1xNxD.shape[1], -1))
+        y_1xNxHxD = self.attend(group, q, k, v).transpose(1, 2)
+        return y_1xNxHxD.reshape(1, y_1xNxHxD.shape[1], -1)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Eq. 5; queries are scaled already. [1, H, N, D]."""
-        softmax = None
+    def attend(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Eq. 5 for a group of heads; queries are scaled already. [1, H, N, D]."""
+        softmax = phi_q = state = None
         if self.num_softmax != 0:
             softmax = k[:, :, : self.num_softmax].transpose(2, 3), v[:, :, : self.num_softmax]
-        state = None
-        if self.phi_k is not None:
-            k, v = k[:, :, self.num_softmax :], v[:, :, self.num_softmax :]
-            for piece in tiles(k.shape[2], self.tile):
-                added = self.summed(k[:, :, piece], v[:, :, piece])
-                state = (
-                    added
-                    if state is None
-                    else [tuple(map(torch.add, *both)) for both in zip(state, added, strict=True)]
-                )
-        pieces = [self.attend_tile(q[:, :, piece], softmax, state) for piece in tiles(q.shape[2], self.tile)]
+        if self.phi_k:
+            phi_q, k, v = self.phi_q[group], k[:, :, self.num_softmax :], v[:, :, self.num_softmax :]
+            sums = [summed(self.phi_k[group], k[:, :, i], v[:, :, i]) for i in self.pieces(k)]
+            state = [functools.reduce(torch.add, parts) for parts in zip(*sums, strict=True)]
+        pieces = [self.attend_tile(q[:, :, i], softmax, phi_q, state) for i in self.pieces(q)]
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
 
-    def summed(self, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What a tile of keys adds to S [1, H, D, D] and z [1, H, D, 1] of each power."""
-        assert self.phi_k is not None
-        return [
-            (phi_1xHxTxD.transpose(2, 3) @ v_1xHxTxD, phi_1xHxTxD.sum(dim=2, keepdim=True).transpose(2, 3))
-            for phi_1xHxTxD in self.phi_k(k_1xHxTxD)
-        ]
+    def pieces(self, x_1xHxNxD: torch.Tensor) -> list[slice]:
+        return tiles(x_1xHxNxD.shape[2], self.tile or x_1xHxNxD.shape[2])
 
-    def attend_tile(self, q_1xHxTxD: torch.Tensor, softmax: tuple | None, state: list | None) -> torch.Tensor:
+    def attend_tile(
+        self, q_1xHxTxD: torch.Tensor, softmax: tuple | None, phi_q: nn.Module | None, state: list | None
+    ) -> torch.Tensor:
         if softmax is not None:
             k_1xHxDxS, v_1xHxSxD = softmax
             p_1xHxTxS = (q_1xHxTxD @ k_1xHxDxS).softmax(dim=-1)
             o_S_1xHxTxD = p_1xHxTxS @ v_1xHxSxD
             if state is None:
                 return o_S_1xHxTxD
-        assert self.phi_q is not None and state is not None
-        powers = list(zip(self.phi_q(q_1xHxTxD), state, strict=True))
-        o_L_1xHxTxD = functools.reduce(torch.add, (phi_1xHxTxD @ S for phi_1xHxTxD, (S, _) in powers))
-        n_L_1xHxTx1 = functools.reduce(torch.add, (phi_1xHxTxD @ z for phi_1xHxTxD, (_, z) in powers))
+        assert phi_q is not None and state is not None
+        powers = list(zip(phi_q(q_1xHxTxD), state[0::2], state[1::2], strict=True))
+        o_L_1xHxTxD = functools.reduce(torch.add, (phi_1xHxTxD @ S for phi_1xHxTxD, S, _ in powers))
+        n_L_1xHxTx1 = functools.reduce(torch.add, (phi_1xHxTxD @ z for phi_1xHxTxD, _, z in powers))
         if softmax is None:
             return o_L_1xHxTxD / (n_L_1xHxTx1 + EPSILON)
         if self.stabilizer == "max":  # n_S = 1 / max p divides the linear terms, as o_S is divided by it already
@@ -203,13 +209,21 @@ class Attention(nn.Module):
         return (o_S_1xHxTxD + o_L_1xHxTxD) / (1.0 + n_L_1xHxTx1)
 
 
+def summed(phi_k: nn.Module, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[torch.Tensor]:
+    """What a tile of keys adds to S [1, H, D, D] and z [1, H, D, 1] of each power, S and z by turns."""
+    sums = []
+    for phi_1xHxTxD in phi_k(k_1xHxTxD):
+        sums += [phi_1xHxTxD.transpose(2, 3) @ v_1xHxTxD, phi_1xHxTxD.sum(dim=2, keepdim=True).transpose(2, 3)]
+    return sums
+
+
 class Block(nn.Module):
     """(tokens [1, N, D], text [1, M, D], modulation [1, 6, D]) -> tokens."""
 
     def __init__(self, source: torch_model.Block, self_attention: Attention):
         super().__init__()
         self.eps, self.table = source.eps, nn.Parameter(source.scale_shift_table.detach(), requires_grad=False)
-        self.attn1, self.attn2 = self_attention, Attention(source.attn2)
+        self.attn1, self.attn2 = self_attention, Attention(source.attn2, tile=TILE)
         self.norm2, self.ffn = source.norm2, source.ffn
 
     def forward(self, x_1xNxD: torch.Tensor, text_1xMxD: torch.Tensor, modulation_1x6xD: torch.Tensor) -> torch.Tensor:
@@ -315,11 +329,13 @@ class Transformer(nn.Module):
 
 
 def mobile_block(model: HybridWanTransformer3DModel, index: int, layout: TokenLayout, tile: int = TILE) -> Block:
-    """Block `index` for one size; self-attention takes at most `tile` queries or keys at a time."""
+    """Block `index` for one size; where it is converted, attention takes at most `tile` queries or keys at a time."""
     config = model.config
     source: Any = model.blocks[index]
     rope, num_softmax = mobile_rope(config, layout), layout.softmax[config.rates[index]]
-    return Block(source, Attention(source.attn1, rope, num_softmax, layout.tokens, tile)).eval()
+    converted = num_softmax != layout.tokens
+    attention = Attention(source.attn1, rope, num_softmax, layout.tokens, tile if converted else None)
+    return Block(source, attention).eval()
 
 
 def mobile_rope(config: WanConfig, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:

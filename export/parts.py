@@ -79,8 +79,9 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that changes an artefact."""
+        """Of all that changes an artefact; where folders lie does not."""
         fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        fields |= {name: bool(fields[name]) for name in ("transformer", "base", "trace")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

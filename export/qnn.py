@@ -17,8 +17,8 @@ import numpy as np
 from jsurgery.errors import InputError
 
 from .parity import errors, load_sample
-from .parts import Artefact, Job, Part
-from .worker import make_all
+from .parts import Artefact, Job
+from .worker import end_with_parent, make_all
 
 CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> QNN's number of the chip, version of its HTP
 SIMULATED = 4e9  # multiply-adds of a part up to which the simulator is asked to run it
@@ -40,7 +40,7 @@ def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
         model = Artefact(folder, "onnx", "float32", part.name).path
         facts = compile_model(model, file, artefact.variant)
         inputs = load_sample(folder, 0, part.inputs)
-        if multiply_adds(job, part) > SIMULATED:
+        if multiply_adds(model) > SIMULATED:
             return facts | {"simulated": False}
         made = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
         return facts | {"simulated": True} | errors(part, made, folder)
@@ -48,13 +48,21 @@ def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
     make_all(job, [Artefact(folder, "qnn", "fp16", part, chip) for chip in chips for part in parts], make)
 
 
-def multiply_adds(job: Job, part: Part) -> float:
-    """About how much work a part is; only blocks and the VAE are much."""
-    config, tokens = job.config, math.prod(job.config.token_grid(job.latent_shape))
-    if part.name == "vae_decoder":
-        return 3e3 * job.frames * job.height * job.width  # of the smallest decoder; published ones are far above
-    weights = 8 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    return len(part.blocks) * tokens * (weights + 2 * tokens * config.dim)
+def multiply_adds(model: pathlib.Path) -> int:
+    """Of an ONNX file's matrix products and convolutions."""
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        shapes[value.name] = [size.dim_value for size in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            left, right = (shapes[name] for name in node.input[:2])
+            inner = math.prod(right[1:]) if node.op_type == "Conv" else left[-1]
+            total += math.prod(shapes[node.output[0]]) * inner
+    return total
 
 
 def compile_model(model: pathlib.Path, file: pathlib.Path, chip: str) -> dict[str, Any]:
@@ -105,9 +113,8 @@ def call(*arguments: str) -> str:
     """This module's `main` in another process; of what the compiler prints, figures, errors and the end."""
     command = [sys.executable, "-m", "jsurgery.export.qnn", *arguments]
     told, last = [], collections.deque(maxlen=50)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, text=True, errors="replace") as process:
         assert process.stdout is not None
         for line in process.stdout:
             last.append(line)
@@ -157,6 +164,7 @@ def session(model: str, chip: str, context: str | None):
 
 
 def main(action: str, model: str, target: str, chip: str, inputs: str = "") -> None:
+    end_with_parent()
     if action == "compile":
         session(model, chip, target)
         return

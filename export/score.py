@@ -1,16 +1,17 @@
 """Videos by the exported parts alone beside JAX's of the same noise, judged by the sprites score."""
 
-import json
 import pathlib
 
 import jax
 import numpy as np
+from etils import epath
 
 from jsurgery.data import sprites
 from jsurgery.diffusion import sample
 from jsurgery.errors import InputError
 from jsurgery.evaluate.sprites_score import measure
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.trace import SPRITE_PROMPTS
 from jsurgery.wan import pipeline as ours
 from jsurgery.wan.text_encoder import load_text_encoder
@@ -47,7 +48,7 @@ def export(job: Job, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
         row = {"part": "video", "format": "tflite", "precision": precision, "prompts": int(count)}
         row |= {"score": total[precision], "jax_score": total["jax"], "relative_error": difference, "max_error": None}
         row |= {"bound": bound, "passed": bound is None or difference <= bound}
-        (folder / "chain" / f"score.{precision}.json").write_text(json.dumps(row, indent=2) + "\n")
+        write_json(epath.Path(folder) / "chain" / f"score.{precision}.json", row)
 
 
 def jax_maker(job: Job):

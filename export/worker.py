@@ -3,9 +3,12 @@
 python -m jsurgery.export.worker FORMAT FOLDER [CHOICE ...]
 """
 
+import ctypes
 import importlib
 import logging
+import os
 import pathlib
+import signal
 import sys
 import time
 import warnings
@@ -18,6 +21,8 @@ from jsurgery.runtime.progress import clock, say
 from .parts import Artefact, Job
 
 Make = Callable[[Artefact, pathlib.Path], dict[str, Any]]
+LOG = "{}.log"  # of a format
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def make_all(job: Job, artefacts: Iterable[Artefact], make: Make) -> None:
@@ -38,8 +43,23 @@ def make_all(job: Job, artefacts: Iterable[Artefact], make: Make) -> None:
         say(f"export: {artefact.format} {number}/{len(artefacts)}  {artefact.path.name}  {note}, {took}")
 
 
+def divert(file: pathlib.Path) -> None:
+    """What native libraries print goes to a file; Python's own lines stay where they were."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with file.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+
+
+def end_with_parent() -> None:
+    """A worker whose command is killed would go on writing beside the next one's; only Linux can prevent it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(arguments: Sequence[str]) -> int:
+    end_with_parent()
     format, folder, *choices = arguments
+    divert(pathlib.Path(folder) / LOG.format(format))
     logging.disable(logging.WARNING)  # what the libraries miss or will change, none of it for whoever runs this
     warnings.simplefilter("ignore")
     try:

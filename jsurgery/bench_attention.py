@@ -1,4 +1,5 @@
-"""bench attention: hybrid attention at each rate beside full softmax by the best stock kernel, alternating."""
+"""bench attention: hybrid attention at each rate beside full softmax by the best stock kernel, alternating; and, with
+plans, whole forwards of a hybrid beside the softmax model."""
 
 import dataclasses
 import importlib
@@ -14,15 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax import nnx
 
-from jsurgery.attention.hybrid import FeatureMapConfig, Rate
+from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, Rate, init_feature_maps
 from jsurgery.bench import processor, xla_threads
-from jsurgery.cost import Workload, core_flops
+from jsurgery.cost import Workload, core_flops, model_flops, num_tokens
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
+from jsurgery.surgery.operate import operate
+from jsurgery.surgery.plan import named_budget
 from jsurgery.verify import check_report, versions
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.pipeline import latent_grid
+from jsurgery.wan.transformer import WanConfig, WanTransformer
 from pallas_kernels import hybrid_attention, init_polynomial_map, stock, tuning
 
 PHI = FeatureMapConfig()
@@ -30,6 +35,9 @@ PASSES = ("forward", "forward + backward")
 # Forward + backward counts as three forwards: what is computed again is no work done.
 FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
+VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
+TEXT_LENGTH = 512
+QUERIES_OF_AN_ESTIMATE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +74,12 @@ def bench_attention(
     implementation: str | None,
     runs: int,
     backward: bool,
+    plans: tuple[str, ...] = (),
     report: str | None = None,
 ) -> None:
     """Prints a table of `runs` measurements of every rate; with `report` also as a JSON file.
+
+    With plans, like ("15R2", "20R8"), also of whole forwards of Wan2.1 1.3B on random weights, at 480x832, 81 frames.
 
     `dtype` None is float32 on CPU and bfloat16 elsewhere. The baseline is torch on CPU, where torch is installed, cuDNN
     on GPU (bfloat16) and jax's `flash_attention` on TPU. The first run of each, which compiles or warms up, is not
@@ -77,15 +88,21 @@ def bench_attention(
     check_report(report)
     backend = jax.default_backend()
     size = Size(tokens, heads, head_dim, dtype or ("float32" if backend == "cpu" else "bfloat16"), stabilizer)
+    network, video = WanConfig(), VIDEO
+    check_plans(plans, network)
     found = {**dataclasses.asdict(size), "implementation": implementation, "passes": {}}
     for name in PASSES if backward else PASSES[:1]:
         say(f"bench: compiling, {name}")
         contenders = [baseline(size, backend, name), *(ours(size, rate, implementation, name) for rate in rates)]
-        measured = alternate([contender.pop("run") for contender in contenders], runs)
-        base = statistics.median(measured[0])
-        rows = [row(size, name, base, *pair) for pair in zip(contenders, measured, strict=True)]
-        found["passes"][name] = rows
+        for each in contenders:
+            each |= {"flops": FORWARDS[name] * size.flops(each["rate"]), "bound": size.bound(each["rate"])}
+        found["passes"][name] = rows = measured(contenders, runs)
         print(table(name, rows), flush=True)
+    if plans:
+        say("bench: compiling, whole forwards")
+        rows = measured(forwards(plans, network, video, size.dtype, stabilizer), runs)
+        found["forward_of_a_model"] = {"video": list(video), "text_length": TEXT_LENGTH, "rows": rows}
+        print(table("whole forward", rows), flush=True)
     device = jax.devices()[0]
     found["machine"] = {
         "name": platform.node(),
@@ -144,16 +161,22 @@ def step(attend: Callable, passes: str) -> Callable:
 
 
 def gradients(attend: Callable, *inputs: Any) -> tuple:
-    return jax.grad(lambda *inputs: attend(*inputs).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3, 4))(*inputs)
+    """Of q, k, v and maps. q is also the result's cotangent, so that nothing but attention is at work."""
+    return jax.vjp(attend, *inputs)[1](inputs[0])
 
 
 def program(attend: Callable, inputs: tuple, passes: str) -> dict[str, Any]:
-    compiled = jax.jit(step(attend, passes)).lower(*inputs).compile()
-    memory = compiled.memory_analysis()
+    return compiled(jax.jit(step(attend, passes)), inputs)
+
+
+def compiled(function: Any, inputs: tuple) -> dict[str, Any]:
+    """A jitted function as a program of these inputs, and the memory that it takes."""
+    executable = function.lower(*inputs).compile()
+    memory = executable.memory_analysis()
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     return {
         "memory_bytes": None if memory is None else sum(getattr(memory, part) for part in parts),
-        "run": lambda: jax.block_until_ready(compiled(*inputs)),
+        "run": lambda: jax.block_until_ready(executable(*inputs)),
     }
 
 
@@ -172,9 +195,50 @@ def torch_softmax(size: Size, passes: str) -> Callable[[], None]:
 
     def both() -> None:
         leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        torch.autograd.grad(attend(*leaves).float().sum(), leaves)
+        torch.autograd.grad(attend(*leaves), leaves, q.detach())
 
     return forward if passes == "forward" else both
+
+
+def check_plans(plans: tuple[str, ...], network: WanConfig) -> None:
+    for plan in plans:
+        found = named_budget(plan)
+        if found is None or found[0] > network.num_layers:
+            raise InputError(f"--plans: expected like 15R2, at most {network.num_layers} blocks, found {plan!r}")
+
+
+def forwards(
+    plans: tuple[str, ...], network: WanConfig, video: tuple[int, int, int], dtype: str, stabilizer: str
+) -> list[dict[str, Any]]:
+    """A model of softmax alone, and one per plan, whose last blocks are hybrid: all of the same random weights."""
+    width, heads = jnp.dtype(dtype), (network.num_attention_heads, network.attention_head_dim)
+    softmax = nnx.jit(lambda: WanTransformer(network, dtype=width, rngs=nnx.Rngs(0)))()
+    latents = jnp.zeros((1, *latent_grid(*video), network.in_channels), width)
+    inputs = latents, jnp.full((1,), 500.0), jnp.zeros((1, TEXT_LENGTH, network.text_dim), width)
+    workload = Workload(network, num_tokens(*video), TEXT_LENGTH, PHI)
+    found = []
+    for name in ("softmax", *plans):
+        model, rates = softmax, (1,) * network.num_layers
+        if (plan := named_budget(name)) is not None:
+            count, rate = plan
+            rates = (*rates[count:], *(rate,) * count)
+            hybrid = HybridConfig(rates, stabilizer=stabilizer, feature_map=PHI)
+            keys = jax.random.split(jax.random.key(1))
+            query_maps, key_maps = (init_feature_maps(key, count, *heads, PHI) for key in keys)
+            model = operate(softmax, hybrid, (query_maps, key_maps) if count else None)
+        graph, params = nnx.split(model)
+        forward = jax.jit(lambda params, *inputs, graph=graph: nnx.merge(graph, params)(*inputs))
+        flops = model_flops(workload, rates)
+        bound = found[0]["flops"] / flops if found else 1.0
+        found.append({"name": name, "flops": flops, "bound": bound, **compiled(forward, (params, *inputs))})
+    return found
+
+
+def measured(contenders: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
+    """`row`s of contenders, the first of which is the baseline."""
+    seconds = alternate([contender.pop("run") for contender in contenders], runs)
+    base = statistics.median(seconds[0])
+    return [row(base, *pair) for pair in zip(contenders, seconds, strict=True)]
 
 
 def alternate(programs: list[Callable[[], Any]], runs: int) -> list[list[float]]:
@@ -195,18 +259,15 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def row(size: Size, passes: str, baseline_s: float, contender: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
-    median, flops = statistics.median(seconds), FORWARDS[passes] * size.flops(contender["rate"])
-    bound = size.bound(contender["rate"])
+def row(baseline_s: float, contender: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+    median = statistics.median(seconds)
     return contender | {
         "seconds": seconds,
         "median_s": median,
         "spread_s": [min(seconds), max(seconds)],
         "speedup": baseline_s / median,
-        "bound": bound,
-        "share_of_bound": baseline_s / median / bound,
-        "flops": flops,
-        "tflops_per_s": flops / median / 1e12,
+        "share_of_bound": baseline_s / median / contender["bound"],
+        "tflops_per_s": contender["flops"] / median / 1e12,
     }
 
 
@@ -234,18 +295,17 @@ def estimate_attention(
 ) -> None:
     """Prints what the TPU compiler expects each rate to cost in bfloat16, with no TPU: static estimates."""
     check_report(report)
-    estimates = importlib.import_module("pallas_kernels.estimate")
-    if chip not in estimates.CHIPS:
-        raise InputError(f"--estimate: expected one of {', '.join(estimates.CHIPS)}, found {chip!r}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError('--estimate: needs libtpu, found none: pip install "jsurgery[tpu]"')
+    check_estimates(chip)
+    estimates, kernels = (importlib.import_module(f"pallas_kernels.{name}") for name in ("estimate", "tpu"))
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
     flash = partial(stock.hybrid_attention, num_softmax=tokens, platform="tpu")
     contenders: list[tuple[str, Rate, Callable]] = [("flash_attention", 1, flash)]
     for rate in dict.fromkeys((1, *rates)):
-        options = {"num_softmax": size.num_softmax(rate), "stabilizer": stabilizer, "implementation": "tpu"}
-        contenders.append((name_of(rate), rate, partial(hybrid_attention, **options)))
+        num_softmax = size.num_softmax(rate)
+        blocks = kernels.BlockSizes(**tuning.lookup(chip, tokens, num_softmax))
+        options = {"num_softmax": num_softmax, "stabilizer": stabilizer, "block_sizes": blocks}
+        contenders.append((name_of(rate), rate, partial(kernels.hybrid_attention, **options)))
     for passes in PASSES if backward else PASSES[:1]:
         rows = []
         for name, rate, attend in contenders:
@@ -270,7 +330,7 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
     """Cycles of all heads and queries, from one tile of heads at two numbers of queries: the compiler's memory grows
     with the grid, and cycles are linear in either."""
     heads = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    block = min(2048, size.tokens)
+    block = min(QUERIES_OF_AN_ESTIMATE, size.tokens)
 
     def cycles(num_queries: int) -> int:
         dtype = jnp.dtype(size.dtype)
@@ -284,36 +344,65 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
 
 
 def tune_attention(
-    *, rates: tuple[Rate, ...], tokens: int, heads: int, head_dim: int, stabilizer: str, runs: int
+    *,
+    rates: tuple[Rate, ...],
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    stabilizer: str,
+    runs: int,
+    chip: str | None = None,
 ) -> None:
-    """Measures block sizes on this accelerator, in bfloat16, and keeps the best of each rate in tuned.json."""
-    backend = jax.default_backend()
+    """Looks for the best block sizes of each rate in bfloat16 and keeps them in tuned.json.
+
+    They are measured on this accelerator, or with the name of a TPU, which need not be here, taken from the compiler's
+    static estimates; an entry says which.
+    """
+    backend = "tpu" if chip else jax.default_backend()
     if backend not in ("gpu", "tpu"):
-        raise InputError(f"--tune: block sizes are measured on a TPU or GPU, found {backend} alone")
+        raise InputError(f"--tune: expected a TPU or GPU, or --estimate=CHIP, found {backend} alone")
+    if chip is not None:
+        check_estimates(chip)
     kernels = importlib.import_module(f"pallas_kernels.{backend}")
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     start = vars(kernels.BlockSizes()) if backend == "tpu" else kernels.BLOCK_SIZES[jnp.dtype(size.dtype)]._asdict()
+    name, source = (chip, "static estimate") if chip else (tuning.current_chip(), "measured")
     for rate in rates:
-        inputs, num_softmax = arguments(size, rate), size.num_softmax(rate)
+        num_softmax = size.num_softmax(rate)
 
-        def seconds(blocks: dict[str, int], passes: str, inputs=inputs, num_softmax=num_softmax) -> float:
+        def cost(blocks: dict[str, int], passes: str, rate=rate, num_softmax=num_softmax) -> float:
+            options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
             try:
-                attend = partial(
-                    kernels.hybrid_attention,
-                    num_softmax=num_softmax,
-                    stabilizer=stabilizer,
-                    block_sizes=kernels.BlockSizes(**blocks),
-                )
-                run = program(attend, inputs, passes)["run"]
+                options["block_sizes"] = kernels.BlockSizes(**blocks)
+                attend = partial(kernels.hybrid_attention, **options)
+                if chip is not None:
+                    return estimated(chip, size, rate, step(attend, passes), blocks)
+                run = program(attend, arguments(size, rate), passes)["run"]
                 run()
                 return statistics.median(timed(run) for _ in range(runs))
-            except (ValueError, jax.errors.JaxRuntimeError):  # blocks that do not divide, or do not fit
+            except (ValueError, RuntimeError):  # blocks that do not divide, or do not fit
                 return math.inf
 
-        blocks = search(start, seconds)
-        tuning.save(tuning.current_chip(), tokens, num_softmax, blocks)
-        print(f"{tuning.current_chip()} {name_of(rate)}: {blocks}", flush=True)
+        blocks = search(start, cost)
+        tuning.save(name, tokens, num_softmax, blocks, source)
+        print(f"{name} {name_of(rate)}: {blocks}, {source}", flush=True)
     print(tuning.PATH)
+
+
+def check_estimates(chip: str) -> None:
+    estimates = importlib.import_module("pallas_kernels.estimate")
+    if chip not in estimates.CHIPS:
+        raise InputError(f"--estimate: expected one of {', '.join(estimates.CHIPS)}, found {chip!r}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError('--estimate: needs libtpu, found none: pip install "jsurgery[tpu]"')
+
+
+def estimated(chip: str, size: Size, rate: Rate, function: Callable, blocks: dict[str, int]) -> float:
+    """Static cycles of a layer; infinite where a block has more queries than an estimate."""
+    if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
+        return math.inf
+    estimates = importlib.import_module("pallas_kernels.estimate")
+    return whole_layer(partial(estimates.estimate_cycles, chip), size, rate, function)
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:

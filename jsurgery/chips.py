@@ -1,6 +1,10 @@
 """What a TPU chip can do, as published: memory, peak rates, links."""
 
 import dataclasses
+import math
+import re
+
+from jsurgery.errors import InputError
 
 GIB = 2**30
 
@@ -28,3 +32,11 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 2.77e12, 2e11),
     "v6e": Chip(32 * GIB, 918e12, 1.6e12, 2e11),
 }
+
+
+def parse_topology(topology: str) -> tuple[Chip, int]:
+    """("v5e:4x4") -> (its chip, 16). Raises InputError for anything else."""
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
+    return CHIPS[name], math.prod(int(size) for size in shape.split("x"))

@@ -1,16 +1,18 @@
-"""The commands. Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 does not fit, 4 parity breached."""
+"""The commands. Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 does not fit, 4 parity breached, 130 and 143
+stopped by SIGINT and SIGTERM."""
 
 import argparse
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
 from jsurgery.ablate.sweeps import TABLES
-from jsurgery.config import load_config
-from jsurgery.errors import DoesNotFit, InputError, ParityError
+from jsurgery.config import load_config, split_topology
+from jsurgery.errors import DoesNotFit, InputError, Interrupted, ParityError, Terminated, refusal
 
 STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
 SAMPLE_FIELDS = {
@@ -28,19 +30,31 @@ SAMPLE_FIELDS = {
 COST_FIELDS = {name: f"video.{name}" for name in ("frames", "height", "width")}
 # what may follow `evaluate`, which by itself is a stage
 OF_EVALUATE = ("vbench", "vbench-results", "fidelity", "study", "study-results")
-CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4}
+CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax talks about every save
+    warnings.filterwarnings("ignore", "Protobuf gencode version")  # grain, of the protobuf that the export needs
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)
     except tuple(CODES) as error:
-        message = " ".join(str(error).split())
-        print(f"jsurgery: {message}", file=sys.stderr)
-        return CODES[type(error)]
+        return complain(error, CODES[type(error)])
+    except KeyboardInterrupt:
+        return complain("interrupted", CODES[Interrupted])
+    except Exception as error:
+        if (told := refusal(error)) is None:
+            raise
+        return complain(told, CODES[InputError])
     return 0
+
+
+def complain(message: object, code: int) -> int:
+    """One line on stderr; what a terminal would obey is spelt out. Returns the exit code."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
+    print(f"jsurgery: {line}", file=sys.stderr)
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +85,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
         name: str, run: Callable, text: str, config: str | None = "tiny", otherwise: str = "by the model"
     ) -> Parser:
         sub = commands.add_parser(name, help=text, description=text)
-        kind = f"a config file, or the name of a shipped one (default: {config or otherwise})"
+        kind = f"a config file or a shipped name, and maybe @TOPOLOGY (default: {config or otherwise})"
         sub.add_argument("--config", default=config, help=kind)
         sub.set_defaults(command=run, name=name)
         return sub
@@ -128,9 +142,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--subset", type=positive, default=1, metavar="N", help="every N-th prompt (the paper's: 5)")
     sub.add_argument("--seeds", type=positive, metavar="N", help="videos a prompt (default: VBench's)")
     sub.add_argument("--seed_rule", choices=["video", "index"], default="video", help="what the noise depends on")
-    sub.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="share I, from 0, of N hosts")
+    sub.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="share I, from 0, of N commands")
     for flag, field in SAMPLE_FIELDS.items():
         sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+    add_processes(sub)
     text = "sums of VBench's or VBench-2.0's results, as the leaderboard's, beside the paper's, as Markdown"
     sub = command("evaluate vbench-results", evaluate_vbench_results, text, config=None)
     sub.add_argument("files", nargs="+", metavar="FILE", help="*_eval_results.json, or a folder of them")
@@ -146,6 +161,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     for flag, field in SAMPLE_FIELDS.items():
         if flag not in ("model", "frames"):
             sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+    sub.add_argument("--lpips", metavar="FILE", help="also LPIPS, by lpips.LPIPS(net='alex') in this safetensors file")
+    sub.add_argument("--clip", metavar="FOLDER", help="also CLIP's scores, by a CLIPModel's folder or repository")
     sub.add_argument("--json", metavar="FILE", help="also write the result here")
     text = "one page on which people say which of two videos they prefer, and the key that stays with you"
     sub = command("evaluate study", evaluate_study, text, config=None)
@@ -199,21 +216,21 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--ai_hub_link", action="store_true", help="also one binary of all parts; needs qnn_dlc")
     sub.add_argument("--ddr_table", action="store_true", help="instead: memory traffic a block, by the compiler")
     sub.add_argument("--ddr_frames", type=positives, default=(), help="of the table (default: 81,101,121,141)")
-    sub.add_argument("--ddr_tile", type=positive, help="of the table: queries or keys at a time (default: 4096)")
+    sub.add_argument("--ddr_tile", type=positive, help="of the table: queries or keys at a time (default: 512)")
     for flag, field in COST_FIELDS.items():
         sub.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
     sub = command("compile", compile_ahead, "a stage's step for TPUs that are not there: does it fit, what moves")
-    sub.add_argument("--stage", required=True, choices=["distill", "finetune", "sample"])
-    sub.add_argument("--topology", required=True, help="like v5e:4x4")
+    sub.add_argument("--stage", required=True, choices=["distill", "finetune", "sample", "train"])
+    sub.add_argument("--topology", help="like v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
     sub.add_argument("--num_slices", type=positive, default=1)
     sub.add_argument("--json", metavar="FILE", help="also write the result here")
     sub = command("roofline", roofline, "an estimate of a whole surgery's step times and chip-hours on a TPU topology")
-    sub.add_argument("--topology", required=True, help="like v6e:4x4")
+    sub.add_argument("--topology", help="like v6e:4x4 (default: that of --config=NAME@TOPOLOGY)")
     sub.add_argument("--efficiency", type=float, default=0.4, help="share of the peak rates to expect (default: 0.4)")
     sub.add_argument("--clips", type=positive, default=0, help="also the synthesis of so many training clips, apart")
     sub.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help="of `compile --json`: what is exchanged")
     sub.add_argument("--json", metavar="FILE", help="also write the result here")
-    text = "our transformer's forward, or one attention layer, beside others', alternating"
+    text = "our transformer's forward, one attention layer or a step of distillation, beside others"
     bench = commands.add_parser("bench", help=text, description=text)
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT", parser_class=Parser)
     text = "our forward beside diffusers', on the CPU"
@@ -226,6 +243,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--text_length", type=positive, default=512)
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     sub.add_argument("--runs", type=positive, default=3)
+    text = "distillation of all blocks and rates in one pass beside one block and one rate at a time"
+    sub = subjects.add_parser("distill", help=text, description=text)
+    sub.set_defaults(command=bench_distill, name="bench")
+    sub.add_argument("--config", default="tiny", help="its model is timed; without one, FLOPs are counted alone")
+    sub.add_argument("--runs", type=positive, default=3)
+    sub.add_argument("--json", metavar="FILE", help="also write the result here")
     text = "hybrid attention beside full softmax by the best stock kernel of this machine"
     sub = subjects.add_parser("attention", help=text, description=text)
     sub.set_defaults(command=bench_attention, name="bench")
@@ -236,10 +259,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--stabilizer", choices=["max", "lse"], default="lse")
     sub.add_argument("--implementation", choices=["xla", "reference", "tpu", "gpu", "stock"], help="default: the best")
     sub.add_argument("--backward", action="store_true", help="forward + backward too")
+    text = "like 15R2,20R8,30R8: also whole forwards of Wan2.1 1.3B at 480x832, 81 frames, beside softmax's"
+    sub.add_argument("--plans", type=lambda text: tuple(text.split(",")), default=(), help=text)
     sub.add_argument("--json", metavar="FILE", help="also write the result here")
-    instead = sub.add_mutually_exclusive_group()
-    instead.add_argument("--estimate", metavar="CHIP", help="static cycles on a v4, v5e, v5p or v6e, with no TPU")
-    instead.add_argument("--tune", action="store_true", help="measure block sizes on this TPU or GPU and keep the best")
+    sub.add_argument("--estimate", metavar="CHIP", help="static cycles on a v4, v5e, v5p or v6e, with no TPU")
+    text = "keep the best block sizes: measured on this TPU or GPU, or by the cycles of --estimate"
+    sub.add_argument("--tune", action="store_true", help=text)
     return parser.parse_args(rest), overrides
 
 
@@ -384,7 +409,8 @@ def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = sampling_options(options, overrides)
-    from jsurgery.sample import read_prompts, sample_videos
+    from jsurgery.data.prompts import read_prompts
+    from jsurgery.sample import sample_videos
 
     single = options.prompts_file is None
     prompts = [options.prompt] if single else read_prompts(options.prompts_file)
@@ -402,6 +428,9 @@ def sampling_options(options: argparse.Namespace, overrides: dict[str, str]) -> 
 
 def evaluate_vbench(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = sampling_options(options, overrides)
+    if options.coordinator and options.shard != (0, 1):
+        raise InputError("--shard: expected none with --coordinator, by which each process has its share")
+    join(options)
     from jsurgery.evaluate.vbench import evaluate, read_suite
 
     suite, prompts = read_suite(options.prompts, options.info, options.augmented, options.subset)
@@ -412,11 +441,20 @@ def evaluate_vbench(options: argparse.Namespace, overrides: dict[str, str]) -> N
 def evaluate_fidelity(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     models, options.model, options.frames = options.model, options.teacher, None
     config = sampling_options(options, overrides)
+    from jsurgery.data.prompts import read_prompts
     from jsurgery.evaluate.fidelity import evaluate_fidelity as compared
-    from jsurgery.sample import read_prompts
 
     prompts = read_prompts(options.prompts_file)
-    compared(config, models, prompts, options.workdir, options.durations, options.json)
+    compared(
+        config,
+        models,
+        prompts,
+        options.workdir,
+        options.durations,
+        options.json,
+        lpips_weights=options.lpips,
+        clip_model=options.clip,
+    )
 
 
 def evaluate_vbench_results(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -452,8 +490,8 @@ def encode(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def synthesize(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.config, overrides)
     join(options)
+    from jsurgery.data.prompts import read_prompts
     from jsurgery.data.synthesize import synthesize_clips
-    from jsurgery.sample import read_prompts
 
     print(synthesize_clips(config, read_prompts(options.prompts_file), options.workdir))
 
@@ -509,21 +547,28 @@ def export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def compile_ahead(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.config, overrides)
+    topology = topology_of(options)
     from jsurgery.compile import compile_stage
 
-    compile_stage(
-        config, options.config, options.stage, options.topology, slices=options.num_slices, report=options.json
-    )
+    compile_stage(config, options.config, options.stage, topology, slices=options.num_slices, report=options.json)
+
+
+def topology_of(options: argparse.Namespace) -> str:
+    found = options.topology or split_topology(options.config)[1]
+    if not found:
+        raise InputError("--topology: expected one like v5e:4x4, or --config=NAME@TOPOLOGY")
+    return found
 
 
 def roofline(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.config, overrides)
+    topology = topology_of(options)
     from jsurgery.roofline import roofline as estimated
 
     estimated(
         config,
         options.config,
-        options.topology,
+        topology,
         efficiency=options.efficiency,
         clips=options.clips,
         compiled=options.compiled,
@@ -548,13 +593,20 @@ def bench_transformer(options: argparse.Namespace, overrides: dict[str, str]) ->
     )
 
 
+def bench_distill(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    from jsurgery.bench_distill import bench_distill as measured
+
+    measured(config, options.config, runs=options.runs, report=options.json)
+
+
 def bench_attention(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     takes_no_config(options, overrides)
     from jsurgery import bench_attention as bench
 
     layer = {name: getattr(options, name) for name in ("rates", "tokens", "heads", "head_dim", "stabilizer")}
     if options.tune:
-        bench.tune_attention(**layer, runs=options.runs)
+        bench.tune_attention(**layer, runs=options.runs, chip=options.estimate)
     elif options.estimate is not None:
         bench.estimate_attention(**layer, chip=options.estimate, backward=options.backward, report=options.json)
     else:
@@ -564,6 +616,7 @@ def bench_attention(options: argparse.Namespace, overrides: dict[str, str]) -> N
             implementation=options.implementation,
             runs=options.runs,
             backward=options.backward,
+            plans=options.plans,
             report=options.json,
         )
 

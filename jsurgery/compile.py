@@ -7,23 +7,26 @@ import dataclasses
 import functools
 import math
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import Rate
-from jsurgery.chips import CHIPS, GIB, Chip
+from jsurgery.bench import peak_bytes
+from jsurgery.chips import GIB, Chip, parse_topology
 from jsurgery.cost import distillation_flops, model_flops
-from jsurgery.diffusion import State, schedule
+from jsurgery.diffusion import State, schedule, velocities_per_step
 from jsurgery.errors import DoesNotFit, InputError
-from jsurgery.hlo import collectives
+from jsurgery.hlo import collectives, largest_buffers
 from jsurgery.report.cost_table import find_subject
 from jsurgery.runtime.mesh import AXES, check_batch, make_mesh, parameter_shardings, sharding
 from jsurgery.runtime.progress import say
@@ -31,10 +34,13 @@ from jsurgery.runtime.stages import write_json
 from jsurgery.runtime.training import adamw, initial_state
 from jsurgery.surgery import distill, finetune
 from jsurgery.surgery.plan import hybrid_config, named_budget, workload
+from jsurgery.train import transformer as training
 from jsurgery.verify import check_report
 from jsurgery.wan.pipeline import latent_grid, sampling_step
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 from pallas_kernels import estimate
+
+SHOWN_BUFFERS = 8
 
 
 def compile_stage(
@@ -42,10 +48,11 @@ def compile_stage(
 ) -> None:
     """Compiles one step of a stage for a topology like "v5e:4x4" and prints, or also writes as JSON, what it takes.
 
-    Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory.
+    Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory; it then has
+    printed the largest buffers.
     """
     check_report(report)
-    network = find_subject(config, config_name).transformer
+    network = taught(config) if stage == "train" else find_subject(config, config_name).transformer
     chip, devices = describe(topology, slices)
     wanted = math.prod(config.mesh[axis] for axis in AXES)
     if wanted != len(devices):
@@ -54,13 +61,16 @@ def compile_stage(
     mesh = make_mesh(config.mesh, devices)
     say(f"compile: {stage} on {topology}")
     start = time.perf_counter()
-    try:
-        compiled = lowered(config, network, stage, mesh).compile()
-    except jax.errors.JaxRuntimeError as error:
-        status, _, complaint = str(error).partition(": ")
-        if status != "RESOURCE_EXHAUSTED":
-            raise
-        raise DoesNotFit(f"{stage} on {topology}: {complaint}") from None
+    program = lowered(config, network, stage, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = program.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            status, _, complaint = str(error).partition(": ")
+            if status != "RESOURCE_EXHAUSTED":
+                raise
+            print(buffers_as_text(folder), flush=True)
+            raise DoesNotFit(f"{stage} on {topology}: {complaint}") from None
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
@@ -77,6 +87,7 @@ def compile_stage(
         "least_seconds": flops / chip.flops,
         "collectives": moved,
         "compile_seconds": seconds,
+        "compile_peak_bytes": peak_bytes(),
         "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
     }
     print(as_text(found), flush=True)
@@ -86,22 +97,29 @@ def compile_stage(
 
 def describe(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
     """The chip and the devices of a topology. Raises InputError for one that libtpu does not know."""
-    name = topology.partition(":")[0]
-    if name not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)*", topology):
-        raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
+    chip, _ = parse_topology(topology)
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
     try:
         options = single | ({"num_slices": slices} if slices > 1 else {})
-        return CHIPS[name], estimate.topology(topology, **options)
+        return chip, estimate.topology(topology, **options)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None
 
 
 def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> Any:
-    return {"distill": lowered_distill, "finetune": lowered_finetune, "sample": lowered_sample}[stage](
-        config, network, mesh
-    )
+    stages = {
+        "distill": lowered_distill,
+        "finetune": lowered_finetune,
+        "sample": lowered_sample,
+        "train": lowered_train,
+    }
+    return stages[stage](config, network, mesh)
+
+
+def taught(config: ConfigDict) -> WanConfig:
+    """The transformer that `train` makes."""
+    return training.sizes(config.train, config.train.vocabulary)[0]
 
 
 def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
@@ -155,8 +173,15 @@ def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
     latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
     batch = {"latents": latents, "text": text, "timestep": timesteps}
-    update = distill.make_update(optimizer, graph, distill.Setup.of(config))
-    return update.lower(placed(state, parameter_shardings(mesh, state)), params, batch)
+    state, setup = placed(state, parameter_shardings(mesh, state)), distill.Setup.of(config)
+    if config.distill.mode == "traces":
+        return distill.make_update(optimizer, graph, setup).lower(state, params, batch)
+    whole, sampler = sharding(mesh), config.sampler
+    update = distill.make_sampling_update(optimizer, graph, setup, sampler.guidance, whole)
+    blank = None if sampler.guidance == 1 else text
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    trajectory = State(*[placed(latents, whole)] * 4)
+    return update.lower(state, params, trajectory, text, blank, schedule_row(config, mesh), key)
 
 
 def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
@@ -177,9 +202,7 @@ def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
     latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
     blank = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
-    sampler = config.sampler
-    row = jax.tree.map(jnp.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
-    row = placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
+    sampler, row = config.sampler, schedule_row(config, mesh)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(params, text, blank, state, row):
@@ -189,18 +212,54 @@ def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     return step.lower(params, text, blank, State(*[latents] * 4), row)
 
 
+def schedule_row(config: ConfigDict, mesh: Mesh) -> Any:
+    sampler = config.sampler
+    row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
+    return placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
+
+
+def lowered_train(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    train, dtype = config.train, jnp.dtype(config.model.dtype)
+    _, text_encoder = training.sizes(train, train.vocabulary)
+    build = lambda: training.Teacher(network, text_encoder, dtype=dtype, rngs=nnx.Rngs(0))
+    teacher = nnx.eval_shape(build)
+    teacher.transformer.compute_on(mesh, config.mesh.exchange)
+    graph, params = nnx.split(teacher)
+    optimizer = training.make_optimizer(train)
+    state = jax.eval_shape(lambda params: initial_state(params, optimizer, train.ema), params)
+    latents, _, _ = inputs(config, network, mesh, train.batch)
+    words = lambda batch, dtype: jax.ShapeDtypeStruct((batch, config.text_length), dtype)
+    texts = {"token_ids": words(train.batch, jnp.int32), "mask": words(train.batch, jnp.int32)}
+    blank = {"blank_ids": words(1, jnp.int32), "blank_mask": words(1, jnp.int32)}
+    batch = {"latents": latents} | placed(texts, sharding(mesh, "batch")) | placed(blank, sharding(mesh))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
+    state = placed(state, parameter_shardings(mesh, state))
+    return training.make_update(config, optimizer, graph).lower(state, batch, key)
+
+
 def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
     """FLOPs of one step on all devices, by the cost model; what remat recomputes counts."""
     work = dataclasses.replace(workload(config, network), config=network)
     if stage == "distill":
-        return config.distill.batch * distillation_flops(work, config.hybrid.rates)
+        velocities = velocities_per_step(config.sampler.guidance) if config.distill.mode == "sampling" else 1
+        return config.distill.batch * velocities * distillation_flops(work, config.hybrid.rates)
+    if stage == "train":
+        return 3 * config.train.batch * model_flops(work, (1,) * network.num_layers)
     forward = model_flops(work, planned_rates(config, network.num_layers))
     if stage == "sample":
-        return config.evaluate.batch * forward * (1 if config.sampler.guidance == 1 else 2)
+        return config.evaluate.batch * forward * velocities_per_step(config.sampler.guidance)
     times = 3 + (config.model.remat != "none")
     if config.finetune.teacher_weight > 0:
         times += model_flops(work, (1,) * network.num_layers) / forward
     return config.finetune.batch * forward * times
+
+
+def buffers_as_text(folder: str) -> str:
+    """The largest buffers of a device, by the compiler's report of a program that does not fit."""
+    reports = [path.read_text() for path in epath.Path(folder).glob("*memory-usage-report.txt")]
+    found = largest_buffers(max(reports, key=len, default=""), SHOWN_BUFFERS)
+    rows = [f"  {size / GIB:8.2f} GiB  {shapes}" for size, shapes in found]
+    return "\n".join(["the largest buffers of a device, and what takes turns in each:", *rows])
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -211,6 +270,6 @@ def as_text(found: dict[str, Any]) -> str:
         f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
         f"FLOPs a device: {found['flops_per_device'] / 1e12:.3g} T, at the peak rate {found['least_seconds']:.3g} s",
         *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.3g} GiB" for kind, one in moved.items()),
-        f"compiled in {found['compile_seconds']:.0f} s",
+        f"compiled in {found['compile_seconds']:.0f} s and {found['compile_peak_bytes'] / GIB:.1f} GiB",
     ]
     return "\n".join(lines)

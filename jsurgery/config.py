@@ -68,6 +68,8 @@ def base() -> ConfigDict:
     c.trace.batch = 1
 
     c.distill = ConfigDict()
+    c.distill.mode = "traces"  # "sampling": no traces; maps learn in the forwards by which the teacher samples
+    c.distill.trajectories = 4  # of "sampling": batches of prompts under way at once, a step of each in turn
     c.distill.loss = "value"  # "attention" is eq. 6
     c.distill.steps = 10_000  # updates in all
     c.distill.updates_per_batch = 1  # U of Algorithm 1
@@ -119,7 +121,10 @@ def base() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200
-    c.checkpoint.keep = 2
+    c.checkpoint.keep = 2  # the newest
+    c.checkpoint.keep_every = 0  # and those of every so many steps; 0: no others
+    c.checkpoint.on_damage = "stop"  # when the newest is not as it was written; "older": goes on from one that is
+    c.max_skipped = 0  # batches whose loss or gradient is not finite that training passes over before it stops
     c.log_every = 10
     c.profile = 0  # steps of `distill` and `finetune`, after the first, that jax.profiler traces into profile/
 
@@ -163,8 +168,10 @@ CHOICES = {
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered"),
     "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1", "hedgehog"),
+    "distill.mode": ("traces", "sampling"),
     "distill.loss": ("value", "attention"),
     "finetune.schedule": ("constant", "cosine"),
+    "checkpoint.on_damage": ("stop", "older"),
     "plan.selection": ("heterogeneous", "homogeneous"),
     "finetune.subject": ("hybrid", "teacher"),
     "data.buckets": ("one", "several"),
@@ -177,16 +184,25 @@ SHARES = (
 )  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
-    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", "profile", *SHARES,
+    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", "profile",
+    "checkpoint.keep_every", "max_skipped", *SHARES,
 }  # fmt: skip
+
+
+LARGEST, LARGEST_COUNT = 1e30, 10**9
 
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError naming the first field that is out of range, its value and what is allowed."""
     for field, value in flat(config):
+        if isinstance(value, str):
+            check_text(f"config.{field}", value)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or value < 0 or (value == 0 and field not in MAY_BE_ZERO):
+            if not 0 <= value < math.inf or (value == 0 and field not in MAY_BE_ZERO):
                 raise InputError(f"config.{field}: expected a positive number, found {value}")
+            largest = LARGEST_COUNT if isinstance(value, int) and field not in ("seed", "plan.budget") else LARGEST
+            if value > largest:
+                raise InputError(f"config.{field}: expected at most {largest:.0e}, found {str(value)[:40]}")
             if field in SHARES and value > 1:
                 raise InputError(f"config.{field}: expected a share between 0 and 1, found {value}")
         if field in CHOICES and value not in CHOICES[field]:
@@ -197,6 +213,10 @@ def validate(config: ConfigDict) -> None:
     if config.seed >= 2**32:
         raise InputError(f"config.seed: expected less than 2^32, found {config.seed}")
     block_numbers(config.distill.blocks)
+    crop = config.train.vae_crop
+    if len(crop) != 3 or any(type(size) is not int or not 1 <= size <= LARGEST_COUNT for size in crop):
+        raise InputError(f"config.train.vae_crop: expected frames, height and width, found {crop}")
+    check_video(*crop, prefix="config.train.vae_crop: ", multiple=8)
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
     check_rates("config.hybrid.rates", config.hybrid.rates)
     check_rates("config.plan.rates", config.plan.rates)
@@ -222,23 +242,37 @@ def validate(config: ConfigDict) -> None:
             f"config.finetune.accumulate: expected a divisor of config.finetune.batch = {config.finetune.batch}, "
             f"found {config.finetune.accumulate}"
         )
+    if config.distill.mode == "sampling" and config.distill.updates_per_batch > 1:
+        raise InputError(
+            "config.distill.updates_per_batch: 'sampling' passes every latent once: expected 1, "
+            f"found {config.distill.updates_per_batch}"
+        )
     if config.trace.holdout >= config.trace.prompts:
         raise InputError(
             f"config.trace.holdout: {config.trace.holdout} of {config.trace.prompts} prompts leaves none to train on"
         )
 
 
-def check_video(frames: int, height: int, width: int, prefix: str = "") -> None:
+def check_text(field: str, text: str) -> None:
+    """Raises InputError for what cannot be written as UTF-8, or not into the name of a file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{field}: expected text in UTF-8, found {text[error.start]!r}") from None
+    if "\0" in text:
+        raise InputError(f"{field}: expected a text, found one with a null byte")
+
+
+def check_video(frames: int, height: int, width: int, prefix: str = "", multiple: int = 16) -> None:
     """Frames are 4k + 1 (the VAE's first frame stands alone), sizes multiples of 16 (8 for the VAE, 2 for patches)."""
     if frames % 4 != 1:
         below = max(1, (frames - 1) // 4 * 4 + 1)
         raise InputError(f"{prefix}frames: expected 4k + 1, found {frames}; the nearest are {below} and {below + 4}")
     for name, size in (("height", height), ("width", width)):
-        if size % 16:
-            below = max(16, size // 16 * 16)
-            raise InputError(
-                f"{prefix}{name}: expected a multiple of 16, found {size}; the nearest are {below} and {below + 16}"
-            )
+        if size % multiple:
+            below = max(multiple, size // multiple * multiple)
+            nearest = f"the nearest are {below} and {below + multiple}"
+            raise InputError(f"{prefix}{name}: expected a multiple of {multiple}, found {size}; {nearest}")
 
 
 def block_numbers(text: str) -> tuple[int, ...] | None:
@@ -270,7 +304,12 @@ def check_rates(field: str, rates: Iterable[Any]) -> None:
 
 
 def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen."""
+    """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen.
+
+    `wan_1_3b@v6e:4x4` also takes the fields that the file's `TOPOLOGIES` has for these chips: the mesh, and batches
+    that it divides.
+    """
+    name, topology = split_topology(name)
     path = config_path(name)
     spec = importlib.util.spec_from_file_location(f"jsurgery_config_{path.stem}", path)
     assert spec and spec.loader
@@ -278,17 +317,28 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: expected get_config() to return the ConfigDict of base(), found {config!r}")
     fields, known = ({name for name, _ in flat(c)} for c in (config, base()))
     if fields != known:
         raise InputError(f"{path}: expected the fields of base(), found other or missing ones: {min(fields ^ known)}")
-    for field, text in (overrides or {}).items():
+    placements = getattr(module, "TOPOLOGIES", {})
+    if topology and topology not in placements:
+        names = ", ".join(placements) or "none"
+        raise InputError(f"--config={name}@{topology}: expected a topology that {path} knows: {names}")
+    fields = {field: str(value) for field, value in placements.get(topology, {}).items()}
+    for field, text in (fields | (overrides or {})).items():
         override(config, field, text)
     validate(config)
     return config.lock()
+
+
+def split_topology(name: str) -> tuple[str, str]:
+    """("wan_1_3b@v6e:4x4") -> its two parts; without a topology the second is empty."""
+    found = re.fullmatch(r"(.+)@(\w+:\d+(?:x\d+)*)", name)
+    return (found[1], found[2]) if found else (name, "")
 
 
 def config_path(name: str) -> pathlib.Path:
@@ -330,7 +380,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     elif isinstance(old, bool):
         value = {"true": True, "false": False}.get(text.lower(), value)
     elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= LARGEST else float("inf" if value > 0 else "-inf")
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
     fits = type(value) is type(old)

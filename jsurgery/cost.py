@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
-from jsurgery.attention.hybrid import FeatureMapConfig, Rate
+from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, Rate
 from jsurgery.errors import InputError
 from jsurgery.wan.text_encoder import TextEncoderConfig
 from jsurgery.wan.transformer import WanConfig
@@ -18,7 +18,7 @@ from jsurgery.wan.vae import VaeConfig
 
 @dataclass(frozen=True)
 class Hedgehog:
-    """The feature map [exp(Wx + b), exp(-Wx - b)] of HedgeHog (Zhang et al. 2024): one layer, 2 D features."""
+    """The feature map softmax([Wx, -Wx]) of HedgeHog (arXiv 2402.04347): one layer without biases, 2 D features."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens
 def map_parameters(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
     """Kernels and biases of one map; the calibrated scale of each head is not among them."""
     width, layers = _feature_map_shape(feature_map, head_dim)
-    return heads * (head_dim * width + (layers - 1) * width**2 + layers * width)
+    biases = 0 if isinstance(feature_map, Hedgehog) else heads * layers * width
+    return _feature_map_weights(feature_map, heads, head_dim) + biases
 
 
 def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | Hedgehog | None, rates: Iterable[Rate]) -> int:
@@ -210,7 +211,9 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
 def parameters(config: WanConfig) -> int:
     """Parameters of a network, the feature maps of its hybrid blocks included."""
     hybrid = config.hybrid
-    maps = hybrid.feature_map if hybrid and hybrid.linear_branch else None
+    maps: FeatureMapConfig | Hedgehog | None = hybrid.feature_map if hybrid and hybrid.linear_branch else None
+    if isinstance(maps, FeatureMapConfig) and maps.activation == HEDGEHOG:
+        maps = Hedgehog()
     outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
     return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
 

@@ -44,6 +44,11 @@ def noised(latents: jax.Array, key: jax.Array, shift: float) -> tuple[jax.Array,
     return noisy, 1000 * sigma_B, velocity
 
 
+def velocities_per_step(guidance: float) -> int:
+    """What a sampling step computes: the prompt's velocity, and unless guidance is 1 the negative prompt's too."""
+    return 1 if guidance == 1 else 2
+
+
 def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
     """Classifier-free guidance: 0 is the unconditional velocity, 1 the conditional one."""
     return unconditional + guidance * (conditional - unconditional)

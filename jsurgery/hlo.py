@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: HLO text, read for the traffic between devices."""
+"""What a compiled program says of itself: HLO text, read for the traffic between devices, and where memory goes."""
 
 import dataclasses
 import math
@@ -15,6 +15,8 @@ _SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")  # {{0,1},{2,3}} or [2,2]<=[4]
+_BUFFER = re.compile(r"^ +[\d.]+\w+\( *\d+%\); +([\d.]+)(B|KiB|MiB|GiB); .*; (.+)$", re.MULTILINE)
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -45,6 +47,17 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     totals = _total(entry, computations, {})
     kinds = sorted({kind for kind, _ in totals})
     return {kind: {unit: totals[kind, unit] for unit in ("count", "bytes")} for kind in kinds}
+
+
+def largest_buffers(report: str, count: int) -> list[tuple[int, str]]:
+    """(bytes, shapes of the values that take turns in it) of a device's largest buffers, by XLA's memory usage report.
+
+    The first of the report's memory spaces counts: on a TPU, HBM.
+    """
+    space = re.split(r"^Memory Space: ", report, flags=re.MULTILINE)[1:2]
+    rows = _BUFFER.findall("".join(space))
+    found = [(int(float(size) * _UNITS[unit]), shapes) for size, unit, shapes in rows]
+    return sorted(found, key=lambda buffer: -buffer[0])[:count]
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -10,13 +10,14 @@ from etils import epath
 from flax import nnx
 
 from jsurgery import __version__
-from jsurgery.attention.hybrid import Rate
+from jsurgery.attention.hybrid import HEDGEHOG, HybridConfig, Rate
 from jsurgery.errors import InputError
 from jsurgery.report.quality import interval
 from jsurgery.report.run_files import read_json
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import MARKER
 from jsurgery.wan import hub
+from jsurgery.wan.hashes import check_hashes
 from jsurgery.wan.pipeline import BUNDLED, check_pipeline, transformer_folder
 from jsurgery.wan.safetensors_files import open_tensors
 from jsurgery.wan.transformer import CLASS_NAME, HYBRID_CLASS_NAME, WanConfig, WanTransformer, read_config
@@ -78,6 +79,7 @@ def check_folder(folder: epath.Path) -> WanConfig:
     fields = read_json(transformer / "config.json") or {}
     if fields.get("_class_name") not in (CLASS_NAME, HYBRID_CLASS_NAME):
         raise InputError(f"{transformer}: not in diffusers' layout; `jsurgery convert` writes it")
+    check_hashes(transformer)
     network = read_config(transformer)
     expected = lazy_transformer_tensors(nnx.eval_shape(lambda: WanTransformer(network, rngs=nnx.Rngs(0))))
     check_fit({name: tensor.shape for name, tensor in expected.items()}, open_tensors(transformer), transformer)
@@ -158,15 +160,22 @@ def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
     ]
     yield "## Plan"
     yield table(("rate", "blocks", "self-attention"), rows)
-    phi = hybrid.feature_map
-    maps = f"polynomials of degree {phi.degree} over {phi.layers} layers" if hybrid.linear_branch else "none"
-    yield f"Token lattice: {hybrid.lattice}; stabiliser: {hybrid.stabilizer}; feature maps: {maps}."
+    yield f"Token lattice: {hybrid.lattice}; stabiliser: {hybrid.stabilizer}; feature maps: {feature_maps(hybrid)}."
     plan = read_json(folder.parent / "plan" / "plan.json")
     if plan and tuple(plan["rates"]) == hybrid.rates:
         yield (
             f"Budget {plan['budget']} ({plan['selection']}): {100 * plan['share_of_teacher']:.1f} % of the original's "
             "FLOPs in attention cores, by the cost model."
         )
+
+
+def feature_maps(hybrid: HybridConfig) -> str:
+    phi = hybrid.feature_map
+    if not hybrid.linear_branch:
+        return "none"
+    if phi.activation == HEDGEHOG:
+        return "HedgeHog, the softmax of one layer and of its negative"
+    return f"polynomials of degree {phi.degree} over {phi.layers} layers, {phi.activation}"
 
 
 def _measured(folder: epath.Path) -> Iterable[str]:

@@ -7,20 +7,21 @@ is measured.
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.chips import CHIPS, Chip
+from jsurgery.chips import Chip, parse_topology
 from jsurgery.compile import planned_rates, step_flops
 from jsurgery.cost import model_bytes, model_flops
+from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.report.cost_table import find_subject
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.plan import workload
+from jsurgery.surgery.trace import traced_prompts
 from jsurgery.verify import check_report
 from jsurgery.wan.transformer import WanConfig
 
@@ -76,13 +77,6 @@ def roofline(
         write_json(epath.Path(report), found)
 
 
-def parse_topology(topology: str) -> tuple[Chip, int]:
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")
-    return CHIPS[name], math.prod(int(size) for size in shape.split("x"))
-
-
 def read_exchanged(files: Sequence[str], topology: str) -> dict[str, float]:
     """By stage, the bytes that a chip exchanges in one step."""
     exchanged = {}
@@ -103,11 +97,11 @@ def works(config: ConfigDict, network: WanConfig) -> list[Work]:
     """The stages of a surgery that compute."""
     work = dataclasses.replace(workload(config, network), config=network)
     softmax, planned = (1,) * network.num_layers, planned_rates(config, network.num_layers)
-    velocities = config.sampler.steps * (1 if config.sampler.guidance == 1 else 2)
+    velocities = config.sampler.steps * velocities_per_step(config.sampler.guidance)
     passes = 3 + (config.model.remat != "none")
     teacher, hybrid = model_bytes(work, softmax), model_bytes(work, planned)
     trace, distill, finetune = config.trace.batch, config.distill.batch, config.finetune.batch
-    batches, evaluated = math.ceil(config.trace.prompts / trace), EVALUATED * config.evaluate.prompts
+    batches, evaluated = math.ceil(len(traced_prompts(config)) / trace), EVALUATED * config.evaluate.prompts
     forward = model_flops(work, softmax)
     return [
         Work("trace", batches * velocities, trace * forward, trace * teacher),
@@ -119,9 +113,10 @@ def works(config: ConfigDict, network: WanConfig) -> list[Work]:
 
 def synthesis(config: ConfigDict, network: WanConfig, clips: int) -> Work:
     """Training clips by the teacher itself."""
-    evaluate = works(config, network)[-1]
-    steps = clips * evaluate.steps // (EVALUATED * config.evaluate.prompts)
-    return Work(f"synthesize {clips} clips", steps, evaluate.flops, evaluate.bytes)
+    work = dataclasses.replace(workload(config, network), config=network)
+    steps = clips * config.sampler.steps * velocities_per_step(config.sampler.guidance)
+    softmax = (1,) * network.num_layers
+    return Work(f"synthesize {clips} clips", steps, model_flops(work, softmax), model_bytes(work, softmax))
 
 
 def estimate(work: Work, chip: Chip, chips: int, exchanged: float | None, efficiency: float) -> dict[str, Any]:

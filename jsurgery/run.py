@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.config import block_numbers, flat
@@ -28,6 +29,7 @@ DISTILLING = (
     "hybrid", "distill.loss", "distill.steps", "distill.updates_per_batch", "distill.batch", "distill.learning_rate",
     "distill.weight_decay", "distill.calibrate",
 )  # fmt: skip
+SAMPLED = ("distill.mode", "distill.trajectories")  # of runs that distil without traces
 LATENTS = ("video", "data.path", "data.clips", "data.two_sprites", "seed", "evaluate.validation_clips")
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
 
@@ -69,8 +71,10 @@ class Run:
 
         identity = self.identity = file_identity(self.teacher_path)
         stage = functools.partial(Stage, self.workdir, config=config)
-        self.trace = stage("trace", fields=(*SAMPLING, "trace"), teacher=identity)
-        self.distill = stage("distill", fields=DISTILLING, after=[self.trace])
+        sampled = SAMPLED if config.distill.mode == "sampling" else ()
+        self.distilling = (*DISTILLING, *sampled)
+        self.trace = stage("trace", fields=(*SAMPLING, "trace", *sampled[:1]), teacher=identity)
+        self.distill = stage("distill", fields=self.distilling, after=[self.trace])
         self.job = None if blocks is None else self.distill_job(job_name(blocks))
         self.plan = stage("plan", fields=("plan",), after=[self.distill])
         self.latents = stage("latents", fields=LATENTS, teacher=identity)
@@ -84,8 +88,9 @@ class Run:
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The teacher, loaded when a stage first needs it."""
-        return load_pipeline(self.config.model.path, jnp.dtype(self.config.model.dtype))
+        """The teacher, loaded when a stage first needs it: on the mesh, or where there are several processes on this
+        one's own device."""
+        return self.load_pipeline(None if processes.several() else self.mesh)
 
     def shared_pipeline(self) -> Pipeline:
         """The teacher for a stage that all processes work at: of several, each loads its part."""
@@ -93,20 +98,35 @@ class Run:
             return self.pipeline
         for name in ("pipeline", "teacher"):  # process 0 may have had them to itself
             vars(self).pop(name, None)
+        return self.load_pipeline(self.mesh)
+
+    def load_pipeline(self, mesh: Mesh | None) -> Pipeline:
         return load_pipeline(
-            self.config.model.path, jnp.dtype(self.config.model.dtype), mesh=make_mesh(self.config.mesh)
+            self.config.model.path, jnp.dtype(self.config.model.dtype), mesh, self.config.mesh.exchange
         )
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """None: a single device."""
+        mesh = make_mesh(self.config.mesh)
+        return mesh if mesh.size > 1 else None
+
+    def spread(self, model: WanTransformer) -> WanTransformer:
+        """A model that this process samples from, on the mesh of a process that is alone."""
+        if not processes.several() and self.mesh is not None:
+            model.spread(self.mesh, self.config.mesh.exchange)
+        return model
 
     @functools.cached_property
     def teacher(self) -> WanTransformer:
         return self.pipeline.transformer
 
     def run_trace(self) -> None:
-        self.trace.run(lambda: trace(self.config, self.pipeline, self.trace.folder))
+        self.trace.run(lambda: trace(self.config, self.shared_pipeline(), self.trace.folder), spread=True)
 
     def distill_job(self, name: str) -> Stage:
         """The stage of an independent job of the distillation: its folder lies in that of the whole."""
-        return Stage(self.workdir, f"{self.distill.name}/{name}", self.config, DISTILLING, after=[self.trace])
+        return Stage(self.workdir, f"{self.distill.name}/{name}", self.config, self.distilling, after=[self.trace])
 
     def run_distill(self) -> None:
         """All blocks, or those of one job; where there are jobs, all blocks are theirs."""
@@ -165,6 +185,9 @@ class Run:
             processes.once(self.merge_jobs)
         if before is not None and not processes.once(before.done):
             raise InputError(f"{before.folder}: not there or not complete; run that stage first, or `jsurgery surgery`")
+        computing = {"trace": self.trace, "distill": self.job or self.distill, "finetune": self.finetune}
+        if name in computing and not processes.once(computing[name].done):
+            make_mesh(self.config.mesh)  # refuses one that these devices do not make up, before anything is written
         processes.once(lambda: self.write_config(self.job if name == "distill" else None))
         run()
 
@@ -218,9 +241,9 @@ class Run:
         teacher = self.teacher
         models = {
             "teacher": lambda: teacher,
-            "not_distilled": lambda: self.operated(False),
-            "distilled": lambda: self.operated(True),
-            "finetuned": lambda: load_transformer(self.workdir / "model", dtype),
+            "not_distilled": lambda: self.spread(self.operated(False)),
+            "distilled": lambda: self.spread(self.operated(True)),
+            "finetuned": lambda: self.spread(load_transformer(self.workdir / "model", dtype)),
         }
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
         self.pipeline.transformer = teacher

@@ -1,18 +1,20 @@
 """sample: prompts to video files with a model folder."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import load_config
+from jsurgery.config import check_text, load_config
 from jsurgery.errors import InputError
 from jsurgery.evaluate.video_file import SUFFIXES, check_suffix, read_settings, write_video
+from jsurgery.files import read_object
+from jsurgery.runtime.mesh import check_heads, make_mesh
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.runtime.stages import difference, file_identity
 from jsurgery.wan.pipeline import (
@@ -44,24 +46,11 @@ def scheduler_settings(folder: epath.Path) -> dict[str, str]:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.exists():
         return {}
-    try:
-        fields = json.loads(file.read_text())
-        solver, shift = SCHEDULERS.get(fields["_class_name"], (None, None))
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{file}: expected the config of a diffusers scheduler as JSON") from None
-    return {"sampler.solver": solver, "sampler.shift": str(fields.get(shift, 1.0))} if solver else {}
-
-
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file that are not blank."""
-    try:
-        lines = epath.Path(path).read_text().removeprefix("\ufeff").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--prompts_file={path}: expected a text file in UTF-8 ({error})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts_file={path}: expected one prompt a line, found none")
-    return prompts
+    fields = read_object(file, "the config of a diffusers scheduler as JSON")
+    solver, shift = SCHEDULERS.get(str(fields.get("_class_name")), (None, None))
+    if solver is None or shift is None:
+        return {}
+    return {"sampler.solver": solver, "sampler.shift": str(fields.get(shift, 1.0))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +72,8 @@ def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, singl
     """
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("--prompt: expected a text, found an empty one")
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     folder = pathlib.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
     jobs = [
@@ -102,6 +93,7 @@ def unfinished(config: ConfigDict, jobs: Sequence[Job], again: bool = False) -> 
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
+    check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
     if again:
         return list(jobs)
     identity = transformer_identity(config)
@@ -116,7 +108,8 @@ def make_videos(config: ConfigDict, jobs: Sequence[Job]) -> Iterator[pathlib.Pat
     if not jobs:
         return
     identity = transformer_identity(config)
-    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
     for job in jobs:
         progress = Progress(job.label, config.sampler.steps)
         latents = pipeline.sample_by_steps([job.prompt], config, seed=job.seed, first=job.number, on_step=progress.show)

@@ -11,6 +11,7 @@ from pallas_kernels.feature_map import (
     init_hedgehog_map,
     init_polynomial_map,
 )
+from pallas_kernels.query_blocks import QueryBlock, attention_by_query_blocks
 from pallas_kernels.reference import EPSILON, softmax_share
 from pallas_kernels.sharded import EXCHANGES, sharded_cross_attention, sharded_self_attention
 
@@ -22,7 +23,9 @@ __all__ = [
     "FeatureMap",
     "HedgehogMap",
     "PolynomialMap",
+    "QueryBlock",
     "attend_with_state",
+    "attention_by_query_blocks",
     "hybrid_attention",
     "init_elu_map",
     "init_hedgehog_map",

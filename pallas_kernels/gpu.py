@@ -135,12 +135,11 @@ def _attend_backward(options, residuals, dy):
     query_map, key_map = maps
     do = dy / saved["denominator"].swapaxes(1, 2)[..., None]  # the cotangent of both numerators
     dn = -_head_dot(do, y)
-    _, read_pullback = jax.vjp(xla.read_out, q.swapaxes(1, 2), query_map, *sums)
-    dq_BxHxNxD, d_query_map, *d_sums = read_pullback((do.swapaxes(1, 2), dn))
-    k_L, v_L, valid_L = _suffix(options, k, v, valid)
-    _, state_pullback = jax.vjp(lambda *args: xla.state_of_heads(*args, valid_L), k_L, v_L, key_map)
-    *d_suffix, d_key_map = state_pullback(tuple(d_sums))
-    dq_L, dk_L, dv_L = (x.swapaxes(1, 2) for x in (dq_BxHxNxD, *d_suffix))
+    _, read_pullback = jax.vjp(xla.read_out, q, query_map, *sums)
+    dq_L, d_query_map, *d_sums = read_pullback((do.swapaxes(1, 2), dn))
+    k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, num_softmax:], (k, v, valid))
+    _, state_pullback = jax.vjp(partial(xla.linear_state, key_valid=valid_L), k_L, v_L, key_map)
+    dk_L, dv_L, d_key_map = state_pullback(tuple(d_sums))
     if num_softmax == 0:
         return dq_L, dk_L, dv_L, (d_query_map, d_key_map), None
 
@@ -258,8 +257,8 @@ def _state(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[jax.A
     hidden = degree * sum(kernel[0].size for kernel in key_map.kernels[:-1])
     last = key_map.kernels[-1][0].size
     if (hidden + last) // degree * k.dtype.itemsize > STATE_WEIGHTS:
-        k_L, v_L, valid_L = _suffix(options, k, v, valid)
-        return xla.state_of_heads(k_L, v_L, key_map, valid_L)
+        k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, options.num_softmax :], (k, v, valid))
+        return xla.linear_state(k_L, v_L, key_map, key_valid=valid_L)
 
     chunks = pl.cdiv(length, STATE_CHUNK)
     parts = (
@@ -287,12 +286,6 @@ def _state(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[jax.A
     )
     state = state.reshape(batch, heads, chunks, features, width).sum(axis=2)
     return state, z.reshape(batch, heads, chunks, features).sum(axis=2)
-
-
-def _suffix(options: Options, k, v, valid):
-    """The linear keys, their values and their mask, all [B, H, L, ...]."""
-    k_L, v_L = (x[:, options.num_softmax :].swapaxes(1, 2) for x in (k, v))
-    return k_L, v_L, None if valid is None else jnp.broadcast_to(valid[:, None, options.num_softmax :], k_L.shape[:3])
 
 
 def _state_kernel(k_ref, v_ref, valid_ref, map_ref, state_ref, z_ref, *, options: Options):

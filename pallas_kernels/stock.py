@@ -47,10 +47,11 @@ def hybrid_attention(
     prefix = k[:, :num_softmax], v[:, :num_softmax]
     if num_softmax == k.shape[1]:
         return _softmax(q, *prefix, platform)
-    k_L, v_L = k[:, num_softmax:].swapaxes(1, 2), v[:, num_softmax:].swapaxes(1, 2)
     if num_softmax == 0:
         return xla.hybrid_attention(q, k, v, query_map, key_map, num_softmax=0, key_valid=key_valid)
-    o_BxHxNxD, n_BxHxN = xla.read_out(q.swapaxes(1, 2), query_map, *xla.state_of_heads(k_L, v_L, key_map, None))
+    assert query_map is not None and key_map is not None
+    state = xla.linear_state(k[:, num_softmax:], v[:, num_softmax:], key_map)
+    o_BxHxNxD, n_BxHxN = xla.read_out(q, query_map, *state)
     y_S_BxNxHxD = _softmax(q, *prefix, platform).astype(jnp.float32)
     y_BxNxHxD = (y_S_BxNxHxD + o_BxHxNxD.swapaxes(1, 2)) / (1 + n_BxHxN.swapaxes(1, 2)[..., None])
     return y_BxNxHxD.astype(v.dtype)

@@ -18,10 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.feature_map import PolynomialMap
 from pallas_kernels.tpu_forward import (
-    KERNEL_ACTIVATIONS,
     LANES,
     LOG2_E,
     MASKED,
+    SLOPES,
     Problem,
     columns,
     hidden_columns,
@@ -60,18 +60,18 @@ def _map_gradient(phi: PolynomialMap, sums: list[jax.Array]) -> tuple[tuple[jax.
     return kernels, tuple(bias.sum(axis=(0, 3)) for bias in sums[layers:])
 
 
-def _map_backward(problem: Problem, x_TxD, before, after, dphi_FxT, operands, sums) -> jax.Array:
-    """dx [D, T]; adds what tokens [T, D] give the weights to the references of `sums`, in `_map_results`' order."""
-    layers = len(before)
+def _map_backward(problem: Problem, x_TxD, after, dphi_FxT, operands, sums) -> jax.Array:
+    """dx [T, D]; adds what tokens [T, D] give the weights to the references of `sums`, in `_map_results`' order."""
+    layers = len(after)
     slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
     d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
     for layer in reversed(range(layers)):
-        _, pullback = jax.vjp(KERNEL_ACTIVATIONS[problem.activation], before[layer])
-        (d,) = pullback(d)
+        d *= SLOPES[problem.activation](after[layer].astype(jnp.float32))
         sums[layers + layer][...] += lane_sums(d)
+        d = d.astype(problem.dtype)
         sums[layer][...] += problem.dot(d, after[layer - 1], (1, 1)) if layer else problem.dot(d, x_TxD)
         d = problem.dot(operands[2 * layers + layer][...], d)
-    return d
+    return d.astype(problem.dtype).T
 
 
 def _zero_at(first, refs) -> None:
@@ -112,7 +112,7 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
             q_TxD, dy_TxD = jnp.where(inside, q_TxD, 0), jnp.where(inside, dy_TxD, 0)
             known = jnp.where(within(step * size, size, 0, problem.num_queries, 1), known, 0.0)
         base, shift, delta = known[0:1], known[1:2], known[2:3]
-        before, after = hidden_columns(problem, q_TxD, weights[: 2 * len(query_map.kernels)])
+        after = hidden_columns(problem, q_TxD, weights[: 2 * len(query_map.kernels)])
         phi_FxT = powers(after[-1], problem.degree, 0)
         over_n = jnp.exp2(base - shift)
         weighted_FxT = phi_FxT * over_n
@@ -120,8 +120,7 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
         dz_ref[...] -= lane_sums(weighted_FxT * delta)
         dphi_FxT = (problem.dot(state_ref[...], dy_TxD, (1, 1)) - z_ref[...] * delta) * over_n
         linear_ref[...] = -(phi_FxT * dphi_FxT).sum(axis=0, keepdims=True)
-        dq_DxT = _map_backward(problem, q_TxD, before, after, dphi_FxT, weights, sum_refs)
-        dq_ref[...] = dq_DxT.T.astype(dq_ref.dtype)
+        dq_ref[...] = _map_backward(problem, q_TxD, after, dphi_FxT, weights, sum_refs)
 
     tokens = problem.tokens(size, lambda step: step)
     f32 = lambda *shape: jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32)
@@ -179,7 +178,7 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         if problem.num_keys % size:
             inside = within(start, size, 0, problem.num_keys, 0)
             k_TxD, v_TxD = jnp.where(inside, k_TxD, 0), jnp.where(inside, v_TxD, 0)
-        before, after = hidden_columns(problem, k_TxD, weights[: 2 * len(key_map.kernels)])
+        after = hidden_columns(problem, k_TxD, weights[: 2 * len(key_map.kernels)])
         phi_FxT = powers(after[-1], problem.degree, 0)
         dphi_FxT = problem.dot(dstate_ref[...], v_TxD, (1, 1)) + dz_ref[...]
         if ragged:
@@ -188,9 +187,8 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         if problem.masked:
             inside = mask_refs[0][...] > 0
             phi_FxT, dphi_FxT = jnp.where(inside, phi_FxT, 0.0), jnp.where(inside, dphi_FxT, 0.0)
-        dv_ref[...] = problem.dot(turned_ref[...], phi_FxT).T.astype(dv_ref.dtype)
-        dk_DxT = _map_backward(problem, k_TxD, before, after, dphi_FxT, weights, sum_refs)
-        dk_ref[...] = dk_DxT.T.astype(dk_ref.dtype)
+        dv_ref[...] = problem.dot(turned_ref[...], phi_FxT).astype(dv_ref.dtype).T
+        dk_ref[...] = _map_backward(problem, k_TxD, after, dphi_FxT, weights, sum_refs)
 
     block = lambda step: first + step
     tokens = problem.tokens(size, block)

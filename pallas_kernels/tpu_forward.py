@@ -7,7 +7,7 @@ branches never meet in memory. Row maxima and sums stay replicated over lanes, w
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,14 @@ LOG2_E = 1.4426950408889634
 VMEM_LIMIT = 60 * 2**20
 # Mosaic has no expm1, of which jax.nn.elu is made.
 KERNEL_ACTIVATIONS = ACTIVATIONS | {"elu1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))}
+# Slopes of the activations as functions of what comes out, so that what went in need not be kept.
+SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": lambda y: jnp.where(y > 0, 1.0, 0.0),
+    "softplus": lambda y: 1.0 - jnp.exp(-y),
+    "exp": lambda y: y,
+    "sigmoid": lambda y: y * (1.0 - y),
+    "elu1": lambda y: jnp.minimum(y, 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +58,7 @@ class BlockSizes:
     backward_query: int = 1024
     backward_key: int = 2048
     backward_chunk: int = 512
-    backward_state: int = 1024
+    backward_state: int = 2048
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -205,15 +213,16 @@ def powers(psi: jax.Array, degree: int, axis: int) -> jax.Array:
     return jnp.concatenate([lax.integer_pow(x, p) for p, x in enumerate(slices, start=1)], axis)
 
 
-def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Pre-activations and activations [d_out, T] of phi's layers on tokens [T, D]."""
+def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> list[jax.Array]:
+    """Activations [d_out, T] of phi's layers on tokens [T, D]: float32 the last, as the next product takes them the
+    others, which halves what has to stay in VMEM."""
     layers = len(weights) // 2
-    before, after = [], []
+    after = []
     for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
         h = problem.dot(kernel[...], after[-1]) if layer else problem.dot(kernel[...], x_TxD, (1, 1))
-        before.append(h + bias[...])
-        after.append(KERNEL_ACTIVATIONS[problem.activation](before[-1]))
-    return before, after
+        h = KERNEL_ACTIVATIONS[problem.activation](h + bias[...])
+        after.append(h if layer == layers - 1 else h.astype(problem.dtype))
+    return after
 
 
 def features_rows(problem: Problem, x_TxD: jax.Array, weights) -> jax.Array:
@@ -254,8 +263,8 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
             state_ref[...] = jnp.zeros_like(state_ref)
             z_ref[...] = jnp.zeros_like(z_ref)
 
-        psi = hidden_columns(problem, k_ref[...], inputs[: len(weights)])[1]
-        phi_FxT = powers(psi[-1], problem.degree, 0)
+        psi_FxT = hidden_columns(problem, k_ref[...], inputs[: len(weights)])[-1]
+        phi_FxT = powers(psi_FxT, problem.degree, 0)
         v_TxD = v_ref[...]
         if ragged:
             start = (first + step) * size

@@ -29,15 +29,18 @@ def current_chip() -> str:
 
 
 def load(chip: str, path: pathlib.Path = PATH) -> list[dict]:
-    """A chip's entries: {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}}; none for an unknown chip."""
+    """A chip's entries: {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}, "source": "measured" or "static
+    estimate"}; none for an unknown chip."""
     return json.loads(path.read_text()).get(chip, [])
 
 
-def save(chip: str, num_keys: int, num_softmax: int, blocks: Mapping[str, int], path: pathlib.Path = PATH) -> None:
+def save(
+    chip: str, num_keys: int, num_softmax: int, blocks: Mapping[str, int], source: str, path: pathlib.Path = PATH
+) -> None:
     """Adds an entry, in place of the chip's earlier one for the same number of keys and of softmax keys."""
     chips = json.loads(path.read_text()) if path.exists() else {}
     entries = [e for e in chips.get(chip, []) if (e["num_keys"], e["num_softmax"]) != (num_keys, num_softmax)]
-    entries.append({"num_keys": num_keys, "num_softmax": num_softmax, "blocks": dict(blocks)})
+    entries.append({"num_keys": num_keys, "num_softmax": num_softmax, "blocks": dict(blocks), "source": source})
     chips[chip] = sorted(entries, key=lambda e: (e["num_keys"], e["num_softmax"]))
     path.write_text(json.dumps(dict(sorted(chips.items())), indent=1) + "\n")
 

@@ -1,10 +1,12 @@
 """Hybrid attention in chunks of tokens, for any backend: differentiable, never N x N, nor all features, in memory.
 
 Each branch has a backward of its own, which recomputes all but its inputs, outputs and log-sum-exps. On CPU both loop
-over heads: a tile of scores that fits the cache is several times faster there than one batched product.
+over heads, each cut out of the tokens as its turn comes: a tile of scores that fits the cache is several times faster
+there than one batched product.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -31,68 +33,78 @@ def hybrid_attention(
     stabilizer: str = "max",
 ) -> jax.Array:
     """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`."""
-    q_BxHxNxD, *arrays = _heads_second(q, k, v, key_valid)
-    k_S, v_S, valid_S = jax.tree.map(lambda x: x[:, :, :num_softmax], arrays)
-    k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, :, num_softmax:], arrays)
-    state = None if num_softmax == k.shape[1] else state_of_heads(k_L, v_L, key_map, valid_L)
-    return _attend(q_BxHxNxD, k_S, v_S, valid_S, query_map, state, stabilizer).swapaxes(1, 2).astype(v.dtype)
+    k_S, v_S, valid_S = jax.tree.map(lambda x: x[:, :num_softmax], (k, v, key_valid))
+    k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, num_softmax:], (k, v, key_valid))
+    state = None
+    if num_softmax < k.shape[1]:
+        assert key_map is not None
+        state = linear_state(k_L, v_L, key_map, key_valid=valid_L)
+    return attend_with_state(q, k_S, v_S, query_map, state, key_valid=valid_S, stabilizer=stabilizer)
 
 
 def linear_state(
     k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The linear branch's S [B, H, F, D] and z [B, H, F] of keys and values [B, L, H, D]."""
-    _, k_BxHxLxD, v_BxHxLxD, valid_BxHxL = _heads_second(k, k, v, key_valid)
-    return state_of_heads(k_BxHxLxD, v_BxHxLxD, key_map, valid_BxHxL)
+    """The linear branch's S [B, H, F, D] and z [B, H, F] in float32, of keys and values [B, L, H, D]."""
+    return _state(k, v, key_map, jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid)
 
 
 def attend_with_state(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    query_map: FeatureMap,
-    state: tuple[jax.Array, jax.Array],
+    query_map: FeatureMap | None,
+    state: tuple[jax.Array, jax.Array] | None,
     *,
     key_valid: jax.Array | None = None,
     stabilizer: str = "max",
 ) -> jax.Array:
-    """Eq. 5 of softmax keys and values [B, S, H, D] and of the state of all linear ones."""
-    arrays = _heads_second(q, k, v, key_valid)
-    return _attend(*arrays, query_map, state, stabilizer).swapaxes(1, 2).astype(v.dtype)
-
-
-def _heads_second(q, k, v, key_valid):
-    q_BxHxNxD, k_BxHxMxD, v_BxHxMxD = (x.swapaxes(1, 2) for x in (q, k, v))
-    valid_BxHxM = None if key_valid is None else jnp.broadcast_to(key_valid[:, None], k_BxHxMxD.shape[:3])
-    return q_BxHxNxD, k_BxHxMxD, v_BxHxMxD, valid_BxHxM
-
-
-def _attend(q_BxHxNxD, k_S, v_S, valid_S, query_map, state, stabilizer):
+    """Eq. 5 of softmax keys and values [B, S, H, D] and of the state of all linear ones; None where there are none."""
     if state is None:
-        return _softmax(q_BxHxNxD, k_S, v_S, valid_S, False)[0]
-    o_L_BxHxNxD, n_L_BxHxN = read_out(q_BxHxNxD, query_map, *state)
-    if k_S.shape[2] == 0:
-        return o_L_BxHxNxD / (n_L_BxHxN + EPSILON)[..., None]
-    y_S_BxHxNxD, n_S_BxHxN = _softmax(q_BxHxNxD, k_S, v_S, valid_S, stabilizer == "max")
-    return (n_S_BxHxN[..., None] * y_S_BxHxNxD + o_L_BxHxNxD) / (n_S_BxHxN + n_L_BxHxN)[..., None]
+        y_BxHxNxD = _softmax(q, k, v, key_valid, False)[0]
+    else:
+        assert query_map is not None
+        o_L_BxHxNxD, n_L_BxHxN = read_out(q, query_map, *state)
+        if k.shape[1] == 0:
+            y_BxHxNxD = o_L_BxHxNxD / (n_L_BxHxN + EPSILON)[..., None]
+        else:
+            y_S_BxHxNxD, n_S_BxHxN = _softmax(q, k, v, key_valid, stabilizer == "max")
+            numerator_BxHxNxD = n_S_BxHxN[..., None] * y_S_BxHxNxD + o_L_BxHxNxD
+            y_BxHxNxD = numerator_BxHxNxD / (n_S_BxHxN + n_L_BxHxN)[..., None]
+    return y_BxHxNxD.swapaxes(1, 2).astype(v.dtype)
 
 
-def _over(axes: int, function: Callable, *inputs):
-    """`function` over the first `axes` axes of the inputs' leaves: a loop in float32 on CPU, batched elsewhere."""
-    batched = function
-    for _ in range(axes):
-        batched = jax.vmap(batched)
+# Where inputs have the axes that `_over` takes from them: batch and head, or the head alone.
+TOKENS, MASK, ROWS = (0, 2), (0, None), (0, 1)  # [B, N, H, ...], [B, N], [B, H, ...]
+HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_MAP = (2,), (None,), (1,), (0,)
+
+
+def _over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs):
+    """`function` over `axes` of each input's leaves, in the order of its results' first: a loop in float32 on CPU,
+    batched elsewhere."""
+    batched, depth = function, len(axes[0])
+    for level in reversed(range(depth)):
+        # The axes outside are gone by then, all of them before this one.
+        left = tuple(None if (axis := each[level]) is None else axis - level for each in axes)
+        batched = jax.vmap(batched, in_axes=left)
     expected = jax.eval_shape(batched, *inputs)
+    lead = jax.tree.leaves(expected)[0].shape[:depth]
 
     def looped(*inputs):
-        lead = jax.tree.leaves(inputs)[0].shape[:axes]
+        def one(number):
+            index = jnp.unravel_index(number, lead)
 
-        def flatten(x):
-            x = x.reshape(-1, *x.shape[axes:])
-            return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            def cut(x, axes):
+                chosen = {axis: i for axis, i in zip(axes, index, strict=True) if axis is not None}
+                starts = [chosen.get(axis, 0) for axis in range(x.ndim)]
+                sizes = [1 if axis in chosen else size for axis, size in enumerate(x.shape)]
+                x = lax.dynamic_slice(x, starts, sizes).squeeze(tuple(chosen))
+                return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        outs = lax.map(lambda x: function(*x), jax.tree.map(flatten, inputs))
-        return jax.tree.map(lambda x, e: x.reshape(*lead, *x.shape[1:]).astype(e.dtype), outs, expected)
+            return function(*(jax.tree.map(partial(cut, axes=a), x) for x, a in zip(inputs, axes, strict=True)))
+
+        outs = lax.map(one, jnp.arange(math.prod(lead)))
+        return jax.tree.map(lambda x, e: x.reshape(e.shape).astype(e.dtype), outs, expected)
 
     return lax.platform_dependent(*inputs, cpu=looped, default=batched)
 
@@ -100,12 +112,16 @@ def _over(axes: int, function: Callable, *inputs):
 def _softmax_primal(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, row_max: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention [B, H, N, D] and its mass n_S [B, H, N]: sum exp(s - max s) with row_max, else 1; float32."""
+    """Softmax attention [B, H, N, D] and its mass n_S [B, H, N]: sum exp(s - max s) with row_max, else 1; float32.
+
+    q [B, N, H, D], k and v [B, S, H, D], valid [B, S].
+    """
     return _softmax_forward(q, k, v, valid, row_max)[0]
 
 
 def _softmax_forward(q, k, v, valid, row_max):
-    y, lse, n_S = _over(2, partial(_softmax_head, row_max=row_max), q, k, v, valid)
+    head = partial(_softmax_head, row_max=row_max)
+    y, lse, n_S = _over(head, (TOKENS, TOKENS, TOKENS, MASK), q, k, v, valid)
     return (y, n_S), (q, k, v, valid, y, lse, n_S)
 
 
@@ -114,8 +130,9 @@ def _softmax_backward(row_max, residuals, cotangents):
     dy, dn_S = cotangents
     delta_BxHxN = (dy * y).sum(axis=-1)
     head = partial(_softmax_head_backward, row_max=row_max)
-    dq, dk, dv = _over(2, head, q, k, v, valid, dy.astype(v.dtype), lse, delta_BxHxN, dn_S * n_S)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    rows = (dy.astype(v.dtype), lse, delta_BxHxN, dn_S * n_S)
+    gradients = _over(head, (TOKENS, TOKENS, TOKENS, MASK, ROWS), q, k, v, valid, rows)
+    return *(d.swapaxes(1, 2).astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None
 
 
 _softmax = jax.custom_vjp(_softmax_primal, nondiff_argnums=(4,))
@@ -142,8 +159,8 @@ def _softmax_head(q_NxD, k_SxD, v_SxD, valid_S, *, row_max):
     return _over_chunks(chunk, None, (q_NxD,), k_SxD.shape[0])[1]
 
 
-def _softmax_head_backward(q_NxD, k_SxD, v_SxD, valid_S, dy_NxD, lse_N, delta_N, dlog_N, *, row_max):
-    """(dq, dk, dv) of one head; delta = dy . y, and dlog is the cotangent of log n_S = lse - max s."""
+def _softmax_head_backward(q_NxD, k_SxD, v_SxD, valid_S, rows, *, row_max):
+    """(dq, dk, dv) of one head; rows: dy, lse, delta = dy . y, and the cotangent of log n_S = lse - max s."""
     scale = q_NxD.shape[-1] ** -0.5
 
     def chunk(sums, rows):
@@ -163,8 +180,7 @@ def _softmax_head_backward(q_NxD, k_SxD, v_SxD, valid_S, dy_NxD, lse_N, delta_N,
         return (dk_SxD, dv_SxD), _dot(ds_CxS, k_SxD) * scale
 
     zeros_SxD = jnp.zeros(k_SxD.shape, jnp.float32)
-    rows = (q_NxD, dy_NxD, lse_N, delta_N, dlog_N)
-    (dk_SxD, dv_SxD), dq_NxD = _over_chunks(chunk, (zeros_SxD, zeros_SxD), rows, k_SxD.shape[0])
+    (dk_SxD, dv_SxD), dq_NxD = _over_chunks(chunk, (zeros_SxD, zeros_SxD), (q_NxD, *rows), k_SxD.shape[0])
     return dq_NxD, dk_SxD, dv_SxD
 
 
@@ -185,28 +201,26 @@ def _over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_pe
 
 
 @jax.custom_vjp
-def state_of_heads(
-    k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F] in float32; k, v [B, H, L, D], valid [B, H, L]."""
-    if valid is None:
-        valid = jnp.ones(k.shape[:3], bool)
-    return _swap(_over(1, _state_head, *_tokens_first((k, v, valid)), key_map))
+def _state(k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F] in float32; k, v [B, L, H, D], valid [B, L]."""
+    return _swap(_over(_state_head, STATE_AXES, k, v, valid, key_map))
+
+
+STATE_AXES = (HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_MAP)
 
 
 def _state_forward(k, v, key_map, valid):
-    return state_of_heads(k, v, key_map, valid), (k, v, key_map, valid)
+    return _state(k, v, key_map, valid), (k, v, key_map, valid)
 
 
 def _state_backward(residuals, cotangents):
     k, v, key_map, valid = residuals
-    tokens = _tokens_first((k, v, jnp.ones(k.shape[:3], bool) if valid is None else valid))
-    dk_HxLxBxD, dv_HxLxBxD, d_map = _over(1, _state_head_backward, *tokens, key_map, *_swap(cotangents))
-    dk, dv = _tokens_third((dk_HxLxBxD, dv_HxLxBxD))
-    return dk, dv, d_map, None
+    axes = (*STATE_AXES, HEAD_OF_ROWS)
+    dk_HxLxBxD, dv_HxLxBxD, d_map = _over(_state_head_backward, axes, k, v, valid, key_map, cotangents)
+    return _tokens(dk_HxLxBxD), _tokens(dv_HxLxBxD), d_map, None
 
 
-state_of_heads.defvjp(_state_forward, _state_backward)
+_state.defvjp(_state_forward, _state_backward)
 
 
 def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
@@ -215,34 +229,37 @@ def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
     return state_BxFxD, phi_CxBxF.sum(axis=0, dtype=jnp.float32)
 
 
-def _state_head(k_LxBxD, v_LxBxD, valid_LxB, key_map):
+def _state_head(k_BxLxD, v_BxLxD, valid_BxL, key_map):
     def chunk(sums, rows):
         k, v, valid = rows
         return jax.tree.map(jnp.add, sums, _state_chunk(k, v, key_map, valid)), None
 
-    features = _num_features(key_map, k_LxBxD)
-    batch, width = k_LxBxD.shape[1:]
+    batch, _, width = k_BxLxD.shape
+    features = _num_features(key_map, k_BxLxD)
     zeros = jnp.zeros((batch, features, width), jnp.float32), jnp.zeros((batch, features), jnp.float32)
-    return _over_chunks(chunk, zeros, (k_LxBxD, v_LxBxD, valid_LxB), features)[0]
+    return _over_chunks(chunk, zeros, _swap((k_BxLxD, v_BxLxD, valid_BxL)), features)[0]
 
 
-def _state_head_backward(k_LxBxD, v_LxBxD, valid_LxB, key_map, d_state_BxFxD, d_z_BxF):
+def _state_head_backward(k_BxLxD, v_BxLxD, valid_BxL, key_map, d_state_and_z):
     def chunk(d_map, rows):
         k, v, valid = rows
         _, pullback = jax.vjp(partial(_state_chunk, valid_CxB=valid), k, v, key_map)
-        dk, dv, more = pullback((d_state_BxFxD, d_z_BxF))
+        dk, dv, more = pullback(d_state_and_z)
         return jax.tree.map(jnp.add, d_map, more), (dk, dv)
 
-    rows = (k_LxBxD, v_LxBxD, valid_LxB)
-    d_map, (dk, dv) = _over_chunks(chunk, jax.tree.map(jnp.zeros_like, key_map), rows, d_z_BxF.shape[1])
+    rows = _swap((k_BxLxD, v_BxLxD, valid_BxL))
+    d_map, (dk, dv) = _over_chunks(chunk, jax.tree.map(jnp.zeros_like, key_map), rows, d_state_and_z[1].shape[1])
     return dk, dv, d_map
 
 
 @jax.custom_vjp
 def read_out(q: jax.Array, query_map: FeatureMap, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """phi_q S [B, H, N, D] and phi_q z [B, H, N] in float32, of q [B, H, N, D] and `state_of_heads`'s S and z."""
-    o_HxNxBxD, n_HxNxB = _over(1, _read_head, _tokens_first(q), query_map, *_swap((state, z)))
-    return _tokens_third((o_HxNxBxD, n_HxNxB))
+    """phi_q S [B, H, N, D] and phi_q z [B, H, N] in float32, of q [B, N, H, D] and `linear_state`'s S and z."""
+    o_HxNxBxD, n_HxNxB = _over(_read_head, READ_AXES, q, query_map, (state, z))
+    return jnp.moveaxis(o_HxNxBxD, 2, 0), jnp.moveaxis(n_HxNxB, 2, 0)
+
+
+READ_AXES = (HEAD_OF_TOKENS, HEAD_OF_MAP, HEAD_OF_ROWS)
 
 
 def _read_forward(q, query_map, state, z):
@@ -251,9 +268,9 @@ def _read_forward(q, query_map, state, z):
 
 def _read_backward(residuals, cotangents):
     q, query_map, state, z = residuals
-    rows = _tokens_first((q, *cotangents))
-    dq_HxNxBxD, d_map, d_state, d_z = _over(1, _read_head_backward, rows, query_map, *_swap((state, z)))
-    return _tokens_third(dq_HxNxBxD), d_map, *_swap((d_state, d_z))
+    axes = (*READ_AXES, HEAD_OF_ROWS)
+    dq_HxNxBxD, d_map, d_state_and_z = _over(_read_head_backward, axes, q, query_map, (state, z), cotangents)
+    return _tokens(dq_HxNxBxD), d_map, *_swap(d_state_and_z)
 
 
 read_out.defvjp(_read_forward, _read_backward)
@@ -265,24 +282,25 @@ def _read_chunk(q_CxBxD, query_map, state_BxFxD, z_BxF):
     return einsum("cbf,bfd->cbd", phi_CxBxF, state_BxFxD), einsum("cbf,bf->cb", phi_CxBxF, z_BxF)
 
 
-def _read_head(q_NxBxD, query_map, state_BxFxD, z_BxF):
+def _read_head(q_BxNxD, query_map, state_and_z):
     def chunk(_, rows):
         (q_CxBxD,) = rows
-        return None, _read_chunk(q_CxBxD, query_map, state_BxFxD, z_BxF)
+        return None, _read_chunk(q_CxBxD, query_map, *state_and_z)
 
-    return _over_chunks(chunk, None, (q_NxBxD,), z_BxF.shape[1])[1]
+    return _over_chunks(chunk, None, (q_BxNxD.swapaxes(0, 1),), state_and_z[1].shape[1])[1]
 
 
-def _read_head_backward(rows_NxBx, query_map, state_BxFxD, z_BxF):
+def _read_head_backward(q_BxNxD, query_map, state_and_z, cotangents):
     def chunk(sums, rows):
         q, do, dn = rows
-        _, pullback = jax.vjp(_read_chunk, q, query_map, state_BxFxD, z_BxF)
-        dq, *more = pullback((do, dn))
-        return jax.tree.map(jnp.add, sums, tuple(more)), dq
+        _, pullback = jax.vjp(_read_chunk, q, query_map, *state_and_z)
+        dq, d_map, *d_state_and_z = pullback((do, dn))
+        return jax.tree.map(jnp.add, sums, (d_map, tuple(d_state_and_z))), dq
 
-    zeros = jax.tree.map(jnp.zeros_like, (query_map, state_BxFxD, z_BxF))
-    sums, dq = _over_chunks(chunk, zeros, rows_NxBx, z_BxF.shape[1])
-    return dq, *sums
+    zeros = jax.tree.map(jnp.zeros_like, (query_map, state_and_z))
+    rows = _swap((q_BxNxD, *cotangents))
+    (d_map, d_state_and_z), dq = _over_chunks(chunk, zeros, rows, state_and_z[1].shape[1])
+    return dq, d_map, d_state_and_z
 
 
 def _features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
@@ -296,15 +314,10 @@ def _num_features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> int:
 
 
 def _swap(tree):
-    """Batch and head axes exchanged."""
+    """The first two axes exchanged."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
 
 
-def _tokens_first(tree):
-    """[B, H, N, ...] to [H, N, B, ...], which chunks of tokens take."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), tree)
-
-
-def _tokens_third(tree):
-    """[H, N, B, ...] to [B, H, N, ...]."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), tree)
+def _tokens(x_HxNxBxD: jax.Array) -> jax.Array:
+    """[B, N, H, D]."""
+    return x_HxNxBxD.transpose(2, 1, 0, 3)

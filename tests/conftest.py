@@ -55,7 +55,11 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     Shared by the whole session: copy it to change it. `--config.video.frames=5 --config.video.height=64
     --config.video.width=48` gives 2 x 4 x 3 tokens.
     """
-    folder = tmp_path_factory.mktemp("tiny_pipeline")
+    return build_tiny_pipeline(tmp_path_factory.mktemp("tiny_pipeline"))
+
+
+def build_tiny_pipeline(folder: pathlib.Path) -> pathlib.Path:
+    """That of `tiny_pipeline`, for what is no test."""
     tokenizer = train_tokenizer(sprites.all_captions(), folder / "tokenizer", vocab_size=TINY_TEXT_ENCODER.vocab_size)
     assert tokenizer.vocab_size <= TINY_TEXT_ENCODER.vocab_size
     rng = np.random.default_rng(0)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from jsurgery import bench_attention
+from jsurgery.bench import SIZES
 from jsurgery.bench_attention import Size, gradients, search, step, whole_layer
 from jsurgery.cli import main
-from pallas_kernels import hybrid_attention
+from pallas_kernels import hybrid_attention, tuning
+from pallas_kernels.tpu_forward import BlockSizes
 
 SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
 
@@ -90,6 +92,29 @@ def test_search_goes_downhill_and_times_the_backward_for_its_own_sizes():
     assert set(asked) == {"forward", "forward + backward"}
 
 
+def test_blocks_tuned_by_estimates_say_so(monkeypatch):
+    kept = []
+    monkeypatch.setattr(tuning, "save", lambda *entry: kept.append(entry))
+    monkeypatch.setattr(bench_attention, "check_estimates", lambda chip: None)
+    cycles = lambda chip, size, rate, function, blocks: 1 + abs(np.log2(blocks["key"] / 1024))
+    monkeypatch.setattr(bench_attention, "estimated", cycles)
+    assert main(["bench", "attention", "--tune", "--estimate=v6e", "--rates=8", "--tokens=4096"]) == 0
+    ((chip, num_keys, num_softmax, blocks, source),) = kept
+    assert (chip, num_keys, num_softmax, source) == ("v6e", 4096, 512, "static estimate")
+    assert blocks == vars(BlockSizes()) | {"key": 1024}
+
+
+def test_whole_forwards():
+    """The same weights at every plan, whose FLOPs bound the speed-up."""
+    contenders = bench_attention.forwards(("1R2", "2R8"), SIZES["tiny"], (5, 64, 64), "float32", "lse")
+    outputs = [contender["run"]() for contender in contenders]
+    assert all(y.shape == (1, 2, 8, 8, 4) and np.isfinite(y).all() for y in outputs)
+    rows = bench_attention.measured(contenders, runs=1)
+    assert [row["name"] for row in rows] == ["softmax", "1R2", "2R8"]
+    assert rows[0]["bound"] == rows[0]["speedup"] == 1
+    assert all(row["tflops_per_s"] == pytest.approx(row["flops"] / row["median_s"] / 1e12) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -100,7 +125,8 @@ def test_search_goes_downhill_and_times_the_backward_for_its_own_sizes():
         (["--implementation=cuda"], ["--implementation", "'cuda'"]),
         (["--estimate=v9"], ["--estimate", "v6e", "'v9'"]),
         (["--tune"], ["--tune", "TPU or GPU", "cpu"]),
-        (["--tune", "--estimate=v6e"], ["not allowed with"]),
+        (["--tune", "--estimate=v9"], ["--estimate", "v6e", "'v9'"]),
+        (["--plans=15R2,31R8"], ["--plans", "at most 30 blocks", "'31R8'"]),
         (["--json=/no/such/folder/x.json"], ["/no/such/folder"]),
     ],
 )

@@ -1,16 +1,23 @@
 """What a compiled program moves between devices, counted; and stages compiled for TPUs that are not there."""
 
 import importlib.util
+import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.cli import main
 from jsurgery.compile import describe, lowered
-from jsurgery.config import load_config
-from jsurgery.hlo import collectives
+from jsurgery.config import base, load_config
+from jsurgery.hlo import collectives, largest_buffers
 from jsurgery.runtime.mesh import make_mesh
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.runtime.training import adamw, initial_state
+from jsurgery.surgery.finetune import make_update
+from jsurgery.wan.transformer import WanConfig, WanTransformer
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the `test` extra")
 
@@ -47,11 +54,22 @@ for rate in (1, 2, 8):
         attend = partial(sharded_self_attention, sharding=tokens.sharding, num_softmax=64 // rate, exchange=exchange)
         moved = collectives(jax.jit(attend).lower(tokens, tokens, tokens, *phi).compile().as_text())
         print(json.dumps({kind: one["bytes"] for kind, one in moved.items()}))
+
+def loss(q, k, v, query_map, key_map, rate):
+    attend = partial(sharded_self_attention, sharding=tokens.sharding, num_softmax=64 // rate)
+    return jnp.sum(attend(q, k, v, query_map, key_map) ** 2)
+
+for rate in (1, 2, 8):
+    phi = (None, None) if rate == 1 else (maps, maps)
+    step = jax.jit(jax.value_and_grad(partial(loss, rate=rate), argnums=(0, 1, 2, 3, 4) if rate > 1 else (0, 1, 2)))
+    moved = collectives(step.lower(tokens, tokens, tokens, *phi).compile().as_text())
+    print(json.dumps({kind: one["bytes"] for kind, one in moved.items()}))
 """
 
 
 def test_what_devices_exchange(on_fake_devices):
     counted, *attention = on_fake_devices(COUNT)
+    attention, steps = attention[:6], attention[6:]
     assert counted["all-reduce"] == {"count": 5, "bytes": 5 * 16 * 4}
     assert counted["all-gather"] == {"count": 6, "bytes": 5 * 8 * 16 * 4 + 8 * 2 * 4}
     whole = 2 * 8 * 64 * 8 * 12 * 4  # keys and values
@@ -60,6 +78,14 @@ def test_what_devices_exchange(on_fake_devices):
     assert gathered == [{"all-gather": whole}] + [{"all-gather": whole / r, "all-reduce": state} for r in (2, 8)]
     # q, k, v and y, a device's own of each, whatever the rate.
     assert traded == [{"all-to-all": 2 * whole / 8}] * 3
+    # Backward, the gradients of the softmax keys and values go the same way back; beside these there are the state, its
+    # gradient, the maps' gradients and the loss, which do not depend on the tokens.
+    of_tokens = [sum(one.get(kind, 0) for kind in ("all-gather", "reduce-scatter")) for one in steps]
+    weights = 2 * 4 * sum(leaf for leaf in (8 * 12 * 24, 8 * 24 * 24, 2 * 8 * 24, 8))
+    assert of_tokens[0] >= 2 * whole
+    for rate, moved, one in zip((2, 8), of_tokens[1:], steps[1:], strict=True):
+        assert moved <= 1.1 / rate * of_tokens[0]
+        assert one["all-reduce"] <= 3 * state + weights + 64
 
 
 def test_loops_and_collectives_as_tpus_write_them():
@@ -105,6 +131,48 @@ ENTRY %main (p: f32[64]) -> f32[8] {
     }
 
 
+def test_the_largest_buffers_of_a_report():
+    """As libtpu writes it: memory spaces, in each the values that share a buffer; only the first is HBM."""
+    rows = """
+    3.38GiB( 22%);    3.38GiB;            0;                5; f32[15000,4,15000], 2×bf16[1,15000,60000]
+    3.38GiB( 45%);  512.00MiB;   3624960000;                6; f32[60000,15000]
+    3.38GiB(100%);       512B;  10851942400;                1; (bf16[1,15000,60000], u32[])
+"""
+    header = "  cumulative_size;       size;       offset; used_by_n_values; shapes_list\n  ---"
+    report = f"Memory Space: default (color=0)\nTotal bytes: 9 (1GiB)\n{header}{rows}\n{header}\n"
+    report += "    3.35GiB(100%);    3.35GiB;            0;                1; f32[15000,60000]\n"
+    other = f"Memory Space: vmem (color=1)\n{header}\n   9.00GiB(100%);    9.00GiB;    0;    1; f32[9]\n"
+    assert largest_buffers(report + other, 3) == [
+        (int(3.38 * 2**30), "f32[15000,4,15000], 2×bf16[1,15000,60000]"),
+        (int(3.35 * 2**30), "f32[15000,60000]"),
+        (2**29, "f32[60000,15000]"),
+    ]
+    assert largest_buffers("", 3) == []
+
+
+def program(blocks, rates=(1, 8, 2, 4, "linear")):
+    """Lines of a fine-tuning step whose blocks have these rates in turn."""
+    hybrid = HybridConfig(rates=tuple(itertools.islice(itertools.cycle(rates), blocks)))
+    network = WanConfig(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=blocks, hybrid=hybrid,
+    )  # fmt: skip
+    graph, params = nnx.split(nnx.eval_shape(lambda: WanTransformer(network, remat="blocks", rngs=nnx.Rngs(0))))
+    config, of = base(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    optimizer = adamw(config.finetune)
+    state = jax.eval_shape(lambda params: initial_state(params, optimizer, 0.0), params)
+    batch = {"latents": of(1, 3, 10, 6, 4), "text": of(1, 7, 16)}
+    step = make_update(config, optimizer, graph, graph)
+    return len(step.lower(state, params, batch, jax.eval_shape(lambda: jax.random.key(0))).as_text().splitlines())
+
+
+def test_a_program_does_not_grow_with_its_blocks():
+    """Nor does its compile time: thirty blocks of alternating rates are one scan over few branches."""
+    eight, thirty = program(8), program(30)
+    assert thirty == pytest.approx(eight, rel=0.02)
+    assert program(30, rates=(1, 8)) < 0.8 * thirty, "every rate is there once"
+
+
 def run(*arguments):
     return main(["compile", "--config=tiny", *arguments])
 
@@ -118,6 +186,11 @@ def run(*arguments):
         (["--stage=sample", "--topology=v5e:2x2"], 3, ["= 1 devices, v5e:2x2 has 4"]),
         (["--stage=distill", "--topology=v5e:2x2", "--config.mesh.data=4"], 3, ["data 4 x fsdp 1 divides, found 1"]),
         (
+            ["--stage=sample", "--topology=v5p:4x4x4", "--config.mesh.data=8", "--config.mesh.context=8"],
+            3,
+            ["data 8 x fsdp 1 x context 8 x tensor 1: expected axes that are whole sides"],
+        ),
+        (
             ["--stage=sample", "--topology=v5e:2x2", "--config.mesh.data=4", "--config.evaluate.batch=40000"],
             3,
             ["sample on v5e:2x2", "exceeds available HBM (15.75G)"],
@@ -127,8 +200,20 @@ def run(*arguments):
 )
 def test_refusals(capsys, arguments, code, parts):
     assert run(*arguments) == code
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    output = capsys.readouterr()
+    error = output.err.strip().splitlines()[-1]
     assert all(part in error for part in parts), error
+    if "exceeds available HBM" in error:
+        title, *buffers = output.out.splitlines()
+        assert "largest buffers" in title and 1 <= len(buffers) <= 8 and "GiB" in buffers[0] and "f32[" in output.out
+
+
+@needs_libtpu
+def test_training_a_teacher(capsys):
+    small = {"layers": 2, "heads": 2, "head_dim": 128, "ffn_dim": 128, "batch": 4, "optimizer": "adamw"}
+    fields = [f"--config.train.{name}={value}" for name, value in small.items()]
+    assert run("--stage=train", "--topology=v5e:2x2", "--config.mesh.data=4", *fields) == 0
+    assert "train on v5e:2x2" in capsys.readouterr().out
 
 
 @needs_libtpu

@@ -13,10 +13,10 @@ import huggingface_hub
 import pytest
 import yaml
 
-from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
 from jsurgery.cli import main
 from jsurgery.export.torch_model import HybridWanTransformer3DModel
-from jsurgery.push import check_folder, model_card, spans
+from jsurgery.push import check_folder, feature_maps, model_card, spans
 from jsurgery.surgery.operate import save_model
 from jsurgery.wan.pipeline import model_path
 from jsurgery.wan.transformer import read_config
@@ -109,7 +109,7 @@ def test_a_model_reaches_the_hub_in_one_commit(workdir, asked, tmp_path, capsys)
     output = capsys.readouterr()
     assert output.out.strip().endswith("/org/name/tree/trial") and TOKEN not in output.out + output.err
     files = committed(asked)
-    assert files.keys() == {"README.md", "config.json", "hybrid_wan.safetensors"}
+    assert files.keys() == {"README.md", "config.json", "hashes.json", "hybrid_wan.safetensors"}
     assert all(files[name] == (model / name).read_bytes() for name in files.keys() - {"README.md"})
     assert not (model / "README.md").exists()
     created, branch = (body[0] for _, _, body in asked[:2])
@@ -150,9 +150,22 @@ def test_the_card_of_a_hybrid(workdir, tmp_path):
     alone = shutil.copytree(workdir / "model", tmp_path / "alone" / "model")
     file = alone / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_pipeline": f"{WAN}@0fad780"}))
+    (alone / "hashes.json").unlink()
     text = model_card(alone, check_folder(alone), "org/name")
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == WAN
     assert "## Measured" not in text and f'from_pretrained("{WAN}", revision="0fad780", transformer=None)' in text
+
+
+def test_the_card_names_the_feature_maps(workdir):
+    hedgehog = HybridConfig(RATES, feature_map=FeatureMapConfig(1, 1, "hedgehog"))
+    network = check_folder(workdir / "model")
+    cards = [
+        model_card(workdir / "model", type(network)(**{**vars(network), "hybrid": hybrid}), "org/name")
+        for hybrid in (hedgehog, HybridConfig(RATES))
+    ]
+    assert "feature maps: HedgeHog" in cards[0] and "polynomial" not in cards[0]
+    assert "feature maps: polynomials of degree 2 over 2 layers, relu." in cards[1] and "HedgeHog" not in cards[1]
+    assert feature_maps(HybridConfig((1, 2), linear_branch=False)) == "none"
 
 
 def test_what_the_card_says_to_run_runs(workdir, monkeypatch):
@@ -188,6 +201,7 @@ def lose_the_weights(model):
 def grow_a_block(model):
     file = model / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
+    (model / "transformer" / "hashes.json").unlink()
 
 
 def keep_the_transformer_only(model):
@@ -200,6 +214,7 @@ def keep_the_transformer_only(model):
     for part in (model / "alone").iterdir():
         part.rename(model / part.name)
     (model / "config.json").write_text(json.dumps(fields))
+    (model / "hashes.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +222,7 @@ def keep_the_transformer_only(model):
     [
         (leave_a_pickle, "org/name", ["pickles", "old.bin"]),
         (truncate, "org/name", ["vae", "truncated"]),
-        (lose_the_weights, "org/name", ["text_encoder", "no .safetensors"]),
+        (lose_the_weights, "org/name", ["text_encoder", "missing"]),
         (grow_a_block, "org/name", ["transformer", "missing blocks.2."]),
         (shutil.rmtree, "org/name", ["--model", "no such folder on this machine"]),
         (lambda model: (model / "transformer" / "config.json").unlink(), "org/name", ["jsurgery convert"]),

@@ -16,6 +16,7 @@ from jsurgery.ablate.seed import Seed
 from jsurgery.ablate.sweep import run_sweep
 from jsurgery.ablate.sweeps import STUDIES, SWEEPS, TABLES
 from jsurgery.ablate.table import write
+from jsurgery.ablate.temporal import temporal_control
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import say
 
@@ -25,6 +26,7 @@ RUN: dict[str, Study] = {
     "objective": objective,
     "attention": attention_statistics,
     "rope": phi_and_rope,
+    "temporal": temporal_control,
 }
 
 

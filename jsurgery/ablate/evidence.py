@@ -132,7 +132,8 @@ def finetuned(run: Run, name: str, build: Callable[[], WanTransformer]) -> Calla
 def measures(result: dict[str, Any]) -> dict[str, float]:
     row = {"validation_loss": result["validation_loss"], "latent_rmse": float(np.mean(result["latent_rmse"]))}
     if "score" in result:
-        row |= {dimension: score["normalized"] for dimension, score in result["score"].items()}
+        normalized = {dimension: score["normalized"] for dimension, score in result["score"].items()}
+        row |= {dimension: np.nan if value is None else value for dimension, value in normalized.items()}
     return row
 
 

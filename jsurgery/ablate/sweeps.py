@@ -214,5 +214,6 @@ STUDIES = {  # tables that are no sweeps
     "objective": "Does the planner’s objective predict anything?",
     "attention": "How concentrated attention is",
     "rope": "φ before or after RoPE",
+    "temporal": "Control: no attention between frames",
 }
 TABLES = (*STUDIES, *SWEEPS)

@@ -8,7 +8,9 @@ import jax
 from flax import nnx
 
 from jsurgery.attention.token_order import LATTICES, Rate, TokenOrder
+from jsurgery.config import check_rates
 from jsurgery.errors import InputError
+from jsurgery.model_config import check_fields
 from pallas_kernels import (
     HedgehogMap,
     PolynomialMap,
@@ -50,7 +52,9 @@ class HybridConfig:
     @classmethod
     def from_json(cls, fields: Any, source: str) -> Self:
         """The "hybrid" part of a model's config.json. Raises InputError on a format that this version does not know."""
-        fields = dict(fields or {})
+        if not isinstance(fields, dict):
+            raise InputError(f"{source}: hybrid: expected what surgery changed, as an object; found {fields!r}")
+        fields = dict(fields)
         if (found := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {found}")
         try:
@@ -58,6 +62,9 @@ class HybridConfig:
             config = cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=phi, **fields)
         except (KeyError, TypeError) as error:
             raise InputError(f"{source}: hybrid: {error}") from None
+        check_fields(phi, f"{source}: hybrid.feature_map")
+        check_fields(config, f"{source}: hybrid")
+        check_rates(f"{source}: hybrid.chain", config.chain)
         for name, found, choices in (
             ("lattice", config.lattice, LATTICES),
             ("stabilizer", config.stabilizer, STABILIZERS),

@@ -18,6 +18,8 @@ from jsurgery.data.sprites import to_float
 from jsurgery.data.videos import Bucket, Clip, Skipped, Wanted, buckets_of, find_clips, in_processes, read_clip
 from jsurgery.errors import InputError
 from jsurgery.runtime import processes
+from jsurgery.runtime.lock import locked
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.runtime.stages import Stage, file_identity, write_json
 from jsurgery.wan.pipeline import check_pipeline, check_size, latent_grid, model_path, pipeline_folder
@@ -57,17 +59,18 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
     if finished:
         say("encoded: up to date, skipped")
         return stage.folder
-    if host == 0:
-        stage.begin()
     mine = range(host, len(shards), jax.process_count())
     missing = {shard: shards[shard] for shard in mine if not there[shard]}
     work = lambda: encode_shards(config, base, stage.folder, clips, missing, buckets, mine)
-    processes.together(work if missing else lambda: None)
-    if host == 0:
-        check_skipped(stage.folder, range(len(shards)), config.data.max_skipped)
-        skipped = write_skipped(stage.folder)
-        say(f"encode: {skipped} of {len(clips)} clips skipped, listed in {stage.folder / 'skipped.jsonl'}")
-        stage.end()
+    with locked(stage.folder):
+        if host == 0:
+            stage.begin()
+        processes.together(work if missing else lambda: None)
+        if host == 0:
+            check_skipped(stage.folder, range(len(shards)), config.data.max_skipped)
+            skipped = write_skipped(stage.folder)
+            say(f"encode: {skipped} of {len(clips)} clips skipped, listed in {stage.folder / 'skipped.jsonl'}")
+            stage.end()
     return stage.folder
 
 
@@ -87,19 +90,24 @@ def encode_shards(
     work = functools.partial(read_clip, wanted=wanted)
     decoded = in_processes(work, [clips[number] for number in numbers], min(data.workers, len(numbers)))
     encoder = Encoder(config, base)
-    with contextlib.closing(decoded):
-        results = with_progress(decoded, len(numbers))
+    with contextlib.closing(decoded), Preemption("encode", alone=True) as preemption:
+        results = with_progress(decoded, len(numbers), preemption)
         for shard, of_shard in shards.items():
             write_shard(folder, shard, clips, of_shard, results, encoder)
             check_skipped(folder, mine, data.max_skipped)
 
 
-def with_progress(results: Iterable[np.ndarray | Skipped], total: int) -> Iterator[np.ndarray | Skipped]:
+def with_progress(
+    results: Iterable[np.ndarray | Skipped], total: int, preemption: Preemption
+) -> Iterator[np.ndarray | Skipped]:
+    """The results, until a signal ends the work; of the shard that is then open nothing is kept."""
     progress, skipped = Progress("encode", total), 0
     for done, result in enumerate(results, 1):
         skipped += isinstance(result, Skipped)
         progress.note = f"{skipped} skipped"
         progress.show(done, last=done == total)
+        preemption.asked()
+        preemption.leave()
         yield result
 
 

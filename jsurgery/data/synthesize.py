@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.data.shards import Record, shard_path, text_array, write_shard
 from jsurgery.runtime import processes
+from jsurgery.runtime.mesh import check_heads, make_mesh
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import Stage, file_identity
 from jsurgery.wan.pipeline import Pipeline, batched, check_pipeline, check_size, load_pipeline, model_path
@@ -25,37 +28,51 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
     A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], as long as the prompt in tokens, and
     `caption`: what `encode` leaves of a video. A clip's noise depends on the seed and the prompt's number alone. Host h
     of H makes every H-th shard of `data.clips_per_shard` clips from h on, `data.batch` clips at once. Shards that are
-    there are kept.
+    there are kept. `config.mesh` is that of one host's devices.
     """
-    check_size(check_pipeline(config.model.path), config.video.frames, config.video.height, config.video.width)
+    model = check_pipeline(config.model.path)
+    check_size(model, config.video.frames, config.video.height, config.video.width)
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
     listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
     identity = file_identity(model_path(config.model.path))
     stage = Stage(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
-    work = lambda: make_shards(config, prompts, stage.folder)
+    work = lambda: make_shards(config, prompts, stage.folder, mesh)
     stage.run(lambda: processes.together(work), spread=True)
     return stage.folder
 
 
-def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path) -> None:
+def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, mesh: Mesh) -> None:
     """This host's shards, as far as they are missing."""
     size, hosts = config.data.clips_per_shard, jax.process_count()
     mine = range(jax.process_index(), -(-len(prompts) // size), hosts)
     missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
     if not missing:
         return
-    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
     total = sum(len(prompts[shard * size : (shard + 1) * size]) for shard in missing)
     progress, done = Progress("synthesize", total), 0
-    for shard in missing:
-        of_shard = prompts[shard * size : (shard + 1) * size]
-        write_shard(shard_path(folder, shard), clips(config, pipeline, of_shard, shard * size, progress, done))
-        done += len(of_shard)
+    with Preemption("synthesize", alone=True) as preemption:
+        for shard in missing:
+            of_shard = prompts[shard * size : (shard + 1) * size]
+            made = clips(config, pipeline, of_shard, shard * size, progress, done, preemption)
+            write_shard(shard_path(folder, shard), made)
+            done += len(of_shard)
 
 
 def clips(
-    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], first: int, progress: Progress, done: int
+    config: ConfigDict,
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    first: int,
+    progress: Progress,
+    done: int,
+    preemption: Preemption,
 ) -> Iterator[Record]:
-    """Records of prompts that are number `first` and following, when `done` clips have been made before."""
+    """Records of prompts that are number `first` and following, when `done` clips have been made before.
+
+    A signal ends the work; of the shard that is then open nothing is kept.
+    """
     for start, batch in batched(prompts, config.data.batch):
         latents = np.asarray(pipeline.sample(batch, config, seed=config.seed, first=first + start)[0], np.float16)
         text = np.asarray(pipeline.embed(batch, config.text_length), np.float16)
@@ -63,3 +80,5 @@ def clips(
         for prompt, z_TxHxWxC, words, length in zip(batch, latents, text, lengths, strict=True):
             yield {"latents": z_TxHxWxC, "text": words[:length], "caption": text_array(prompt)}
         progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)
+        preemption.asked()
+        preemption.leave()

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -78,10 +79,12 @@ def find_clips(videos: str, root: str | None = None) -> list[Clip]:
     return clips
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[epath.Path]:
+    above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            yield from _walk(path)
+            if path.resolve() not in above:  # links in a circle
+                yield from _walk(path, above)
         else:
             yield path
 
@@ -94,6 +97,8 @@ def _clip(path: epath.Path, caption: Any, problem: str = "") -> Clip:
     if isinstance(caption, list | tuple):
         caption = caption[0] if caption else ""
     caption = caption.strip() if isinstance(caption, str) else ""
+    if caption and not problem and caption != caption.encode(errors="replace").decode():
+        problem = "caption is not UTF-8"
     return Clip(str(path), caption, problem or ("" if caption else "no caption"))
 
 
@@ -101,8 +106,12 @@ def _indexed_clip(index: epath.Path, number: int, row: Any, folder: epath.Path) 
     name = row.get("path") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
         raise InputError(f"{index}: row {number}: expected a `path` and a `cap`, found {str(row)[:80]!r}")
-    path = (folder / name).resolve()
     caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
+    try:
+        path = (folder / name).resolve()
+        name.encode()
+    except (ValueError, OSError, RuntimeError) as error:  # null bytes, half a character, links in a circle
+        return _clip(folder / repr(name), caption, f"no path: {error}")
     return _clip(path, caption, "" if path.is_relative_to(folder) else f"outside of {folder}")
 
 
@@ -113,7 +122,7 @@ def _read_rows(index: epath.Path) -> list[Any]:
         raise InputError(f"--videos={index}: expected a folder, .jsonl, .json, .csv or .parquet")
     try:
         text = index.read_bytes().decode("utf-8-sig")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{index}: expected text in UTF-8 ({error})") from None
     if index.suffix == ".csv":
         try:
@@ -126,7 +135,7 @@ def _read_rows(index: epath.Path) -> list[Any]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{index}: row {number}: expected JSON ({error})") from None
     if index.suffix == ".jsonl":
         return rows
@@ -312,7 +321,8 @@ def in_processes(
 
 
 def _end_with_parent() -> None:
-    """Pool processes outlive a parent that is killed, unless they watch it."""
+    """Pool processes outlive a parent that is killed, unless they watch it; what a terminal interrupts, it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -4,7 +4,9 @@ Videos are compared frame by frame, and velocities on the teacher's way from noi
 same x_t. The control is the teacher itself from other noise: what two unrelated videos of a prompt have in common.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -20,11 +22,14 @@ from jsurgery.config import check_video
 from jsurgery.diffusion import schedule
 from jsurgery.errors import InputError
 from jsurgery.evaluate import video_metrics
+from jsurgery.evaluate.clip import Clip, load_clip
+from jsurgery.evaluate.lpips import Weights, load_lpips, lpips
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import difference, file_identity, write_json
 from jsurgery.sample import transformer_identity
 from jsurgery.surgery.trace import kept_steps
 from jsurgery.verify import check_report
+from jsurgery.wan import hub
 from jsurgery.wan.pipeline import (
     Pipeline,
     check_pipeline,
@@ -38,7 +43,26 @@ from jsurgery.wan.transformer import load_transformer, read_config
 
 STEPS = 10  # of the sampler's, evenly spread, at which velocities are compared
 CONTROL = "teacher, other noise"
-COLUMNS = ("PSNR (dB)", "SSIM", "velocity error", "drift (levels/s)", "flicker (levels)", "motion (pixels/frame)")
+COLUMNS = {  # of the table, in its order: numbers of a model, how they are written, whether any video has them
+    "psnr": ("PSNR (dB)", ".2f", False),
+    "ssim": ("SSIM", ".4f", False),
+    "lpips": ("LPIPS", ".4f", False),
+    "velocity_error": ("velocity error", ".4f", False),
+    "drift": ("drift (levels/s)", "+.2f", False),
+    "clip_text": ("CLIP, prompt", ".4f", True),
+    "clip_frames": ("CLIP, frames", ".4f", True),
+    "flicker": ("flicker (levels)", ".2f", True),
+    "motion": ("motion (pixels/frame)", ".2f", True),
+}
+OF_ANY_VIDEO = [name for name, (_, _, any_video) in COLUMNS.items() if any_video]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """Networks whose weights the user has."""
+
+    lpips: Weights | None = None
+    clip: Clip | None = None
 
 
 def evaluate_fidelity(
@@ -48,11 +72,13 @@ def evaluate_fidelity(
     workdir: str,
     durations: Sequence[int] = (),
     report: str | None = None,
+    lpips_weights: str | None = None,
+    clip_model: str | None = None,
 ) -> dict[str, Any]:
     """Compares model folders with the teacher, `config.model.path`; prints a table, leaves `workdir/fidelity.json`.
 
     durations: frames of the videos, each 4k + 1 (default: `config.video.frames`). Prompts that a workdir has already
-    are not made again. `report` names another JSON file.
+    are not made again. `report` names another JSON file. lpips_weights, clip_model: of `load_lpips` and `load_clip`.
     Raises InputError for models of other latents or text, and for a workdir that was made with other settings.
     """
     check_report(report)
@@ -70,10 +96,16 @@ def evaluate_fidelity(
         check_video(frames, config.video.height, config.video.width, prefix="--durations: ")
         check_size(teacher, frames, config.video.height, config.video.width)
     folder = epath.Path(workdir)
-    begin(folder, config, prompts)
+    judges = Judges(load_lpips(lpips_weights) if lpips_weights else None, load_clip(clip_model) if clip_model else None)
+    networks = {}
+    if lpips_weights:
+        networks["lpips"] = hashlib.sha256(epath.Path(lpips_weights).read_bytes()).hexdigest()[:16]
+    if clip_model:
+        networks["clip"] = file_identity(epath.Path(hub.local_path(clip_model)))
+    begin(folder, config, prompts, networks)
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
     for frames in durations:
-        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames))
+        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), judges)
     names = {}
     for path in models:
         part = transformer_folder(model_path(path))
@@ -84,7 +116,7 @@ def evaluate_fidelity(
         if not all(file.exists() for file in files):
             pipeline.transformer = load_transformer(part, jnp.dtype(config.model.dtype))
             for frames in durations:
-                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path])
+                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], judges)
     result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)
     for file in (folder / "fidelity.json", *([epath.Path(report)] if report else [])):
         write_json(file, {"prompts": list(prompts), **result})
@@ -92,8 +124,8 @@ def evaluate_fidelity(
     return result
 
 
-def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str]) -> None:
-    """Marks a workdir with what its teacher's videos depend on."""
+def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], networks: dict[str, str]) -> None:
+    """Marks a workdir with what its teacher's videos, and the numbers of all, depend on."""
     video, sampler = config.video.to_dict(), config.sampler.to_dict()
     del video["frames"], sampler["guidance_batched"]
     made_with = {
@@ -104,6 +136,7 @@ def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str]) -> Non
         **video,
         "text_length": config.text_length,
         "dtype": config.model.dtype,
+        **networks,
     }
     marker = folder / "made_with.json"
     if marker.exists():
@@ -125,7 +158,9 @@ def with_frames(config: ConfigDict, frames: int) -> ConfigDict:
     return sized
 
 
-def make_reference(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path) -> None:
+def make_reference(
+    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, judges: Judges
+) -> None:
     """Leaves the teacher's videos and way of every prompt in `folder/teacher`, and the control's numbers."""
     kept = kept_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
     progress = Progress(f"teacher, {config.video.frames} frames", len(prompts))
@@ -143,11 +178,14 @@ def make_reference(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str
         with temporary.open("wb") as stream:
             np.savez(stream, way=way, velocity=velocity, video=video)
         temporary.replace(file)
-        latents, _ = pipeline.sample([prompts[number]], config, seed=(config.seed + 1) % 2**32, first=number)
-        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video))
+        other = (config.seed + 1) % 2**32
+        latents, _ = pipeline.sample([prompts[number]], config, seed=other, first=number, record=True)
+        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], judges))
 
 
-def compare(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, name: str) -> None:
+def compare(
+    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, name: str, judges: Judges
+) -> None:
     """Leaves the numbers of the pipeline's transformer in `folder/NAME`, one file a prompt."""
     progress = Progress(f"{name}, {config.video.frames} frames", len(prompts))
     for number in progress.over(range(len(prompts))):
@@ -156,8 +194,9 @@ def compare(pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], fold
             continue
         with (folder / "teacher" / f"{number:04d}.npz").open("rb") as stream:
             teacher = dict(np.load(stream))
-        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number)
-        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"])
+        # Recorded like the teacher's way: another program may round differently.
+        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
+        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"], prompts[number], judges)
         velocity = velocities(pipeline, config, prompts[number], teacher["way"])
         write_numbers(file, numbers | velocity_numbers(velocity, teacher["velocity"]))
 
@@ -181,16 +220,17 @@ def _velocity(transformer, text, blank, x, timestep, guidance, batched):
     return guided_velocity(transformer, text, blank, guidance, batched)(x, jnp.full(x.shape[0], timestep))
 
 
-def video_numbers(video: np.ndarray, teacher: np.ndarray) -> dict[str, Any]:
-    """Per frame mse and ssim against the teacher's video, and the flicker and motion of both."""
-    return {
-        "mse": video_metrics.mse(video, teacher),
-        "ssim": video_metrics.ssim(video, teacher),
-        "flicker": video_metrics.flicker(video),
-        "motion": video_metrics.motion(video),
-        "teacher_flicker": video_metrics.flicker(teacher),
-        "teacher_motion": video_metrics.motion(teacher),
-    }
+def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, judges: Judges) -> dict[str, Any]:
+    """Per frame mse, ssim and LPIPS against the teacher's video; flicker, motion and CLIP's scores of both."""
+    found = {"mse": video_metrics.mse(video, teacher), "ssim": video_metrics.ssim(video, teacher)}
+    if judges.lpips is not None:
+        found["lpips"] = lpips(judges.lpips, video, teacher)
+    for prefix, each in (("", video), ("teacher_", teacher)):
+        own = {"flicker": video_metrics.flicker(each), "motion": video_metrics.motion(each)}
+        if judges.clip is not None:
+            own |= judges.clip.scores(each, prompt)
+        found |= {prefix + name: value for name, value in own.items()}
+    return found
 
 
 def velocity_numbers(velocity_SxTxHxWxC: np.ndarray, teacher_SxTxHxWxC: np.ndarray) -> dict[str, Any]:
@@ -234,10 +274,12 @@ def summarize(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, 
         "psnr": psnr,
         "ssim": np.mean(mean["ssim"]),
         "drift": np.polyfit(seconds, difference_per_frame, 1)[0] if len(seconds) > 1 else 0.0,
-        **{name: mean[name] for name in ("flicker", "motion", "teacher_flicker", "teacher_motion")},
+        **{name: mean[name] for name in mean if name.removeprefix("teacher_") in OF_ANY_VIDEO},
         "psnr_per_frame": [video_metrics.psnr(error) for error in mean["mse"]],
         "ssim_per_frame": mean["ssim"],
     }
+    if "lpips" in mean:
+        found |= {"lpips": np.mean(mean["lpips"]), "lpips_per_frame": mean["lpips"]}
     if "velocity_error" in mean:
         found |= {
             "velocity_error": np.mean(mean["velocity_error_per_step"]),
@@ -256,15 +298,18 @@ def _finite(value: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, the teacher first at every duration."""
-    rows = [["", "seconds", *COLUMNS], ["---", *["---:"] * (1 + len(COLUMNS))]]
+    names = [name for name in COLUMNS if any(name in m for m in result["durations"][0]["models"].values())]
+    rows = [["", "seconds", *(COLUMNS[name][0] for name in names)], ["---", *["---:"] * (1 + len(names))]]
     for duration in result["durations"]:
-        seconds = f"{duration['seconds']:.2f}"
         models = duration["models"]
-        own = next(iter(models.values()))
-        rows.append(["teacher", seconds, *["–"] * 4, f"{own['teacher_flicker']:.2f}", f"{own['teacher_motion']:.2f}"])
-        for name, numbers in models.items():
-            psnr = "∞" if numbers["psnr"] is None else f"{numbers['psnr']:.2f}"
-            error = f"{numbers['velocity_error']:.4f}" if "velocity_error" in numbers else "–"
-            cells = [psnr, f"{numbers['ssim']:.4f}", error, f"{numbers['drift']:+.2f}"]
-            rows.append([name, seconds, *cells, f"{numbers['flicker']:.2f}", f"{numbers['motion']:.2f}"])
+        first = next(iter(models.values()))
+        teacher = {name: first[f"teacher_{name}"] for name in names if name in OF_ANY_VIDEO}
+        for model, numbers in {"teacher": teacher, **models}.items():
+            rows.append([model, f"{duration['seconds']:.2f}", *(cell(numbers, name) for name in names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(numbers: dict[str, Any], name: str) -> str:
+    if name not in numbers:
+        return "–"
+    return "∞" if numbers[name] is None else f"{numbers[name]:{COLUMNS[name][1]}}"

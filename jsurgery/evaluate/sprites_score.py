@@ -127,11 +127,12 @@ def summarize(
     chance: dict[str, float],
     rng: np.random.Generator,
     resamples: int = 2000,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Per dimension and for "total" (their mean): mean, low, high, upper, chance, normalized.
 
     low, high: 95 % percentile bootstrap interval of the mean; clips, one per prompt, are resampled whole.
-    normalized: (mean - chance) / (upper - chance); 1 is a real clip, 0 knows nothing of the caption.
+    normalized: (mean - chance) / (upper - chance); 1 is a real clip, 0 knows nothing of the caption. None where real
+    clips score no more than chance.
     """
     scores = np.stack([per_clip[dimension] for dimension in DIMENSIONS], axis=1)
     table = np.concatenate([scores, scores.mean(axis=1, keepdims=True)], axis=1)
@@ -145,8 +146,8 @@ def summarize(
     ):
         mean = table[:, index].mean()
         values = {"mean": mean, "low": low[index], "high": high[index], "upper": top, "chance": floor}
-        values["normalized"] = (mean - floor) / (top - floor) if top > floor else np.nan
         summary[name] = {key: float(value) for key, value in values.items()}
+        summary[name]["normalized"] = float((mean - floor) / (top - floor)) if top > floor else None
     return summary
 
 

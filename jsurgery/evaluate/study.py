@@ -6,9 +6,6 @@ pairs come, each participant's browser draws anew.
 """
 
 import base64
-import hashlib
-import io
-import json
 import pathlib
 import re
 import secrets
@@ -16,26 +13,23 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import av
 import av.error
 import numpy as np
 from etils import epath
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from scipy.stats import binomtest
 
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench import read_info
 from jsurgery.evaluate.vbench_scores import canonical
 from jsurgery.evaluate.video_file import read_settings
+from jsurgery.files import read_object
+from jsurgery.report.clips import abreast, decode, encode
+from jsurgery.report.templates import player_data, render
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.runtime.stages import write_json
 from jsurgery.verify import check_report
 
-HERE = pathlib.Path(__file__).parent
 PAGE, KEY = "study.html", "study.key.json"
-QUALITY = {"crf": "22", "b:v": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # of VP9
-BLOCK = 16  # halves start at multiples of it, so that the codec's blocks belong to one
 ANSWERS = ("first", "none", "second")
 
 
@@ -92,7 +86,7 @@ def build_study(
         target.mkdir(parents=True, exist_ok=True)
         write_json(epath.Path(target / KEY), {"study": study, "a": a, "b": b, "pairs": key})
         temporary = target / f"{PAGE}.tmp"
-        temporary.write_text(render(study, pairs))
+        temporary.write_text(page_of(study, pairs))
         temporary.replace(target / PAGE)
     except OSError as error:
         raise InputError(f"--output={output}: {error.strerror}") from None
@@ -110,9 +104,9 @@ def prompt_of(file: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
             return str(prompt)
         evaluation = folder.parent.parent / "evaluation.json"
         if file.stem.isdecimal() and evaluation.exists():
-            prompts = json.loads(evaluation.read_text())["prompts"]
-            if int(file.stem) < len(prompts):
-                return prompts[int(file.stem)]
+            prompts = read_object(evaluation).get("prompts")
+            if isinstance(prompts, list) and int(file.stem) < len(prompts):
+                return str(prompts[int(file.stem)])
     return file.stem
 
 
@@ -132,45 +126,24 @@ def join(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
         sizes = " and ".join(f"{video.shape[2]} x {video.shape[1]}" for video in (one, two))
         raise InputError(f"{first}, {second}: expected videos of one size, found {sizes}")
     frames = min(len(one), len(two))
+    both = abreast([one[:frames], two[:frames]])
     height, width = one.shape[1:3]
-    margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
-    both = np.concatenate([np.pad(video[:frames], margin, mode="edge") for video in (one, two)], axis=2)
-    result = io.BytesIO()
-    with av.open(result, "w", format="webm") as container:
-        stream = container.add_stream("libvpx-vp9", rate=rate, options=QUALITY)
-        stream.height, stream.width, stream.pix_fmt = *both.shape[1:3], "yuv420p"
-        for frame in both:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    video = base64.b64encode(result.getvalue()).decode()
+    video = base64.b64encode(encode(both, rate)).decode()
     return {"video": video, "width": width, "height": height, "offset": both.shape[2] // 2}
 
 
 def read_video(file: pathlib.Path) -> tuple[np.ndarray, Fraction]:
     """(uint8 [F, H, W, 3], frames a second)."""
     try:
-        with av.open(str(file)) as container:
-            rate = container.streams.video[0].average_rate or Fraction(16)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            return np.stack(frames), rate
+        return decode(file.read_bytes())
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
         raise InputError(f"{file}: expected a video that decodes ({error})") from None
 
 
-def render(study: str, pairs: Sequence[dict[str, Any]]) -> str:
-    """The page."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    script = (HERE / "study.js").read_text()
-    shown = [{field: value for field, value in pair.items() if field != "video"} for pair in pairs]
-    return environment.get_template("study.html.jinja").render(
-        data={"study": study, "pairs": shown},
-        videos={pair["id"]: pair["video"] for pair in pairs},
-        style=Markup((HERE / "study.css").read_text()),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+def page_of(study: str, pairs: Sequence[dict[str, Any]]) -> str:
+    data = {"study": study, "pairs": player_data(pairs)}
+    videos = {pair["id"]: pair["video"] for pair in pairs}
+    return render("study.html.jinja", assets="study", data=data, videos=videos)
 
 
 def report_study(files: Sequence[str], key: str | None = None, report: str | None = None) -> None:
@@ -187,10 +160,14 @@ def report_study(files: Sequence[str], key: str | None = None, report: str | Non
 def read_key(file: pathlib.Path) -> dict[str, Any]:
     """The key that `build_study` left beside the page."""
     try:
-        key = json.loads(file.read_text())
-    except (OSError, ValueError):
-        key = None
-    if not isinstance(key, dict) or not {"study", "a", "b", "pairs"} <= key.keys():
+        key = read_object(file)
+        sound = {"study", "a", "b", "pairs"} <= key.keys() and all(
+            pair["first"] in ("a", "b") and all(isinstance(name, str) for name in pair["dimensions"])
+            for pair in key["pairs"].values()
+        )
+    except (InputError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
         raise InputError(f"--key={file}: expected the {KEY} that lies beside the study's page")
     return key
 
@@ -204,10 +181,10 @@ def tally(files: Sequence[str], key: dict[str, Any]) -> tuple[dict[str, dict[str
     votes: dict[tuple[str, str], str] = {}
     for path in files:
         try:
-            export = json.loads(pathlib.Path(path).read_text())
-            study, participant = export["study"], export["participant"]
+            export = read_object(path)
+            study, participant = export["study"], str(export["participant"])
             answers = {answer["pair"]: answer["answer"] for answer in export["answers"]}
-        except (OSError, ValueError, TypeError, KeyError):
+        except (InputError, TypeError, KeyError):
             raise InputError(f"{path}: expected answers that a study's page exported") from None
         if study != key["study"]:
             raise InputError(f"{path}: expected answers of study {key['study']}, found those of {study}")

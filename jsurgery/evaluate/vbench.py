@@ -8,18 +8,22 @@ seeds, augmented prompts), `vbench/__init__.py` and `vbench2/__init__.py` (what 
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import pathlib
 import shlex
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.config import check_text
+from jsurgery.data.prompts import read_prompts
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench_scores import DIMENSIONS, DIMENSIONS_2, canonical, report_results
+from jsurgery.files import read_json, shown
+from jsurgery.runtime import processes
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
 from jsurgery.sample import Job, make_videos, unfinished
@@ -68,8 +72,8 @@ def read_suite(
     Raises InputError for files that are no such lists, that do not match, and for prompts that cannot name a file.
     """
     is_list = prompts.endswith(".json")
-    texts = [entry["prompt_en"].strip() for entry in read_info(prompts)] if is_list else read_lines(prompts)
-    words = texts if augmented is None else read_lines(augmented)
+    texts = [entry["prompt_en"].strip() for entry in read_info(prompts)] if is_list else read_prompts(prompts, flag="")
+    words = texts if augmented is None else read_prompts(augmented, flag="")
     if len(words) != len(texts):
         raise InputError(f"{augmented}: expected a line for each of {len(texts)} prompts, found {len(words)}")
     told = dict(zip(reversed(texts), reversed(words), strict=True))  # of equal lines the first counts
@@ -96,30 +100,18 @@ def read_suite(
 
 def read_info(path: str) -> list[dict[str, Any]]:
     """Entries with `prompt_en` and a list `dimension`, as in `VBench_full_info.json`."""
-    try:
-        entries = json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected VBench's list of prompts as JSON ({error})") from None
+    entries = read_json(path, "VBench's list of prompts as JSON")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected a list of prompts, found {type(entries).__name__}")
     for entry in entries:
-        if not isinstance(entry, dict) or not str(entry.get("prompt_en") or "").strip():
-            raise InputError(f"{path}: expected entries with 'prompt_en', found {entry!r}")
-        if not isinstance(entry.get("dimension"), list):
-            raise InputError(f"{path}: expected a list 'dimension' in the entry {entry['prompt_en']!r}")
+        text = entry.get("prompt_en") if isinstance(entry, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{path}: expected entries with 'prompt_en', found {shown(entry)}")
+        check_text(f"{path}: prompt_en", text)
+        names = entry.get("dimension")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: expected a list 'dimension' of names in the entry {shown(text)}")
     return entries
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file that are not blank."""
-    try:
-        lines = epath.Path(path).read_text().removeprefix("\ufeff").split("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a text file in UTF-8 ({error})") from None
-    lines = [line.strip() for line in lines if line.strip()]
-    if not lines:
-        raise InputError(f"{path}: expected one prompt a line, found none")
-    return lines
 
 
 def suite_of(prompts: Sequence[Prompt], path: str) -> Suite:
@@ -184,24 +176,31 @@ def evaluate(
 ) -> None:
     """Makes the videos of this shard, number `shard[0]` of `shard[1]`, that are not there yet, and prints their files.
 
+    Where several processes run this together, each is a shard, by its index, and the first goes on when all have ended.
     They lie in `output/videos`; `output/full_info.json` is VBench's list of just these prompts, where there is one.
     When no video is missing, of no shard, VBench's package scores them if it is installed; else its commands are
     printed. Raises InputError for a video that is there and was made with other settings.
     """
     folder = pathlib.Path(output)
     jobs = plan_videos(config, suite, prompts, folder / "videos", rule=rule, seeds=seeds)
-    number, count = shard
-    mine = unfinished(config, jobs[number::count])
-    try:
-        for parent in {job.file.parent for job in jobs}:
-            parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output}: {error.strerror}") from None
+    number, count = (jax.process_index(), jax.process_count()) if processes.several() else shard
     listed = [prompt.entry for prompt in prompts if prompt.entry is not None]
-    if listed and number == 0:
-        write_json(epath.Path(folder / "full_info.json"), listed)
-    for file in make_videos(config, mine):
-        print(file, flush=True)
+
+    def work() -> None:
+        mine = unfinished(config, jobs[number::count])
+        try:
+            for parent in {job.file.parent for job in jobs}:
+                parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output={output}: {error.strerror}") from None
+        if listed and number == 0:
+            write_json(epath.Path(folder / "full_info.json"), listed)
+        for file in make_videos(config, mine):
+            print(file, flush=True)
+
+    processes.together(work)
+    if not processes.is_first():
+        return
     left = sum(not job.file.exists() for job in jobs)
     if left:
         say(f"vbench: {left} of {len(jobs)} videos are left to other shards")

@@ -5,7 +5,6 @@ github.com/Vchitect/VBench, and the sums those of `cal_final_score.py` beside th
 dimension is missing has no score here, where theirs counts the missing one as zero.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from jsurgery.errors import InputError
+from jsurgery.files import read_json
 from jsurgery.runtime.stages import write_json
 from jsurgery.verify import check_report
 
@@ -87,10 +87,7 @@ def read_results(paths: Sequence[str]) -> tuple[dict[str, float], dict[str, int]
         raise InputError(f"{', '.join(map(str, paths))}: expected files *_eval_results.json, found none")
     scores, videos = {}, {}
     for file in files:
-        try:
-            results = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: expected VBench's results as JSON ({error})") from None
+        results = read_json(file, "VBench's results as JSON")
         for key, value in (results if isinstance(results, dict) else {"": None}).items():
             name = canonical(key)
             if name not in (*DIMENSIONS, *DIMENSIONS_2):

@@ -80,7 +80,7 @@ def line_chart(
         if np.isfinite(values).any():
             smooth = running_mean(values)
             finite = smooth[np.isfinite(smooth)]
-            depth = (index + 1) / len(names)
+            depth = index / (len(names) - 1) if len(names) > 1 else 1.0
             points = tuple((float(steps[i]), float(values[i])) for i in drawn(values))
             lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth, points))
 
@@ -120,7 +120,7 @@ def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round values in [low, high]."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = power * min((1, 2, 5, 10), key=lambda factor: abs(math.log(factor * power / rough)))
     return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

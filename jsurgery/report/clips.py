@@ -53,9 +53,7 @@ def join(clips: dict[str, tuple[np.ndarray, Fraction]]) -> dict[str, Any]:
     first, rate = next(iter(clips.values()))
     height, width = first.shape[1:3]
     frames = min(len(clip) for clip, _ in clips.values())
-    margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
-    fitted = [fit(clip[:frames], height, width) for clip, _ in clips.values()]
-    both = np.concatenate([np.pad(clip, margin, mode="edge") for clip in fitted], axis=2)
+    both = abreast([fit(clip[:frames], height, width) for clip, _ in clips.values()])
     return {
         "video": encode(both, rate),
         "width": width,
@@ -65,6 +63,13 @@ def join(clips: dict[str, tuple[np.ndarray, Fraction]]) -> dict[str, Any]:
         "frames": frames,
         "models": list(clips),
     }
+
+
+def abreast(videos: Sequence[np.ndarray]) -> np.ndarray:
+    """Videos of one size from left to right, each filled up to a multiple of `BLOCK`."""
+    height, width = videos[0].shape[1:3]
+    margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
+    return np.concatenate([np.pad(video, margin, mode="edge") for video in videos], axis=2)
 
 
 def encode(video_FxHxWx3: np.ndarray, rate: Fraction, quality: int = QUALITIES[0]) -> bytes:

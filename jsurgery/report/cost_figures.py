@@ -8,7 +8,11 @@ from etils import epath
 from jsurgery.report.charts import POINTS, Chart, line_chart
 from jsurgery.report.templates import render
 
-SIDES = {"core": "Core attention", "attention": "Attention with projections", "block": "Whole block"}
+SIDES = {
+    "core": "Core attention, TFLOP over frames",
+    "attention": "Attention with projections",
+    "block": "Whole block",
+}
 PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
 
@@ -77,6 +81,7 @@ def front_section(front: dict[str, Any]) -> dict[str, Any]:
         f"the paper’s Fig. 6: {len(front['plans'])}. Beside them those that convert blocks at one rate. {verdict} "
         f"Mixing plans could not go below {chosen['error_bound']:.4g}.",
         "charts": [front_chart(front)],
+        "front": True,
         "table": {"head": head, "rows": neighbours(front)},
     }
 
@@ -110,7 +115,8 @@ def duration_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
 def conversion_chart(conversions: dict[str, list[float]]) -> Chart | None:
     blocks = len(next(iter(conversions.values())))
     points = [{"step": n, **{rate: 100 * shares[n] for rate, shares in conversions.items()}} for n in range(blocks)]
-    return line_chart("Percent of the teacher’s FLOPs", points, {rate: rate_label(rate) for rate in conversions})
+    title = "Percent of the teacher’s FLOPs, over converted blocks"
+    return line_chart(title, points, {rate: rate_label(rate) for rate in conversions})
 
 
 def front_chart(front: dict[str, Any]) -> Chart | None:

@@ -1,7 +1,6 @@
 """cost: parameters, FLOPs and bytes of a config's model, as a table, as JSON and as a page of figures."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import FeatureMapConfig, Rate
+from jsurgery.config import split_topology
 from jsurgery.cost import (
     BlockCost,
     Cost,
@@ -30,16 +30,18 @@ from jsurgery.cost import (
     text_encoder_cost,
     vae_cost,
 )
+from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
 from jsurgery.report.cost_figures import PARTS, scaled, write_cost_page
 from jsurgery.report.costs import PUBLISHED
 from jsurgery.report.templates import rate_key, rate_name
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.plan import named_budget, workload
 from jsurgery.wan.pipeline import model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.text_encoder import TextEncoderConfig
+from jsurgery.wan.text_encoder import TextEncoderConfig, read_text_encoder_config
 from jsurgery.wan.transformer import WanConfig, read_config
-from jsurgery.wan.vae import VaeConfig
+from jsurgery.wan.vae import VaeConfig, read_vae_config
 
 SIZES = {"wan_1_3b": "Wan2.1 1.3B", "wan_1_3b_lowres": "Wan2.1 1.3B", "wan_14b": "Wan2.1 14B"}
 RATES: tuple[Rate, ...] = (1, 2, 4, 8, "linear")
@@ -78,7 +80,7 @@ def cost(
         write_json(epath.Path(report), result)
     if figure is not None:
         beside = None if plan is None or named_budget(plan) else epath.Path(plan).parent / "front.json"
-        front = json.loads(beside.read_text()) if beside is not None and beside.exists() else None
+        front = read_object(beside) if beside is not None and beside.exists() else None
         print(write_cost_page(epath.Path(figure), result, front))
 
 
@@ -86,7 +88,7 @@ def find_subject(config: ConfigDict, config_name: str) -> Subject:
     """The sizes in the model's folder; without a model, those published for the config's name."""
     path = config.model.path
     if not path:
-        published = SIZES.get(pathlib.PurePath(config_name).stem)
+        published = SIZES.get(pathlib.PurePath(split_topology(config_name)[0]).stem)
         if published is None:
             expected = f"a model folder, for sizes are published for {', '.join(SIZES)} only"
             raise InputError(f"config.model.path: (empty): expected {expected}; found --config={config_name}")
@@ -95,18 +97,8 @@ def find_subject(config: ConfigDict, config_name: str) -> Subject:
     transformer = read_config(transformer_folder(folder))
     name = next((name for name, sizes in PUBLISHED.items() if sizes == transformer), pathlib.PurePath(path).name)
     base = pipeline_folder(folder)
-    text_encoder = TextEncoderConfig.from_json(read_fields(base / "text_encoder" / "config.json"))
-    return Subject(name, transformer, text_encoder, VaeConfig.from_json(read_fields(base / "vae" / "config.json")))
-
-
-def read_fields(file: epath.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: expected JSON, found {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}")
-    return found
+    text_encoder = read_text_encoder_config(base / "text_encoder")
+    return Subject(name, transformer, text_encoder, read_vae_config(base / "vae"))
 
 
 def read_rates(plan: str | None, model: WanConfig) -> list[Rate] | None:
@@ -122,7 +114,7 @@ def read_rates(plan: str | None, model: WanConfig) -> list[Rate] | None:
         return [rate] * count + [1] * (model.num_layers - count)
     if not epath.Path(plan).is_file():
         raise InputError(f"--plan={plan}: expected a name like '15R2' or a plan.json, found no such file")
-    rates = read_fields(epath.Path(plan)).get("rates")
+    rates = read_object(plan).get("rates")
     if not isinstance(rates, list) or len(rates) != model.num_layers:
         raise InputError(f"{plan}: rates: expected one for each of the model's {model.num_layers} blocks")
     for block, rate in enumerate(rates):
@@ -140,7 +132,7 @@ def measure(config: ConfigDict, subject: Subject, work: Workload, plan: Sequence
     shown.sort(key=rate_key)
     encode, decode = vae_cost(subject.vae, video.frames, video.height, video.width)
     text = text_encoder_cost(subject.text_encoder, config.text_length)
-    velocities = sampler.steps * (1 if sampler.guidance == 1 else 2)
+    velocities = sampler.steps * velocities_per_step(sampler.guidance)
 
     def network(rates: Sequence[Rate]) -> Cost:
         added = added_parameters(model, work.feature_map, rates)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import Rate
@@ -20,7 +21,7 @@ PUBLISHED = {
 FULL_SIZE = {"frames": 81, "height": 480, "width": 832}  # what savings are also computed for, with Wan2.1 1.3B
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
-LENGTHS = (1, 1.5, 2, 3, 4)  # of a video, in those of the run
+LENGTHS = np.linspace(1, 4, 13)  # of a video, in those of the run
 
 
 def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+import jsurgery
 from jsurgery.attention.hybrid import Rate
 from jsurgery.config import flat
 from jsurgery.cost import Workload, parameters
@@ -20,6 +21,7 @@ from jsurgery.evaluate.video_file import write_video
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.clips import embed, side_by_side
 from jsurgery.report.costs import PUBLISHED, costs
+from jsurgery.report.fidelity import fidelity
 from jsurgery.report.front import trade_off
 from jsurgery.report.quality import quality, scores
 from jsurgery.report.run_files import RunFiles, read_run
@@ -77,6 +79,7 @@ def render_run(run: RunFiles) -> str:
         scores=scores(run.evaluation) if run.evaluation else None,
         quality=quality(run.evaluation) if run.evaluation else None,
         clips=clips(run),
+        fidelity=fidelity(run.fidelity, stages(config)) if run.fidelity else None,
         charts=training_charts(run),
         parity=parity(run.parity) if run.parity else [],
         fields=grouped_fields(config) if config is not None else {},
@@ -214,10 +217,5 @@ def grouped_fields(config: ConfigDict) -> dict[str, list[tuple[str, Any]]]:
 
 def versions() -> dict[str, str]:
     """Of what made this page."""
-    found = {}
-    for package in ("jsurgery", "jax", "flax"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found | {"python": platform.python_version()}
+    packages = {package: importlib.metadata.version(package) for package in ("jax", "flax")}
+    return {"jsurgery": jsurgery.__version__} | packages | {"python": platform.python_version()}

@@ -36,6 +36,7 @@ class RunFiles:
     errors: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     parity: list[dict[str, Any]] | None = None
+    fidelity: dict[str, Any] | None = None
     distilled: list[dict[str, float]] = field(default_factory=list)
     finetuned: list[dict[str, float]] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
@@ -77,6 +78,8 @@ def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFi
         run.absent = [f"{CONFIG} is not there, nor anything that a stage leaves: nothing has run in {run.workdir}."]
     if (run.workdir / "export" / "parity.json").exists():
         run.parity = read(run, "export/parity.json", "the parity of exports", "export", "export")
+    if (run.workdir / "fidelity").exists():
+        run.fidelity = read(run, "fidelity/fidelity.json", "fidelity to the teacher", "fidelity", "evaluate fidelity")
     return run
 
 
@@ -145,5 +148,5 @@ def progress(folder: epath.Path, command: str) -> str:
     try:
         complete = json.loads((folder / MARKER).read_text())["complete"]
     except (OSError, ValueError, KeyError):
-        return f"`jsurgery {command}` has not begun"
+        return f"`jsurgery {command}` has not {'ended' if folder.exists() else 'begun'}"
     return f"`jsurgery {command}` has ended without it" if complete else f"`jsurgery {command}` has not ended"

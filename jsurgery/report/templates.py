@@ -16,19 +16,19 @@ HERE = pathlib.Path(__file__).parent
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
-def render(template: str, **values: Any) -> str:
-    """A page with its style and its script inside, and a policy that lets no other script run and loads nothing."""
+def render(template: str, *, assets: str = "page", **values: Any) -> str:
+    """A page with the style and script of `assets` inside; its policy lets no other script run and loads nothing."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
         "number": number, "short": short, "signed": signed, "percent": percent, "rate": rate_name, "count": count,
     }  # fmt: skip
-    script = (HERE / "page.js").read_text()
+    script = (HERE / f"{assets}.js").read_text()
     return environment.get_template(template).render(
         **values,
         player_data=player_data,
-        style=Markup((HERE / "page.css").read_text()),
+        style=Markup((HERE / "palette.css").read_text() + (HERE / f"{assets}.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

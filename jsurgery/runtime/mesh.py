@@ -39,18 +39,21 @@ PARAMETERS = [
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh`, of all processes' devices. Raises DoesNotFit when it asks for more than there are, or
-    of several processes for fewer: each must hold a part."""
+    """The mesh of `config.mesh`, of all processes' devices. Raises DoesNotFit when it asks for more than there are, of
+    several processes for fewer (each must hold a part), or for axes that are not sides of a TPU's torus."""
     shape = tuple(config[axis] for axis in AXES)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(shape)
     hosts = len({device.process_index for device in devices})
+    sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     if wanted > len(devices) or (hosts > 1 and wanted < len(devices)):
-        sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
         held = f" in {hosts} processes; expected all of them" if hosts > 1 else ""
         found = f"found {len(devices)} ({devices[0].platform}){held}"
         raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {found}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
+    except NotImplementedError:  # of a torus of TPUs
+        raise DoesNotFit(f"config.mesh: {sizes}: expected axes that are whole sides of the topology") from None
 
 
 def sharding(mesh: Mesh, *dimensions: str | None) -> NamedSharding:
@@ -58,13 +61,18 @@ def sharding(mesh: Mesh, *dimensions: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL[dimension] for dimension in dimensions)))
 
 
+def leaf_name(path: tuple) -> str:
+    """The path of a leaf, like blocks/attn1/to_q/kernel."""
+    name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return name.removesuffix("/value")
+
+
 def parameter_shardings(mesh: Mesh, state: Any) -> Any:
     """A sharding for every array of an NNX state (or anything shaped like one), by `PARAMETERS`."""
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
         for pattern, dimensions in PARAMETERS:
-            if re.search(pattern, name.removesuffix("/value")):
+            if re.search(pattern, leaf_name(path)):
                 return sharding(mesh, *(None,) * (leaf.ndim - len(dimensions)), *dimensions)
         return sharding(mesh)
 

@@ -10,10 +10,13 @@ from ml_collections import ConfigDict
 
 from jsurgery.config import flat
 from jsurgery.errors import InputError
+from jsurgery.files import read_object, shown
 from jsurgery.runtime import processes
+from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
 
 MARKER = "stage.json"
+FORMAT_VERSION = 1  # of what stages leave; to be raised when another version could misread it
 
 
 class Stage:
@@ -50,7 +53,14 @@ class Stage:
         marker = self.folder / MARKER
         if not marker.exists():
             return False
-        found = json.loads(marker.read_text())
+        found = read_object(marker, "the marker of a stage")
+        if (version := found.get("format_version", 1)) != FORMAT_VERSION:
+            raise InputError(
+                f"{marker}: made by another version: of format {version!r}, this jsurgery makes {FORMAT_VERSION}; "
+                "use another --workdir"
+            )
+        if not isinstance(found.get("made_with"), dict) or not isinstance(found.get("complete"), bool):
+            raise InputError(f"{marker}: damaged: expected the marker of a stage, found {shown(found)}")
         if found["made_with"] != self.made_with:
             raise InputError(
                 f"{marker}: made with another config: {difference(found['made_with'], self.made_with)}; "
@@ -66,23 +76,29 @@ class Stage:
         self._mark(complete=True)
 
     def _mark(self, complete: bool) -> None:
-        write_json(self.folder / MARKER, {"stage": self.name, "complete": complete, "made_with": self.made_with})
+        marker = {"stage": self.name, "format_version": FORMAT_VERSION, "complete": complete}
+        write_json(self.folder / MARKER, marker | {"made_with": self.made_with})
 
     def run(self, work, *arguments: Any, spread: bool = False) -> None:
         """Runs `work` unless the stage is done already, and says which.
 
         Of several processes the first looks, works and marks, and the others wait; `spread` work is all processes'.
+        Raises InputError when another run is at it.
         """
-        if processes.once(self.done):
-            say(f"{self.name}: up to date, skipped")
-            return
 
         def perform() -> None:
             work(*arguments)  # its result is nobody's
 
-        processes.once(self.begin)
-        perform() if spread else processes.once(perform)
-        processes.once(self.end)
+        done = processes.once(self.done)
+        if not done:
+            with locked(self.folder):
+                done = processes.once(self.done)  # another run may have ended it by now
+                if not done:
+                    processes.once(self.begin)
+                    perform() if spread else processes.once(perform)
+                    processes.once(self.end)
+                    return
+        say(f"{self.name}: up to date, skipped")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -98,9 +114,10 @@ def write_json(path: epath.Path, content: Any) -> None:
 
 
 def file_identity(folder: epath.Path) -> str:
-    """A hash of a model folder's small files and of the size and both ends of its large ones."""
+    """A hash of a model folder's small files and of the size and both ends of its large ones; not of its own hashes."""
     digest = hashlib.sha256()
-    for file in sorted(path for level in ("*", "*/*") for path in folder.glob(level) if not path.is_dir()):
+    files = (path for level in ("*", "*/*") for path in folder.glob(level) if path.name != "hashes.json")
+    for file in sorted(path for path in files if not path.is_dir()):
         size = file.stat().length
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as stream:

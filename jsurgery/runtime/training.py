@@ -9,6 +9,8 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
+from jsurgery.runtime.guard import faults, kept
+
 Loss = Callable[[Any, Any], jax.Array]  # of parameters and a batch, a mean over its examples
 
 
@@ -48,9 +50,14 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, ema: flo
 
 def updated(
     state: dict[str, Any], loss: Loss, batch: Any, optimizer: optax.GradientTransformation, *, pieces: int, ema: float
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The state after one step, and its `loss` and `gradient_norm`; to be jitted by the caller."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state after one step, and its `loss` and `gradient_norm`; to be jitted by the caller.
+
+    Where one of the two is not finite the state stays as it is, and `faults` tells (see there) in which gradients.
+    """
     value, gradients = value_and_gradients(loss, state["params"], batch, pieces)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
@@ -58,7 +65,9 @@ def updated(
         # A young average would remember the initialisation for long.
         decay = jnp.minimum(ema, (1 + state["step"]) / (10 + state["step"]))
         new["ema"] = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, state["ema"], params)
-    return new, {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+    clean = lambda gradients: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), jax.eval_shape(faults, gradients))
+    found = lax.cond(finite, clean, faults, gradients)
+    return kept(finite, new, state), {"loss": value, "gradient_norm": norm, "faults": found}
 
 
 def trained_parameters(state: dict[str, Any]) -> Any:

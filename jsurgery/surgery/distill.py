@@ -1,4 +1,4 @@
-"""distill: the feature maps of every block at every rate, in one pass of the teacher over its traces.
+"""distill: the feature maps of every block at every rate, in one pass of the teacher over its traces, or as it samples.
 
 Each step runs the teacher once. In every block, the softmax over the nested token zones is computed once and merged
 into the softmax branch of every rate (and into the teacher's own output); the feature maps get their gradients on the
@@ -7,7 +7,7 @@ spot from the queries, keys and values that pass by. Nothing but gradients leave
 
 import dataclasses
 import functools
-import json
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import (
@@ -30,16 +30,22 @@ from jsurgery.attention.hybrid import (
     token_order,
 )
 from jsurgery.attention.token_order import TokenOrder
-from jsurgery.config import block_numbers
+from jsurgery.config import block_numbers, check_rates
 from jsurgery.data.latents import Rows
+from jsurgery.diffusion import solver_step
 from jsurgery.errors import InputError
+from jsurgery.files import read_object, shown
 from jsurgery.runtime import processes
 from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.guard import Guard, kept, rows_with_faults
 from jsurgery.runtime.mesh import LOGICAL, batch_pieces, fetched, local_rows, make_mesh, put_rows, put_state, sharding
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.profiler import Profiler
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.stages import write_json
+from jsurgery.surgery.interleaved import Trajectories, answer, question, turns
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.wan.pipeline import latent_grid
 from jsurgery.wan.rope import apply_rope, rope_tables
 from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 from jsurgery.wan.transformer import WanTransformer
@@ -279,11 +285,14 @@ def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
     return tuple(sorted({1, *(rate for rate in rates if isinstance(rate, int))}))
 
 
-def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps, setup: Setup, visit) -> Any:
+def visit_heads(
+    teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps, setup: Setup, visit, whole: bool = False
+) -> tuple[jax.Array, Any]:
     """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the setup's blocks.
 
-    Returns the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so
-    `visit` returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
+    Returns the teacher's velocity, which blocks after the setup's last are part of only if it is asked for `whole`, and
+    the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so `visit`
+    returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
     """
     mesh, axis = teacher.mesh, LOGICAL["sequence"]
     grid = teacher.config.token_grid(batch["latents"].shape[1:4])
@@ -323,13 +332,14 @@ def visit_heads(teacher: WanTransformer, batch: dict[str, jax.Array], maps: Maps
         visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
     inputs = batch["latents"], batch["timestep"], batch["text"]
     if setup.blocks is None:
-        return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)[1]
+        return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)
     blocks, every = np.array(setup.blocks), np.arange(teacher.config.num_layers)
     # A block that is not chosen reads the maps of some other, to no effect.
     slots = np.searchsorted(blocks, every).clip(max=len(blocks) - 1)
     layers = jnp.asarray(np.isin(every, blocks)), jax.tree.map(lambda leaf: leaf[slots], maps)
-    records = teacher.apply_blocks(*inputs, visiting, layers, order=order, until=blocks[-1] + 1)[1]
-    return jax.tree.map(lambda leaf: leaf[blocks], records)
+    until = None if whole else blocks[-1] + 1
+    velocity, records = teacher.apply_blocks(*inputs, visiting, layers, order=order, until=until)
+    return velocity, jax.tree.map(lambda leaf: leaf[blocks], records)
 
 
 def if_chosen(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
@@ -343,19 +353,25 @@ def if_chosen(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
 @functools.partial(nnx.jit, static_argnames="setup")
 def measure(teacher, batch, maps, setup: Setup) -> dict[str, jax.Array]:
     """`statistics`, leaves [blocks, rates, heads]."""
-    return visit_heads(teacher, batch, maps, setup, statistics)
+    return visit_heads(teacher, batch, maps, setup, statistics)[1]
 
 
-@functools.partial(nnx.jit, static_argnames="setup")
-def losses_and_gradients(teacher, batch, maps, setup: Setup) -> tuple[jax.Array, Maps]:
-    """Losses [blocks, rates] and the gradients of `maps`, each from its own block, rate and head alone."""
+def learn(teacher, batch, maps, setup: Setup, whole: bool = False) -> tuple[jax.Array, jax.Array, Maps]:
+    """The velocity (see `visit_heads`), losses [blocks, rates] and the gradients of `maps`, each from its own block,
+    rate and head alone."""
 
     def visit(maps, at: Visit):
         loss, gradients = jax.value_and_grad(LOSSES[setup.loss])(maps, at)
         return loss, jax.tree.map(lambda leaf: leaf[0], gradients)
 
-    losses, gradients = visit_heads(teacher, batch, maps, setup, visit)
-    return losses.mean(axis=2), gradients
+    velocity, (losses, gradients) = visit_heads(teacher, batch, maps, setup, visit, whole)
+    return velocity, losses.mean(axis=2), gradients
+
+
+@functools.partial(nnx.jit, static_argnames="setup")
+def losses_and_gradients(teacher, batch, maps, setup: Setup) -> tuple[jax.Array, Maps]:
+    """Those of `learn`."""
+    return learn(teacher, batch, maps, setup)[1:]
 
 
 def initial_maps(config: ConfigDict, teacher: WanTransformer) -> Maps:
@@ -392,12 +408,116 @@ def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, se
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        found: Any = losses_and_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
-        losses, gradients = found
-        updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
-        return {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}, losses
+        _, losses, gradients = learn(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
+        return stepped(optimizer, state, losses, gradients)
 
     return update
+
+
+def make_sampling_update(
+    optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup, guidance: float, where: NamedSharding
+) -> Any:
+    """The same step inside a step of the sampler: (state, teacher's parameters, trajectory, text, negative text, row of
+    the schedule, key) -> (state, trajectory, losses). The trajectory's state is kept `where`."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 2))
+    def update(state, teacher_params, trajectory, text, blank, row, key):
+        teacher, learnt = nnx.merge(graph, teacher_params), []
+
+        def velocity(x, timesteps_B):
+            asked = question(x, timesteps_B, text, blank)
+            velocity, *found = learn(teacher, asked, state["maps"], setup, whole=True)
+            learnt.append(found)
+            return answer(velocity.astype(jnp.float32), guidance)
+
+        trajectory = jax.lax.with_sharding_constraint(solver_step(velocity, trajectory, row, key), where)
+        ((losses, gradients),) = learnt
+        state, losses = stepped(optimizer, state, losses, gradients)
+        return state, trajectory, losses
+
+    return update
+
+
+def stepped(
+    optimizer: optax.GradientTransformation, state: dict[str, Any], losses: jax.Array, gradients: Any
+) -> tuple[dict[str, Any], jax.Array]:
+    """The state after an update, or as it was if a loss or gradient is not finite; the losses, NaN where either is."""
+    finite = [jnp.isfinite(leaf).all(axis=tuple(range(2, leaf.ndim))) for leaf in jax.tree.leaves(gradients)]
+    losses = jnp.where(functools.reduce(jnp.logical_and, finite), losses, jnp.nan)
+    updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
+    new = {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}
+    return kept(jnp.isfinite(losses).all(), new, state), losses
+
+
+class Replay:
+    """Learning from what `trace` left, in shuffled batches; the step of a run says which is the next."""
+
+    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, setup: Setup):
+        settings, prompts = config.distill, range(config.trace.prompts - config.trace.holdout)
+        self.mesh, self.size, self.repeats = mesh, settings.batch, settings.updates_per_batch
+        self.rows = local_rows(mesh, self.size)
+        steps = grain.MapDataset.source(TraceSteps(traces, prompts)).shuffle(seed=config.seed).repeat()
+        rows = grain.MapDataset.source(Rows(steps, self.size, self.rows))
+        self.data = rows.batch(len(self.rows), drop_remainder=True)
+        graph, self.teacher_params = nnx.split(teacher)
+        self.update = make_update(make_optimizer(config), graph, setup)
+
+    def batch(self, index: int) -> dict[str, jax.Array]:
+        return put_rows(self.mesh, self.rows, self.size, self.data[index])
+
+    def calibration(self) -> list[dict[str, jax.Array]]:
+        return [self.batch(index) for index in range(CALIBRATION_BATCHES)]
+
+    def under_way(self) -> dict[str, Any]:
+        """What a run keeps beside maps and moments."""
+        return {}
+
+    def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
+        # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
+        return self.update(state, self.teacher_params, self.batch(step // self.repeats))
+
+    def source(self, step: int) -> str:
+        """What a step learns from, and whether that is finite."""
+        batch = step // self.repeats
+        bad = rows_with_faults(self.data[batch], self.rows)
+        return f"batch {batch}" + (f", whose examples {', '.join(map(str, bad))} are not finite" if bad else "")
+
+
+class Sampling:
+    """Learning inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
+
+    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, setup: Setup):
+        settings, sampler, video = config.distill, config.sampler, config.video
+        shape = *latent_grid(video.frames, video.height, video.width), teacher.config.in_channels
+        prompts = config.trace.prompts - config.trace.holdout
+        self.teacher, self.slots = teacher, settings.trajectories
+        self.trajectories = Trajectories(config, traces / "text", prompts, shape, mesh)
+        self.turns = list(itertools.islice(turns(sampler.steps, self.slots), settings.steps))
+        graph, self.teacher_params = nnx.split(teacher)
+        self.update = make_sampling_update(make_optimizer(config), graph, setup, sampler.guidance, sharding(mesh))
+
+    def calibration(self) -> list[dict[str, jax.Array]]:
+        return self.trajectories.questions(self.teacher, CALIBRATION_BATCHES)
+
+    def under_way(self) -> dict[str, Any]:
+        """The trajectories, as far as they have come."""
+        return {"trajectories": [self.trajectories.begin(slot) for slot in range(self.slots)]}
+
+    def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
+        slot, number, position = self.turns[step]
+        learnt, trajectories = {name: state[name] for name in ("maps", "opt_state")}, list(state["trajectories"])
+        trajectory = trajectories[slot] if position else self.trajectories.begin(number)
+        asked = *self.trajectories.text(number), *self.trajectories.step(number, position)
+        learnt, trajectories[slot], losses = self.update(learnt, self.teacher_params, trajectory, *asked)
+        return learnt | {"trajectories": trajectories}, losses
+
+    def source(self, step: int) -> str:
+        """What a step learns from."""
+        _, number, position = self.turns[step]
+        return f"batch {number} of prompts at step {position} of the sampler"
+
+
+MODES = {"traces": Replay, "sampling": Sampling}
 
 
 def distill(
@@ -419,42 +539,39 @@ def distill(
     blocks = setup.blocks or range(teacher.config.num_layers)
     mesh = make_mesh(config.mesh)
     teacher.spread(mesh, config.mesh.exchange)
-    split = config.trace.prompts - config.trace.holdout
-    rows = local_rows(mesh, settings.batch)
-    data = grain.MapDataset.source(TraceSteps(traces, range(split))).shuffle(seed=config.seed).repeat()
-    data = grain.MapDataset.source(Rows(data, settings.batch, rows)).batch(len(rows), drop_remainder=True)
-    held_out = TraceSteps(traces, range(split, config.trace.prompts))
-
-    def batch(index: int) -> dict[str, jax.Array]:
-        return put_rows(mesh, rows, settings.batch, data[index])
+    held_out = TraceSteps(traces, range(config.trace.prompts - config.trace.holdout, config.trace.prompts))
+    learner = MODES[settings.mode](config, teacher, mesh, traces, setup)
 
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
-        maps = calibrate(teacher, [batch(i) for i in range(CALIBRATION_BATCHES)], maps, setup)
+        maps = calibrate(teacher, learner.calibration(), maps, setup)
     initial = fetched(maps)
     processes.once(lambda: save_maps(folder / INITIAL, initial, setup.rates, blocks))
 
-    optimizer = make_optimizer(config)
-    checkpoints = Checkpoints(folder / "checkpoints", every=config.checkpoint.every, keep=config.checkpoint.keep)
-    opt_state = optimizer.init(maps)  # type: ignore[arg-type]
-    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state}
+    def explain(step: int, losses: np.ndarray, _: Any) -> str:
+        found = [f"block {blocks[i]} at rate {setup.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
+        return f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.source(step)}"
+
+    checkpoints = Checkpoints(folder / "checkpoints", **config.checkpoint)
+    opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
+    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.under_way()
     start, state = checkpoints.restore(put_state(mesh, fresh))
-    graph, teacher_params = nnx.split(teacher)
-    update = make_update(optimizer, graph, setup)
     metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
-    profiler = Profiler(profile, config.profile)
-    for step in profiler.over(progress.over(range(start, settings.steps))):
-        # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
-        replayed = batch(step // settings.updates_per_batch)
-        state, losses = update(state, teacher_params, replayed)
-        profiler.result = losses
-        if (step + 1) % config.log_every == 0:
-            by_rate = fetched(losses).mean(axis=0)
-            metrics.log(step + 1, **{f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)})
-            metrics.flush()
-            progress.note = f"loss {by_rate.mean():.4f}"
-        checkpoints.save(step + 1, state, last=step + 1 == settings.steps)
-    checkpoints.close()
+    profiler, guard = Profiler(profile, config.profile), Guard("distill", config.max_skipped, explain)
+    with checkpoints, Preemption("distill") as preemption:
+        for step in profiler.over(progress.over(range(start, settings.steps))):
+            state, losses = learner(state, step)
+            guard.see(step, losses)
+            profiler.result = losses
+            if (step + 1) % config.log_every == 0:
+                by_rate = fetched(losses).mean(axis=0)
+                row = {f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)}
+                metrics.log(step + 1, **row, **guard.metrics)
+                metrics.flush()
+                progress.note = f"loss {by_rate.mean():.4f}"
+            last = preemption.asked() or step + 1 == settings.steps
+            checkpoints.save(step + 1, state, last=last, check=guard.settle)
+            preemption.leave()
     metrics.flush()
     trained = fetched(state["maps"])
     processes.once(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
@@ -538,4 +655,13 @@ def read_errors(folder: epath.Path) -> dict[str, Any]:
     path = folder / "errors.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; run `jsurgery distill` first")
-    return json.loads(path.read_text())
+    found = read_object(path, "the errors of `jsurgery distill`")
+    rates, rows, blocks = found.get("rates"), found.get("errors"), found.get("blocks", [])
+    if not isinstance(rates, list):
+        raise InputError(f"{path}: rates: expected those distilled, found {shown(rates)}")
+    check_rates(f"{path}: rates", rates)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: errors: expected a row for each block, found {shown(rows)}")
+    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+        raise InputError(f"{path}: blocks: expected their numbers, found {shown(blocks)}")
+    return found

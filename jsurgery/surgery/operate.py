@@ -1,7 +1,6 @@
 """operate: the teacher's weights and the distilled feature maps become one hybrid model."""
 
 import dataclasses
-import json
 
 from etils import epath
 from flax import nnx
@@ -34,7 +33,4 @@ def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps 
 
 def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: str) -> None:
     """A transformer folder that also says where its VAE and text encoder are."""
-    save_transformer(transformer, folder)
-    file = folder / "config.json"
-    fields = json.loads(file.read_text()) | {"base_pipeline": base_pipeline}
-    file.write_text(json.dumps(fields, indent=2) + "\n")
+    save_transformer(transformer, folder, more={"base_pipeline": base_pipeline})

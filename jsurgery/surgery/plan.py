@@ -1,6 +1,5 @@
 """plan: the rate of every block, from the errors, what blocks cost and a budget (the paper's eq. 9)."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,11 +14,14 @@ from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, HybridConfig, 
 from jsurgery.config import check_rates
 from jsurgery.cost import Hedgehog, Workload, core_flops, num_tokens
 from jsurgery.errors import InputError
+from jsurgery.files import read_json, read_object, shown
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distill import rate_chain, read_errors
 from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve
 from jsurgery.wan.transformer import WanConfig
 
+PLAN_NUMBERS = ("budget_flops", "cost_flops", "teacher_flops", "share_of_teacher", "error")
+LARGEST = 1e300  # of costs and errors, of which sums are taken
 NAMED_BUDGET = re.compile(r"(\d+)R(\d+|linear)")
 
 
@@ -80,10 +82,7 @@ def read_costs(path: epath.PathLike, blocks: int) -> BlockCosts:
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"config.plan.costs: {path}: no such file")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, found {error}") from None
+    found = read_json(path)
     names = ("unit", "rates", "blocks")
     if not isinstance(found, dict) or sorted(found) != sorted(names):
         raise InputError(f"{path}: expected an object of {', '.join(names)}, found {describe(found)}")
@@ -110,11 +109,12 @@ def table(source: str, rows: Any, blocks: int, rates: Sequence[Rate]) -> np.ndar
         raise InputError(f"{source}: expected a row for each of the model's {blocks} blocks, found {found}")
     for block, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(rates):
-            raise InputError(f"{source}[{block}]: expected a number for each of the rates {list(rates)}, found {row!r}")
+            expected = f"a number for each of the rates {list(rates)}"
+            raise InputError(f"{source}[{block}]: expected {expected}, found {shown(row)}")
         for column, value in enumerate(row):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise InputError(f"{source}[{block}][{column}]: expected a non-negative number, found {value!r}")
+            if not number or not 0 <= value <= LARGEST:
+                raise InputError(f"{source}[{block}][{column}]: expected a non-negative number, found {shown(value)}")
     return np.array(rows, np.float64)
 
 
@@ -289,10 +289,21 @@ def front(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: e
 
 
 def read_plan(folder: epath.Path) -> dict[str, Any]:
+    """The plan that `plan` left. Raises InputError for a file that is none."""
     path = folder / "plan.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; run `jsurgery plan` first")
-    return json.loads(path.read_text())
+    found = read_object(path, "the plan of `jsurgery plan`")
+    rates = found.get("rates")
+    if not isinstance(rates, list) or not rates:
+        raise InputError(f"{path}: rates: expected one for each block, found {shown(rates)}")
+    if odd := [rate for rate in rates if rate != "linear" and (type(rate) is not int or rate < 1)]:
+        raise InputError(f"{path}: rates: expected integers from 1 or 'linear', found {shown(odd[0])}")
+    for name in PLAN_NUMBERS:
+        value = found.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+            raise InputError(f"{path}: {name}: expected a non-negative number, found {shown(value)}")
+    return found
 
 
 def hybrid_config(config: ConfigDict, rates: Sequence[Rate]) -> HybridConfig:

@@ -1,14 +1,17 @@
 """trace: the teacher samples from prompts, and the noisy latents that it passes through are kept."""
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
+from jsurgery.data.prompts import read_prompts
 from jsurgery.data.shards import Records, shard_path, text_array, write_shard
 from jsurgery.diffusion import schedule
 from jsurgery.errors import InputError
+from jsurgery.runtime import processes
+from jsurgery.runtime.mesh import fetched
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.pipeline import Pipeline
 
@@ -23,7 +26,7 @@ def load_prompts(config: ConfigDict, count: int, *, skip: int = 0) -> list[str]:
     path = epath.Path(config.prompts)
     if not path.exists():
         raise InputError(f"config.prompts: {config.prompts}: no such file; expected one prompt a line, or 'sprites'")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = read_prompts(config.prompts, flag="config.prompts: ")
     if len(lines) < skip + count:
         raise InputError(f"config.prompts: {config.prompts}: expected {skip + count} prompts, found {len(lines)}")
     return lines[skip : skip + count]
@@ -34,38 +37,44 @@ def kept_steps(steps: int, keep: int) -> np.ndarray:
     return np.round(np.linspace(0, steps - 1, keep)).astype(int) if keep > 1 else np.array([0])
 
 
+def traced_prompts(config: ConfigDict) -> range:
+    """Whose steps are kept: where maps learn as the teacher samples, the held-out prompts' alone."""
+    first = config.trace.prompts - config.trace.holdout if config.distill.mode == "sampling" else 0
+    return range(first, config.trace.prompts)
+
+
 def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
     A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
-    and `prompt`, a number into the texts.
+    and `prompt`, a number into the texts. Of several processes all sample, each with its part of the model, and the
+    first writes.
     """
-    sampler, count, size = config.sampler, config.trace.prompts, config.trace.batch
-    prompts = load_prompts(config, count)
+    sampler, size = config.sampler, config.trace.batch
+    prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
     texts = np.asarray(pipeline.embed([*prompts, sampler.negative_prompt], config.text_length), np.float32)
-    write_shard(
-        shard_path(folder / "text", 0),
-        (
-            {"embedding": e, "prompt": text_array(p)}
-            for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)
-        ),
+    text_records = (
+        {"embedding": e, "prompt": text_array(p)}
+        for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)
     )
+    processes.once(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = kept_steps(sampler.steps, config.trace.keep_steps)
     timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]
     with config.unlocked():
         traced = config.copy_and_resolve_references()
     traced.sampler.solver = config.trace.solver
-    progress = Progress("trace", count)
-    for start in range(0, count, size):
-        path = shard_path(folder / "steps", start // size)
-        batch = prompts[start : start + size]
-        if not path.exists():
-            _, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
-            latents_KxBxTxHxWxC = np.asarray(jax.device_get(trajectory))[kept].astype(np.float16)
-            coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
-            write_shard(
-                path,
-                (
+    starts = chosen[::size]
+    paths = {start: shard_path(folder / "steps", number) for number, start in enumerate(starts)}
+    missing = processes.once(lambda: [start for start in starts if not paths[start].exists()])
+    progress = Progress("trace", len(chosen))
+    with Preemption("trace") as preemption:
+        for start in starts:
+            batch = prompts[start : start + size]
+            if start in missing:
+                _, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                latents_KxBxTxHxWxC = fetched(trajectory)[kept].astype(np.float16)
+                coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
+                steps = (
                     {
                         "latents": latents_KxBxTxHxWxC[step, item],
                         "timestep": np.float32(timesteps[step]),
@@ -74,10 +83,12 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
                     }
                     for item in range(len(batch))
                     for step in range(len(kept))
-                ),
-            )
-        progress.show(start + len(batch))
-    progress.show(count, last=True)
+                )
+                processes.once(lambda start=start, steps=steps: write_shard(paths[start], steps))
+            progress.show(start - chosen.start + len(batch))
+            preemption.asked()
+            preemption.leave()
+    progress.show(len(chosen), last=True)
 
 
 class TraceSteps:
@@ -85,8 +96,9 @@ class TraceSteps:
 
     def __init__(self, folder: epath.Path, prompts: range):
         self.steps, self.texts = Records(folder / "steps"), Records(folder / "text")
-        per_prompt = len(self.steps) // (len(self.texts) - 1)
-        self.first, self.count = prompts.start * per_prompt, len(prompts) * per_prompt
+        earlier = int(self.steps[0]["prompt"])  # prompts of which no steps are kept
+        per_prompt = len(self.steps) // (len(self.texts) - 1 - earlier)
+        self.first, self.count = (prompts.start - earlier) * per_prompt, len(prompts) * per_prompt
 
     def __len__(self) -> int:
         return self.count

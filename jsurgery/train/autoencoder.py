@@ -14,6 +14,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data import sprites
 from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.guard import Guard, faults, kept, suspects
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Metrics, Progress, say
 from jsurgery.wan.vae import ResidualBlock, VaeConfig, WanVae, save_vae
 
@@ -86,22 +88,32 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
     def update(params, opt_state, video, key):
         objective = lambda params: loss_fn(nnx.merge(graph, params), video, key, train.vae_kl_weight)
         (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, {"loss": loss, **parts}
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        values = {"loss": loss, **parts, "gradient_norm": optax.tree.norm(grads)}
+        finite = jnp.isfinite(loss) & jnp.isfinite(values["gradient_norm"])
+        new = optax.apply_updates(params, updates), new_opt_state
+        return *kept(finite, new, (params, opt_state)), values, faults(grads)
 
-    checkpoints = Checkpoints(workdir / "vae", every=config.checkpoint.every, keep=1)
+    def explain(step: int, values: dict[str, Any], faults: Any) -> str:
+        return suspects(values["loss"], step, [], state["params"], faults)
+
+    checkpoints = Checkpoints(workdir / "vae", **config.checkpoint)
     start, state = checkpoints.restore({"params": params, "opt_state": optimizer.init(params)})
     metrics, progress = Metrics(workdir / "vae_metrics", start), Progress("vae", train.vae_steps, start)
-    for step in progress.over(range(start, train.vae_steps)):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        params, opt_state, parts = update(state["params"], state["opt_state"], crops(config, step), key)
-        state = {"params": params, "opt_state": opt_state}
-        if (step + 1) % config.log_every == 0:
-            metrics.log(step + 1, **parts)
-            metrics.flush()
-            progress.note = f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"
-        checkpoints.save(step + 1, state, last=step + 1 == train.vae_steps)
-    checkpoints.close()
+    guard = Guard("vae", config.max_skipped, explain)
+    with checkpoints, Preemption("vae") as preemption:
+        for step in progress.over(range(start, train.vae_steps)):
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            params, opt_state, parts, found = update(state["params"], state["opt_state"], crops(config, step), key)
+            state = {"params": params, "opt_state": opt_state}
+            guard.see(step, parts, found)
+            if (step + 1) % config.log_every == 0:
+                metrics.log(step + 1, **parts, **guard.metrics)
+                metrics.flush()
+                progress.note = f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"
+            last = preemption.asked() or step + 1 == train.vae_steps
+            checkpoints.save(step + 1, state, last=last, check=guard.settle)
+            preemption.leave()
 
     vae = nnx.merge(graph, state["params"])
     mean, std = latent_statistics(vae, config)

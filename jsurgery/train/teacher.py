@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
 from jsurgery.data.latents import encode_sprites
+from jsurgery.runtime.lock import locked
 from jsurgery.train.autoencoder import train_vae
 from jsurgery.train.transformer import train_transformer
+from jsurgery.wan.hashes import write_hashes
 from jsurgery.wan.pipeline import model_path
 from jsurgery.wan.text_encoder import save_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
@@ -29,10 +31,13 @@ MODEL_INDEX = {
 
 
 def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
-    """Trains, or goes on where it stopped; returns the model folder."""
+    """Trains, or goes on where it stopped; returns the model folder. Raises InputError when another run is at it."""
     workdir = epath.Path(workdir)
-    model = workdir / "model"
-    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        return train_parts(config, workdir, workdir / "model")
+
+
+def train_parts(config: ConfigDict, workdir: epath.Path, model: epath.Path) -> epath.Path:
     init = model_path(config.train.init) if config.train.init else None
     for part in ("tokenizer", "vae"):
         if init is not None and not (model / part).exists():
@@ -68,3 +73,4 @@ def write_pipeline_index(model: epath.Path, shift: float) -> None:
     (model / "scheduler").mkdir(parents=True, exist_ok=True)
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
     (model / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    write_hashes(model, {}, "model_index.json", "scheduler/scheduler_config.json")

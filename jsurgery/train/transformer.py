@@ -15,7 +15,9 @@ from jsurgery.data.latents import batches
 from jsurgery.diffusion import noised
 from jsurgery.errors import InputError
 from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.guard import Guard, rows_with_faults, suspects
 from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.training import initial_state, trained_parameters, updated
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts, load_text_encoder
@@ -73,6 +75,43 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), spectral)
 
 
+def sizes(train: ConfigDict, vocabulary: int) -> tuple[WanConfig, TextEncoderConfig]:
+    transformer = WanConfig(
+        num_attention_heads=train.heads,
+        attention_head_dim=train.head_dim,
+        in_channels=train.z_dim,
+        out_channels=train.z_dim,
+        text_dim=train.text_dim,
+        ffn_dim=train.ffn_dim,
+        num_layers=train.layers,
+    )
+    text_encoder = TextEncoderConfig(
+        vocab_size=vocabulary,
+        d_model=train.text_dim,
+        d_kv=train.text_dim // 4,
+        d_ff=2 * train.text_dim,
+        num_heads=4,
+        num_layers=train.text_layers,
+    )
+    return transformer, text_encoder
+
+
+def loss_of(config: ConfigDict, graph: nnx.GraphDef, params: Any, batch: dict, key: jax.Array, dropout: float):
+    return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=config.train.shift, dropout=dropout)
+
+
+def make_update(config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef) -> Any:
+    """The jitted step (state, batch, key) -> (state, metrics)."""
+    train = config.train
+
+    @jax.jit
+    def update(state, batch, key):
+        objective = lambda params, batch: loss_of(config, graph, params, batch, key, train.condition_dropout)
+        return updated(state, objective, batch, optimizer, pieces=1, ema=train.ema)
+
+    return update
+
+
 def train_transformer(
     config: ConfigDict,
     workdir: epath.Path,
@@ -87,23 +126,7 @@ def train_transformer(
     """
     train = config.train
     mesh = make_mesh(config.mesh)
-    transformer = WanConfig(
-        num_attention_heads=train.heads,
-        attention_head_dim=train.head_dim,
-        in_channels=train.z_dim,
-        out_channels=train.z_dim,
-        text_dim=train.text_dim,
-        ffn_dim=train.ffn_dim,
-        num_layers=train.layers,
-    )
-    text_encoder = TextEncoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        d_model=train.text_dim,
-        d_kv=train.text_dim // 4,
-        d_ff=2 * train.text_dim,
-        num_heads=4,
-        num_layers=train.text_layers,
-    )
+    transformer, text_encoder = sizes(train, tokenizer.vocab_size)
     model = Teacher(transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed))
     if init is not None:
         model.transformer = load_transformer(init / "transformer", jnp.dtype(config.model.dtype))
@@ -111,6 +134,7 @@ def train_transformer(
         for part, wanted in (("transformer", transformer), ("text_encoder", text_encoder)):
             if (found := getattr(model, part).config) != wanted:
                 raise InputError(f"config.train.init: {init / part}: expected {wanted}, found {found}")
+    model.transformer.compute_on(mesh, config.mesh.exchange)
     graph, params = nnx.split(model)
     optimizer = make_optimizer(train)
     blank_ids, blank_mask = tokenizer([""], config.text_length)
@@ -122,15 +146,8 @@ def train_transformer(
         arrays = {"latents": element["latents"], "token_ids": token_ids, "mask": mask}
         return put_rows(mesh, rows, train.batch, arrays) | {"blank_ids": blank_ids, "blank_mask": blank_mask}
 
-    def loss(params, batch, key, dropout):
-        return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=train.shift, dropout=dropout)
-
-    @jax.jit
-    def update(state, batch, key):
-        objective = lambda params, batch: loss(params, batch, key, train.condition_dropout)
-        return updated(state, objective, batch, optimizer, pieces=1, ema=train.ema)
-
-    validation_loss = jax.jit(lambda params, batch, key: loss(params, batch, key, 0.0))
+    update = make_update(config, optimizer, graph)
+    validation_loss = jax.jit(lambda params, batch, key: loss_of(config, graph, params, batch, key, 0.0))
     data = batches(latents / "train", train.batch, config.seed, rows)
     held_out = batches(latents / "holdout", train.batch, config.seed, rows)
 
@@ -140,19 +157,28 @@ def train_transformer(
         losses = [validation_loss(params, tokenized(held_out[i]), key) for i, key in enumerate(keys)]
         return float(np.mean([float(value) for value in losses]))
 
-    checkpoints = Checkpoints(workdir / "transformer", every=config.checkpoint.every, keep=config.checkpoint.keep)
+    def explain(step: int, values: dict[str, Any], faults: Any) -> str:
+        bad = rows_with_faults(data[step]["latents"], rows)
+        return suspects(values["loss"], step, bad, state["params"], faults)
+
+    checkpoints = Checkpoints(workdir / "transformer", **config.checkpoint)
     start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, train.ema)))
     metrics, progress = Metrics(workdir / "transformer_metrics", start), Progress("train", train.steps, start)
-    for step in progress.over(range(start, train.steps)):
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        state, values = update(state, tokenized(data[step]), key)
-        if (step + 1) % config.log_every == 0:
-            metrics.log(step + 1, **values)
-            progress.note = f"loss {values['loss']:.4f}"
-        if (step + 1) % config.checkpoint.every == 0:
-            metrics.log(step + 1, validation_loss=validate(trained_parameters(state)))
-            metrics.flush()
-        checkpoints.save(step + 1, state, last=step + 1 == train.steps)
+    guard = Guard("train", config.max_skipped, explain)
+    with checkpoints, Preemption("train") as preemption:
+        for step in progress.over(range(start, train.steps)):
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            state, values = update(state, tokenized(data[step]), key)
+            faults = values.pop("faults")
+            guard.see(step, values, faults)
+            if (step + 1) % config.log_every == 0:
+                metrics.log(step + 1, **values, **guard.metrics)
+                progress.note = f"loss {values['loss']:.4f}"
+            if (step + 1) % config.checkpoint.every == 0:
+                metrics.log(step + 1, validation_loss=validate(trained_parameters(state)))
+                metrics.flush()
+            last = preemption.asked() or step + 1 == train.steps
+            checkpoints.save(step + 1, state, last=last, check=guard.settle)
+            preemption.leave()
     metrics.flush()
-    checkpoints.close()
     return nnx.merge(graph, trained_parameters(state))

@@ -4,7 +4,6 @@ The VAE and the text encoder of the original repository come as pickles; torch r
 """
 
 import functools
-import json
 import pickle
 import re
 import zipfile
@@ -15,9 +14,11 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.files import damaged, read_object
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import hub, weights
-from jsurgery.wan.safetensors_files import LazyTensor, Tensors, damaged, open_tensors, write_shards
+from jsurgery.wan.hashes import check_hashes, write_hashes
+from jsurgery.wan.safetensors_files import LazyTensor, Tensors, open_tensors, write_shards
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig
 from jsurgery.wan.transformer import WanTransformer, read_config, write_transformer
 from jsurgery.wan.vae import VaeConfig, WanVae
@@ -71,6 +72,7 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
     if (source / "transformer").exists():
         source = source / "transformer"
 
+    check_hashes(source)
     tensors = _open_pickle(source) if source.suffix == ".pth" else open_tensors(source)
     for prefix, to_diffusers in (("token_embedding.", _text_encoder), ("decoder.conv1.", _vae)):
         if any(name.startswith(prefix) for name in tensors):
@@ -86,11 +88,10 @@ def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layou
     found = weights.transformer_layout(tensors, source)
     config = read_config(source)
     model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
-    write_transformer(weights.renamed_transformer(model, tensors, found, layout, source), config, output, layout)
-    if config.hybrid:  # where its VAE and text encoder are is said there too
-        fields = json.loads((source / "config.json").read_text())
-        written = json.loads((output / "config.json").read_text())
-        write_json(output / "config.json", fields | written)
+    # Where a hybrid's VAE and text encoder are is said in its config, too.
+    more = read_object(source / "config.json") if config.hybrid else {}
+    renamed = weights.renamed_transformer(model, tensors, found, layout, source)
+    write_transformer(renamed, config, output, layout, more=more)
 
 
 def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
@@ -107,16 +108,18 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
         relative_attention_num_buckets=num_buckets,
     )
     encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
-    write_shards(output, "model", _renamed(encoder, original_text_encoder_name, tensors, source))
+    hashes = write_shards(output, "model", _renamed(encoder, original_text_encoder_name, tensors, source))
     write_json(output / "config.json", config.to_json())
+    write_hashes(output, hashes, "config.json")
 
 
 def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
     # Latents' mean and std stand in no file: a VAE of other channels than Wan2.1's will not fit.
     config = VaeConfig(base_dim=_shape(tensors, "encoder.conv1.weight", source, axes=5)[0])
     vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
-    write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
+    hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
     write_json(output / "config.json", config.to_json())
+    write_hashes(output, hashes, "config.json")
 
 
 def _shape(tensors: Tensors, name: str, source: epath.Path, axes: int = 2) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -17,13 +16,15 @@ from ml_collections import ConfigDict
 
 from jsurgery.diffusion import State, Velocity, guided, initial_state, sample, schedule, solver_step, step_keys
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
 from jsurgery.wan import hub
-from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.hashes import check_hashes
+from jsurgery.wan.rope import check_grid
 from jsurgery.wan.safetensors_files import check_tensors
-from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder
+from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder, read_text_encoder_config
 from jsurgery.wan.tokenizer import Tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, read_config
-from jsurgery.wan.vae import WanVae, load_vae
+from jsurgery.wan.vae import WanVae, load_vae, read_vae_config
 
 BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
 VAE_STRIDES = (4, 8, 8)
@@ -47,19 +48,29 @@ def pipeline_folder(path: epath.Path) -> epath.Path:
     if (path / "vae").exists():
         return path
     file = path / "config.json"
-    base = json.loads(file.read_text()).get("base_pipeline") if file.exists() else None
+    base = read_object(file).get("base_pipeline") if file.exists() else None
+    if base is not None and not isinstance(base, str):
+        raise InputError(f"{file}: base_pipeline: expected a folder, a bundled name or a repository, found {base!r}")
     if not base:
         raise InputError(f"{path}: expected a pipeline folder (transformer/, vae/, text_encoder/, tokenizer/)")
     return model_path(base)
 
 
 def check_pipeline(path: str) -> WanConfig:
-    """The transformer's config. Raises InputError where `load_pipeline` would, having read the weights' headers."""
+    """The transformer's config. Raises InputError where `load_pipeline` would, having read the weights' headers.
+
+    Where the folders have hashes, all of the weights is read once for them.
+    """
     folder = model_path(path)
     base = pipeline_folder(folder)
+    parts = transformer_folder(folder), base / "vae", base / "text_encoder"
+    for part in dict.fromkeys((folder, base, *parts)):
+        check_hashes(part)
     config = read_config(transformer_folder(folder))
-    for weights in (transformer_folder(folder), base / "vae", base / "text_encoder"):
-        check_tensors(weights)
+    read_vae_config(base / "vae")
+    read_text_encoder_config(base / "text_encoder")
+    for part in parts:
+        check_tensors(part)
     Tokenizer(base / "tokenizer")
     return config
 
@@ -67,7 +78,7 @@ def check_pipeline(path: str) -> WanConfig:
 def check_size(config: WanConfig, frames: int, height: int, width: int) -> None:
     """Raises InputError for a video that patches do not divide or that is longer than RoPE's table on an axis."""
     grid = config.token_grid(latent_grid(frames, height, width))
-    rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
+    check_grid(grid, config.rope_max_seq_len)
 
 
 def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -150,17 +161,20 @@ class Pipeline:
         return self.decode(self.sample(prompts, config, seed=seed)[0])
 
 
-def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> Pipeline:
+def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, exchange: str = "gather") -> Pipeline:
     """A pipeline folder in the diffusers layout, an operated model's folder, or a bundled name.
 
-    With a mesh, the transformer's parameters go where they belong on it.
+    With a mesh, the transformer's parameters go where they belong on it, and it computes there.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
+    transformer = load_transformer(transformer_folder(folder), dtype, mesh)
+    if mesh is not None:
+        transformer.compute_on(mesh, exchange)
     return Pipeline(
         tokenizer=Tokenizer(base / "tokenizer"),
         text_encoder=load_text_encoder(base / "text_encoder"),
-        transformer=load_transformer(transformer_folder(folder), dtype, mesh),
+        transformer=transformer,
         vae=load_vae(base / "vae"),
     )
 

@@ -23,9 +23,7 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) 
 
     Angles are computed in float64, as the original model does. Raises InputError when an axis is longer than `max_len`.
     """
-    for axis, length in zip(("time", "height", "width"), grid, strict=True):
-        if length > max_len:
-            raise InputError(f"token grid: the {axis} axis has {length} positions, RoPE's table holds {max_len}")
+    check_grid(grid, max_len)
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
         frequencies = THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
@@ -35,6 +33,13 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) 
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, width // 2)))
     angle_NxE = np.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
     return np.cos(angle_NxE).astype(np.float32), np.sin(angle_NxE).astype(np.float32)
+
+
+def check_grid(grid: tuple[int, int, int], max_len: int = 1024) -> None:
+    """Raises InputError when an axis is longer than `max_len`."""
+    for axis, length in zip(("time", "height", "width"), grid, strict=True):
+        if length > max_len:
+            raise InputError(f"token grid: the {axis} axis has {length} positions, RoPE's table holds {max_len}")
 
 
 def apply_rope(x_BxNxHxD: jax.Array, cos_NxE: jax.Array, sin_NxE: jax.Array) -> jax.Array:

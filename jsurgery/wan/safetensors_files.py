@@ -1,19 +1,25 @@
 """Safetensors files: looked into without being read, written tensor by tensor; one file, or shards with an index."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
+from jsurgery.files import damaged, read_object
+from jsurgery.runtime.manifest import fingerprint
 from jsurgery.runtime.stages import write_json
+from jsurgery.wan.hashes import HASHES
 
+LARGEST_HEADER = 100_000_000  # of the safetensors library, too
+LARGEST_TENSOR = 1 << 46  # bytes, were no axis empty
 SHARD_BYTES = 5_000_000_000  # diffusers' and transformers' own limit
 
 # NumPy has no bfloat16 of its own, which is why its names are not the format's.
@@ -94,11 +100,13 @@ def check_tensors(path: epath.PathLike) -> None:
 
 
 def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(shard_of.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: expected JSON with a weight_map of tensor to file ({error!r})") from error
+    shard_of = read_object(index, "JSON with a weight_map of tensor to file").get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise InputError(f"{index}: expected JSON with a weight_map of tensor to file, found none")
+    shards = sorted({shard for shard in shard_of.values() if isinstance(shard, str)})
+    # A name, not a path: an index from elsewhere must not lead to other files of this machine.
+    if astray := [s for s in shard_of.values() if not isinstance(s, str) or not re.fullmatch(r"[\w-][\w.-]*", s)]:
+        raise InputError(f"{index}: expected names of files in this folder, found {astray[0]!r}")
     if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
         raise InputError(
             f"{index}: names {len(shards)} shards, of which {', '.join(absent)} not there; download incomplete?"
@@ -111,56 +119,62 @@ def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def damaged(
-    file: epath.Path, start: bytes, size: int, fault: object, expected: str = "a safetensors file"
-) -> InputError:
-    """The error for a file that begins with `start` and is not what was expected, with the likely cause."""
-    text = start[:200].lstrip().lower()
-    if not size:
-        cause = "the file is empty"
-    elif text.startswith(b"version https://git-lfs"):
-        cause = "it is a git-LFS pointer; run `git lfs pull`"
-    elif text.startswith(b"<"):
-        cause = "it is an HTML or XML page, perhaps a download that needed a login"
-    elif start.startswith((b"PK\x03\x04", b"\x80")):
-        cause = "it is a pickle, as torch.save writes, and was not unpickled"
-    else:
-        cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
-    return InputError(f"{file}: not {expected}: {cause}")
-
-
 def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
     """Each tensor of a file whose size is what its header adds up to."""
-    size = file.stat().length
-    with file.open("rb") as stream:
-        start = stream.read(200)
-        header_size = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or header_size > size - 8:
-            raise damaged(file, start, size, "the header is cut short")
-        stream.seek(8)
-        text = stream.read(header_size)
+    try:
+        size = file.stat().length
+        with file.open("rb") as stream:
+            start = stream.read(200)
+            header_size = int.from_bytes(start[:8], "little")
+            if len(start) < 8 or header_size > min(size - 8, LARGEST_HEADER):
+                raise damaged(file, start, size, "the header is cut short")
+            stream.seek(8)
+            text = stream.read(header_size)
+    except OSError as error:
+        raise InputError(f"{file}: expected a safetensors file, found {error.strerror or error}") from None
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            places[name] = entry["dtype"], tuple(map(int, entry["shape"])), begin, end
-        expected = 8 + header_size + max((place[3] for place in places.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(file, start, size, "the header is not JSON") from error
+        places = {name: _place(**entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(file, start, size, "the header is no table of tensors") from error
+    expected = 8 + header_size + max((place.end for place in places.values()), default=0)
     if size != expected:
         raise damaged(file, start, size, f"the header speaks of {expected}")
-    if foreign := {dtype for dtype, *_ in places.values()} - _DTYPES.keys():
+    if foreign := {place.dtype for place in places.values()} - _DTYPES.keys():
         raise InputError(
             f"{file}: holds tensors of type {', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
         )
-    tensors = {}
-    for name, (dtype, shape, begin, end) in places.items():
-        if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise damaged(file, start, size, f"{name} has {end - begin} bytes for {dtype} {shape}")
-        tensors[name] = _stored(file, _DTYPES[dtype], shape, 8 + header_size + begin)
-    return tensors
+    tensors, end = {}, 0
+    for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
+        expected = math.prod(place.shape) * _DTYPES[place.dtype].itemsize
+        if place.end - place.begin != expected:
+            found = f"{name} has {place.end - place.begin} bytes for {place.dtype} {place.shape}"
+            raise damaged(file, start, size, found)
+        if place.begin != end:
+            raise damaged(file, start, size, f"{name} begins at {place.begin}, the one before it ends at {end}")
+        end = place.end
+        tensors[name] = _stored(file, _DTYPES[place.dtype], place.shape, 8 + header_size + place.begin)
+    return {name: tensors[name] for name in places}
+
+
+class _Place(NamedTuple):
+    """Where in a file a tensor lies: bytes from `begin` to `end` after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _place(dtype: Any, shape: Any, data_offsets: Any) -> _Place:
+    """Raises ValueError or TypeError for an entry of a header that describes no tensor."""
+    begin, end = data_offsets
+    numbers = [begin, end, *shape]
+    sound = type(dtype) is str and type(shape) is list and all(type(number) is int for number in numbers)
+    if not sound or min(numbers) < 0 or end < begin or math.prod(side or 1 for side in shape) > LARGEST_TENSOR:
+        raise ValueError(f"expected type, shape and place of a tensor, found {dtype}, {shape}, {data_offsets}")
+    return _Place(dtype, tuple(shape), begin, end)
 
 
 def _stored(file: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
@@ -177,18 +191,24 @@ def _stored(file: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
 
 
 def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Writes one .safetensors file under a temporary name, then renames it: a file with the final name is complete."""
+    """Writes one .safetensors file under a temporary name, then renames it: a file with the final name is complete.
+
+    Of a model folder the hashes go first, as with `write_shards`.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_file(_temporary(path), tensors, metadata)
+    (path.parent / HASHES).unlink(missing_ok=True)
     _temporary(path).replace(path)
 
 
-def write_shards(folder: epath.PathLike, stem: str, tensors: Tensors, shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(
+    folder: epath.PathLike, stem: str, tensors: Tensors, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list]:
     """Writes `stem`.safetensors, or above `shard_bytes` shards with an index, named as diffusers and transformers do.
 
     All files are complete before the first gets its final name, and the index comes last. What an earlier save of other
-    shards left is removed.
+    shards left is removed, its hashes first. Returns what `write_hashes` takes.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,10 +216,10 @@ def write_shards(folder: epath.PathLike, stem: str, tensors: Tensors, shard_byte
     count = len(shards)
     names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(_temporary(folder / name), shard)
+    hashes = {name: _write_file(_temporary(folder / name), shard) for name, shard in zip(names, shards, strict=True)}
 
     index = folder / f"{stem}.safetensors.index.json"
+    (folder / HASHES).unlink(missing_ok=True)
     index.unlink(missing_ok=True)
     for name in names:
         _temporary(folder / name).replace(folder / name)
@@ -211,6 +231,8 @@ def write_shards(folder: epath.PathLike, stem: str, tensors: Tensors, shard_byte
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
         write_json(index, content)
+        hashes[index.name] = fingerprint(index)
+    return hashes
 
 
 def _split(tensors: Tensors, shard_bytes: int) -> list[Tensors]:
@@ -233,8 +255,8 @@ def _temporary(path: epath.Path) -> epath.Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """One file, never holding more than one tensor; a file that could not be finished is removed."""
+def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> list[Any]:
+    """One file, never holding more than one tensor, and its fingerprint; one that could not be finished is removed."""
     # Widest type first, so that every tensor lies aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
@@ -247,10 +269,15 @@ def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | N
     text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
+            start = len(text).to_bytes(8, "little") + text
+            stream.write(start)
+            digest = hashlib.sha256(start)
             for name in names:
                 # A buffer is written as it lies, so a transposed view has to be copied first.
-                stream.write(np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data)
+                values = np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data
+                stream.write(values)
+                digest.update(values)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    return [len(start) + end, digest.hexdigest()]

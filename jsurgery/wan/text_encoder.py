@@ -5,7 +5,6 @@ Attributes carry the tensor names of transformers' UMT5EncoderModel, so that a c
 """
 
 import dataclasses
-import json
 import math
 from typing import Any, Self
 
@@ -16,7 +15,10 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
+from jsurgery.model_config import check_fields
 from jsurgery.runtime.stages import write_json
+from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.safetensors_files import open_tensors, write_shards
 from jsurgery.wan.weights import load_mirrored, mirrored_tensors
 
@@ -59,7 +61,9 @@ class TextEncoderConfig:
         missing = [name for name in names if name not in fields]
         if missing:
             raise InputError(f"text encoder config: missing {', '.join(missing)}")
-        return cls(**{name: fields[name] for name in names})
+        config = cls(**{name: fields[name] for name in names})
+        check_fields(config, "text encoder config")
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The fields of a `config.json` that transformers' UMT5EncoderModel.from_pretrained reads."""
@@ -209,20 +213,26 @@ def encode_prompts(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) 
     return jnp.where(mask[:, :, None] > 0, embeddings, 0.0)
 
 
+def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
+    """Of a `text_encoder/` folder. Raises InputError, naming the file."""
+    config_file = epath.Path(path) / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
+    fields = read_object(config_file)
+    try:
+        return TextEncoderConfig.from_json(fields)
+    except InputError as error:
+        raise InputError(f"{config_file}: {error}") from None
+
+
 def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
     """The encoder in a `text_encoder/` folder (config.json, safetensors in one file or in shards with an index).
 
     Raises InputError, naming the file, for a missing, damaged or foreign one.
     """
     folder = epath.Path(path)
-    config_file = folder / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
-    try:
-        config = TextEncoderConfig.from_json(json.loads(config_file.read_text()))
-    except ValueError as error:
-        raise InputError(f"{config_file}: expected JSON, found {error}") from error
-    tensors = open_tensors(folder)
+    check_hashes(folder)
+    config, tensors = read_text_encoder_config(folder), open_tensors(folder)
     tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
     encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
     load_mirrored(encoder, tensors, dtype=dtype, source=folder)
@@ -232,5 +242,6 @@ def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> T
 def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
     """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
     folder = epath.Path(path)
-    write_shards(folder, "model", mirrored_tensors(encoder))
+    hashes = write_shards(folder, "model", mirrored_tensors(encoder))
     write_json(folder / "config.json", encoder.config.to_json())
+    write_hashes(folder, hashes, "config.json")

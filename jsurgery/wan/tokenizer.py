@@ -19,6 +19,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from jsurgery.errors import InputError
+from jsurgery.wan.hashes import check_hashes, write_hashes
 
 PAD, EOS = 0, 1
 UNK = 2  # of T5 and of the vocabularies made here; UMT5's own has it at 3
@@ -36,12 +37,13 @@ class Tokenizer:
         model_file = epath.Path(path) / "spiece.model"
         if not model_file.exists():
             raise InputError(f"{model_file}: not found; expected a tokenizer folder with a SentencePiece model")
+        check_hashes(path)
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.load_from_serialized_proto(model_file.read_bytes())
-        except RuntimeError as error:
+            first = [self._pieces.id_to_piece(id) for id in (PAD, EOS) if id < self._pieces.vocab_size()]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InputError(f"{model_file}: expected a SentencePiece model, found something else") from error
-        first = [self._pieces.id_to_piece(PAD), self._pieces.id_to_piece(EOS)]
         if first != ["<pad>", "</s>"]:
             raise InputError(
                 f"{model_file}: expected the first pieces to be <pad> and </s>, found {' and '.join(first)}"
@@ -105,6 +107,7 @@ def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size:
     fast = _fast_tokenizer(pieces, model.normalizer_spec.precompiled_charsmap)
     for file, content in (("special_tokens_map", names), ("tokenizer_config", config), ("tokenizer", fast)):
         (folder / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_hashes(folder, {}, "spiece.model", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
     return Tokenizer(folder)
 
 

@@ -5,9 +5,8 @@ Names follow the diffusers checkpoint where they can; `weights.py` holds the one
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -27,9 +26,12 @@ from jsurgery.attention.hybrid import (
 )
 from jsurgery.attention.token_order import Rate, TokenOrder
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
+from jsurgery.model_config import check_fields
 from jsurgery.runtime.mesh import LOGICAL, batch_pieces, check_heads, parameter_shardings, place, sharding
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
+from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.rope import apply_rope, rope_tables
 from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
 from pallas_kernels import hybrid_attention, sharded_cross_attention, sharded_self_attention
@@ -82,13 +84,19 @@ class WanConfig:
             if fields.get(name, wan) != wan:
                 raise InputError(f"{source}: {name}: the text-to-video Wan2.1 has {wan!r}, found {fields[name]!r}")
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
-        known["patch_size"] = tuple(known.get("patch_size", (1, 2, 2)))
+        patch_size = known.get("patch_size", cls.patch_size)
+        known["patch_size"] = tuple(patch_size) if isinstance(patch_size, list) else patch_size
         if kind == HYBRID_CLASS_NAME:
             known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
             rates, layers = known["hybrid"].rates, known.get("num_layers", cls.num_layers)
             if len(rates) != layers:
                 raise InputError(f"{source}: hybrid.rates has {len(rates)} entries, num_layers is {layers}")
-        return cls(**known)
+        config = cls(**known)
+        check_fields(config, source)
+        for name in ("attention_head_dim", "freq_dim"):
+            if getattr(config, name) % 2:
+                raise InputError(f"{source}: {name}: expected an even number, found {getattr(config, name)}")
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The content of config.json; a hybrid has a class name of its own, so that stock diffusers refuses it."""
@@ -116,10 +124,17 @@ class WanConfig:
 
 
 class Linear(nnx.Linear):
-    """A linear layer that flattens its batch axes: XLA's CPU backward is twice as fast so, TPUs do not care."""
+    """A linear layer that flattens its batch axes and asks for sums in float32.
+
+    XLA on CPUs is twice as fast so, backward by the one and in bfloat16 by the other; TPUs do not care.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        y = super().__call__(x.reshape(-1, x.shape[-1])).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x_BxNxD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
@@ -417,7 +432,7 @@ def read_config(path: epath.PathLike) -> WanConfig:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a transformer")
     file = (path if path.is_dir() else path.parent) / "config.json"
-    fields = _read_fields(file) if file.exists() else {}
+    fields = read_object(file) if file.exists() else {}
     kind = fields.get("_class_name")
     if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
         return WanConfig.from_json(fields, source=str(file))
@@ -453,22 +468,13 @@ def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.P
     return heads
 
 
-def _read_fields(file: epath.Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: expected JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(fields).__name__}")
-    return fields
-
-
 def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
     """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
 
     Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and put one by one where they belong
     on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
+    check_hashes(path)
     config = read_config(path)
     tensors = open_tensors(path)
     model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -481,19 +487,28 @@ def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh 
 
 
 def save_transformer(
-    transformer: WanTransformer, path: epath.PathLike, layout: str = "diffusers", shard_bytes: int = SHARD_BYTES
+    transformer: WanTransformer,
+    path: epath.PathLike,
+    layout: str = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what `load_transformer` reads, in shards above `shard_bytes`.
+    """Writes what `load_transformer` reads, in shards above `shard_bytes`; `more` also goes into config.json.
 
     "diffusers" is a folder that diffusers reads too, unless the transformer is a hybrid; "original" a folder as the
     original repository's, "comfyui" one file. Raises InputError for a hybrid in any but the first.
     """
     tensors = weights.lazy_transformer_tensors(transformer, layout)
-    write_transformer(tensors, transformer.config, path, layout, shard_bytes)
+    write_transformer(tensors, transformer.config, path, layout, shard_bytes, more)
 
 
 def write_transformer(
-    tensors: Tensors, config: WanConfig, path: epath.PathLike, layout: str, shard_bytes: int = SHARD_BYTES
+    tensors: Tensors,
+    config: WanConfig,
+    path: epath.PathLike,
+    layout: str,
+    shard_bytes: int = SHARD_BYTES,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes tensors that are named in `layout`.
 
@@ -506,10 +521,12 @@ def write_transformer(
             raise InputError(f"{path}: ComfyUI's layout takes heads of 128 channels, found {config.attention_head_dim}")
         write_tensors(path, tensors)
         return
-    write_shards(path, "hybrid_wan" if config.hybrid else "diffusion_pytorch_model", tensors, shard_bytes)
+    stem = "hybrid_wan" if config.hybrid else "diffusion_pytorch_model"
+    hashes = write_shards(path, stem, tensors, shard_bytes)
     fields = config.to_json()
     if layout == "original":
         fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": "t2v", "text_len": 512, "eps": config.eps}
         fields |= {original: getattr(config, name) for name, original in ORIGINAL_SIZES.items()}
         fields["num_heads"] = config.num_attention_heads
-    write_json(path / "config.json", fields)
+    write_json(path / "config.json", {**(more or {}), **fields})
+    write_hashes(path, hashes, "config.json")

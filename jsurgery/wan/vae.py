@@ -7,7 +7,6 @@ need be over tiles in space. Attribute names are the parameter names of the refe
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -18,8 +17,12 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
+from jsurgery.model_config import check_fields
+from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
-from jsurgery.wan.safetensors_files import read_tensors, write_tensors
+from jsurgery.wan.hashes import check_hashes, write_hashes
+from jsurgery.wan.safetensors_files import open_tensors, write_shards
 
 WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -75,7 +78,9 @@ class VaeConfig:
         if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
             raise InputError(f"{min(unknown)}: not a field of AutoencoderKLWan's config")
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**values)
+        config = cls(**values)
+        check_fields(config, "config.json")
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """The content of a config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
@@ -528,27 +533,35 @@ def _check_video_shape(shape: tuple[int, ...]) -> None:
             raise InputError(f"{name}: expected a multiple of 8, found {side}; the nearest that works is {nearest}")
 
 
+def read_vae_config(path: epath.PathLike) -> VaeConfig:
+    """Of a diffusers vae/ folder. Raises InputError, naming the file."""
+    config_file = epath.Path(path) / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
+    fields = read_object(config_file, "the config of an AutoencoderKLWan as JSON")
+    try:
+        return VaeConfig.from_json(fields)
+    except TypeError as error:  # a field that should be a list
+        raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan ({error})") from error
+    except InputError as error:
+        raise InputError(f"{config_file}: {error}") from error
+
+
 def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
     """From a diffusers vae/ folder (config.json and safetensors); `dtype` is that of parameters and computation.
 
     Raises InputError, naming the file, for a folder that is not there, incomplete, damaged, or of another architecture.
     """
-    config_file = epath.Path(path) / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
-    try:
-        config = VaeConfig.from_json(json.loads(config_file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan as JSON ({error})") from error
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from error
+    check_hashes(path)
+    config, tensors = read_vae_config(path), open_tensors(path)
     vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
-    weights.load_mirrored(vae, read_tensors(path), dtype=dtype, source=path)
+    weights.load_mirrored(vae, tensors, dtype=dtype, source=path)
     return vae
 
 
 def save_vae(vae: WanVae, path: epath.PathLike) -> None:
     """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
     path = epath.Path(path)
-    write_tensors(path / "diffusion_pytorch_model.safetensors", weights.mirrored_tensors(vae))
-    (path / "config.json").write_text(json.dumps(vae.config.to_json(), indent=2) + "\n")
+    hashes = write_shards(path, "diffusion_pytorch_model", weights.mirrored_tensors(vae))
+    write_json(path / "config.json", vae.config.to_json())
+    write_hashes(path, hashes, "config.json")

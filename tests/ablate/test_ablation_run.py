@@ -70,7 +70,7 @@ def test_a_table_by_its_command(arguments, workdir, tmp_path):
     assert main([*command, f"--results={document}"]) == 0
     found = json.loads((workdir / "hedgehog.json").read_text())
     assert list(found["rows"]) == [arm.name for arm in SWEEPS["hedgehog"].arms]
-    assert found["rows"]["HedgeHog"]["phi_kparams"] == 2 * (12 * 12 + 12) / 1e3
+    assert found["rows"]["HedgeHog"]["phi_kparams"] == 2 * 12 * 12 / 1e3
     rows = {name: row["velocity_error"][0] for name, row in found["rows"].items()}
     assert len(set(rows.values())) == 4 and min(rows.values()) > 0
     assert (workdir / "hedgehog.md").read_text() in document.read_text().replace("\n\n<!-- end", "\n<!-- end")

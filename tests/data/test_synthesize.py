@@ -9,6 +9,7 @@ from jsurgery.config import load_config
 from jsurgery.data import synthesize
 from jsurgery.data.latents import batches, padded_text
 from jsurgery.data.shards import Records, array_text, shard_path
+from jsurgery.runtime.mesh import make_mesh
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
 
 PROMPTS = ["a red circle", "a blue square stays still", "a green triangle moves left", "a circle", "a square"]
@@ -69,7 +70,7 @@ def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypat
 def test_hosts_share_the_shards(command, tiny_pipeline, tmp_path, monkeypatch):
     made = {}
     monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: None)
-    monkeypatch.setattr(synthesize, "clips", lambda config, pipeline, prompts, first, progress, done: prompts)
+    monkeypatch.setattr(synthesize, "clips", lambda config, pipeline, prompts, *_: prompts)
     config = load_config("tiny", overrides(tiny_pipeline))
     for host in range(2):
         monkeypatch.setattr(synthesize.jax, "process_index", lambda host=host: host)
@@ -77,7 +78,7 @@ def test_hosts_share_the_shards(command, tiny_pipeline, tmp_path, monkeypatch):
         monkeypatch.setattr(
             synthesize, "write_shard", lambda path, records, host=host: made.setdefault(path.name, (host, records))
         )
-        synthesize.make_shards(config, PROMPTS, tmp_path)
+        synthesize.make_shards(config, PROMPTS, tmp_path, make_mesh(config.mesh))
     assert [made[f"{shard:05d}.array_record"] for shard in range(3)] == [
         (0, PROMPTS[:2]),
         (1, PROMPTS[2:4]),

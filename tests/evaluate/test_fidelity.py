@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from flax import nnx
 
 from jsurgery.cli import main
 from jsurgery.evaluate import fidelity
-from jsurgery.evaluate.fidelity import CONTROL, summarize, velocity_numbers
+from jsurgery.evaluate.fidelity import CONTROL, Judges, summarize, table, velocity_numbers
 from jsurgery.wan.transformer import load_transformer, save_transformer
 
 PROMPTS = ("a red circle moves left over a grey background", "a blue square stays still over a white background")
@@ -88,9 +89,31 @@ def test_summary():
     assert found["psnr_per_frame"][0] is None
 
 
+def test_networks_of_the_user(monkeypatch):
+    """LPIPS is of a pair; CLIP's scores are of each video, and the teacher has its own."""
+    rng = np.random.default_rng(0)
+    video, teacher = rng.integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
+    seen = SimpleNamespace(scores=lambda video, prompt: {"clip_text": video.mean() + len(prompt), "clip_frames": 0.5})
+    monkeypatch.setattr(fidelity, "lpips", lambda weights, one, two: weights * np.arange(1, 1 + len(one)))
+    rows = [fidelity.video_numbers(video, teacher, prompt, Judges(np.float32(0.25), seen)) for prompt in ("a", "two")]
+    found = summarize([{name: np.asarray(value) for name, value in row.items()} for row in rows], np.arange(3) / 8)
+    assert found["lpips"] == 0.5 and found["lpips_per_frame"] == [0.25, 0.5, 0.75]
+    assert found["clip_text"] == pytest.approx(video.mean() + 2) and found["teacher_clip_text"] == pytest.approx(
+        teacher.mean() + 2
+    )
+    assert found["teacher_clip_frames"] == 0.5 and found["teacher_flicker"] > 0
+    lines = table({"durations": [{"seconds": 0.375, "models": {"m": found}}]}).splitlines()
+    assert lines[0].split(" | ")[3:6] == ["SSIM", "LPIPS", "drift (levels/s)"]
+    assert lines[2].startswith("| teacher | 0.38 | – | – | – | – | ") and " | 0.5000 | " in lines[3]
+    bare = fidelity.video_numbers(video, teacher, "a", Judges())
+    assert not [name for name in bare if "lpips" in name or "clip" in name]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["--lpips=no.safetensors"], ["no.safetensors", "no such file"]),
+        (["--clip=no/such/folder/here"], ["no/such/folder/here"]),
         (["--model=no/such/model"], ["no/such/model", "no such folder"]),
         (["--durations=6"], ["--durations: frames", "5 and 9"]),
         (["--durations=5,x"], ["--durations", "'x'"]),
@@ -110,5 +133,6 @@ def test_models_of_other_latents_are_refused(tmp_path, tiny_pipeline, run, capsy
     other = shutil.copytree(tiny_pipeline, tmp_path / "other")
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps(config | {"text_dim": 32}))
+    (other / "transformer" / "hashes.json").unlink()
     assert run(f"--model={other}")[0] == 2
     assert "expected the teacher's text_dim = 16, found 32" in capsys.readouterr().err

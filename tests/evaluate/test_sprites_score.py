@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -185,6 +186,14 @@ def test_the_bootstrap_interval_is_that_of_a_mean():
         row = summary[dimension]
         assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
         assert row["normalized"] == pytest.approx(2 * row["mean"] - 1)
+
+
+def test_nothing_lies_between_real_clips_and_chance():
+    per_clip = {dimension: np.linspace(0, 1, 5) for dimension in DIMENSIONS}
+    same = dict.fromkeys(DIMENSIONS, 0.5)
+    summary = sprites_score.summarize(per_clip, same | {"color": 1.0}, same, np.random.default_rng(7))
+    assert summary["shape"]["normalized"] is None and summary["color"]["normalized"] == pytest.approx(0)
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
 @pytest.mark.parametrize(

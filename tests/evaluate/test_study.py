@@ -158,7 +158,7 @@ def test_nothing_tells_the_sides(tmp_path, folders):
     assert videos.keys() == {pair["id"] for pair in data["pairs"]} and len(videos) == len(PROMPTS)
     hidden = ["secret", "videos/", "mp4", 'first":', str(tmp_path)]
     prose = re.sub(r'(?s)<script type="text/plain".*?</script>', "", text)
-    script = (pathlib.Path(__file__).parents[2] / "jsurgery" / "evaluate" / "study.js").read_text()
+    script = (pathlib.Path(__file__).parents[2] / "jsurgery" / "report" / "study.js").read_text()
     assert not [word for word in hidden if word in prose.replace(script, "")]
     for video in videos.values():
         content = base64.b64decode(video)

@@ -17,6 +17,7 @@ from jsurgery.cli import main
 from jsurgery.errors import InputError
 from jsurgery.evaluate import vbench
 from jsurgery.evaluate.video_file import read_settings
+from jsurgery.runtime import processes
 from jsurgery.sample import sampling_config
 
 SIZE = ["--frames=5", "--height=32", "--width=48", "--steps=1"]
@@ -204,6 +205,35 @@ def test_shards_share_the_work(tmp_path, tiny_pipeline, monkeypatch, capsys):
     assert main([*command, "--shard=3/3"]) == 2 and main([*command, "--shard=3"]) == 2
 
 
+def test_processes_are_shards(tmp_path, tiny_pipeline, monkeypatch, capsys):
+    """Three processes, one after the other: each makes what its index says; the first alone goes on to the scores."""
+    info, _ = info_file(tmp_path / "full_info.json", count=4)
+    output, made, joined = tmp_path / "out", [], []
+
+    def make(config, jobs):
+        for job in jobs:
+            job.file.touch()
+            made.append(job.file.name)
+            yield job.file
+
+    monkeypatch.setattr(vbench, "make_videos", make)
+    monkeypatch.setattr(processes, "join", lambda *flags: joined.append(flags))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "together", lambda work: work())
+    monkeypatch.setattr(vbench.jax, "process_count", lambda: 3)
+    command = ["evaluate", "vbench", f"--model={tiny_pipeline}", f"--prompts={info}", f"--output={output}", *SIZE]
+    for index in (2, 1, 0):
+        monkeypatch.setattr(vbench.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "is_first", lambda index=index: index == 0)
+        flags = ["--coordinator=host:1234", "--num_processes=3", f"--process_id={index}"]
+        assert main([*command, *flags]) == 0
+        assert ("static_filter" in capsys.readouterr().out) == (index == 0)
+    assert joined == [("host:1234", 3, index) for index in (2, 1, 0)]
+    assert len(made) == len(set(made)) == len(list((output / "videos").iterdir())) == 3 * 5 + 25
+    assert main([*command, *flags, "--shard=0/3"]) == 2
+    assert "--shard: expected none with --coordinator" in capsys.readouterr().err
+
+
 def test_the_package_scores_where_it_is_installed(tmp_path, tiny_pipeline, monkeypatch, capsys):
     info, _ = info_file(tmp_path / "full_info.json", count=2)
     output, ran = tmp_path / "out", []
@@ -300,7 +330,7 @@ def test_a_prompt_of_two_dimensions_is_sampled_once(tmp_path):
         ("{", "as JSON"),
         ("[]", "expected a list of prompts"),
         ('[{"prompt_en": " "}]', "'prompt_en'"),
-        ('[{"prompt_en": "a", "dimension": "color"}]', "expected a list 'dimension' in the entry 'a'"),
+        ('[{"prompt_en": "a", "dimension": "color"}]', "expected a list 'dimension' of names in the entry 'a'"),
         ('[{"prompt_en": "a", "dimension": ["colour"]}]', "found colour"),
         ('[{"prompt_en": "a", "dimension": ["color", "Diversity"]}]', "some of both"),
         ('[{"prompt_en": "a/b", "dimension": ["color"]}]', "no slash"),

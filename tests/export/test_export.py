@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jsurgery import cli
 from jsurgery.attention.hybrid import HybridConfig
@@ -24,6 +25,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]  #
 if MISSING:
     pytest.skip(f"NOT TESTED: export, without {', '.join(MISSING)}: pip install '.[export]'", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("export")  # what one process has made serves all of these tests
 PROMPT = "a red circle moves left over a grey background"
 SIZE = {"frames": 5, "height": 64, "width": 48}
 FIELDS = {"text_length": "7", "sampler.steps": "3", "trace.keep_steps": "1"}
@@ -35,14 +37,24 @@ FLAGS = [
 ]
 
 
+# What a layer ends with adds little to what passes by, as in trained networks; random ones enlarge rounding errors.
+ADDED = {"vae": ("conv2.weight",), "text_encoder": (".q.weight", ".o.weight", ".wo.weight")}
+
+
 @pytest.fixture(scope="module")
 def workdir(tiny_pipeline, random_transformer, tmp_path_factory):
     """A run whose final model has a block at rate 4 and a linear one, random but for the teacher's tensors."""
     workdir = tmp_path_factory.mktemp("run")
-    teacher = load_transformer(tiny_pipeline / "transformer")
+    base = shutil.copytree(tiny_pipeline, workdir / "base")
+    for part, names in ADDED.items():
+        (file,) = (base / part).glob("*.safetensors")
+        tensors = load_file(file)
+        save_file({name: x / np.float32(10 if name.endswith(names) else 1) for name, x in tensors.items()}, file)
+        (base / part / "hashes.json").unlink(missing_ok=True)
+    teacher = load_transformer(base / "transformer")
     hybrid = random_transformer(dataclasses.replace(teacher.config, hybrid=HybridConfig((4, "linear"))))
     nnx.update(hybrid, nnx.state(teacher))
-    save_model(hybrid, workdir / "model", base_pipeline=str(tiny_pipeline))
+    save_model(hybrid, workdir / "model", base_pipeline=str(base))
     return workdir
 
 
@@ -53,7 +65,7 @@ def run(workdir, *flags):
 @pytest.fixture(scope="module")
 def exported(workdir):
     """Everything, once."""
-    assert run(workdir, "--precision=float32,fp16,int8,int4,w8a16", "--chips=SM8750,SM8650") == 0
+    assert run(workdir, "--precision=float32,fp16,int8,int4,w8a16") == 0
     return workdir / "export"
 
 
@@ -81,7 +93,7 @@ def test_the_manifest_is_complete_and_true(exported, manifest):
     parts = [part["name"] for part in manifest["parts"]]
     assert parts == ["text_encoder", "condition", "embed", "block_00", "block_01", "head", "vae_decoder"]
     made = {(a["format"], a["precision"], a.get("chip"), a["part"]) for a in manifest["artefacts"]}
-    assert len(made) == len(manifest["artefacts"]) == 7 * 5 + 7 + 7 + 5 * 2
+    assert len(made) == len(manifest["artefacts"]) == 7 * 5 + 7 + 7 + 5
     for artefact in manifest["artefacts"]:
         content = (exported / artefact["file"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (artefact["bytes"], artefact["sha256"])
@@ -111,7 +123,7 @@ def test_blocks_are_of_rank_4_and_gather_nothing(manifest):
 
 def test_every_node_is_on_the_npu(manifest):
     compiled = [a for a in manifest["artefacts"] if a["format"] == "qnn"]
-    assert {a["chip"] for a in compiled} == {"SM8750", "SM8650"}
+    assert {a["chip"] for a in compiled} == {"SM8750"}
     for artefact in compiled:
         assert artefact["npu_share"] == 1 and not artefact["off_npu"]
         assert artefact["ddr"]["read_total"] > 0 and artefact["ddr"]["write_total"] > 0
@@ -179,12 +191,18 @@ def test_driver_as_a_program(exported, tmp_path):
     assert (tmp_path / "out.gif").read_bytes()[:3] == b"GIF"
 
 
-def test_the_transformer_in_one_file(workdir, tmp_path):
+def test_the_transformer_alone_in_one_file(workdir, tmp_path, capfd):
     shutil.copytree(workdir / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["base_pipeline"]
+    file.write_text(json.dumps(fields))
+    (tmp_path / "model" / "hashes.json").unlink()
     assert run(tmp_path, "--formats=tflite", "--precision=float32", "--one_file") == 0
+    assert "VAE and text encoder left out" in capfd.readouterr().err
     manifest = json.loads((tmp_path / "export" / "manifest.json").read_text())
-    assert [part["name"] for part in manifest["parts"]] == ["text_encoder", "transformer", "vae_decoder"]
-    (whole,) = (a for a in manifest["artefacts"] if a["part"] == "transformer")
+    assert [part["name"] for part in manifest["parts"]] == ["transformer"] and manifest["tokenizer"] is None
+    (whole,) = manifest["artefacts"]
     assert whole["max_rank"] <= 4 and whole["relative_error"] < 1e-5
     assert not {"GATHER", "GATHER_ND", "BROADCAST_TO"} & whole["operations"].keys()
 
@@ -195,11 +213,28 @@ def test_no_model(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_multiply_adds_of_an_onnx_file(tmp_path):
+    from onnx import TensorProto, helper, save, shape_inference
+
+    from jsurgery.export.qnn import multiply_adds
+
+    shapes = {"x": (1, 4, 9, 7), "kernel": (6, 4, 3, 3), "w": (5, 2)}
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 6, 7, 2))
+    nodes = [helper.make_node("Conv", ["x", "kernel"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+    model = helper.make_model(helper.make_graph(nodes, "g", given, [made]))
+    save(shape_inference.infer_shapes(model), tmp_path / "g.onnx")
+    assert multiply_adds(tmp_path / "g.onnx") == 6 * 7 * 5 * (4 * 3 * 3) + 6 * 7 * 2 * 5
+
+
 def test_the_table_of_memory_traffic(tmp_path, capsys):
     arguments = ["export", "--ddr_table", "--config=tiny", "--height=64", "--width=48", f"--workdir={tmp_path}"]
+    arguments += ["--chips=SM8650"]
     assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0
     rows = json.loads((tmp_path / "export" / "ddr.json").read_text())
-    assert [row["variant"] for row in rows] == ["softmax", "hybrid R8", "linear, HedgeHog", "linear", "no attention"]
+    assert [row["variant"] for row in rows] == [
+        "softmax", "softmax, tiled", "hybrid R8", "linear, HedgeHog", "linear", "no attention",
+    ]  # fmt: skip
     assert all(row["tokens"] == 36 and row["npu_share"] == 1 and row["ddr"]["read_total"] > 0 for row in rows)
     kept = (tmp_path / "export" / "ddr.json").stat().st_mtime_ns
     assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0  # nothing is compiled again

@@ -137,9 +137,9 @@ def test_16_bits_hold_the_linear_state(saved):
     q, k, v = (torch.tensor(rng.normal(size=(1, 2, 63, 16)).astype(np.float32)) for _ in range(3))
     linear = k[:, :, layout.softmax[8] :]
     with torch.no_grad():
-        plain, spread = attention.phi_k(linear), torch.cat(mobile.phi_k(linear), dim=-1)
-        half = mobile.half().attend(q.half(), k.half(), v.half()).float()
-        whole = mobile.float().attend(q, k, v)
+        plain, spread = attention.phi_k(linear), torch.cat(mobile.phi_k[0](linear), dim=-1)
+        half = mobile.half().attend(0, q.half(), k.half(), v.half()).float()
+        whole = mobile.float().attend(0, q, k, v)
     assert plain.sum(dim=2).max() > 65504 > 4 * spread.sum(dim=2).max()
     assert torch.isfinite(half).all() and relative_error(half, whole) < 5e-3
 

@@ -1,6 +1,8 @@
 """The GPU's kernels where there is no GPU: interpreted on small blocks, and lowered for CUDA at full size."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +55,13 @@ def test_a_large_map_leaves_its_state_to_xla(monkeypatch):
     assert_like_the_reference(problem(21), num_softmax=5, key_valid=np.arange(42).reshape(2, 21) % 5 != 3)
 
 
-def lowered(num_tokens, heads, width, num_softmax, gradients=True, **options):
+def lowered(num_tokens, heads, width, num_softmax, gradients=True, implementation="gpu", **options):
     q = jax.ShapeDtypeStruct((1, num_tokens, heads, width), jnp.bfloat16)
     maps = jax.eval_shape(lambda: (init_polynomial_map(jax.random.key(0), heads, width),) * 2)
 
     def attend(arguments):
         return (
-            hybrid_attention(*arguments, num_softmax=num_softmax, implementation="gpu", **options)
+            hybrid_attention(*arguments, num_softmax=num_softmax, implementation=implementation, **options)
             .astype(jnp.float32)
             .sum()
         )
@@ -81,6 +83,21 @@ def test_lowers_for_cuda(num_tokens, heads, width, num_softmax, stabilizer, kern
     program = lowered(num_tokens, heads, width, num_softmax, stabilizer=stabilizer)
     assert program.count("xla.gpu.triton") == len(kernels)
     assert all(f"{name}_kernel" in program for name in kernels)
+
+
+def test_neither_scores_nor_features_are_arrays():
+    """Of the program for CUDA, forward and backward: the kernels hide what they hold, and the rest is chunked."""
+    num_tokens, heads, width, num_softmax = 8192, 2, 128, 1024
+
+    def offenders(program):
+        found = re.findall(r"tensor<((?:\d+x)+)(\w+)>", program)
+        sizes = {(kind, math.prod(map(int, shape.rstrip("x").split("x")))) for shape, kind in found}
+        features = num_tokens * heads * 2 * width
+        scores = num_tokens * num_softmax
+        return [(kind, size) for kind, size in sizes if size >= scores or (kind == "f32" and size >= features)]
+
+    assert offenders(lowered(num_tokens, heads, width, num_softmax)) == []
+    assert offenders(lowered(num_tokens, heads, width, num_softmax, implementation="reference"))
 
 
 def test_what_the_kernels_do_not_take_is_named():

@@ -94,6 +94,35 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80
     write(folder / "evaluation" / "evaluation.json", {"prompts": captions, "models": models})
 
 
+def write_fidelity(folder, durations=(9, 17)):
+    """What `evaluate fidelity` leaves: the hybrid equal to its teacher, the model not, and a control."""
+    rng = np.random.default_rng(3)
+
+    def numbers(frames, ssim, psnr, **more):
+        levels = {"flicker": 2.5, "motion": 1.25, "teacher_flicker": 2.25, "teacher_motion": 1.5}
+        ssims = [1.0] * frames if psnr is None else (ssim + rng.uniform(-0.05, 0.05, frames)).tolist()
+        psnrs = [psnr] * frames
+        return (
+            {"psnr": psnr, "ssim": ssim, "drift": 0.5, "psnr_per_frame": psnrs, "ssim_per_frame": ssims} | levels | more
+        )
+
+    def moved(error):
+        return {"velocity_error": error, "velocity_error_per_step": [error, 2 * error, 3 * error]}
+
+    def models(frames):
+        return {
+            "runs/x/hybrid": numbers(frames, 1.0, None, **moved(0.0)),
+            "runs/x/model": numbers(frames, 0.8125, 23.4375, **moved(0.21875)),
+            "teacher, other noise": numbers(frames, 0.5, 14.0625),
+        }
+
+    found = [{"frames": frames, "seconds": frames / 8, "models": models(frames)} for frames in durations]
+    write(
+        folder / "fidelity" / "fidelity.json",
+        {"prompts": ["a", "b"], "timesteps": [999.0, 600.0, 50.0], "durations": found},
+    )
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))

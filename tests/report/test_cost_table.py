@@ -1,4 +1,5 @@
 import json
+import pathlib
 import re
 
 import pytest
@@ -53,6 +54,12 @@ def test_beside_the_paper(tmp_path):
         assert number in counted
 
 
+def test_the_document_has_these_claims(tmp_path):
+    document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for row in cost(tmp_path, "--config=wan_1_3b")["paper"]:
+        assert f"| {' | '.join(row.values())} |" in document
+
+
 def test_sizes_of_a_size_and_a_share(tmp_path):
     found = cost(tmp_path, "--config=wan_1_3b", "--height=320", "--width=480", "--plan=15R8")
     assert found["tokens"] == 12600
@@ -67,7 +74,7 @@ def test_hedgehog_takes_less_than_a_polynomial(tmp_path):
     polynomial = cost(tmp_path, "--config=wan_1_3b")
     hedgehog = cost(tmp_path, "--config=wan_1_3b", "--feature_map=hedgehog")
     assert hedgehog["feature_map"]["kind"] == "hedgehog"
-    assert hedgehog["feature_map"]["parameters"] == 12 * (128 * 128 + 128)
+    assert hedgehog["feature_map"]["parameters"] == 12 * 128 * 128
     assert hedgehog["block"]["8"]["flops"]["core"] < polynomial["block"]["8"]["flops"]["core"]
     assert hedgehog["block"]["1"] == polynomial["block"]["1"]
 
@@ -102,7 +109,9 @@ def test_the_page_stands_alone(tmp_path):
     assert "<svg" not in alone.read_text()
     paths = re.findall(r'<path[^>]* d="([^"]*)"', page)
     assert len(paths) == 3 * 5 + 4 + 3
-    assert all(re.fullmatch(r"M-?[\d.]+ -?[\d.]+(L-?[\d.]+ -?[\d.]+)*h0", path) for path in paths)
+    point = r"-?[\d.]+ -?[\d.]+"
+    assert all(re.fullmatch(f"M{point}((L|h0M){point})*h0", path) for path in paths)
+    assert sum("h0M" in path for path in paths) == 1  # homogeneous plans are dots, the front is a line
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_a_plan_file_that_does_not_fit(tmp_path, capsys):
     for content, message in (
         ({"rates": [1, 2]}, "rates: expected one for each of the model's 30 blocks"),
         ({"rates": [1] * 29 + [0]}, "rates[29]: expected an integer from 1 or 'linear', found 0"),
-        ([], "expected a JSON object, found list"),
+        ([], "expected a JSON object, found []"),
     ):
         path.write_text(json.dumps(content))
         assert main(["cost", "--config=wan_1_3b", f"--plan={path}"]) == 2

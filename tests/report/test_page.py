@@ -21,7 +21,18 @@ from jsurgery.report.run_files import read_run
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import block_costs
 from jsurgery.wan.transformer import WanConfig
-from tests.report.made_up_run import HOSTILE, MODEL, MODELS, PLAN, RATES, Page, tiny_config, write, write_run
+from tests.report.made_up_run import (
+    HOSTILE,
+    MODEL,
+    MODELS,
+    PLAN,
+    RATES,
+    Page,
+    tiny_config,
+    write,
+    write_fidelity,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -289,6 +300,26 @@ def test_exports(config, workdir):
     assert "1 over the bound" in page.text and "7.0e−04" in page.text
 
 
+def test_fidelity_to_the_teacher(config, workdir):
+    (workdir / "fidelity").mkdir()  # begun
+    page = report(config, workdir)
+    assert page.sections == ALL and "`jsurgery evaluate fidelity` has not ended" in page.text
+    write_fidelity(workdir)
+    page = report(config, workdir)
+    assert page.sections == ALL | {"fidelity"} and "What this page lacks" not in page.text
+    text = re.sub(r"\s+", " ", page.text[page.text.index("How near the clips") : page.text.index("The plan:")])
+    assert "9 frames, 1.1 s" in text and "17 frames, 2.1 s" in text and "LPIPS" not in text
+    for row in ("Distilled∞1.00000.00000.502.501.25", "Fine-tuned23.440.81250.21880.502.501.25",
+                "Teacher, other noise14.060.5000–0.502.501.25", "Teacher––––2.251.50"):  # fmt: skip
+        assert text.count(row) == 2, row
+    assert "SSIM by frame, clips of 17" in text and "SSIM over the frames of a clip" in text
+    for value in (23.4375, 0.21875, 14.0625):
+        assert value in page.values
+
+    write_fidelity(workdir, durations=(9,))
+    assert "SSIM over the frames" not in report(config, workdir).text
+
+
 def test_every_budget_has_its_optimum(config, workdir):
     write_report(config, workdir)
     run = read_run(workdir, config)
@@ -422,8 +453,9 @@ def test_running_mean():
 
 
 def test_ticks():
-    assert linear_ticks(3, 98) == [50.0]
+    assert linear_ticks(3, 98) == [20.0, 40.0, 60.0, 80.0]
     assert linear_ticks(10, 400) == [100.0, 200.0, 300.0, 400.0]
-    assert linear_ticks(-0.11, 0.32) == [0.0, 0.2]
+    assert linear_ticks(-0.11, 0.32) == [-0.1, 0.0, 0.1, 0.2, 0.3]
+    assert linear_ticks(0, 4.1) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert log_ticks(0.03, 0.9) == [0.05, 0.1, 0.2, 0.5]
     assert log_ticks(1e-6, 10) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0]

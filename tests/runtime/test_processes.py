@@ -13,6 +13,7 @@ import pytest
 
 from jsurgery.cli import main
 from jsurgery.config import load_config
+from jsurgery.data.shards import Records
 from jsurgery.errors import InputError
 from jsurgery.run import Run
 from jsurgery.runtime import processes
@@ -67,13 +68,14 @@ def restored():
     state = put_state(devices, {"ffn_in": {"kernel": np.arange(48, dtype=np.float32).reshape(8, 6)}})
     checkpoints = Checkpoints(workdir + "_state", every=1, keep=1)
     checkpoints.save(7, state, last=True)
-    checkpoints.manager.wait_until_finished()
+    checkpoints.wait()
     step, found = checkpoints.restore(put_state(devices, {"ffn_in": {"kernel": np.zeros((8, 6), np.float32)}}))
     kernel = found["ffn_in"]["kernel"]
     held = [np.asarray(shard.data).shape for shard in kernel.addressable_shards]
     return {"step": step, "held": held, "kernel": fetched(kernel).ravel().tolist()}
 
 tell(restored)
+begin(load_config("tiny", fields | mesh), workdir + "_traced").stage("trace")
 run = begin(load_config("tiny", fields | mesh), workdir)
 for stage in stages:
     run.stage(stage)
@@ -178,6 +180,17 @@ def files(workdir: pathlib.Path) -> list[str]:
     """Paths below `workdir`, without those that have a time in their name or belong to Orbax."""
     found = (path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file())
     return sorted(str(path) for path in found if not {"tensorboard", "checkpoints"} & set(path.parts))
+
+
+def test_both_sample_the_traces_of_one(alone, two):
+    folder = two[1].with_name(two[1].name + "_traced") / "trace"
+    expected, found = (Records(at / "steps") for at in (alone[0] / "trace", folder))
+    assert len(found) == len(expected) == 8
+    for index in range(8):
+        one, other = expected[index], found[index]
+        np.testing.assert_allclose(other.pop("latents"), one.pop("latents"), atol=5e-3)  # float16
+        assert one == other
+    assert json.loads((folder / "stage.json").read_text())["complete"]
 
 
 def test_there_is_one_set_of_files_and_one_voice(alone, two):

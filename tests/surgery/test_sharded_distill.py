@@ -51,7 +51,7 @@ for sizes in json.loads(sys.argv[1]):
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any()]
     print(json.dumps([sizes, max(errors)]), flush=True)
 """
-MESHES = [(2, 1, 1, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
+MESHES = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 4, 1), (1, 1, 1, 2), (2, 1, 4, 1), (1, 2, 2, 2)]
 
 
 def test_every_mesh_learns_the_same(on_fake_devices):

@@ -63,9 +63,10 @@ def test_a_pipeline_folder_and_a_hybrid(tmp_path, tiny_pipeline, random_transfor
     assert (tmp_path / "back" / "config.json").read_text() == (expected / "config.json").read_text()
 
     hybrid = tmp_path / "hybrid"
-    save_transformer(random_transformer(WanConfig(**vars(ONE_HEAD) | {"hybrid": HybridConfig((1, 2))})), hybrid)
-    fields = json.loads((hybrid / "config.json").read_text()) | {"base_pipeline": "somewhere"}
-    (hybrid / "config.json").write_text(json.dumps(fields))
+    operated = random_transformer(WanConfig(**vars(ONE_HEAD) | {"hybrid": HybridConfig((1, 2))}))
+    save_transformer(operated, hybrid, more={"base_pipeline": "somewhere"})
+    fields = json.loads((hybrid / "config.json").read_text())
+    assert fields["base_pipeline"] == "somewhere"
     convert(str(hybrid), tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "config.json").read_text()) == fields
     np.testing.assert_equal(read_tensors(tmp_path / "copy"), read_tensors(hybrid))
@@ -209,7 +210,7 @@ def test_a_payload_does_not_run(tmp_path, monkeypatch, zipped):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (lambda sound: b"", "the file is empty"),
+        (lambda sound: b"", "an empty file"),
         (lambda sound: b"<!DOCTYPE html>", "HTML"),
         (lambda sound: b"version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer"),
         (lambda sound: sound[:-40], "truncated"),

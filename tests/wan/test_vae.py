@@ -320,7 +320,7 @@ def test_folder_from_diffusers(pairs, name, tmp_path):
 def test_folder_to_diffusers(pairs, name, tmp_path):
     reference, vae = pairs[name]
     save_vae(vae, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors", "hashes.json"]
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "AutoencoderKLWan"
     loaded, report = AutoencoderKLWan.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report

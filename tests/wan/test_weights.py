@@ -358,14 +358,15 @@ def test_an_original_config_that_does_not_fit(tmp_path, fields, parts):
 
 def test_a_config_that_is_needed(tmp_path, random_transformer):
     save_transformer(random_transformer(SMALL), tmp_path)
-    (tmp_path / "config.json").unlink()
+    lose = lambda folder: [(folder / name).unlink() for name in ("config.json", "hashes.json")]
+    lose(tmp_path)
     assert "a width of 32 is not heads of 128" in refusal(tmp_path)
     hybrid = random_transformer(WanConfig(**vars(SMALL) | {"hybrid": HybridConfig((1, 2, 8))}))
     save_transformer(hybrid, tmp_path / "hybrid")
     with pytest.raises(InputError, match="no original layout"):
         save_transformer(hybrid, tmp_path / "original", "original")
     assert not (tmp_path / "original").exists()
-    (tmp_path / "hybrid" / "config.json").unlink()
+    lose(tmp_path / "hybrid")
     assert "a hybrid transformer without its config.json" in refusal(tmp_path / "hybrid")
 
 

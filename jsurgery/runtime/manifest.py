@@ -1,0 +1,71 @@
+"""A manifest: the size and sha256 of every file of a folder. What it does not find changed is as it was written."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 24  # bytes read at once
+THREADS = 8
+
+
+def write_manifest(folder: epath.Path) -> None:
+    """Under a temporary name, then renamed: a folder with a manifest is complete."""
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.unlink(missing_ok=True)
+    names = sorted(files(folder))
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(names, pool.map(lambda name: fingerprint(folder / name), names), strict=True))
+    temporary.write_text(rendered(found))
+    temporary.replace(folder / MANIFEST)
+
+
+def damage(folder: epath.Path) -> list[str]:
+    """What the manifest finds changed: a line for every file, named from `folder` on; none when all is as written."""
+    try:
+        text = (folder / MANIFEST).read_bytes().decode()
+        expected = json.loads(text)["files"]
+        intact = text == rendered(expected)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact, expected = False, {}
+    if not intact:
+        return [f"{MANIFEST} is not as it was written"]
+
+    def compared(name: str) -> str | None:
+        file, (size, digest) = folder / name, expected[name]
+        if not file.exists():
+            return f"{name} is missing"
+        if (found := file.stat().length) != size:
+            return f"{name} has {found} bytes, was written with {size}"
+        return f"{name} is not as it was written" if fingerprint(file) != [size, digest] else None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [line for line in pool.map(compared, expected) if line]
+
+
+def rendered(found: dict[str, list[Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    return json.dumps({"files": found, "sha256": digest}, indent=1) + "\n"
+
+
+def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Names below a folder, from it on."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files(path, f"{prefix}{path.name}/")
+        elif prefix + path.name != MANIFEST:
+            yield prefix + path.name
+
+
+def fingerprint(file: epath.Path) -> list[Any]:
+    """Size and sha256."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]

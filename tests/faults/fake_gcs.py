@@ -1,0 +1,106 @@
+"""An object store behind `gs://`: keys and whole objects, no folders, no rename; and a client that may die."""
+
+import io
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+
+class Killed(BaseException):
+    """What a program sees of its own death; whatever it still tries to write does not arrive."""
+
+
+class FakeGcs(AbstractFileSystem):
+    """One bucket in memory. An object is there, whole, when its writer closes it.
+
+    Before change number `dies_at` (an object put, copied or deleted) the client dies.
+    """
+
+    protocol = ("gcs", "gs")
+    cachable = False
+
+    def __init__(self, **_: Any):
+        super().__init__()
+        self.objects: dict[str, bytes] = {}
+        self.changes, self.dies_at = 0, 0
+
+    def alive(self) -> bool:
+        """Counts a change, and says whether it takes place."""
+        self.changes += 1
+        if self.changes == self.dies_at:
+            raise Killed
+        return not self.dies_at or self.changes < self.dies_at
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return super()._strip_protocol(path).removeprefix("gs://").strip("/")
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        if path in self.objects:
+            return {"name": path, "size": len(self.objects[path]), "type": "file"}
+        if any(key.startswith(f"{path}/") for key in self.objects):
+            return {"name": path, "size": 0, "type": "directory"}
+        raise FileNotFoundError(path)
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list:
+        path = self._strip_protocol(path)
+        if path in self.objects:
+            return [self.info(path)] if detail else [path]
+        below = {key[len(path) + 1 :].split("/")[0] for key in self.objects if key.startswith(f"{path}/")}
+        if not below:
+            raise FileNotFoundError(path)
+        found = [self.info(f"{path}/{name}") for name in sorted(below)]
+        return found if detail else [one["name"] for one in found]
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+        if "r" in mode:
+            if path not in self.objects:
+                raise FileNotFoundError(path)
+            return io.BytesIO(self.objects[path])
+        return Upload(self, path)
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        content = self.objects[self._strip_protocol(path1)]
+        if self.alive():
+            self.objects[self._strip_protocol(path2)] = content
+
+    def rm_file(self, path: str) -> None:
+        path = self._strip_protocol(path)
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        if self.alive():
+            del self.objects[path]
+
+    def rm(self, path: str, recursive: bool = False, **_: Any) -> None:
+        path = self._strip_protocol(path)
+        below = [key for key in self.objects if key.startswith(f"{path}/")] if recursive else []
+        for key in below or [path]:
+            self.rm_file(key)
+
+    def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
+        """Folders are parts of names."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are parts of names."""
+
+    def rmdir(self, path: str) -> None:
+        """Folders are parts of names."""
+
+
+class Upload(io.BytesIO):
+    def __init__(self, store: FakeGcs, path: str):
+        super().__init__()
+        self.store, self.path = store, path
+
+    def close(self) -> None:
+        if not self.closed:
+            content = self.getvalue()
+            super().close()
+            if self.store.alive():
+                self.store.objects[self.path] = content
+
+
+def install() -> None:
+    fsspec.register_implementation("gcs", FakeGcs, clobber=True)

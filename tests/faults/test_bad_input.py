@@ -1,0 +1,381 @@
+"""Bad input ends in one line on stderr and exit code 2 (3: does not fit), with no traceback and nothing written."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from jsurgery import cli
+from jsurgery.config import load_config
+from jsurgery.errors import InputError
+from jsurgery.run import Run
+from jsurgery.wan.safetensors_files import check_tensors, read_tensors
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = {
+    "video.frames": "5",
+    "video.height": "64",
+    "video.width": "48",
+    "hybrid.rates": "(2, 8)",
+    "plan.rates": "(1, 2, 8)",
+    "plan.budget": "1R8",
+}
+T_CONFIG = "transformer/config.json"
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+MODEL = "--config.model.path=model"  # a copy of the fixture's; `{model}` is the fixture itself
+PAGE, POINTER = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
+
+
+@dataclasses.dataclass
+class Bad:
+    """What is prepared in the folder, the command, what its one line must tell, and the exit code."""
+
+    arguments: str
+    told: tuple[str, ...]
+    prepare: Callable[[pathlib.Path], object] | None = None
+    code: int = 2
+
+
+def surgery(*overrides: str, model: str = "{model}", command: str = "surgery") -> str:
+    fields = SMALL | {"model.path": model}
+    given = " ".join(f"--config.{name}={text.replace(' ', '')}" for name, text in fields.items())
+    return " ".join([f"{command} --config=tiny --workdir=run", given, *overrides])
+
+
+def written(name: str, content: bytes | str | object) -> Callable[[pathlib.Path], object]:
+    """Prepares one file; what is neither bytes nor text becomes JSON."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+
+    def prepare(folder: pathlib.Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return prepare
+
+
+def config_file(*lines: str) -> Callable[[pathlib.Path], object]:
+    head = "from jsurgery.config import base\n\ndef get_config():\n    c = base()\n"
+    return written("mine.py", head + "".join(f"    {line}\n" for line in lines) + "    return c\n")
+
+
+def damaged(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True) -> Callable[[pathlib.Path], object]:
+    """Changes a file of the model in `model/`."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        file = folder / "model" / name
+        file.write_bytes(change(file.read_bytes()))
+        if not hashes:
+            (file.parent / "hashes.json").unlink()
+
+    return prepare
+
+
+def edited(name: str, **fields: object) -> Callable[[pathlib.Path], object]:
+    """Changes fields of a config.json of the model in `model/`, on purpose."""
+    return damaged(name, lambda content: json.dumps(json.loads(content) | fields).encode(), hashes=False)
+
+
+def with_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
+    def prepare(folder: pathlib.Path) -> None:
+        transformer = folder / "model" / "transformer"
+        (transformer / "hashes.json").unlink()
+        shutil.copy(folder / "model" / TRANSFORMER, folder / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": weight_map}
+        (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+    return prepare
+
+
+def begun(**overrides: str) -> Callable[[pathlib.Path], object]:
+    """A workdir in which `trace` has begun with other settings."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        fields = SMALL | {"model.path": "model"} | {name.replace("__", "."): text for name, text in overrides.items()}
+        with contextlib.chdir(folder):
+            Run(load_config("tiny", fields), "run").trace.begin()
+
+    return prepare
+
+
+def marked(content: object) -> Callable[[pathlib.Path], object]:
+    return written("run/trace/stage.json", content)
+
+
+def pickled(folder: pathlib.Path) -> None:
+    """A pickle that would make a file, were it executed."""
+    payload = b"cos\nsystem\n(S'touch executed'\ntR."
+    (folder / "weights.pth").write_bytes(b"\x80\x02" + payload)
+
+
+def broken_zip(folder: pathlib.Path) -> None:
+    (folder / "weights.pth").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+
+
+FLAGS = [
+    Bad("", ("--help",)),
+    Bad("surgeri --workdir=run", ("surgeri", "--help")),
+    Bad("surgery --config=tiny", ("--workdir",)),
+    Bad("surgery --config=tiny --workdir=run --wokdir=run", ("--wokdir=run",)),
+    Bad("surgery --config=tiny --workdir=run --config.finetune.steps", ("config.finetune.steps", "VALUE")),
+    Bad("sample", ("--prompt",)),
+    Bad("sample --prompt=x --prompts_file=y", ("not allowed with",)),
+    Bad("ablate --table=evidence --workdir=run --seeds=0", ("--seeds", "positive whole number", "'0'")),
+    Bad("evaluate vbench --prompts=p.txt --output=o --shard=4/4", ("--shard", "I/N", "'4/4'")),
+    Bad("export --workdir=run --formats=tflit", ("--formats", "tflite", "'tflit'")),
+    Bad("convert --model=x --output=y --config.seed=1", ("config.seed", "takes no config")),
+    Bad("surgery --workdir=run --num_processes=2", ("--num_processes", "--coordinator")),
+    Bad(
+        "trace --workdir=run --coordinator=h:1 --num_processes=2 --process_id=2", ("--process_id", "0 to 1", "found 2")
+    ),
+    Bad("bench attention --rates=1,x", ("--rates", "'x'")),
+    Bad("report --compare a b --config=tiny", ("--compare", "--config")),
+]
+FIELDS = [
+    Bad(surgery("--config.finetune.learning_rte=1"), ("did you mean config.finetune.learning_rate?",)),
+    Bad(surgery("--config.finetun.steps=1"), ("config.finetun.steps", "did you mean config.finetune.steps?")),
+    Bad(surgery("--config.finetune.steps=many"), ("config.finetune.steps", "int", "'many'")),
+    Bad(surgery("--config.finetune.batch=-8"), ("config.finetune.batch", "positive", "-8")),
+    Bad(surgery("--config.sampler.shift=1e999"), ("config.sampler.shift", "inf")),
+    Bad(surgery("--config.distill.steps=9999999999999"), ("config.distill.steps", "at most")),
+    Bad(surgery("--config.finetune.teacher_weight=1.5"), ("config.finetune.teacher_weight", "between 0 and 1")),
+    Bad(surgery("--config.sampler.solver=heun"), ("config.sampler.solver", "euler_ancestral", "'heun'")),
+    Bad(surgery("--config.seed=4294967296"), ("config.seed", "2^32")),
+    Bad(surgery("--config.video.frames=16"), ("config.video.frames", "4k + 1", "13 and 17")),
+    Bad(surgery("--config.video.height=200"), ("config.video.height", "192 and 208")),
+    Bad(surgery("--config.video.width=32768"), ("width axis", "2048", "1024")),
+    Bad(surgery("--config.train.vae_crop=(8,80,80)"), ("config.train.vae_crop", "4k + 1")),
+    Bad(surgery("--config.hybrid.rates=(2,3)"), ("config.hybrid.rates", "2 does not divide 3")),
+    Bad(surgery("--config.plan.rates=(1,16)"), ("config.plan.rates", "rate 16")),
+    Bad(surgery("--config.plan.budget=cheap"), ("config.plan.budget", "'cheap'", "15R2")),
+    Bad(surgery("--config.plan.budget=0.001"), ("config.plan.budget", "cheapest")),
+    Bad(surgery("--config.plan.budget=1R4"), ("config.plan.budget", "'1R4'")),
+    Bad(surgery("--config.plan.budget=9R8"), ("config.plan.budget", "9 blocks", "2")),
+    Bad(surgery("--config.distill.blocks=1-5"), ("config.distill.blocks", "0 to 1", "5")),
+    Bad(surgery("--config.finetune.accumulate=3"), ("config.finetune.accumulate", "divisor")),
+    Bad(surgery("--config.trace.holdout=20"), ("config.trace.holdout", "20 of 20")),
+    Bad("surgery --config=nowhere.py --workdir=run", ("--config=nowhere.py", "no such file")),
+    Bad("surgery --config=tinny --workdir=run", ("--config=tinny", "tiny")),
+    Bad("surgery --config=mine.py --workdir=run", ("mine.py", "SyntaxError"), written("mine.py", "def get_config(:\n")),
+    Bad("surgery --config=mine.py --workdir=run", ("mine.py", "get_config"), written("mine.py", "x = 1\n")),
+    Bad("surgery --config=mine.py --workdir=run", ("mine.py", '"frame"', "frames"), config_file("c.video.frame = 17")),
+    Bad("surgery --config=mine.py --workdir=run", ("mine.py", "SystemExit"), config_file("raise SystemExit(0)")),
+    Bad("surgery --config=mine.py --workdir=run", ("config.prompts", "null byte"), config_file("c.prompts = 'a\\0b'")),
+]
+MESHES = [
+    Bad(surgery("--config.mesh.tensor=3"), ("tensor 3", "2 heads"), code=3),
+    Bad(surgery("--config.mesh.context=4", "--config.mesh.exchange=all_to_all"), ("context 4", "2 heads"), code=3),
+    Bad(surgery("--config.mesh.data=3"), ("data 3 x fsdp 1",), code=3),
+    Bad(surgery("--config.mesh.fsdp=0"), ("config.mesh.fsdp", "positive", "0")),
+    Bad(surgery("--config.mesh.exchange=ring"), ("config.mesh.exchange", "gather, all_to_all", "'ring'")),
+]
+MODELS = [
+    Bad(surgery(model="no/such/model"), ("config.model.path", "no/such/model", "no such folder")),
+    Bad(surgery(model=""), ("config.model.path", "(empty)", "tiny_wan")),
+    Bad(surgery(model="model"), (TRANSFORMER, "truncated"), damaged(TRANSFORMER, lambda b: b[:-100])),
+    Bad(surgery(model="model"), (TRANSFORMER, "empty"), damaged(TRANSFORMER, lambda b: b"")),
+    Bad(surgery(model="model"), (TRANSFORMER, "HTML"), damaged(TRANSFORMER, lambda b: PAGE)),
+    Bad(surgery(model="model"), (TRANSFORMER, "git-LFS", "git lfs pull"), damaged(TRANSFORMER, lambda b: POINTER)),
+    Bad(surgery(model="model"), (TRANSFORMER, "hash"), damaged(TRANSFORMER, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
+    Bad(
+        surgery(model="model"),
+        (TRANSFORMER, "cut short"),
+        damaged(TRANSFORMER, lambda b: struct.pack("<Q", 2**62) + b[8:], hashes=False),
+    ),
+    Bad(surgery(model="model"), ("vae", "missing"), lambda f: [w.unlink() for w in f.glob("model/vae/*.safe*")]),
+    Bad(surgery(model="model"), ("spiece.model",), damaged("tokenizer/spiece.model", lambda b: PAGE, hashes=False)),
+    Bad(
+        surgery(model="model"),
+        ("text_encoder/config.json", "empty"),
+        damaged("text_encoder/config.json", lambda b: b""),
+    ),
+    Bad(
+        surgery(model="model"),
+        ("transformer/config.json", "truncated or changed"),
+        damaged("transformer/config.json", lambda b: b"{"),
+    ),
+    Bad(surgery(model="model"), ("_class_name", "'Flux'"), edited("transformer/config.json", _class_name="Flux")),
+    Bad(surgery(model="model"), ("num_layers", "-1"), edited("transformer/config.json", num_layers=-1)),
+    Bad(surgery(model="model"), ("vae/config.json", "num_res_blocks"), edited("vae/config.json", num_res_blocks="two")),
+    Bad(
+        surgery(model="model"),
+        ("hybrid.format_version", "9"),
+        edited("transformer/config.json", _class_name="HybridWanTransformer3DModel", hybrid={"format_version": 9}),
+    ),
+    Bad(surgery(model="model"), ("index.json", "b.safetensors", "not there"), with_index({"a": "b.safetensors"})),
+    Bad(surgery(model="model"), ("index.json", "in this folder"), with_index({"a": "../../outside.safetensors"})),
+    Bad("convert --model=weights.pth --output=out", ("weights.pth", "refused", "os.system"), pickled),
+    Bad("convert --model=weights.pth --output=out", ("weights.pth", "truncated or damaged"), broken_zip),
+    Bad("convert --model=model --output=model", ("--output=model", "already")),
+    Bad("push --model=nowhere --repo=a/b", ("--model=nowhere", "no such folder")),
+    Bad("push --model=model --repo=a/b", ("pickles", "x.bin"), written("model/x.bin", b"\x80")),
+]
+FILES = [
+    Bad(surgery("--config.data.path=nowhere"), ("config.data.path", "nowhere", "no such folder")),
+    Bad(surgery("--config.prompts=nowhere.txt"), ("config.prompts", "nowhere.txt", "no such file")),
+    Bad(surgery("--config.prompts=p.txt"), ("p.txt", "expected 28 prompts, found 1"), written("p.txt", "one\n")),
+    Bad(surgery("--config.prompts=p.txt"), ("p.txt", "found none"), written("p.txt", "")),
+    Bad(surgery("--config.prompts=p.txt"), ("p.txt", "UTF-8"), written("p.txt", b"\xff\xfe\x00")),
+    Bad(surgery("--config.prompts=model"), ("model", "text file")),
+    Bad(
+        surgery("--config.plan.costs=c.json"),
+        ("c.json", "expected a row"),
+        written("c.json", {"unit": "ms", "rates": [1, 2, 8], "blocks": [[3, 2, 1]] * 3}),
+    ),
+    Bad("sample --prompts_file=nowhere.txt", ("--prompts_file=nowhere.txt", "No such file")),
+    Bad("sample --prompt=", ("--prompt", "empty")),
+    Bad("sample --prompt=\udcff", ("--prompt", "UTF-8")),
+    Bad("sample --prompt=x --output=out.webm", (".mp4", "out.webm")),
+    Bad("sample --prompt=x --output=model.mp4", ("folder",), lambda f: (f / "model.mp4").mkdir()),
+    Bad("sample --prompt=x --output=file/out.mp4", ("--output=file/out.mp4", "File exists"), written("file", b"")),
+    Bad("sample --prompt=x --frames=4", ("config.video.frames", "4k + 1")),
+    Bad(f"encode --videos=nowhere --workdir=run {MODEL}", ("--videos=nowhere", "no such")),
+    Bad(f"encode --videos=clips --workdir=run {MODEL}", ("clips", "found none"), lambda f: (f / "clips").mkdir()),
+    Bad(f"encode --videos=c.xlsx --workdir=run {MODEL}", ("c.xlsx", ".jsonl"), written("c.xlsx", b"PK")),
+    Bad(
+        f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "row 1", "`path`"), written("c.csv", "file\na.mp4\n")
+    ),
+    Bad(f"encode --videos=c.jsonl --workdir=run {MODEL}", ("c.jsonl", "row 2"), written("c.jsonl", '{"path":"a"}\n{')),
+    Bad("evaluate vbench --prompts=i.json --output=o", ("i.json", "JSON"), written("i.json", "[")),
+    Bad(
+        "evaluate vbench --prompts=i.json --output=o", ("i.json", "dimension"), written("i.json", [{"prompt_en": "a"}])
+    ),
+    Bad("evaluate vbench-results r.json", ("r.json", "0 to 1", "2"), written("r.json", {"color": [2, []]})),
+    Bad("evaluate study-results a.json", ("study.key.json",), written("a.json", {})),
+    Bad("evaluate study --a=x --b=y", ("x",)),
+    Bad("cost --config=wan_1_3b --plan=p.json", ("p.json", "30 blocks"), written("p.json", {"rates": [1, 2]})),
+    Bad("cost --config=tiny --json=nowhere/c.json", ("nowhere",)),
+    Bad("roofline --topology=v5e:4x4 --compiled c.json", ("c.json", "compile --json"), written("c.json", [1])),
+    Bad("roofline --topology=v5e:axb", ("v5e:axb",)),
+    Bad("report --workdir=nowhere", ("nowhere", "folder of a run")),
+]
+WORKDIRS = [
+    Bad(surgery(command="distill"), ("trace", "run that stage first")),
+    Bad(surgery("--config.seed=1", model="model"), ("trace/stage.json", "seed was 0, is 1"), begun()),
+    Bad(surgery(model="model"), ("trace/stage.json", "another version", "99"), marked({"format_version": 99})),
+    Bad(surgery(model="model"), ("trace/stage.json", "marker"), marked("")),
+    Bad(surgery(model="model"), ("trace/stage.json", "damaged"), marked({"complete": True})),
+    Bad(surgery(), ("run", "File exists"), written("run", b"a file")),
+    Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
+    Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
+]
+TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *FILES, *WORKDIRS]
+# As a user starts them: one of each kind.
+PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
+
+
+def label(bad: Bad) -> str:
+    return (
+        " ".join(word for word in bad.arguments.split() if word.split("=")[0][9:] not in SMALL)[-60:]
+        .encode(errors="replace")
+        .decode()
+    )
+
+
+def prepared(bad: Bad, folder: pathlib.Path, model: pathlib.Path) -> list[str]:
+    if "model" in bad.arguments.replace("{model}", "").replace("config.model", ""):
+        shutil.copytree(model, folder / "model")
+    if bad.prepare is not None:
+        bad.prepare(folder)
+    return [word.replace("{model}", str(model)) for word in bad.arguments.split()]
+
+
+def tree(folder: pathlib.Path) -> dict[str, str]:
+    """Everything below, files with their hashes."""
+    found = sorted(folder.rglob("*"))
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for p in found}
+
+
+def check(bad: Bad, code: int | None, out: str, err: str, before: dict[str, str], folder: pathlib.Path) -> None:
+    assert code == bad.code, err
+    assert out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("jsurgery: ") and err.endswith("\n"), err
+    assert "Traceback" not in err
+    for part in bad.told:
+        assert part in err, err
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=label)
+def test_bad_input(bad, tmp_path, tiny_pipeline, monkeypatch, capsys):
+    arguments = prepared(bad, tmp_path, tiny_pipeline)
+    monkeypatch.chdir(tmp_path)
+    before, model = tree(tmp_path), tree(tiny_pipeline)
+    capsys.readouterr()
+    code = cli.main(arguments)
+    check(bad, code, *capsys.readouterr(), before, tmp_path)
+    assert tree(tiny_pipeline) == model
+
+
+@pytest.mark.parametrize("bad", PROCESSES, ids=label)
+def test_bad_input_of_a_process(bad, tmp_path, tiny_pipeline):
+    arguments = prepared(bad, tmp_path, tiny_pipeline)
+    before = tree(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-m", "jsurgery", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    check(bad, ended.returncode, ended.stdout, ended.stderr, before, tmp_path)
+
+
+def test_the_table_is_long_enough():
+    assert len({bad.arguments + str(bad.told) for bad in TABLE}) == len(TABLE) >= 40
+
+
+def test_sound_input_passes_the_same_checks(tmp_path, tiny_pipeline):
+    """The control: what the table changes is all that is wrong with it."""
+    Run(load_config("tiny", SMALL | {"model.path": str(tiny_pipeline)}), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(capsys):
+    assert cli.complain("a\x1b[2Jb\nc\x07 é\u202e", 2) == 2
+    assert capsys.readouterr().err == "jsurgery: a\\x1b[2Jb c\\x07 é\\u202e\n"
+
+
+@pytest.mark.parametrize("missing", ["transformer/config.json", "tokenizer/spiece.model", "vae/config.json"])
+def test_a_missing_file_is_named(tmp_path, tiny_pipeline, missing):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    (model / missing).unlink()
+    with pytest.raises(InputError, match=missing.split("/")[0]):
+        Run(load_config("tiny", SMALL | {"model.path": str(model)}), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (lambda sound: b"", "empty"),
+        (lambda sound: b"abc", "truncated"),
+        (lambda sound: PAGE + b" " * 500, "HTML"),
+        (lambda sound: POINTER, "git-LFS"),
+        (lambda sound: b"PK\x03\x04" + sound, "pickle"),
+        (lambda sound: sound[:50], "truncated"),
+        (lambda sound: sound[:-1], "truncated"),
+        (lambda sound: sound + b"\0", "truncated or damaged"),
+        (lambda sound: sound[:8] + b"x" * (len(sound) - 8), "truncated or damaged"),
+    ],
+    ids=["empty", "three bytes", "html", "lfs", "pickle", "half a header", "a byte short", "a byte long", "no json"],
+)
+def test_the_quick_check_and_the_full_read_refuse_the_same_files(tmp_path, tiny_pipeline, content, cause):
+    sound = (tiny_pipeline / TRANSFORMER).read_bytes()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content(sound))
+    for read in (check_tensors, read_tensors):
+        with pytest.raises(InputError, match=cause):
+            read(file)
+    file.write_bytes(sound)
+    check_tensors(file)

@@ -1,0 +1,123 @@
+"""A full disk, a read-only one, and files that disappear: one line, and what was written before is still there."""
+
+import os
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from jsurgery import cli
+from jsurgery.data.shards import Records, shard_path, write_shard
+from jsurgery.errors import InputError, refusal
+from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.stages import write_json
+from jsurgery.wan.safetensors_files import read_tensors, write_tensors
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own: `mount(size)` makes it, or changes it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"NOT TESTED: no disk can be mounted here: {done.stderr.strip()}")
+
+    yield folder, mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def state(step: int):
+    """Random, so that nothing is saved by compressing it."""
+    return {"weights": jnp.asarray(np.random.default_rng(step).random(MEGABYTE // 8))}  # half a megabyte of float32
+
+
+def test_a_full_disk_during_a_save(disk):
+    folder, mount = disk
+    mount(f"size={4 * MEGABYTE}")
+    saved = []
+    with pytest.raises(InputError) as told, Checkpoints(folder / "checkpoints", every=1, keep=99) as checkpoints:
+        for step in range(1, 40):
+            checkpoints.save(step, state(step))
+            checkpoints.wait()
+            saved.append(step)
+    message = str(told.value)
+    assert "No space left on device" in message and f"step {saved[-1]} is still there" in message
+    assert len(message.splitlines()) == 1 and 1 <= len(saved) < 10
+
+    mount("remount", f"size={16 * MEGABYTE}")
+    with Checkpoints(folder / "checkpoints", every=1, keep=99) as checkpoints:
+        step, found = checkpoints.restore(state(0))
+        assert step == saved[-1] and np.array_equal(found["weights"], state(step)["weights"])
+        checkpoints.save(step + 1, state(step + 1))
+    with Checkpoints(folder / "checkpoints", every=1, keep=99) as checkpoints:
+        assert checkpoints.restore(state(0))[0] == step + 1
+
+
+def records(count: int):
+    return ({"latents": np.random.default_rng(i).random(MEGABYTE // 8)} for i in range(count))
+
+
+def test_a_full_disk_under_other_files(disk):
+    """Shards, tensors and JSON: what is there under its name is the whole earlier one."""
+    folder, mount = disk
+    mount(f"size={4 * MEGABYTE}")
+    shards, tensors, marker = (epath.Path(folder / name) for name in ("shards", "tensors.safetensors", "marker.json"))
+    write_shard(shard_path(shards, 0), records(1))
+    write_tensors(tensors, {"a": np.ones(9)})
+    write_json(marker, {"complete": False})
+    with pytest.raises(Exception) as told:
+        write_shard(shard_path(shards, 1), records(9))
+    assert "No space left on device" in (refusal(told.value) or ""), repr(told.value)
+    with pytest.raises(OSError) as told:
+        write_tensors(tensors, {"a": np.random.default_rng(0).random(MEGABYTE)})
+    assert "No space left on device" in (refusal(told.value) or "")
+    with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(os.urandom(4096))
+    with pytest.raises(OSError) as told:
+        write_json(marker, {"complete": True, "more": "x" * 100_000})
+    assert "No space left on device" in (refusal(told.value) or "")
+    assert len(Records(folder / "shards")) == 1 and read_tensors(tensors)["a"].sum() == 9
+    assert marker.read_text() == '{\n  "complete": false\n}\n'
+
+
+def test_a_read_only_disk(disk, tiny_pipeline, capsys):
+    folder, mount = disk
+    mount("size=1m")
+    mount("remount", "ro")
+    arguments = ["--config.video.frames=5", "--config.video.height=64", "--config.video.width=48"]
+    arguments += [f"--config.model.path={tiny_pipeline}", "--config.plan.budget=2R2", f"--workdir={folder / 'run'}"]
+    assert cli.main(["trace", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "Read-only file system" in message and str(folder / "run") in message and len(message.splitlines()) == 1
+
+
+def test_a_folder_that_disappears_while_it_is_written_to(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=9)
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("a file is in its place")
+    with pytest.raises(InputError, match="could not be saved") as told:
+        checkpoints.save(2, state(2))
+        checkpoints.close()
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_a_file_that_disappears_while_it_is_read(tmp_path):
+    """A shard removed in the middle of a stage ends in one line, too."""
+    write_shard(shard_path(tmp_path, 0), records(3))
+    source = Records(tmp_path)
+    shard_path(tmp_path, 0).unlink()
+    with pytest.raises(Exception) as told:
+        [source[i] for i in range(3)]
+    assert isinstance(told.value, InputError) or refusal(told.value), repr(told.value)

@@ -1,0 +1,91 @@
+"""Readers on files changed at random, a little of what `make fuzz` does for long, and all that it has found."""
+
+import pathlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from jsurgery.errors import InputError
+from tests.faults import fuzz
+
+# Half a second each; a whole model is loaded by some.
+EXAMPLES = dict.fromkeys(("transformer", "hybrid", "vae", "text_encoder"), 15) | {"tokenizer": 40}
+briefly = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("name", fuzz.readers())
+def test_changed_files_are_read_or_refused(name, tmp_path):
+    reader = fuzz.readers()[name]()
+    folder = fuzz.laid_out(reader, tmp_path)
+    reader.read(folder)  # which imports what it needs
+    assert fuzz.outcome(reader, folder) == "taken"
+    for found in fuzz.FOUND.get(name, []):
+        fuzz.try_contents(reader, folder, reader.files | found)
+    counts = {"taken": 0, "refused": 0}
+
+    @settings(briefly, max_examples=EXAMPLES.get(name, 60))
+    @given(fuzz.contents(reader))
+    def some(changed):
+        counts[fuzz.try_contents(reader, folder, changed)] += 1
+
+    some()
+    assert counts["refused"], "no change was one"
+
+
+@settings(briefly, max_examples=150)
+@given(fuzz.configs())
+def test_configs_are_valid_or_refused(overrides):
+    fuzz.check_config(overrides)
+
+
+@settings(briefly, max_examples=200)
+@given(fuzz.shapes())
+def test_shapes_are_refused_or_have_a_token_order(shape):
+    fuzz.check_shape(shape)
+
+
+def test_control_the_watch_sees_files_elsewhere_and_writes(tmp_path):
+    folder = fuzz.laid_out(fuzz.Reader({"a": b"1"}, ("a",), lambda _: None), tmp_path)
+    with pytest.raises(AssertionError, match="opened"):
+        fuzz.outcome(fuzz.Reader({}, (), lambda f: (f.parent / fuzz.SECRET).read_bytes()), folder)
+    with pytest.raises(AssertionError, match="files changed"):
+        fuzz.outcome(fuzz.Reader({}, (), lambda f: (f / "b").write_bytes(b"")), folder)
+    with pytest.raises(ZeroDivisionError):
+        fuzz.outcome(fuzz.Reader({}, (), lambda f: 1 / 0), folder)
+
+
+def test_control_the_watch_ends_what_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "PATIENCE", 1)
+
+    def forever(_: pathlib.Path) -> None:
+        while True:
+            pass
+
+    with pytest.raises(AssertionError, match="longer than 1 s"):
+        fuzz.outcome(fuzz.Reader({}, (), forever), fuzz.laid_out(fuzz.Reader({}, (), forever), tmp_path))
+
+
+def test_links_out_of_a_folder_are_not_names_of_shards(tmp_path):
+    """An index names files of its folder and nothing else, in whatever way it is put."""
+    reader = fuzz.readers()["index"]()
+    folder = fuzz.laid_out(reader, tmp_path)
+    index = folder / reader.changed[0]
+    outside = tmp_path / fuzz.SECRET
+    for name in (
+        f"../{fuzz.SECRET}",
+        str(outside),
+        f"./../{fuzz.SECRET}",
+        f"x/../../{fuzz.SECRET}",
+        f"file://{outside}",
+    ):
+        index.write_bytes(fuzz.as_json({"weight_map": {"a.weight": name}}))
+        with pytest.raises(InputError, match="in this folder"):
+            reader.read(folder)
+
+
+def test_a_vocabulary_that_is_not_text(tmp_path):
+    """Found by fuzzing: SentencePiece hands out pieces as they lie in the file."""
+    reader = fuzz.readers()["tokenizer"]()
+    folder = fuzz.laid_out(reader, tmp_path)
+    changed = reader.files["spiece.model"].replace(b"<pad>", b"\xbcpad>")
+    assert fuzz.try_contents(reader, folder, {"spiece.model": changed}) == "refused"

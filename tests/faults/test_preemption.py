@@ -1,0 +1,135 @@
+"""SIGTERM and SIGINT: noted, answered after the step under way, which is saved; the same command goes on from there."""
+
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jsurgery import cli
+from jsurgery.data.latents import batches
+from jsurgery.errors import Interrupted, Terminated
+from jsurgery.runtime.preemption import KINDS, Preemption
+from jsurgery.runtime.progress import Metrics, read_metrics
+from jsurgery.surgery import finetune
+from tests.faults.tiny_training import BATCH, SEED, saved_state, tiny_config, train, write_latents
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, Interrupted)])
+def test_a_signal_is_noted_and_answered_when_asked(number, kind):
+    before = [signal.getsignal(number) for number in KINDS]
+    with Preemption("stage") as preemption:
+        assert not preemption.asked()
+        preemption.leave()
+        os.kill(os.getpid(), number)
+        preemption.leave()  # the step is not over
+        assert preemption.asked()
+        with pytest.raises(kind, match=f"stage: stopped by {number.name}; .* the same command goes on"):
+            preemption.leave()
+    assert [signal.getsignal(number) for number in KINDS] == before
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    script = """
+import os, signal, sys, time
+from jsurgery.runtime.preemption import Preemption
+with Preemption("stage"):
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    print("alive")
+"""
+    for count, code, said in ((1, 0, "alive\n"), (2, -signal.SIGINT, "")):
+        command = [sys.executable, "-c", script, str(count)]
+        ended = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, timeout=120
+        )
+        assert (ended.returncode, ended.stdout) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (Terminated("stopped"), 143),
+        (Interrupted("stopped"), 130),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/file"), 2),
+        (RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device"), 2),
+    ],
+)
+def test_what_a_command_ends_with(monkeypatch, capsys, raised, code):
+    def stage(options, overrides):
+        raise raised
+
+    monkeypatch.setattr(cli, "surgery", stage)
+    assert cli.main(["distill", "--workdir=somewhere"]) == code
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and message.startswith("jsurgery: ")
+
+
+def test_a_fault_of_ours_is_no_refusal(monkeypatch):
+    def stage(options, overrides):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(cli, "surgery", stage)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["distill", "--workdir=somewhere"])
+
+
+def test_fine_tuning_stops_saves_and_goes_on_to_the_same_bits(tiny_pipeline, tmp_path, monkeypatch):
+    """SIGTERM in the third of six steps, with checkpoints due every hundred: the batches that follow are the next."""
+    write_latents(tmp_path / "latents")
+    config, asked = tiny_config(), []
+    config.checkpoint.every = 100
+
+    def watched(*arguments):
+        data = batches(*arguments)
+
+        class Watched:
+            def __getitem__(self, index):
+                asked.append((index, data[index]["latents"].tobytes()))
+                return data[index]
+
+        return Watched()
+
+    monkeypatch.setattr(finetune, "batches", watched)
+    run = lambda name: train(config, tiny_pipeline, tmp_path / "latents", tmp_path / name, monkeypatch)
+    leaves = lambda model: [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+    straight, plan = leaves(run("straight")), list(asked)
+    assert [index for index, _ in plan] == list(range(6)) and len({batch for _, batch in plan}) == 6
+
+    log = Metrics.log
+
+    def signalled(self, step, **values):
+        log(self, step, **values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "log", signalled)
+        with pytest.raises(Terminated, match="finetune: stopped by SIGTERM"):
+            run("stopped")
+    assert asked == plan[:3]
+    halfway = saved_state(tmp_path / "stopped", 3)["params"]
+    resumed = leaves(run("stopped"))
+    assert asked == plan
+    assert all(np.array_equal(one, other) for one, other in zip(straight, resumed, strict=True))
+    pairs = zip(straight, jax.tree.leaves(halfway), strict=True)
+    assert not all(np.array_equal(one, other) for one, other in pairs), "there was something left to do"
+    assert [row["step"] for row in read_metrics(tmp_path / "stopped")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_batches_are_the_same_whenever_they_are_asked_for(tmp_path):
+    write_latents(tmp_path)
+    order = lambda steps: [batches(tmp_path, BATCH, SEED)[step]["captions"] for step in steps]
+    assert order(range(20)) == order(range(13)) + order(range(13, 20))
+    assert order([13]) != order([0])

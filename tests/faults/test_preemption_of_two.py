@@ -1,0 +1,80 @@
+"""Two processes of which one is told to stop: both stop after the same step, which is saved, and go on from there."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 12
+TRAINING = """
+import json, os, signal, sys
+coordinator, number, folder, told_at, name = sys.argv[1:]
+number, told_at = int(number), int(told_at)
+from jsurgery.runtime import processes
+processes.join(coordinator, 2, number)
+import jax
+import numpy as np
+from jsurgery.config import base
+from jsurgery.errors import Interrupted, Terminated
+from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.mesh import fetched, make_mesh, put_state
+from jsurgery.runtime.preemption import Preemption
+
+config = base()
+config.mesh.fsdp = 2
+mesh = make_mesh(config.mesh)
+state = put_state(mesh, {"ffn_in": {"kernel": np.arange(8, dtype=np.float32).reshape(4, 2)}})
+update = jax.jit(lambda state, step: jax.tree.map(lambda leaf: leaf * 1.5 + step, state), donate_argnums=0)
+said = {"steps": []}
+try:
+    with Checkpoints(folder, every=100, keep=2) as checkpoints, Preemption("training") as preemption:
+        start, state = checkpoints.restore(state)
+        for step in range(start, STEPS):
+            state = update(state, float(step))
+            if number == 1 and step == told_at:
+                os.kill(os.getpid(), getattr(signal, name))
+            said["steps"].append(step)
+            last = preemption.asked() or step + 1 == STEPS
+            checkpoints.save(step + 1, state, last=last)
+            preemption.leave()
+except (Terminated, Interrupted) as error:
+    said["ended"] = type(error).__name__
+said["state"] = fetched(state)["ffn_in"]["kernel"].tolist()
+print(json.dumps(said), flush=True)
+""".replace("STEPS", str(STEPS))
+
+
+def run(folder: pathlib.Path, told_at: int, name: str = "SIGTERM") -> list[dict]:
+    """What two processes said, the second of which is signalled in step `told_at`."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        coordinator = f"localhost:{found.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINING, coordinator, str(number), str(folder), str(told_at), name],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    ended = [process.communicate(timeout=900) for process in started]
+    assert [process.returncode for process in started] == [0, 0], [errors[-2000:] for _, errors in ended]
+    return [json.loads(line) for output, _ in ended for line in output.splitlines() if line.startswith("{")]
+
+
+def test_both_stop_after_the_same_step_and_go_on(tmp_path):
+    first, second = run(tmp_path / "checkpoints", told_at=4)
+    assert first == second and first["ended"] == "Terminated"
+    assert first["steps"] == list(range(6)), "told in the fifth step, agreed on in the next"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    for resumed in run(tmp_path / "checkpoints", told_at=-1):
+        assert resumed["steps"] == list(range(6, STEPS)) and "ended" not in resumed
+        state = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
+        for step in range(STEPS):
+            state = [[1.5 * value + step for value in row] for row in state]
+        assert resumed["state"] == state

@@ -1,0 +1,100 @@
+"""Meshes, topologies, heads and batches that do not go together: one line with the numbers, before any work."""
+
+import pytest
+
+from jsurgery.cli import main
+from jsurgery.config import load_config, split_topology
+from jsurgery.errors import InputError
+
+SIZE = {"video.frames": "5", "video.height": "32", "video.width": "48", "hybrid.rates": "2", "plan.rates": "(1, 2)",
+        "plan.budget": "1R2", "trace.prompts": "2", "trace.holdout": "1"}  # fmt: skip
+
+
+@pytest.fixture
+def refused(tiny_pipeline, tmp_path, capsys):
+    """The one line on stderr; nothing has been written."""
+
+    def run(*arguments: str, code: int, **overrides: str) -> str:
+        fields = SIZE | {"model.path": str(tiny_pipeline)} | {k.replace("__", "."): v for k, v in overrides.items()}
+        workdir = [f"--workdir={tmp_path / 'run'}"] if arguments[0] not in ("sample", "compile", "roofline") else []
+        assert main([*arguments, *workdir, *(f"--config.{name}={text}" for name, text in fields.items())]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not (tmp_path / "run").exists()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "parts"),
+    [
+        ({"mesh__data": "0"}, 2, ["config.mesh.data", "found 0"]),
+        ({"mesh__fsdp": "-2"}, 2, ["config.mesh.fsdp", "found -2"]),
+        ({"mesh__context": "2.5"}, 2, ["config.mesh.context", "int", "'2.5'"]),
+        ({"mesh__exchange": "ring"}, 2, ["config.mesh.exchange", "gather, all_to_all", "'ring'"]),
+        ({"mesh__tensor": "5"}, 3, ["tensor 5 to divide the 2 heads"]),
+        (
+            {"mesh__tensor": "2", "mesh__context": "2", "mesh__exchange": "all_to_all"}, 3,
+            ["tensor 2 x context 2 (all_to_all) to divide the 2 heads"],
+        ),
+        ({"mesh__data": "2"}, 3, ["data 2 x fsdp 1 divides, found 1 examples"]),
+        ({"mesh__data": "2", "distill__batch": "2", "finetune__batch": "3"}, 3, ["data 2 x fsdp 1", "found 3"]),
+        (
+            {"mesh__data": "2", "distill__batch": "2"}, 3,
+            ["data 2 x fsdp 1 x context 1 x tensor 1 = 2 devices, found 1 (cpu)"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_surgery_is_refused(refused, overrides, code, parts):
+    line = refused("surgery", code=code, **overrides)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("stage", ["trace", "surgery"])
+def test_more_devices_than_there_are_are_refused_before_the_first_stage(refused, stage):
+    assert "= 3 devices, found 1" in refused(stage, code=3, mesh__context="3")
+
+
+def test_sampling_on_too_large_a_mesh(refused, tmp_path):
+    assert "= 8 devices, found 1" in refused("sample", "--prompt=a circle", code=3, mesh__context="8")
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    prompts = f"--prompts_file={tmp_path / 'prompts.txt'}"
+    assert "= 8 devices, found 1" in refused("synthesize", prompts, code=3, mesh__context="8")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "parts"),
+    [
+        (["compile", "--stage=sample"], 2, ["--topology: expected", "NAME@TOPOLOGY"]),
+        (["compile", "--stage=sample", "--topology=v5e"], 2, ["--topology", "'v5e'"]),
+        (["compile", "--stage=sample", "--config=tiny@v5e:4x4"], 2, ["tiny@v5e:4x4", "none"]),
+        (["compile", "--stage=sample", "--config=wan_1_3b@v4:2x2"], 2, ["wan_1_3b@v4:2x2", "v6e:4x4, v5e:16x16"]),
+        (["roofline"], 2, ["--topology: expected"]),
+    ],
+)
+def test_topologies(refused, command, code, parts):
+    line = refused(*command, code=code)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("name", ["wan_1_3b_lowres", "wan_1_3b", "wan_14b"])
+def test_the_shipped_topologies_hold_together(name):
+    from jsurgery.chips import parse_topology
+    from jsurgery.report.cost_table import find_subject
+    from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
+
+    with pytest.raises(InputError, match="expected a topology that .* knows") as raised:
+        load_config(f"{name}@v4:2x2")
+    for topology in str(raised.value).rpartition(": ")[2].split(", "):
+        config = load_config(f"{name}@{topology}", {"model.path": ""})
+        mesh = abstract_mesh(config.mesh)
+        assert mesh.size == parse_topology(topology)[1]
+        check_heads(mesh, find_subject(config, f"{name}@{topology}").transformer.num_attention_heads, "gather")
+        for batch in (config.distill.batch, config.trace.batch, config.evaluate.batch, config.finetune.batch):
+            check_batch(mesh, batch)
+
+
+def test_a_name_and_its_topology():
+    assert split_topology("wan_1_3b@v6e:4x4") == ("wan_1_3b", "v6e:4x4")
+    assert split_topology("me@home/conf.py") == ("me@home/conf.py", "")
+    assert load_config("wan_14b@v6e:2x4", {"mesh.tensor": "8", "mesh.context": "1"}).mesh.tensor == 8
