@@ -6,7 +6,6 @@ same x_t. The control is the teacher itself from other noise: what two unrelated
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from jsurgery.errors import InputError
 from jsurgery.evaluate import video_metrics
 from jsurgery.evaluate.clip import Clip, load_clip
 from jsurgery.evaluate.lpips import Weights, load_lpips, lpips
+from jsurgery.runtime.manifest import fingerprint
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import difference, file_identity, write_json
 from jsurgery.sample import transformer_identity
@@ -99,7 +99,7 @@ def evaluate_fidelity(
     judges = Judges(load_lpips(lpips_weights) if lpips_weights else None, load_clip(clip_model) if clip_model else None)
     networks = {}
     if lpips_weights:
-        networks["lpips"] = hashlib.sha256(epath.Path(lpips_weights).read_bytes()).hexdigest()[:16]
+        networks["lpips"] = fingerprint(epath.Path(lpips_weights))[1][:16]
     if clip_model:
         networks["clip"] = file_identity(epath.Path(hub.local_path(clip_model)))
     begin(folder, config, prompts, networks)

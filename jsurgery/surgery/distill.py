@@ -36,12 +36,10 @@ from jsurgery.diffusion import solver_step
 from jsurgery.errors import InputError
 from jsurgery.files import read_object, shown
 from jsurgery.runtime import processes
-from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.guard import Guard, kept, rows_with_faults
+from jsurgery.runtime.guard import kept, rows_with_faults
+from jsurgery.runtime.loop import run_steps
 from jsurgery.runtime.mesh import LOGICAL, batch_pieces, fetched, local_rows, make_mesh, put_rows, put_state, sharding
-from jsurgery.runtime.preemption import Preemption
-from jsurgery.runtime.profiler import Profiler
-from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.interleaved import Trajectories, answer, question, turns
 from jsurgery.surgery.trace import TraceSteps
@@ -548,31 +546,23 @@ def distill(
     initial = fetched(maps)
     processes.once(lambda: save_maps(folder / INITIAL, initial, setup.rates, blocks))
 
-    def explain(step: int, losses: np.ndarray, _: Any) -> str:
+    def update(state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array, None]:
+        return *learner(state, step), None
+
+    def logged(losses: np.ndarray) -> tuple[dict[str, Any], str]:
+        by_rate = losses.mean(axis=0)
+        return {f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)}, f"loss {by_rate.mean():.4f}"
+
+    def explain(step: int, losses: np.ndarray, *_: Any) -> str:
         found = [f"block {blocks[i]} at rate {setup.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
         return f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.source(step)}"
 
-    checkpoints = Checkpoints(folder / "checkpoints", **config.checkpoint)
     opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
     fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.under_way()
-    start, state = checkpoints.restore(put_state(mesh, fresh))
-    metrics, progress = Metrics(folder, start), Progress("distill", settings.steps, start)
-    profiler, guard = Profiler(profile, config.profile), Guard("distill", config.max_skipped, explain)
-    with checkpoints, Preemption("distill") as preemption:
-        for step in profiler.over(progress.over(range(start, settings.steps))):
-            state, losses = learner(state, step)
-            guard.see(step, losses)
-            profiler.result = losses
-            if (step + 1) % config.log_every == 0:
-                by_rate = fetched(losses).mean(axis=0)
-                row = {f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)}
-                metrics.log(step + 1, **row, **guard.metrics)
-                metrics.flush()
-                progress.note = f"loss {by_rate.mean():.4f}"
-            last = preemption.asked() or step + 1 == settings.steps
-            checkpoints.save(step + 1, state, last=last, check=guard.settle)
-            preemption.leave()
-    metrics.flush()
+    state = run_steps(
+        "distill", config, put_state(mesh, fresh), update, steps=settings.steps, checkpoints=folder / "checkpoints",
+        metrics=folder, logged=logged, explain=explain, profile=profile,
+    )  # fmt: skip
     trained = fetched(state["maps"])
     processes.once(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
     found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup)

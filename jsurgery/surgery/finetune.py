@@ -13,12 +13,9 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, padded_text
 from jsurgery.diffusion import noised
-from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.guard import Guard, rows_with_faults, suspects
-from jsurgery.runtime.mesh import fetched, local_rows, make_mesh, put_rows, put_state
-from jsurgery.runtime.preemption import Preemption
-from jsurgery.runtime.profiler import Profiler
-from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.runtime.guard import rows_with_faults, suspects
+from jsurgery.runtime.loop import run_steps
+from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
 from jsurgery.runtime.training import adamw, initial_state, trained_parameters, updated
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
@@ -98,31 +95,21 @@ def finetune(
         text[dropped[rows]] = blank
         return put_rows(mesh, rows, settings.batch, {"latents": element["latents"], "text": text})
 
-    def explain(step: int, values: dict[str, Any], faults: Any) -> str:
+    def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        state, values = update(state, teacher_params, embedded(step), key)
+        return state, values, values.pop("faults")
+
+    def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
         return suspects(values["loss"], step, bad, state["params"], faults)
 
-    checkpoints = Checkpoints(folder / "checkpoints", **config.checkpoint)
     params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
-    start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, settings.ema)))
-    metrics, progress = Metrics(folder, start), Progress("finetune", settings.steps, start)
-    profiler, guard = Profiler(profile, config.profile), Guard("finetune", config.max_skipped, explain)
-    with checkpoints, Preemption("finetune") as preemption:
-        for step in profiler.over(progress.over(range(start, settings.steps))):
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
-            state, values = update(state, teacher_params, embedded(step), key)
-            faults = values.pop("faults")
-            guard.see(step, values, faults)
-            profiler.result = values
-            if (step + 1) % config.log_every == 0:
-                values = fetched(values)
-                metrics.log(step + 1, **values, **guard.metrics)
-                metrics.flush()
-                progress.note = f"loss {values['loss']:.4f}"
-            last = preemption.asked() or step + 1 == settings.steps
-            checkpoints.save(step + 1, state, last=last, check=guard.settle)
-            preemption.leave()
-    metrics.flush()
+    state = run_steps(
+        "finetune", config, put_state(mesh, initial_state(params, optimizer, settings.ema)), one_step,
+        steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder,
+        logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain, profile=profile,
+    )  # fmt: skip
     return nnx.merge(graph, trained_parameters(state))
 
 

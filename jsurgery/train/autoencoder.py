@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data import sprites
-from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.guard import Guard, faults, kept, suspects
-from jsurgery.runtime.preemption import Preemption
-from jsurgery.runtime.progress import Metrics, Progress, say
+from jsurgery.runtime.guard import faults, kept, suspects
+from jsurgery.runtime.loop import run_steps
+from jsurgery.runtime.progress import say
 from jsurgery.wan.vae import ResidualBlock, VaeConfig, WanVae, save_vae
 
 STATISTICS_CLIPS = 48
@@ -94,27 +93,19 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
         new = optax.apply_updates(params, updates), new_opt_state
         return *kept(finite, new, (params, opt_state)), values, faults(grads)
 
-    def explain(step: int, values: dict[str, Any], faults: Any) -> str:
+    def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        params, opt_state, parts, found = update(state["params"], state["opt_state"], crops(config, step), key)
+        return {"params": params, "opt_state": opt_state}, parts, found
+
+    def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         return suspects(values["loss"], step, [], state["params"], faults)
 
-    checkpoints = Checkpoints(workdir / "vae", **config.checkpoint)
-    start, state = checkpoints.restore({"params": params, "opt_state": optimizer.init(params)})
-    metrics, progress = Metrics(workdir / "vae_metrics", start), Progress("vae", train.vae_steps, start)
-    guard = Guard("vae", config.max_skipped, explain)
-    with checkpoints, Preemption("vae") as preemption:
-        for step in progress.over(range(start, train.vae_steps)):
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
-            params, opt_state, parts, found = update(state["params"], state["opt_state"], crops(config, step), key)
-            state = {"params": params, "opt_state": opt_state}
-            guard.see(step, parts, found)
-            if (step + 1) % config.log_every == 0:
-                metrics.log(step + 1, **parts, **guard.metrics)
-                metrics.flush()
-                progress.note = f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"
-            last = preemption.asked() or step + 1 == train.vae_steps
-            checkpoints.save(step + 1, state, last=last, check=guard.settle)
-            preemption.leave()
-
+    state = run_steps(
+        "vae", config, {"params": params, "opt_state": optimizer.init(params)}, one_step, steps=train.vae_steps,
+        checkpoints=workdir / "vae", metrics=workdir / "vae_metrics",
+        logged=lambda parts: (parts, f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"), explain=explain,
+    )  # fmt: skip
     vae = nnx.merge(graph, state["params"])
     mean, std = latent_statistics(vae, config)
     say(f"vae: latent std per channel {np.round(std, 2).tolist()}")

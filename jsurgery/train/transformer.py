@@ -14,11 +14,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jsurgery.data.latents import batches
 from jsurgery.diffusion import noised
 from jsurgery.errors import InputError
-from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.guard import Guard, rows_with_faults, suspects
+from jsurgery.runtime.guard import rows_with_faults, suspects
+from jsurgery.runtime.loop import run_steps
 from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
-from jsurgery.runtime.preemption import Preemption
-from jsurgery.runtime.progress import Metrics, Progress
 from jsurgery.runtime.training import initial_state, trained_parameters, updated
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts, load_text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
@@ -157,28 +155,19 @@ def train_transformer(
         losses = [validation_loss(params, tokenized(held_out[i]), key) for i, key in enumerate(keys)]
         return float(np.mean([float(value) for value in losses]))
 
-    def explain(step: int, values: dict[str, Any], faults: Any) -> str:
+    def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        state, values = update(state, tokenized(data[step]), key)
+        return state, values, values.pop("faults")
+
+    def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
         return suspects(values["loss"], step, bad, state["params"], faults)
 
-    checkpoints = Checkpoints(workdir / "transformer", **config.checkpoint)
-    start, state = checkpoints.restore(put_state(mesh, initial_state(params, optimizer, train.ema)))
-    metrics, progress = Metrics(workdir / "transformer_metrics", start), Progress("train", train.steps, start)
-    guard = Guard("train", config.max_skipped, explain)
-    with checkpoints, Preemption("train") as preemption:
-        for step in progress.over(range(start, train.steps)):
-            key = jax.random.fold_in(jax.random.key(config.seed), step)
-            state, values = update(state, tokenized(data[step]), key)
-            faults = values.pop("faults")
-            guard.see(step, values, faults)
-            if (step + 1) % config.log_every == 0:
-                metrics.log(step + 1, **values, **guard.metrics)
-                progress.note = f"loss {values['loss']:.4f}"
-            if (step + 1) % config.checkpoint.every == 0:
-                metrics.log(step + 1, validation_loss=validate(trained_parameters(state)))
-                metrics.flush()
-            last = preemption.asked() or step + 1 == train.steps
-            checkpoints.save(step + 1, state, last=last, check=guard.settle)
-            preemption.leave()
-    metrics.flush()
+    state = run_steps(
+        "train", config, put_state(mesh, initial_state(params, optimizer, train.ema)), one_step, steps=train.steps,
+        checkpoints=workdir / "transformer", metrics=workdir / "transformer_metrics",
+        logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain,
+        validate=lambda state: {"validation_loss": validate(trained_parameters(state))},
+    )  # fmt: skip
     return nnx.merge(graph, trained_parameters(state))

@@ -28,23 +28,13 @@ from jsurgery.surgery.distill import (
 )
 from jsurgery.surgery.jobs import merge
 from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import WanConfig, WanTransformer
+from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels import hybrid_attention, init_polynomial_map, softmax_share
 
 RATES = (2, 4, "linear")
 LATENTS = (3, 6, 6, 3)  # 27 tokens, which neither rate divides
 TEXT = (4, 6)
 SETUPS = {name: Setup(RATES, (1, 2, 4), "strided", name, "value") for name in ("max", "lse")}
-
-
-@pytest.fixture(scope="module")
-def teacher(random_transformer):
-    return random_transformer(
-        WanConfig(
-            num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6, freq_dim=8,
-            ffn_dim=16, num_layers=2,
-        )
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

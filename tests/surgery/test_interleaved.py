@@ -20,7 +20,6 @@ from jsurgery.surgery.interleaved import Trajectories, turns
 from jsurgery.surgery.trace import TraceSteps, trace
 from jsurgery.wan.pipeline import guided_velocity, initial_noise, load_pipeline
 from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import WanConfig
 
 RATES = (2, 8)
 LATENTS, TEXT = (2, 4, 4, 3), (3, 6)
@@ -50,16 +49,6 @@ def small_config(**changes):
     config.checkpoint.every = 30
     config.update_from_flattened_dict(changes)
     return config
-
-
-@pytest.fixture(scope="module")
-def teacher(random_transformer):
-    return random_transformer(
-        WanConfig(
-            num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6, freq_dim=8,
-            ffn_dim=16, num_layers=2,
-        )
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""The steps of a stage that trains: from its newest checkpoint on, guarded, logged, saved, ended by a signal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.runtime.checkpoints import Checkpoints
+from jsurgery.runtime.guard import Guard
+from jsurgery.runtime.mesh import fetched
+from jsurgery.runtime.preemption import Preemption
+from jsurgery.runtime.profiler import Profiler
+from jsurgery.runtime.progress import Metrics, Progress
+
+
+def run_steps(
+    stage: str,
+    config: ConfigDict,
+    state: Any,
+    update: Callable[[Any, int], tuple[Any, Any, Any]],
+    *,
+    steps: int,
+    checkpoints: epath.Path,
+    metrics: epath.Path,
+    logged: Callable[[Any], tuple[dict[str, Any], str]],
+    explain: Callable[[int, Any, Any, Any], str],
+    validate: Callable[[Any], dict[str, float]] | None = None,
+    profile: epath.Path | None = None,
+) -> Any:
+    """The state after `steps` steps; `state` is that of step 0, placed as it is to be restored.
+
+    Args:
+        update: (state, step) -> (state, numbers, details); it makes no change where a number is not finite.
+        checkpoints: their folder.
+        metrics: the folder of what is logged.
+        logged: (numbers, on the host) -> (what to log, the progress line's note), every `config.log_every` steps.
+        explain: (step, numbers, details, the newest state) -> where numbers that are not finite may come from.
+        validate: (state) -> more to log, whenever a checkpoint is due.
+        profile: gets the trace of `config.profile` steps.
+
+    Raises:
+        InputError: a checkpoint is damaged or cannot be written; more than `config.max_skipped` steps not finite.
+        Terminated, Interrupted: a signal came; the step under way is saved.
+    """
+    saved = Checkpoints(checkpoints, **config.checkpoint)
+    start, state = saved.restore(state)
+    log, progress, profiler = Metrics(metrics, start), Progress(stage, steps, start), Profiler(profile, config.profile)
+    guard = Guard(stage, config.max_skipped, lambda *seen: explain(*seen, state))
+    with saved, Preemption(stage) as preemption:
+        for step in profiler.over(progress.over(range(start, steps))):
+            state, numbers, details = update(state, step)
+            guard.see(step, numbers, details)
+            profiler.result = numbers
+            if (step + 1) % config.log_every == 0:
+                row, progress.note = logged(fetched(numbers))
+                log.log(step + 1, **row, **guard.metrics)
+                log.flush()
+            if validate is not None and (step + 1) % config.checkpoint.every == 0:
+                log.log(step + 1, **validate(state))
+                log.flush()
+            last = preemption.asked() or step + 1 == steps
+            saved.save(step + 1, state, last=last, check=guard.settle)
+            preemption.leave()
+    log.flush()
+    return state

@@ -1,0 +1,14 @@
+import pytest
+
+from jsurgery.wan.transformer import WanConfig
+
+
+@pytest.fixture(scope="module")
+def teacher(random_transformer):
+    """Two blocks of two heads of 8, with random weights."""
+    return random_transformer(
+        WanConfig(
+            num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6, freq_dim=8,
+            ffn_dim=16, num_layers=2,
+        )
+    )  # fmt: skip
