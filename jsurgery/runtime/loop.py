@@ -46,7 +46,7 @@ def run_steps(
     saved = Checkpoints(checkpoints, **config.checkpoint)
     start, state = saved.restore(state)
     log, progress, profiler = Metrics(metrics, start), Progress(stage, steps, start), Profiler(profile, config.profile)
-    guard = Guard(stage, config.max_skipped, lambda *seen: explain(*seen, state))
+    guard = Guard(stage, config.max_skipped, lambda step, numbers, details: explain(step, numbers, details, state))
     with saved, Preemption(stage) as preemption:
         for step in profiler.over(progress.over(range(start, steps))):
             state, numbers, details = update(state, step)
