@@ -12,13 +12,16 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jsurgery.attention.hybrid import rate_chain
 from jsurgery.bench import processor, timed
 from jsurgery.cost import Workload, distillation_flops, model_flops
 from jsurgery.report.cost_table import find_subject
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
-from jsurgery.surgery import distill
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.learners import make_optimizer, make_update
 from jsurgery.surgery.plan import workload
+from jsurgery.surgery.visits import Setup
 from jsurgery.verify import check_report
 from jsurgery.wan.pipeline import check_size, latent_grid, model_path, transformer_folder
 from jsurgery.wan.transformer import WanTransformer, load_transformer
@@ -80,16 +83,16 @@ def measure(config: ConfigDict, teacher: WanTransformer, runs: int) -> dict[str,
     shapes = {"latents": (size, *grid, network.in_channels), "text": (size, config.text_length, network.text_dim)}
     batch = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     batch |= {"timestep": np.full(size, 500, np.float32)}
-    setup, optimizer = distill.Setup.of(config), distill.make_optimizer(config)
+    setup, optimizer = Setup.of(config), make_optimizer(config)
     graph, params = nnx.split(teacher)
-    maps = distill.initial_maps(config, teacher)
+    maps = initial_maps(config, teacher)
     question = batch["latents"], batch["timestep"], batch["text"]
     run = jax.jit(lambda params: nnx.merge(graph, params)(*question))
     forward = median_seconds(lambda: np.asarray(run(params)), runs)
 
-    def step(chosen: distill.Setup, chosen_maps: Any, name: str) -> float:
+    def step(chosen: Setup, chosen_maps: Any, name: str) -> float:
         say(f"bench: {name}")
-        update = distill.make_update(optimizer, graph, chosen)
+        update = make_update(optimizer, graph, chosen)
         state = {"maps": jax.tree.map(np.asarray, chosen_maps)}
         state |= {"opt_state": jax.tree.map(np.asarray, optimizer.init(chosen_maps))}  # each step has one of its own
         return median_seconds(lambda: np.asarray(update(state, params, batch)[1]), runs)
@@ -97,7 +100,7 @@ def measure(config: ConfigDict, teacher: WanTransformer, runs: int) -> dict[str,
     one_pass = step(setup, maps, "all blocks at all rates")
     naive, last = 0.0, network.num_layers - 1
     for index, rate in enumerate(setup.rates):
-        one = dataclasses.replace(setup, blocks=(last,), rates=(rate,), chain=distill.rate_chain((rate,)))
+        one = dataclasses.replace(setup, blocks=(last,), rates=(rate,), chain=rate_chain((rate,)))
         slot = jax.tree.map(lambda leaf, index=index: leaf[last:, index : index + 1], maps)
         naive += network.num_layers * step(one, slot, f"block {last} at rate {rate}")
     return compared(forward, one_pass, naive)

@@ -32,8 +32,11 @@ from jsurgery.runtime.mesh import AXES, check_batch, make_mesh, parameter_shardi
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
 from jsurgery.runtime.training import adamw, initial_state
-from jsurgery.surgery import distill, finetune
+from jsurgery.surgery import finetune
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.learners import make_optimizer, make_sampling_update, make_update
 from jsurgery.surgery.plan import hybrid_config, named_budget, workload
+from jsurgery.surgery.visits import Setup
 from jsurgery.train import transformer as training
 from jsurgery.verify import check_report
 from jsurgery.wan.pipeline import latent_grid, sampling_step
@@ -168,16 +171,16 @@ def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tu
 def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     graph, params = abstract_model(config, network, mesh)
     teacher: Any = nnx.merge(graph, params)
-    optimizer = distill.make_optimizer(config)
-    maps = jax.eval_shape(lambda: distill.initial_maps(config, teacher))
+    optimizer = make_optimizer(config)
+    maps = jax.eval_shape(lambda: initial_maps(config, teacher))
     state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
     latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
     batch = {"latents": latents, "text": text, "timestep": timesteps}
-    state, setup = placed(state, parameter_shardings(mesh, state)), distill.Setup.of(config)
+    state, setup = placed(state, parameter_shardings(mesh, state)), Setup.of(config)
     if config.distill.mode == "traces":
-        return distill.make_update(optimizer, graph, setup).lower(state, params, batch)
+        return make_update(optimizer, graph, setup).lower(state, params, batch)
     whole, sampler = sharding(mesh), config.sampler
-    update = distill.make_sampling_update(optimizer, graph, setup, sampler.guidance, whole)
+    update = make_sampling_update(optimizer, graph, setup, sampler.guidance, whole)
     blank = None if sampler.guidance == 1 else text
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
     trajectory = State(*[placed(latents, whole)] * 4)
@@ -269,7 +272,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"memory a device: {memory['peak'] / GIB:.2f} of {found['capacity_bytes'] / GIB:.0f} GiB (arguments "
         f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
         f"FLOPs a device: {found['flops_per_device'] / 1e12:.3g} T, at the peak rate {found['least_seconds']:.3g} s",
-        *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.3g} GiB" for kind, one in moved.items()),
+        *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.4g} GiB" for kind, one in moved.items()),
         f"compiled in {found['compile_seconds']:.0f} s and {found['compile_peak_bytes'] / GIB:.1f} GiB",
     ]
     return "\n".join(lines)

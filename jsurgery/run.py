@@ -15,7 +15,8 @@ from jsurgery.report.page import write_report
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather, make_mesh
 from jsurgery.runtime.stages import Stage, difference, file_identity, write_json
-from jsurgery.surgery.distill import distill, load_maps
+from jsurgery.surgery.distill import distill
+from jsurgery.surgery.distilled import load_maps
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.jobs import job_name, merge, owners
 from jsurgery.surgery.operate import operate, save_model

@@ -14,8 +14,10 @@ from jsurgery.cli import main
 from jsurgery.config import base, load_config
 from jsurgery.cost import distillation_flops, model_flops
 from jsurgery.report.cost_table import find_subject
-from jsurgery.surgery.distill import Setup, initial_maps, make_optimizer, make_update, visit_heads
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.learners import make_optimizer, make_update
 from jsurgery.surgery.plan import workload
+from jsurgery.surgery.visits import Setup, visit_heads
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 
 RATES = (2, 4, 8, "linear")

@@ -14,10 +14,9 @@ from flax import nnx
 
 from jsurgery.ablate.seed import Seed, rate_name
 from jsurgery.ablate.table import spread
-from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.hybrid import rate_chain, token_order
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.runtime.progress import Progress
-from jsurgery.surgery.distill import rate_chain
 from jsurgery.wan.transformer import WanTransformer
 
 CHUNK = 256  # queries

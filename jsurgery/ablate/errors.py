@@ -5,7 +5,7 @@ from typing import Any
 
 from jsurgery.ablate.seed import Seed, rate_name
 from jsurgery.ablate.table import spread
-from jsurgery.surgery.distill import read_errors
+from jsurgery.surgery.distilled import read_errors
 
 
 def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jsurgery.attention.hybrid import HybridConfig, Rate
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.run import Run
 from jsurgery.runtime.stages import Stage, write_json
-from jsurgery.surgery.distill import load_maps, read_errors
+from jsurgery.surgery.distilled import load_maps, read_errors
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import hybrid_config

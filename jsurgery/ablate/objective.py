@@ -23,9 +23,10 @@ from jsurgery.ablate.table import RESAMPLES, spread
 from jsurgery.attention.hybrid import FeatureMapConfig
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import Progress
-from jsurgery.surgery.distill import Maps, Setup, load_maps, read_errors
+from jsurgery.surgery.distilled import Maps, load_maps, read_errors
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import BlockCosts, block_costs, budget_cost
+from jsurgery.surgery.visits import Setup
 
 PLANS = 50
 AIM = 0.9

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import lax
 
 from jsurgery.attention.hybrid import attend, token_order
-from jsurgery.surgery.distill import Maps, Setup
+from jsurgery.surgery.distilled import Maps
+from jsurgery.surgery.visits import Setup
 from jsurgery.wan.transformer import WanTransformer
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from jsurgery.ablate.seed import Seed, rate_name
 from jsurgery.ablate.table import paired_difference, spread
 from jsurgery.run import DISTILLING
-from jsurgery.surgery.distill import distill, read_errors
+from jsurgery.surgery.distill import distill
+from jsurgery.surgery.distilled import read_errors
 
 SIDES = {"after": "after RoPE", "before": "before RoPE"}
 

@@ -22,11 +22,13 @@ from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.run import DISTILLING, Run
 from jsurgery.runtime.stages import Stage, write_json
-from jsurgery.surgery.distill import Setup, distill, load_maps, read_errors
+from jsurgery.surgery.distill import distill
+from jsurgery.surgery.distilled import load_maps, read_errors
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import hybrid_config, named_budget, plan, read_plan, workload
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.surgery.visits import Setup
 from jsurgery.wan.transformer import WanTransformer, load_transformer
 
 Items = dict[str, list[float]]  # measure -> one number per prompt, block or whatever else is compared in pairs

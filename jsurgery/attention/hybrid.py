@@ -97,6 +97,11 @@ def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, 
     return TokenOrder(frames * size, tuple(chain), lattice=lattice, tokens_per_frame=size, shards=shards)
 
 
+def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
+    """The nested zones that the token order needs for these rates."""
+    return tuple(sorted({1, *(rate for rate in rates if isinstance(rate, int))}))
+
+
 class FeatureMap(nnx.Module):
     """One learned map phi; `maps` is the pytree that kernels take. Leaves may be stacked: [S, ...] over blocks."""
 

@@ -33,8 +33,10 @@ PARAMETERS = [
     (r"to_out/kernel$", ("heads", "embed")),
     (r"ffn_in/kernel$", ("embed", "mlp")),
     (r"ffn_out/kernel$", ("mlp", "embed")),
-    (r"(query|key)_maps/kernels/\d+$", ("heads", None, None)),
-    (r"(query|key)_maps/biases/\d+$", ("heads", None)),
+    # phi of every head, in a model and in distillation
+    (r"kernels/\d+$", ("heads", None, None)),
+    (r"biases/\d+$", ("heads", None)),
+    (r"log_scale$", ("heads",)),
 ]
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import Metrics, read_metrics
 from jsurgery.runtime.stages import write_json
-from jsurgery.surgery.distill import INITIAL, TRAINED, read_errors
+from jsurgery.surgery.distilled import INITIAL, TRAINED, read_errors
 from jsurgery.wan.safetensors_files import open_tensors, write_tensors
 
 BY_BLOCK = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share")

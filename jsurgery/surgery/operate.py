@@ -7,14 +7,14 @@ from flax import nnx
 
 from jsurgery.attention.hybrid import FeatureMap, HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.surgery.distill import Maps
+from jsurgery.surgery.distilled import Maps
 from jsurgery.wan.transformer import WanTransformer, save_transformer
 
 
 def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps | None) -> WanTransformer:
     """A new transformer whose blocks have the plan's rates; all other parameters are the given one's, shared.
 
-    `feature_maps` are those of the plan's converted blocks (`distill.load_maps`), leaves [converted, heads, ...].
+    `feature_maps` are those of the plan's converted blocks (`distilled.load_maps`), leaves [converted, heads, ...].
     Raises InputError when the plan is another model's, or the maps another plan's.
     """
     if len(plan.rates) != transformer.config.num_layers:

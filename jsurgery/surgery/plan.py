@@ -10,13 +10,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, HybridConfig, Rate
+from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, HybridConfig, Rate, rate_chain
 from jsurgery.config import check_rates
 from jsurgery.cost import Hedgehog, Workload, core_flops, num_tokens
 from jsurgery.errors import InputError
 from jsurgery.files import read_json, read_object, shown
 from jsurgery.runtime.stages import write_json
-from jsurgery.surgery.distill import rate_chain, read_errors
+from jsurgery.surgery.distilled import read_errors
 from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve
 from jsurgery.wan.transformer import WanConfig
 

@@ -19,8 +19,9 @@ from jsurgery.attention.hybrid import token_order
 from jsurgery.cli import main
 from jsurgery.config import load_config
 from jsurgery.surgery import finetune as finetune_module
-from jsurgery.surgery.distill import Tokens, Visit, load_maps
+from jsurgery.surgery.distilled import load_maps
 from jsurgery.surgery.finetune import finetune, make_update
+from jsurgery.surgery.losses import Tokens, Visit
 from jsurgery.surgery.operate import operate
 from jsurgery.surgery.plan import hybrid_config
 from jsurgery.wan.rope import apply_rope, rope_tables

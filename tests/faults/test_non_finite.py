@@ -12,7 +12,7 @@ from jsurgery.runtime import guard
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.guard import Guard, faults
 from jsurgery.runtime.progress import read_metrics
-from jsurgery.surgery import distill
+from jsurgery.surgery.learners import stepped
 from pallas_kernels.feature_map import PolynomialMap
 from tests.faults.tiny_training import POISON, first_bad_step, saved_state, tiny_config, train, write_latents
 
@@ -87,11 +87,11 @@ def test_of_feature_maps_the_block_and_rate_are_named():
     state = {"maps": maps, "opt_state": optimizer.init(maps)}
     gradients = jax.tree.map(jnp.ones_like, maps)
     losses = jnp.ones((3, 2))
-    moved, same_losses = distill.stepped(optimizer, state, losses, gradients)
+    moved, same_losses = stepped(optimizer, state, losses, gradients)
     assert not np.array_equal(moved["maps"][0].log_scale, maps[0].log_scale) and (same_losses == 1).all()
     kernels = (gradients[1].kernels[0].at[1, 1, 2, 3, 4].set(jnp.nan),)
     bad = gradients[0], PolynomialMap(kernels, gradients[1].biases, gradients[1].log_scale, 1, "relu")
-    kept, losses = distill.stepped(optimizer, state, losses, bad)
+    kept, losses = stepped(optimizer, state, losses, bad)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(state), strict=True))
     assert np.argwhere(np.isnan(losses)).tolist() == [[1, 1]]
 

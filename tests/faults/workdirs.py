@@ -23,7 +23,8 @@ from jsurgery.evaluate.video_file import write_video
 from jsurgery.run import Run
 from jsurgery.runtime.manifest import MANIFEST, damage
 from jsurgery.runtime.stages import Stage, write_json
-from jsurgery.surgery.distill import TRAINED, initial_maps, save_maps
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.distilled import TRAINED, save_maps
 from jsurgery.wan.pipeline import latent_grid
 from jsurgery.wan.safetensors_files import read_tensors
 

@@ -15,18 +15,11 @@ from jsurgery.attention.token_order import TokenOrder
 from jsurgery.config import base
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.runtime.progress import read_metrics
-from jsurgery.surgery import distill as stage
-from jsurgery.surgery.distill import (
-    Setup,
-    Tokens,
-    Visit,
-    calibrate,
-    distill,
-    initial_maps,
-    losses_and_gradients,
-    measure,
-)
+from jsurgery.surgery.distill import calibrate, distill, initial_maps
 from jsurgery.surgery.jobs import merge
+from jsurgery.surgery.losses import Tokens, Visit, attention_loss, nested_softmax
+from jsurgery.surgery.trace import TraceSteps
+from jsurgery.surgery.visits import Setup, losses_and_gradients, measure
 from jsurgery.wan.safetensors_files import read_tensors
 from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels import hybrid_attention, init_polynomial_map, softmax_share
@@ -103,7 +96,7 @@ def test_merged_zones_are_softmax_over_each_prefix(rates):
     order = TokenOrder(21, (1, *rates))
     q, k, v = 3 * np.random.default_rng(0).normal(size=(3, 21, 5))
     with jax.enable_x64(True):
-        branches, full = jax.jit(lambda *qkv: stage.nested_softmax(*qkv, Tokens(order), rates))(q, k, v)
+        branches, full = jax.jit(lambda *qkv: nested_softmax(*qkv, Tokens(order), rates))(q, k, v)
     assert branches.keys() == set(rates) - {"linear"}
     for rate, branch in [*branches.items(), (1, full)]:
         s = scores(q, k[: order.num_softmax(rate)])
@@ -184,9 +177,9 @@ def test_attention_loss_by_brute_force(rate, stabilizer, spread):
     @jax.jit
     @jax.value_and_grad
     def loss(maps):
-        nested = lambda q, k, v: stage.nested_softmax(q, k, v, Tokens(order), (rate,))
+        nested = lambda q, k, v: nested_softmax(q, k, v, Tokens(order), (rate,))
         branches, full = jax.vmap(nested)(q, k, v)
-        return stage.attention_loss(maps, Visit(rate, q, k, v, branches.get(rate), full, Tokens(order), stabilizer))
+        return attention_loss(maps, Visit(rate, q, k, v, branches.get(rate), full, Tokens(order), stabilizer))
 
     start, expected, largest = order.num_softmax(rate), [], []
     for example in range(2):
@@ -271,8 +264,8 @@ def traces(tmp_path_factory):
 
 
 def test_a_step_is_replayed_with_the_text_of_its_branch(traces):
-    held_out = stage.TraceSteps(traces, range(4, 5))
-    texts = stage.TraceSteps(traces, range(5)).texts
+    held_out = TraceSteps(traces, range(4, 5))
+    texts = TraceSteps(traces, range(5)).texts
     assert len(held_out) == 3
     assert np.array_equal(held_out[0]["text"], texts[4]["embedding"])
     assert np.array_equal(held_out[1]["text"], texts[5]["embedding"])

@@ -15,9 +15,11 @@ from jsurgery.data.shards import Records, shard_path, text_array, write_shard
 from jsurgery.diffusion import sample
 from jsurgery.errors import InputError
 from jsurgery.runtime.mesh import make_mesh, sharding
-from jsurgery.surgery.distill import Setup, distill, initial_maps, make_optimizer, make_sampling_update
+from jsurgery.surgery.distill import distill, initial_maps
 from jsurgery.surgery.interleaved import Trajectories, turns
+from jsurgery.surgery.learners import make_optimizer, make_sampling_update
 from jsurgery.surgery.trace import TraceSteps, trace
+from jsurgery.surgery.visits import Setup
 from jsurgery.wan.pipeline import guided_velocity, initial_noise, load_pipeline
 from jsurgery.wan.safetensors_files import read_tensors
 
@@ -153,7 +155,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 from jsurgery.config import base
 from jsurgery.runtime.mesh import AXES, make_mesh, put_state, sharding
-from jsurgery.surgery.distill import Setup, initial_maps, make_optimizer, make_sampling_update
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.learners import make_optimizer, make_sampling_update
+from jsurgery.surgery.visits import Setup
 from jsurgery.surgery.interleaved import Trajectories
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 

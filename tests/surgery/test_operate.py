@@ -8,7 +8,7 @@ from flax import nnx
 
 from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.surgery.distill import load_maps, save_maps
+from jsurgery.surgery.distilled import load_maps, save_maps
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.wan.transformer import WanConfig, load_transformer
 from pallas_kernels import init_polynomial_map
