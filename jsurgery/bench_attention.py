@@ -327,20 +327,22 @@ def estimate_attention(
 
 
 def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable) -> float:
-    """Cycles of all heads and queries, from one tile of heads at two numbers of queries: the compiler's memory grows
-    with the grid, and cycles are linear in either."""
-    heads = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    block = min(QUERIES_OF_AN_ESTIMATE, size.tokens)
+    """Cycles of all heads and queries, from one tile of heads at two numbers of queries and from two tiles: the
+    compiler's memory grows with the grid, and cycles are linear in either. What XLA does for all heads at once it has to
+    start only once."""
+    tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
+    block, tiles = min(QUERIES_OF_AN_ESTIMATE, size.tokens), size.heads // tile
 
-    def cycles(num_queries: int) -> int:
+    def cycles(num_queries: int, heads: int) -> int:
         dtype = jnp.dtype(size.dtype)
         q, k = (jax.ShapeDtypeStruct((1, n, heads, size.head_dim), dtype) for n in (num_queries, size.tokens))
         maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
         return sum(estimate(function, q, k, k, *maps).values())
 
-    one = cycles(block)
-    slope = (cycles(2 * block) - one) / block if size.tokens > block else 0.0
-    return (one + slope * (size.tokens - block)) * size.heads / heads
+    one = cycles(block, tile)
+    a_query = (cycles(2 * block, tile) - one) / block if size.tokens > block else 0.0
+    a_tile = cycles(block, 2 * tile) - one if tiles > 1 else 0
+    return one + (tiles - 1) * a_tile + tiles * (size.tokens - block) * a_query
 
 
 def tune_attention(

@@ -55,21 +55,21 @@ def test_torch_and_ours_compute_the_same_work():
 
 
 def test_estimates_scale_to_all_heads_and_queries():
-    """From one head and two numbers of queries, with cycles that are linear in both."""
+    """From two numbers of queries and two of heads, with cycles that are linear in both."""
     calls = []
 
     def estimate(function, q, k, v, *maps):
         pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
         assert k.shape == v.shape == (1, 6000, *q.shape[2:])
         calls.append(q.shape)
-        return {"kernel": 100 * q.shape[2] + 2 * q.shape[1] * q.shape[2], "fusion": q.shape[1] * q.shape[2]}
+        return {"kernel": 100 * q.shape[2] + 2 * q.shape[1] * q.shape[2], "fusion": 70 + q.shape[1] * q.shape[2]}
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
     for head_dim, heads in ((128, 1), (64, 2)):
         size = Size(6000, 12, head_dim, "bfloat16", "lse")
         calls.clear()
-        assert whole_layer(estimate, size, 8, step(attend, "forward + backward")) == 12 * (100 + 3 * 6000)
-        assert calls == [(1, rows, heads, head_dim) for rows in (2048, 4096)]
+        assert whole_layer(estimate, size, 8, step(attend, "forward + backward")) == 70 + 12 * (100 + 3 * 6000)
+        assert calls == [(1, rows, tiles * heads, head_dim) for rows, tiles in ((2048, 1), (4096, 1), (2048, 2))]
 
 
 def test_gradients_are_those_of_every_input():
