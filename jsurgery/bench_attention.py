@@ -327,9 +327,9 @@ def estimate_attention(
 
 
 def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable) -> float:
-    """Cycles of all heads and queries, from one tile of heads at two numbers of queries and from two tiles: the
-    compiler's memory grows with the grid, and cycles are linear in either. What XLA does for all heads at once it has to
-    start only once."""
+    """Cycles of all heads and queries, from one tile of heads at two numbers of queries, and from two tiles: the
+    compiler's memory grows with the grid, and cycles are linear in either. What XLA does for all heads at once, it
+    starts once."""
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
     block, tiles = min(QUERIES_OF_AN_ESTIMATE, size.tokens), size.heads // tile
 
