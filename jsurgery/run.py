@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.config import block_numbers, flat
-from jsurgery.data.latents import encode_sprites
+from jsurgery.data.latents import check_latents, encode_sprites
 from jsurgery.errors import InputError
 from jsurgery.evaluate.stages import evaluate
 from jsurgery.report.page import write_report
@@ -22,7 +22,15 @@ from jsurgery.surgery.jobs import job_name, merge, owners
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import check_budget, hybrid_config, plan, read_plan
 from jsurgery.surgery.trace import load_prompts, trace
-from jsurgery.wan.pipeline import Pipeline, check_pipeline, check_size, load_pipeline, model_path, transformer_folder
+from jsurgery.wan.pipeline import (
+    Pipeline,
+    check_pipeline,
+    check_size,
+    load_pipeline,
+    model_path,
+    pipeline_folder,
+    transformer_folder,
+)
 from jsurgery.wan.transformer import WanTransformer, load_transformer
 
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
@@ -62,8 +70,10 @@ class Run:
             check_batch(mesh, batch)
         if processes.several():
             make_mesh(config.mesh)
-        if config.finetune.steps and config.data.path != "sprites" and not epath.Path(config.data.path or "?").exists():
-            raise InputError(f"config.data.path: {config.data.path or '(empty)'}: no such folder; or 'sprites'")
+        if config.finetune.steps and config.data.path != "sprites":
+            if not config.data.path:
+                raise InputError("config.data.path: expected a folder of latents or 'sprites', found none")
+            check_latents(epath.Path(config.data.path), pipeline_folder(self.teacher_path) / "vae")
 
         blocks = block_numbers(config.distill.blocks)
         if blocks is not None and blocks[-1] >= self.model_config.num_layers:

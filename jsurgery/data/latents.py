@@ -10,7 +10,9 @@ from etils import epath
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
 from jsurgery.errors import InputError
+from jsurgery.files import read_object
 from jsurgery.runtime.progress import Progress
+from jsurgery.runtime.stages import MARKER, file_identity
 from jsurgery.wan.vae import WanVae
 
 CLIPS_PER_SHARD = 128
@@ -43,6 +45,21 @@ def encode_sprites(
             shard_path(folder, shard),
             records(range(shard * CLIPS_PER_SHARD, min(clips, (shard + 1) * CLIPS_PER_SHARD))),
         )
+
+
+def check_latents(folder: epath.Path, vae: epath.Path) -> None:
+    """Raises InputError where there is no such folder, where `encode` or `synthesize` has not finished it, or where it
+    was encoded by another VAE than that in the folder `vae`. Shards without a marker are taken as they are."""
+    if not folder.exists():
+        raise InputError(f"config.data.path: {folder}: no such folder; or 'sprites'")
+    if not (folder / MARKER).exists():
+        return
+    found = read_object(folder / MARKER, "the marker of a stage")
+    if found.get("complete") is not True:
+        raise InputError(f"config.data.path: {folder}: not finished; run the command that makes it once more")
+    made_with = found.get("made_with")
+    if isinstance(made_with, dict) and "vae" in made_with and made_with["vae"] != file_identity(vae):
+        raise InputError(f"config.data.path: {folder}: expected latents of {vae}, found those of another VAE")
 
 
 class Rows:

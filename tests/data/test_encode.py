@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from PIL import Image
 
 from jsurgery.cli import main
 from jsurgery.config import load_config
 from jsurgery.data import encode
-from jsurgery.data.latents import batches, padded_text
+from jsurgery.data.latents import batches, check_latents, padded_text
 from jsurgery.data.shards import Records, array_text
 from jsurgery.errors import InputError
 from jsurgery.wan.text_encoder import encode_prompts, load_text_encoder
@@ -244,3 +245,19 @@ def test_finetune_trains_on_it(encoded, tiny_pipeline, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "finetune" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)
     assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_half_a_folder_and_another_vaes_latents_are_refused(encoded, tiny_pipeline, tmp_path):
+    vae = shutil.copytree(tiny_pipeline / "vae", tmp_path / "vae")
+    check_latents(epath.Path(encoded), epath.Path(vae))  # a copy is the same VAE
+    (vae / "config.json").write_text((vae / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match="config.data.path: .*: expected latents of .*vae, found those of another VAE"):
+        check_latents(epath.Path(encoded), epath.Path(vae))
+
+    begun = epath.Path(shutil.copytree(encoded, tmp_path / "begun"))
+    marker = json.loads((begun / "stage.json").read_text())
+    (begun / "stage.json").write_text(json.dumps(marker | {"complete": False}))
+    with pytest.raises(InputError, match="config.data.path: .*begun: not finished"):
+        check_latents(begun, epath.Path(tiny_pipeline / "vae"))
+    (begun / "stage.json").unlink()
+    check_latents(begun, epath.Path(vae))
