@@ -37,7 +37,7 @@ FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
-QUERIES_OF_AN_ESTIMATE = 2048
+QUERIES_OF_AN_ESTIMATE, FEW_QUERIES = 2048, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,11 +327,10 @@ def estimate_attention(
 
 
 def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable) -> float:
-    """Cycles of all heads and queries, from one tile of heads at two numbers of queries, and from two tiles: the
-    compiler's memory grows with the grid, and cycles are linear in either. What XLA does for all heads at once, it
-    starts once."""
+    """Cycles of all heads and queries, from a few of each: the compiler's memory grows with the grid, and cycles are
+    linear in either. What XLA does for all heads at once, it starts once."""
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    block, tiles = min(QUERIES_OF_AN_ESTIMATE, size.tokens), size.heads // tile
+    tiles, block, few = size.heads // tile, min(QUERIES_OF_AN_ESTIMATE, size.tokens), min(FEW_QUERIES, size.tokens)
 
     def cycles(num_queries: int, heads: int) -> int:
         dtype = jnp.dtype(size.dtype)
@@ -341,8 +340,8 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
 
     one = cycles(block, tile)
     a_query = (cycles(2 * block, tile) - one) / block if size.tokens > block else 0.0
-    a_tile = cycles(block, 2 * tile) - one if tiles > 1 else 0
-    return one + (tiles - 1) * a_tile + tiles * (size.tokens - block) * a_query
+    starts = 2 * cycles(few, tile) - cycles(few, 2 * tile) if tiles > 1 else 0
+    return tiles * (one + (size.tokens - block) * a_query) - (tiles - 1) * starts
 
 
 def tune_attention(
