@@ -328,20 +328,28 @@ def estimate_attention(
 
 def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable) -> float:
     """Cycles of all heads and queries, from a few of each: the compiler's memory grows with the grid, and cycles are
-    linear in either. What XLA does for all heads at once, it starts once."""
+    linear in either. What XLA does for the maps of all heads at once, it starts once."""
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
     tiles, block, few = size.heads // tile, min(QUERIES_OF_AN_ESTIMATE, size.tokens), min(FEW_QUERIES, size.tokens)
 
     def cycles(num_queries: int, heads: int) -> int:
         dtype = jnp.dtype(size.dtype)
-        q, k = (jax.ShapeDtypeStruct((1, n, heads, size.head_dim), dtype) for n in (num_queries, size.tokens))
+        q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, size.tokens))
         maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
-        return sum(estimate(function, q, k, k, *maps).values())
+        return sum(estimate(partial(of_rows, function, heads), q, k, k, *maps).values())
 
     one = cycles(block, tile)
     a_query = (cycles(2 * block, tile) - one) / block if size.tokens > block else 0.0
-    starts = 2 * cycles(few, tile) - cycles(few, 2 * tile) if tiles > 1 else 0
+    starts = 2 * cycles(few, tile) - cycles(few, 2 * tile) if tiles > 1 and rate != 1 else 0
     return tiles * (one + (size.tokens - block) * a_query) - (tiles - 1) * starts
+
+
+def of_rows(function: Callable, heads: int, *arrays: Any) -> Any:
+    """`function` of q, k, v [B, N, H * D], as projections leave them, and maps; what it returns likewise."""
+    q, k, v, *maps = arrays
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)
+    rows = lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x
+    return jax.tree.map(rows, function(split(q), split(k), split(v), *maps))
 
 
 def tune_attention(

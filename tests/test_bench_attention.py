@@ -60,17 +60,29 @@ def test_estimates_scale_to_all_heads_and_queries():
 
     def estimate(function, q, k, v, *maps):
         pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
-        assert k.shape == v.shape == (1, 6000, *q.shape[2:])
-        calls.append(q.shape)
-        return {"kernel": 100 * q.shape[2] + 2 * q.shape[1] * q.shape[2], "fusion": 70 + q.shape[1] * q.shape[2]}
+        assert k.shape == v.shape == (1, 6000, q.shape[2])
+        calls.append(q.shape[1:])
+        heads = maps[0].log_scale.shape[0]
+        return {"kernel": 100 * heads + 2 * q.shape[1] * heads, "fusion": 70 + q.shape[1] * heads}
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
-    for head_dim, heads in ((128, 1), (64, 2)):
+    for head_dim, tile in ((128, 1), (64, 2)):
         size = Size(6000, 12, head_dim, "bfloat16", "lse")
         calls.clear()
         assert whole_layer(estimate, size, 8, step(attend, "forward + backward")) == 70 + 12 * (100 + 3 * 6000)
-        asked = [(2048, 1), (4096, 1), (256, 1), (256, 2)]
-        assert calls == [(1, rows, tiles * heads, head_dim) for rows, tiles in asked]
+        assert calls == [(n, heads * tile * head_dim) for n, heads in ((2048, 1), (4096, 1), (256, 1), (256, 2))]
+
+
+def test_rows_of_all_heads_are_split_and_joined():
+    *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
+    attend = functools.partial(hybrid_attention, num_softmax=10)
+    rows = [x.reshape(1, 40, 32) for x in arrays]
+    for function in (attend, functools.partial(gradients, attend)):
+        expected = jax.tree.leaves(function(*arrays, query_map, key_map))
+        found = jax.tree.leaves(bench_attention.of_rows(function, 2, *rows, query_map, key_map))
+        assert [x.shape for x in found] == [(1, 40, 32) if x.ndim == 4 else x.shape for x in expected]
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x.ravel(), y.ravel())
 
 
 def test_gradients_are_those_of_every_input():
