@@ -4,8 +4,8 @@ It computes what `torch_model` does, with these differences, all made once when 
 rotated channels lie as halves instead of pairs (rows of the query and key projections, their norms' gains and the rows
 of the feature maps move along); 1 / sqrt(D) is part of the query norm's gain; the linear state is a mean over its
 tokens, and its length and the scales of both maps are spread evenly over query and key features, so that 16 bits hold
-them; heads, queries and linear keys are taken a few at a time. The softmax branch is a plain softmax, which
-compilers have as one operation.
+them (a block without softmax, of which a ratio alone is left, leaves the length out); heads, queries and linear keys
+are taken a few at a time. The softmax branch is a plain softmax, which compilers have as one operation.
 """
 
 import functools
@@ -148,9 +148,10 @@ class Attention(nn.Module):
             self.linear = tokens - num_softmax
             scale_H = (source.phi_q.log_scale + source.phi_k.log_scale).detach().float().exp() * self.linear
             for heads in self.groups:
-                scale = scale_H[heads].sqrt()
-                self.phi_q.append(FeatureMap(source.phi_q, heads, scale, gain))
-                self.phi_k.append(FeatureMap(source.phi_k, heads, scale / self.linear, 1.0))
+                key_scale_H = scale_H[heads].sqrt() / self.linear
+                query_scale_H = key_scale_H * (self.linear if num_softmax else 1)
+                self.phi_q.append(FeatureMap(source.phi_q, heads, query_scale_H, gain))
+                self.phi_k.append(FeatureMap(source.phi_k, heads, key_scale_H, 1.0))
 
     def rotate(self, x_1xHxNxD: torch.Tensor) -> torch.Tensor:
         real, imag = x_1xHxNxD.chunk(2, dim=-1)
@@ -202,7 +203,7 @@ class Attention(nn.Module):
         o_L_1xHxTxD = functools.reduce(torch.add, (phi_1xHxTxD @ S for phi_1xHxTxD, S, _ in powers))
         n_L_1xHxTx1 = functools.reduce(torch.add, (phi_1xHxTxD @ z for phi_1xHxTxD, _, z in powers))
         if softmax is None:
-            return o_L_1xHxTxD / (n_L_1xHxTx1 + EPSILON)
+            return o_L_1xHxTxD / (n_L_1xHxTx1 + EPSILON / self.linear)
         if self.stabilizer == "max":  # n_S = 1 / max p divides the linear terms, as o_S is divided by it already
             most_1xHxTx1 = p_1xHxTxS.amax(dim=-1, keepdim=True)
             o_L_1xHxTxD, n_L_1xHxTx1 = o_L_1xHxTxD * most_1xHxTx1, n_L_1xHxTx1 * most_1xHxTx1

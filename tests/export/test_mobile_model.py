@@ -144,6 +144,24 @@ def test_16_bits_hold_the_linear_state(saved):
     assert torch.isfinite(half).all() and relative_error(half, whole) < 5e-3
 
 
+def test_16_bits_hold_a_linear_block(saved):
+    """Values weighed by all keys leave the range of 16 bits, their mean does not."""
+    source = load(saved("lse")[1])
+    layout = TokenLayout.of(source.config, (GRID[0], 2 * GRID[1], 2 * GRID[2]))
+    attention = source.blocks[2].attn1
+    rng = np.random.default_rng(0)
+    q, k, v = (torch.tensor(rng.normal(size=(1, 2, 63, 16)).astype(np.float32)) for _ in range(3))
+    v += 8
+    with torch.no_grad():
+        attention.phi_q.log_scale += math.log(2e4 / (attention.phi_q(q) @ attention.phi_k(k).mT).sum(dim=-1).max())
+        weighed = attention.phi_q(q) @ attention.phi_k(k).mT @ v
+        mobile = mobile_block(source, 2, layout).attn1
+        whole = mobile.attend(0, q, k, v)
+        half = mobile.half().attend(0, q.half(), k.half(), v.half()).float()
+    assert weighed.max() > 65504
+    assert torch.isfinite(half).all() and relative_error(half, whole) < 5e-3
+
+
 def test_patches_of_several_frames_are_refused(saved):
     source = load(saved("full")[1])
     config = dataclasses.replace(source.config, patch_size=(2, 2, 2))
