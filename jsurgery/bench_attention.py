@@ -334,7 +334,7 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
     Kernels are linear in either. XLA's own operations are taken of all heads: it prefetches what is small, and waits.
     """
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    tiles, block, few = size.heads // tile, min(QUERIES_OF_AN_ESTIMATE, size.tokens), min(FEW_QUERIES, size.tokens)
+    tiles = size.heads // tile
 
     def cycles(num_queries: int, heads: int) -> np.ndarray:
         """Of kernels, and of XLA's operations."""
@@ -345,12 +345,15 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
         kernels = sum(count for name, count in found.items() if name.startswith(KERNELS))
         return np.array([kernels, sum(found.values()) - kernels])
 
-    one = cycles(block, tile)
-    a_query = (cycles(2 * block, tile) - one) / block if size.tokens > block else np.zeros(2)
-    whole = tiles * (one + (size.tokens - block) * a_query)
+    def extended(few: int, heads: int) -> np.ndarray:
+        """To all queries, of so many heads, from `few` and twice as many."""
+        one = cycles(few, heads)
+        return one if few == size.tokens else one + (size.tokens / few - 1) * (cycles(2 * few, heads) - one)
+
+    kernels, others = tiles * extended(min(QUERIES_OF_AN_ESTIMATE, size.tokens), tile)
     if rate != 1 and tiles > 1:
-        whole[1] = cycles(few, size.heads)[1] + tiles * (size.tokens - few) * a_query[1]
-    return float(whole.sum())
+        _, others = extended(min(FEW_QUERIES, size.tokens), size.heads)
+    return float(kernels + others)
 
 
 def of_rows(function: Callable, heads: int, *arrays: Any) -> Any:

@@ -63,7 +63,7 @@ def test_estimates_scale_to_all_heads_and_queries():
         assert k.shape == v.shape == (1, 6000, q.shape[2])
         calls.append(q.shape[1:])
         heads = maps[0].log_scale.shape[0]
-        waits = 50 if heads < 12 else 0
+        waits = 0 if heads == 12 else q.shape[1]
         return {"hybrid_attend.1": heads * (100 + 2 * q.shape[1]), "fusion": 70 + waits + q.shape[1] * heads}
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
@@ -71,7 +71,8 @@ def test_estimates_scale_to_all_heads_and_queries():
         size = Size(6000, 12, head_dim, "bfloat16", "lse")
         calls.clear()
         assert whole_layer(estimate, size, 8, step(attend, "forward + backward")) == 70 + 12 * (100 + 3 * 6000)
-        assert calls == [(n, heads * tile * head_dim) for n, heads in ((2048, 1), (4096, 1), (256, 12 // tile))]
+        asked = (2048, 1), (4096, 1), (256, 12 // tile), (512, 12 // tile)
+        assert calls == [(n, heads * tile * head_dim) for n, heads in asked]
 
 
 def test_rows_of_all_heads_are_split_and_joined():
