@@ -292,14 +292,15 @@ def cases():
 def grid_problem(length, rate, width, dtype):
     """q, k, v, query_map, key_map and num_softmax. A smooth activation: bfloat16 would cross the kinks of relu.
 
-    No query has two largest scores, between which the gradient of "max" would depend on their rounding.
+    No query has two largest scores that a kernel, which computes them twice, could take for equal: the gradient of
+    "max" depends on which is larger.
     """
     num_softmax = 0 if rate == "linear" else -(-length // rate)
     for seed in itertools.count(length):
         rng = np.random.default_rng(seed)
         q, k, v = (jnp.asarray(x, dtype) for x in rng.normal(size=(3, 1, length, 2, width)))
         scores = np.einsum("bnhd,bmhd->bhnm", *(np.float64(x) for x in (q, k[:, :num_softmax]))) / math.sqrt(width)
-        if num_softmax == 0 or np.diff(np.partition(scores, -2)[..., -2:]).min() > 1e-5:
+        if num_softmax == 0 or np.diff(np.partition(scores, -2)[..., -2:]).min() > 1e-4:
             break
     maps = [init_polynomial_map(jax.random.key(seed), 2, width, activation="softplus") for seed in (1, 2)]
     # Scales at which neither branch drowns the other.
