@@ -75,6 +75,17 @@ def test_estimates_scale_to_all_heads_and_queries():
         assert calls == [(n, heads * tile * head_dim) for n, heads in asked]
 
 
+def test_an_estimate_is_an_upper_bound_where_the_compiler_fails():
+    def estimate(function, q, k, v, *maps):
+        heads = maps[0].log_scale.shape[0]
+        if heads == 12:
+            raise RuntimeError("the compiler failed")
+        return {"hybrid_attend.1": q.shape[1], "fusion": 70}
+
+    attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
+    assert whole_layer(estimate, Size(6000, 12, 128, "bfloat16", "lse"), 8, attend) == 12 * (6000 + 70)
+
+
 def test_rows_of_all_heads_are_split_and_joined():
     *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
     attend = functools.partial(hybrid_attention, num_softmax=10)
