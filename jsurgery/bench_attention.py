@@ -1,7 +1,6 @@
 """bench attention: hybrid attention at each rate beside full softmax by the best stock kernel, alternating; and, with
 plans, whole forwards of a hybrid beside the softmax model."""
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -313,7 +312,7 @@ def estimate_attention(
         rows = []
         for name, rate, attend in contenders:
             say(f"bench: estimating {name}, {passes}")
-            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, step(attend, passes))
+            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes)
             rows.append({"name": name, "rate": rate, "cycles": cycles, "bound": size.bound(rate)})
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
@@ -329,16 +328,35 @@ def estimate_attention(
         write_json(epath.Path(report), found)
 
 
-def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable) -> float:
+def whole_layer(
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str
+) -> float:
     """Cycles of all heads and queries, from a few of each: the compiler's memory grows with the grid.
 
-    Kernels are linear in either. XLA's own operations are taken of all heads: it prefetches what is small, and waits.
+    XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
+    they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
     """
-    tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    tiles = size.heads // tile
+    kernels, others = linear_in_heads(estimate, size, rate, attend, passes)
+    if passes == PASSES[0] and rate != 1:
+        _, others = all_queries(estimate, size, rate, step(attend, passes), FEW_QUERIES, size.heads)
+    return kernels + others
 
-    def cycles(num_queries: int, heads: int) -> np.ndarray:
-        """Of kernels, and of XLA's operations."""
+
+def linear_in_heads(
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str
+) -> np.ndarray:
+    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own."""
+    tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
+    function = step(attend, passes)
+    return size.heads / tile * all_queries(estimate, size, rate, function, QUERIES_OF_AN_ESTIMATE, tile)
+
+
+def all_queries(
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable, few: int, heads: int
+) -> np.ndarray:
+    """Cycles [kernels', XLA's own] of a program of so many heads, from `few` queries and twice as many."""
+
+    def cycles(num_queries: int) -> np.ndarray:
         dtype = jnp.dtype(size.dtype)
         q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, size.tokens))
         maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
@@ -346,16 +364,9 @@ def whole_layer(estimate: Callable[..., dict[str, int]], size: Size, rate: Rate,
         kernels = sum(count for name, count in found.items() if name.startswith(KERNELS))
         return np.array([kernels, sum(found.values()) - kernels])
 
-    def extended(few: int, heads: int) -> np.ndarray:
-        """To all queries, of so many heads, from `few` and twice as many."""
-        one = cycles(few, heads)
-        return one if few == size.tokens else one + (size.tokens / few - 1) * (cycles(2 * few, heads) - one)
-
-    kernels, others = tiles * extended(min(QUERIES_OF_AN_ESTIMATE, size.tokens), tile)
-    if rate != 1 and tiles > 1:
-        with contextlib.suppress(RuntimeError):  # where the compiler fails, what is linear in heads is an upper bound
-            _, others = extended(min(FEW_QUERIES, size.tokens), size.heads)
-    return float(kernels + others)
+    few = min(few, size.tokens)
+    one = cycles(few)
+    return one if few == size.tokens else one + (size.tokens / few - 1) * (cycles(2 * few) - one)
 
 
 def of_rows(function: Callable, heads: int, *arrays: Any) -> Any:
@@ -399,7 +410,7 @@ def tune_attention(
                 options["block_sizes"] = kernels.BlockSizes(**blocks)
                 attend = partial(kernels.hybrid_attention, **options)
                 if chip is not None:
-                    return estimated(chip, size, rate, step(attend, passes), blocks)
+                    return estimated(chip, size, rate, attend, passes, blocks)
                 run = program(attend, arguments(size, rate), passes)["run"]
                 run()
                 return statistics.median(timed(run) for _ in range(runs))
@@ -420,12 +431,12 @@ def check_estimates(chip: str) -> None:
         raise InputError('--estimate: needs libtpu, found none: pip install "jsurgery[tpu]"')
 
 
-def estimated(chip: str, size: Size, rate: Rate, function: Callable, blocks: dict[str, int]) -> float:
-    """Static cycles of a layer; infinite where a block has more queries than an estimate."""
+def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str, blocks: dict[str, int]) -> float:
+    """Static cycles to compare blocks by; infinite where a block has more queries than an estimate."""
     if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
         return math.inf
     estimates = importlib.import_module("pallas_kernels.estimate")
-    return whole_layer(partial(estimates.estimate_cycles, chip), size, rate, function)
+    return float(linear_in_heads(partial(estimates.estimate_cycles, chip), size, rate, attend, passes).sum())
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:

@@ -50,10 +50,10 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, ema: flo
 
 def updated(
     state: dict[str, Any], loss: Loss, batch: Any, optimizer: optax.GradientTransformation, *, pieces: int, ema: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state after one step, and its `loss` and `gradient_norm`; to be jitted by the caller.
+) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
+    """The state after one step, its `loss` and `gradient_norm`, and `faults`; to be jitted by the caller.
 
-    Where one of the two is not finite the state stays as it is, and `faults` tells (see there) in which gradients.
+    Where one of the two is not finite the state stays as it is, and the faults tell in which gradients.
     """
     value, gradients = value_and_gradients(loss, state["params"], batch, pieces)
     norm = optax.tree.norm(gradients)
@@ -67,7 +67,7 @@ def updated(
         new["ema"] = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, state["ema"], params)
     clean = lambda gradients: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), jax.eval_shape(faults, gradients))
     found = lax.cond(finite, clean, faults, gradients)
-    return kept(finite, new, state), {"loss": value, "gradient_norm": norm, "faults": found}
+    return kept(finite, new, state), {"loss": value, "gradient_norm": norm}, found
 
 
 def trained_parameters(state: dict[str, Any]) -> Any:

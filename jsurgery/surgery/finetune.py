@@ -45,7 +45,7 @@ def velocity_loss(
 def make_update(
     config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
 ) -> Any:
-    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics); it overwrites the state."""
+    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics, faults); overwrites the state."""
     settings = config.finetune
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -97,8 +97,7 @@ def finetune(
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        state, values = update(state, teacher_params, embedded(step), key)
-        return state, values, values.pop("faults")
+        return update(state, teacher_params, embedded(step), key)
 
     def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)

@@ -99,7 +99,7 @@ def loss_of(config: ConfigDict, graph: nnx.GraphDef, params: Any, batch: dict, k
 
 
 def make_update(config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef) -> Any:
-    """The jitted step (state, batch, key) -> (state, metrics)."""
+    """The jitted step (state, batch, key) -> (state, metrics, faults)."""
     train = config.train
 
     @jax.jit
@@ -157,8 +157,7 @@ def train_transformer(
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        state, values = update(state, tokenized(data[step]), key)
-        return state, values, values.pop("faults")
+        return update(state, tokenized(data[step]), key)
 
     def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)

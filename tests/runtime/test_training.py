@@ -36,7 +36,7 @@ def trained(steps, settings=SETTINGS, pieces=1, ema=0.0):
     update = jax.jit(lambda state: updated(state, squares, batch, optimizer, pieces=pieces, ema=ema))
     state, found = initial_state(jax.tree.map(jnp.asarray, params), optimizer, ema), []
     for _ in range(steps):
-        state, values = update(state)
+        state, values, _ = update(state)
         found.append(jax.device_get(values))
     return jax.device_get(state), found
 

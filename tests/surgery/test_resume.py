@@ -128,14 +128,14 @@ for number, sizes in enumerate([(1, 2, 2, 2), (2, 1, 2, 1), (1, 1, 1, 1)]):
     step, state = checkpoints.restore(state)
     if step == 0:
         for step in range(1, 4):
-            state, _ = update(state, params, placed, jax.random.key(step))
+            state, *_ = update(state, params, placed, jax.random.key(step))
         checkpoints.save(3, state, last=True)
     checkpoints.close()
     held = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state["params"])}
     kernel = state["opt_state"][1][0].mu["blocks"]["ffn_in"]["kernel"]
     shard = kernel[...] if hasattr(kernel, "get_value") else kernel
     share = shard.addressable_shards[0].data.size / shard.size
-    _, values = update(state, params, placed, key)
+    _, values, _ = update(state, params, placed, key)
     print(json.dumps([step, sorted(held), share, float(values["loss"]), float(values["gradient_norm"])]), flush=True)
 """
 
