@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -228,21 +229,33 @@ def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
     assert found["collectives"]["all-gather"]["bytes"] > 0 and "static estimate" in capsys.readouterr().out
 
 
-@needs_libtpu
-def test_a_sharded_step_runs_the_kernels():
-    """Half of the blocks at rate 2, the others at softmax, tokens over four chips: nothing falls back."""
+@pytest.fixture(scope="module")
+def sharded_step():
+    """HLO of fine-tuning: a block at rate 2, one at softmax; 604 tokens over four chips, two examples on each."""
     overrides = {
         "mesh.data": "4", "mesh.context": "4", "model.dtype": "bfloat16", "model.remat": "blocks",
-        "finetune.batch": "4", "hybrid.stabilizer": "max", "plan.budget": "1R2",
+        "finetune.batch": "8", "hybrid.stabilizer": "max", "plan.budget": "1R2",
     }  # fmt: skip
     config = load_config("tiny", overrides)
     network = WanConfig(
-        num_attention_heads=2, attention_head_dim=128, in_channels=8, out_channels=8, text_dim=64, ffn_dim=256,
+        num_attention_heads=2, attention_head_dim=128, in_channels=8, out_channels=8, text_dim=64, ffn_dim=384,
         num_layers=2,
     )  # fmt: skip
     _, devices = describe("v5e:4x4", 1)
-    text = lowered(config, network, "finetune", make_mesh(config.mesh, devices)).compile().as_text()
-    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    return lowered(config, network, "finetune", make_mesh(config.mesh, devices)).compile().as_text()
+
+
+@needs_libtpu
+def test_a_sharded_step_runs_the_kernels(sharded_step):
+    calls = [line for line in sharded_step.splitlines() if "tpu_custom_call" in line]
     for kernel in ("attend", "state", "attend_backward", "read_out_backward", "state_backward"):
         assert any(f"hybrid_{kernel}" in line for line in calls), kernel
-    assert {"all-gather", "all-reduce"} <= collectives(text).keys()
+    assert {"all-gather", "all-reduce"} <= collectives(sharded_step).keys()
+
+
+@needs_libtpu
+def test_a_sharded_step_computes_on_its_own_tokens_alone(sharded_step):
+    """Two examples of 151: a layer that flattened its batch axes would gather the others' first."""
+    hidden = set(re.findall(r"\w+\[((?:\d+,)+)384\]", sharded_step))
+    assert "2,151," in hidden
+    assert not hidden & {"2,604,", "1208,"}

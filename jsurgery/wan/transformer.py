@@ -124,15 +124,24 @@ class WanConfig:
 
 
 class Linear(nnx.Linear):
-    """A linear layer that flattens its batch axes and asks for sums in float32.
+    """A linear layer that, on one device, flattens its batch axes and asks for sums in float32.
 
-    XLA on CPUs is twice as fast so, backward by the one and in bfloat16 by the other; TPUs do not care.
+    XLA on CPUs is twice as fast so, backward by the one and in bfloat16 by the other. Over a mesh the one would gather
+    every example's tokens, as a flat axis cannot be split by examples and by tokens, and the other would exchange
+    sums at twice their width.
     """
 
     def __init__(self, in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs):
-        super().__init__(in_features, out_features, dtype=dtype, preferred_element_type=jnp.float32, rngs=rngs)
+        super().__init__(in_features, out_features, dtype=dtype, rngs=rngs)
+        self.compute_on(None)
+
+    def compute_on(self, mesh: Mesh | None) -> None:
+        self.flat = mesh is None
+        self.preferred_element_type = jnp.float32 if self.flat else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        if not self.flat:
+            return super().__call__(x)
         y = super().__call__(x.reshape(-1, x.shape[-1])).astype(x.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
@@ -316,6 +325,9 @@ class WanTransformer(nnx.Module):
         """
         check_heads(mesh, self.config.num_attention_heads, exchange)
         self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                module.compute_on(self.mesh)
 
     @property
     def shards(self) -> int:
