@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from jsurgery.config import base, flat
 from jsurgery.errors import InputError
 from jsurgery.runtime.stages import MARKER
+from jsurgery.surgery.distilled import read_errors
+from jsurgery.surgery.plan import read_plan
 from jsurgery.surgery.trace import load_prompts
 from jsurgery.wan.pipeline import model_path, transformer_folder
 from jsurgery.wan.transformer import WanConfig, read_config
@@ -23,6 +25,7 @@ WITHOUT = {  # file -> what a page lacks without it, the stage's folder and comm
     "finetune/metrics.jsonl": ("the curves of the fine-tuning", "finetune", "finetune"),
     "evaluation/evaluation.json": ("scores and distances", "evaluation", "evaluate"),
 }
+CHECKED = {"distill/errors.json": read_errors, "plan/plan.json": read_plan}  # by the reader that later stages have
 
 
 @dataclass
@@ -129,11 +132,13 @@ def read(run: RunFiles, name: str, lacks: str, folder: str, command: str) -> Any
         run.absent.append(f"{text} is not there; {progress(run.workdir / folder, command)}.")
         return None
     try:
+        if name in CHECKED:
+            return CHECKED[name](path.parent)
         if not name.endswith(".jsonl"):
             return read_json(path)
         whole, _, _ = path.read_text().rpartition("\n")  # a line without an end is still being written
         return [json.loads(line) for line in whole.splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InputError) as error:
         run.absent.append(f"{text} cannot be read ({error}).")
         return None
 

@@ -249,6 +249,15 @@ def test_a_stage_that_has_begun_and_files_that_are_not_whole(config, workdir):
     assert page.rows[0]["prompt"].startswith("a ")  # of the config, where no evaluation tells
 
 
+def test_files_that_are_another_thing_are_named(config, workdir):
+    write(workdir / "plan" / "plan.json", {"rates": [1, "fast"]})
+    write(workdir / "distill" / "errors.json", ["errors"])
+    page = report(config, workdir)
+    assert page.sections == ALL - {"plan", "errors", "flops"}
+    assert "plan/plan.json cannot be read" in page.text and "'fast'" in page.text
+    assert "distill/errors.json cannot be read" in page.text
+
+
 def test_an_empty_folder_and_a_config_of_another_version(workdir, config, tmp_path):
     (tmp_path / "empty").mkdir()
     page = report(None, tmp_path / "empty")
