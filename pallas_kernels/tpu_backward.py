@@ -29,6 +29,7 @@ from pallas_kernels.tpu_forward import (
     map_flops,
     powers,
     row,
+    run_with_tail,
     take,
     whole,
     within,
@@ -66,7 +67,7 @@ def _map_backward(problem: Problem, x_TxD, after, dphi_FxT, operands, sums) -> j
     slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
     d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
     for layer in reversed(range(layers)):
-        d *= SLOPES[problem.activation](after[layer].astype(jnp.float32))
+        d *= SLOPES[problem.activation](after[layer])
         sums[layers + layer][...] += lane_sums(d)
         d = d.astype(problem.dtype)
         sums[layer][...] += problem.dot(d, after[layer - 1], (1, 1)) if layer else problem.dot(d, x_TxD)
@@ -342,9 +343,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
             if at_maximum:
                 unclaimed[query_step] = left
 
-        if key_steps > 1:
-            pl.when(~last_keys)(lambda: backward(keys))
-        pl.when(last_keys)(lambda: backward(tail))
+        run_with_tail(backward, key_step, key_steps, keys, tail)
 
         @pl.when(last_keys)
         def _():

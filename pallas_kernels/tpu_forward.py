@@ -214,14 +214,12 @@ def powers(psi: jax.Array, degree: int, axis: int) -> jax.Array:
 
 
 def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> list[jax.Array]:
-    """Activations [d_out, T] of phi's layers on tokens [T, D]: float32 the last, as the next product takes them the
-    others, which halves what has to stay in VMEM."""
+    """Activations [d_out, T] of phi's layers on tokens [T, D], in float32."""
     layers = len(weights) // 2
     after = []
     for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
         h = problem.dot(kernel[...], after[-1]) if layer else problem.dot(kernel[...], x_TxD, (1, 1))
-        h = KERNEL_ACTIVATIONS[problem.activation](h + bias[...])
-        after.append(h if layer == layers - 1 else h.astype(problem.dtype))
+        after.append(KERNEL_ACTIVATIONS[problem.activation](h + bias[...]))
     return after
 
 
@@ -243,6 +241,16 @@ def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
     """Whether tokens start .. start + size lie in low .. high, along axis of a two-dimensional mask."""
     token = start + lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
     return (token >= low) & (token < high)
+
+
+def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
+    """`body` of how many keys a step has: `keys`, but `tail` in the last. Its code is there once where these are equal."""
+    if tail == keys:
+        body(keys)
+        return
+    if steps > 1:
+        pl.when(step < steps - 1)(lambda: body(keys))
+    pl.when(step == steps - 1)(lambda: body(tail))
 
 
 def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:
@@ -355,9 +363,7 @@ def attend(
                 sum_ref[...] = jnp.zeros_like(sum_ref)
                 out_ref[...] = jnp.zeros_like(out_ref)
 
-            if key_steps > 1:
-                pl.when(step < key_steps - 1)(lambda: attend_to(keys))
-            pl.when(step == key_steps - 1)(lambda: attend_to(tail))
+            run_with_tail(attend_to, step, key_steps, keys, tail)
 
         @pl.when(step == max(key_steps, 1) - 1)
         def _():

@@ -253,7 +253,7 @@ def test_tuned_blocks(tmp_path):
 COMPILE = """
     import collections, functools, json, sys
     import jax, jax.numpy as jnp
-    from pallas_kernels import init_polynomial_map, reference, tpu
+    from pallas_kernels import init_polynomial_map, reference, tpu, tuning
     from pallas_kernels.estimate import compile_ahead
 
     def step(attend, q, k, v, query_map, key_map, dy):
@@ -266,6 +266,8 @@ COMPILE = """
         phi = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, x.shape[-1], **kind))
         phi = None if num_softmax == num_tokens else phi
         module = {"tpu": tpu, "reference": reference}[implementation]
+        if implementation == "tpu":
+            options["block_sizes"] = tpu.BlockSizes(**tuning.lookup(chip, num_tokens, num_softmax))
         attend = functools.partial(module.hybrid_attention, num_softmax=num_softmax, **options)
         program = compile_ahead(chip, functools.partial(step, attend), x, x, x, phi, phi, x)
         print(json.dumps([program.as_text(), program.memory_analysis().temp_size_in_bytes]))
