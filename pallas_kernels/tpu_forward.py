@@ -244,7 +244,7 @@ def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
 
 
 def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
-    """`body` of how many keys a step has: `keys`, but `tail` in the last. Its code is there once where these are equal."""
+    """`body` of how many keys a step has: `keys`, but `tail` in the last. One piece of code where these are equal."""
     if tail == keys:
         body(keys)
         return
