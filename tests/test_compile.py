@@ -255,7 +255,7 @@ def test_a_sharded_step_runs_the_kernels(sharded_step):
 
 @needs_libtpu
 def test_a_sharded_step_computes_on_its_own_tokens_alone(sharded_step):
-    """Two examples of 151: a layer that flattened its batch axes would gather the others' first."""
+    """Two examples of 151 tokens: a layer that flattened its batch axes would first gather what others hold."""
     hidden = set(re.findall(r"\w+\[((?:\d+,)+)384\]", sharded_step))
     assert "2,151," in hidden
     assert not hidden & {"2,604,", "1208,"}
