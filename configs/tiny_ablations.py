@@ -14,7 +14,8 @@ def get_config():
     c.model.path = "tiny_wan"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 17, 192, 160, 8
     c.text_length = 16
-    c.sampler.steps = 20
+    c.sampler.solver = "unipc"
+    c.sampler.steps = 10
     c.trace.prompts = 28
     c.trace.holdout = 8
     c.trace.keep_steps = 10
@@ -22,12 +23,12 @@ def get_config():
     c.distill.steps = 300
     c.plan.rates = (1, 2, 4, 8)
     c.plan.budget = "4R8"
-    c.finetune.steps = 60
+    c.finetune.steps = 40
     c.finetune.batch = 8
     c.finetune.learning_rate = 1e-4
     c.data.path = "sprites"
     c.data.clips = 256
-    c.evaluate.prompts = 68
+    c.evaluate.prompts = 72
     c.evaluate.validation_clips = 64
     c.evaluate.videos = 0
     c.checkpoint.every = 100

@@ -139,6 +139,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--seeds", type=positive, default=3, help="default: 3")
     sub.add_argument("--workdir", required=True, help="tables share what their arms have in common; runs are resumed")
     sub.add_argument("--results", metavar="FILE", help="also rewrite the table's section of this document")
+    text = "where measurements are kept, and taken from (default: the workdir's measurements/)"
+    sub.add_argument("--measurements", metavar="DIR", help=text)
     sub = command("sample", sample, "prompts to videos", config=None)
     prompts = sub.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt")
@@ -417,7 +419,7 @@ def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.config, overrides)
     from jsurgery.ablate.ablate import ablate as ablated
 
-    ablated(config, options.table, options.workdir, options.seeds, options.results)
+    ablated(config, options.table, options.workdir, options.seeds, options.results, options.measurements)
 
 
 def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:

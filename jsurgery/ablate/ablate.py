@@ -30,11 +30,19 @@ RUN: dict[str, Study] = {
 }
 
 
-def ablate(config: ConfigDict, table: str, workdir: str, seeds: int, results: str | None = None) -> None:
+def ablate(
+    config: ConfigDict,
+    table: str,
+    workdir: str,
+    seeds: int,
+    results: str | None = None,
+    measurements: str | None = None,
+) -> None:
     """Runs a table of `TABLES`, "all" of them, or "evidence"; leaves TABLE.json, .md and .html in the workdir.
 
     Tables in one workdir share what their arms have in common. `results` is a Markdown document whose section for the
-    table is rewritten.
+    table is rewritten. `measurements` is a folder of measurements, by default in the workdir: those that it has are not
+    made again, whatever the workdir has.
     """
     folder, document = epath.Path(workdir), None if results is None else epath.Path(results)
     if document is not None and not document.exists():
@@ -44,7 +52,7 @@ def ablate(config: ConfigDict, table: str, workdir: str, seeds: int, results: st
         if document is not None:
             update_results(document, table, text)
         return
-    shared = [Seed(config, folder, number) for number in range(seeds)]
+    shared = [Seed(config, folder, number, measurements) for number in range(seeds)]
     for name in TABLES if table == "all" else (table,):
         made = RUN[name](shared) if name in RUN else run_sweep(SWEEPS[name], shared)
         subject = "tiny model" if config.model.path == "tiny_wan" else config.model.path

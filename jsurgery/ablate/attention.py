@@ -26,7 +26,7 @@ TOP = (1, 8, 64)  # keys; and one in a hundred
 def attention_statistics(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Entropy, top-k mass, and the mass on the frame's own tokens and on every rate's softmax keys."""
     fields = ("hybrid.rates", "hybrid.lattice")
-    found = [seed.kept("attention", fields, [seed.trace()], functools.partial(of_seed, seed)) for seed in seeds]
+    found = [seed.kept("attention", fields, [seed.run.trace], functools.partial(of_seed, seed)) for seed in seeds]
     names = found[0]["statistics"]
     per_seed = [np.array(seed["values"]) for seed in found]  # each [steps, blocks, statistics]
     row = lambda index: {

@@ -10,7 +10,7 @@ from jsurgery.surgery.distilled import read_errors
 
 def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Relative L1 errors of the attention output on held-out traces, before and after distillation."""
-    found = [read_errors(seed.distilled(seed.config).folder) for seed in seeds]
+    found = [read_errors(seed.errors(seed.config).folder) for seed in seeds]
     rates = found[0]["rates"]
     over_seeds = lambda field, block, column: spread([seed[field][block][column] for seed in found])
     rows = {

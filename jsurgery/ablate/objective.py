@@ -41,7 +41,7 @@ FAMILIES = {"random": "random plans", "permuted": "plans of one cost"}
 def objective(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Spearman correlations of predicted total errors with the velocity errors of whole plans."""
     found = [
-        seed.kept("objective", ("plan",), [seed.distilled(seed.config)], functools.partial(of_seed, seed))
+        seed.kept("objective", ("plan",), [seed.distillation(seed.config)], functools.partial(of_seed, seed))
         for seed in seeds
     ]
     rows: dict[str, dict[str, Any]] = {}
@@ -77,7 +77,7 @@ def of_seed(seed: Seed) -> dict[str, Any]:
     half = len(seed.held_out) // 2
     if not half:
         raise InputError(f"config.trace.holdout: expected at least 2 prompts, found {config.trace.holdout}")
-    maps = all_maps(distilled.folder, setup, layers, config)
+    maps = all_maps(distilled, setup, layers, config)
 
     rng = np.random.default_rng(config.seed)
     mixed = np.resize(np.arange(len(rates)), layers)
@@ -89,7 +89,7 @@ def of_seed(seed: Seed) -> dict[str, Any]:
     swaps = np.zeros((layers * len(rates), layers), int)
     swaps[np.arange(len(swaps)), np.repeat(np.arange(layers), len(rates))] = np.tile(np.arange(len(rates)), layers)
     single = {name: e.reshape(layers, -1) for name, e in run(swaps, seed.held_out[:half]).items()}
-    measured = read_errors(distilled.folder)
+    measured = read_errors(distilled)
     column = {rate: i for i, rate in enumerate(measured["rates"])}
     block_errors = {
         "attention": np.array([[0.0 if r == 1 else row[column[r]] for r in rates] for row in measured["errors"]]),

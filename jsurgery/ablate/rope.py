@@ -5,8 +5,6 @@ from typing import Any
 
 from jsurgery.ablate.seed import Seed, rate_name
 from jsurgery.ablate.table import paired_difference, spread
-from jsurgery.run import DISTILLING
-from jsurgery.surgery.distill import distill
 from jsurgery.surgery.distilled import read_errors
 
 SIDES = {"after": "after RoPE", "before": "before RoPE"}
@@ -43,9 +41,5 @@ def phi_and_rope(seeds: Sequence[Seed]) -> dict[str, Any]:
 
 
 def errors_of(seed: Seed, side: str) -> dict[str, Any]:
-    if side == "after":
-        return read_errors(seed.distilled(seed.config).folder)
-    stage = seed.stage("distill", seed.config, DISTILLING, [seed.trace()], rope=side)
-    if not stage.done():
-        stage.run(lambda: distill(seed.config, seed.run.teacher, seed.run.trace.folder, stage.folder, rope=side))
-    return read_errors(stage.folder)
+    inputs = {} if side == "after" else {"rope": side}
+    return read_errors(seed.errors(seed.config, **inputs).folder)

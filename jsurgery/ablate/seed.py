@@ -1,7 +1,12 @@
-"""One seed of the ablations: what its arms share is made once, when first asked for, and kept in the workdir."""
+"""One seed of the ablations: what its arms share is made once, when first asked for, and kept in the workdir.
+
+Measurements lie apart from what they were taken of. What has been measured is neither made nor loaded again, so that a
+folder of measurements alone gives the same tables.
+"""
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +24,7 @@ from jsurgery.config import validate
 from jsurgery.cost import core_flops, map_parameters
 from jsurgery.errors import InputError
 from jsurgery.evaluate.sprites_score import DIMENSIONS
-from jsurgery.evaluate.stages import evaluate
+from jsurgery.evaluate.stages import measure_models
 from jsurgery.run import DISTILLING, Run
 from jsurgery.runtime.stages import Stage, write_json
 from jsurgery.surgery.distill import distill
@@ -36,10 +41,14 @@ Items = dict[str, list[float]]  # measure -> one number per prompt, block or wha
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is measured; `name` is that of its files and says with what it was made."""
+    """What is measured; `name` is that of its files and says with what it was made.
+
+    `load` makes it where it is not there yet. `prompts` are those that it is sampled on; None: all.
+    """
 
     name: str
     load: Callable[[], WanTransformer]
+    prompts: range | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +57,33 @@ class Operation:
 
     arm: Arm
     config: ConfigDict
-    distilled: Stage
+    errors: dict[str, Any]
     plan: dict[str, Any]
 
 
 class Seed:
     """The stages of one seed: trace and latents once, a distillation per hybrid config, a fine-tuning per model.
 
-    Stages of which there may be several carry their fingerprint in their name.
+    Stages of which there may be several carry their fingerprint in their name. Measurements are stages of a folder of
+    their own, by default the workdir's `measurements`.
     """
 
-    def __init__(self, config: ConfigDict, workdir: epath.PathLike, seed: int):
+    def __init__(
+        self, config: ConfigDict, workdir: epath.PathLike, seed: int, measurements: epath.PathLike | None = None
+    ):
         self.number, self.config = seed, changed(config, {"seed": seed})
-        self.run = Run(self.config, str(epath.Path(workdir) / f"seed{seed}"))
+        workdir = epath.Path(workdir)
+        self.run = Run(self.config, str(workdir / f"seed{seed}"))
+        self.measurements = epath.Path(measurements or workdir / "measurements") / f"seed{seed}"
         self.layers = self.run.model_config.num_layers
 
     def stage(
         self, kind: str, config: ConfigDict, fields: Iterable[str], after: Iterable[Stage] = (), **inputs: str
     ) -> Stage:
-        made = functools.partial(
-            Stage, self.run.workdir, config=config, fields=tuple(fields), after=tuple(after), **inputs
-        )
-        return made(name=f"{kind}_{made(name=kind).fingerprint}")
+        return fingerprinted(self.run.workdir, kind, config, fields, after, **inputs)
+
+    def measurement(self, kind: str, config: ConfigDict, fields: Iterable[str], after: Iterable[Stage] = ()) -> Stage:
+        return fingerprinted(self.measurements, kind, config, fields, after)
 
     def trace(self) -> Stage:
         if not self.run.trace.done():
@@ -82,39 +96,55 @@ class Seed:
             self.run.latents.run(self.run.encode_latents)
         return self.run.latents
 
-    def distilled(self, config: ConfigDict) -> Stage:
-        """The distillation of a config's "hybrid" and "distill" sections, which all arms with these values share."""
-        stage = self.stage("distill", config, DISTILLING, [self.trace()])
+    def distillation(self, config: ConfigDict, **inputs: str) -> Stage:
+        """The distillation of a config's "hybrid" and "distill" sections, which all arms with these values share.
+
+        It may not have been run: `distilled` runs it. `inputs` are further arguments of `distill`.
+        """
+        return self.stage("distill", config, DISTILLING, [self.run.trace], **inputs)
+
+    def distilled(self, config: ConfigDict, **inputs: str) -> epath.Path:
+        stage = self.distillation(config, **inputs)
         if not stage.done():
-            stage.run(distill, config, self.run.teacher, self.run.trace.folder, stage.folder)
-        return stage
+            self.trace()
+            stage.run(lambda: distill(config, self.run.teacher, self.run.trace.folder, stage.folder, **inputs))
+        return stage.folder
+
+    def errors(self, config: ConfigDict, **inputs: str) -> Stage:
+        """The `errors.json` of a distillation."""
+        work = lambda: read_errors(self.distilled(config, **inputs))
+        return self.keep("errors", config, (), [self.distillation(config, **inputs)], work)
 
     def operation(self, arm: Arm) -> Operation:
         config = arm_config(self.config, arm, self.layers)
-        distilled = self.distilled(config)
-        stage = self.stage("plan", config, ("plan",), [distilled])
+        errors = self.errors(config)
+        stage = self.measurement("plan", config, ("plan",), [errors])
         if not stage.done():
-            stage.run(plan, config, self.run.model_config, distilled.folder, stage.folder)
-        return Operation(arm, config, distilled, read_plan(stage.folder))
+            stage.run(plan, config, self.run.model_config, errors.folder, stage.folder)
+        return Operation(arm, config, read_errors(errors.folder), read_plan(stage.folder))
 
     def models(self, found: Operation) -> dict[int, Model]:
-        """The arm's model by steps of fine-tuning, trained where it is not yet; at 0 steps if it is not to be."""
-        arm, config, distilled = found.arm, found.config, found.distilled
+        """The arm's model by steps of fine-tuning, or at 0 steps if it is not to be; the steps share the prompts."""
+        arm, config = found.arm, found.config
         hybrid = dataclasses.replace(hybrid_config(config, found.plan["rates"]), linear_branch=arm.maps != "none")
-        made_from = [self.trace()] if arm.maps == "none" else [distilled]
+        made_from = [self.run.trace] if arm.maps == "none" else [self.distillation(config)]
         inputs = {"hybrid": json.dumps(dataclasses.asdict(hybrid)), "maps": arm.maps}
 
         def build() -> WanTransformer:
-            file = distilled.folder / f"{arm.maps}.safetensors"
-            maps = load_maps(file, hybrid.rates, hybrid.feature_map) if hybrid.linear_branch else None
+            maps = None
+            if hybrid.linear_branch:
+                file = self.distilled(config) / f"{arm.maps}.safetensors"
+                maps = load_maps(file, hybrid.rates, hybrid.feature_map)
             return operate(self.run.teacher, hybrid, maps)
 
         if not arm.finetuned:
             return {0: Model(self.stage("operated", config, (), made_from, **inputs).name, build)}
-        stage = self.stage("finetune", config, ("finetune",), [*made_from, self.latents()], **inputs)
-        folders = {step: stage.folder / f"model_{step}" for step in measured_steps(config)}
+        stage = self.stage("finetune", config, ("finetune",), [*made_from, self.run.latents], **inputs)
+        steps = measured_steps(config)
+        folders = {step: stage.folder / f"model_{step}" for step in steps}
 
         def train() -> None:
+            self.latents()
             for step, folder in folders.items():
                 if not (folder / "config.json").exists():
                     so_far = changed(config, {"finetune.steps": step})
@@ -123,22 +153,29 @@ class Seed:
                         finetune(so_far, build(), self.run.pipeline, latents, stage.folder), folder, self.run.base
                     )
 
-        if not stage.done():
-            stage.run(train)
-        load = functools.partial(load_transformer, dtype=jnp.dtype(config.model.dtype))
-        return {step: Model(f"{stage.name}_{step}", functools.partial(load, path)) for step, path in folders.items()}
+        def load(step: int) -> WanTransformer:
+            if not stage.done():
+                stage.run(train)
+            return load_transformer(folders[step], dtype=jnp.dtype(config.model.dtype))
+
+        return {
+            step: Model(f"{stage.name}_{step}", functools.partial(load, step), share)
+            for step, share in zip(steps, shares(config.evaluate.prompts, len(steps)), strict=True)
+        }
 
     def samples(self, models: Sequence[Model]) -> dict[str, Items]:
         """Scores of every model's samples, by prompt; a model that was sampled already is not sampled again."""
-        stage = self.stage("evaluation", self.config, ("evaluate",), [self.trace(), self.latents()])
+        stage = self.measurement("evaluation", self.config, ("evaluate",), [self.run.trace, self.run.latents])
         stage.begin()  # never ended: further tables sample further models into it
         teacher, run = self.run.teacher, self.run
         named = {"teacher": lambda: teacher} | {model.name: model.load for model in models}
+        prompts = {model.name: model.prompts for model in models if model.prompts is not None}
+        if not all((stage.folder / f"{name}.json").exists() for name in named):
+            self.latents()
         try:
-            evaluate(self.config, run.pipeline, named, run.validation_latents, stage.folder)
+            found = measure_models(self.config, run.pipeline, named, run.validation_latents, stage.folder, prompts)
         finally:
             run.pipeline.transformer = teacher
-        found = json.loads((stage.folder / "evaluation.json").read_text())["models"]
         return {name: sample_items(found[name]) for name in named}
 
     @functools.cached_property
@@ -178,33 +215,44 @@ class Seed:
         self, kind: str, models: Sequence[Model], fields: Iterable[str], measure: Callable[[WanTransformer], Items]
     ) -> dict[str, Items]:
         """`measure` of every model, kept in a file each."""
-        stage = self.stage(kind, self.config, fields, [self.trace()])
+        stage = self.measurement(kind, self.config, fields, [self.run.trace])
         stage.begin()
         for model in models:
             file = stage.folder / f"{model.name}.json"
             if not file.exists():
-                write_json(file, measure(model.load()))
+                write_json(file, measure(model.load()), indent=None)
         return {model.name: json.loads((stage.folder / f"{model.name}.json").read_text()) for model in models}
 
     def kept(
         self, kind: str, fields: Iterable[str], after: Iterable[Stage], work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """What `work` returns, kept in a stage's file."""
-        stage = self.stage(kind, self.config, fields, after)
-        file = stage.folder / f"{kind}.json"
+        """What `work` returns, a measurement."""
+        stage = self.keep(kind, self.config, fields, after, work)
+        return json.loads((stage.folder / f"{kind}.json").read_text())
+
+    def keep(
+        self,
+        kind: str,
+        config: ConfigDict,
+        fields: Iterable[str],
+        after: Iterable[Stage],
+        work: Callable[[], dict[str, Any]],
+    ) -> Stage:
+        """The measurement whose file KIND.json has what `work` returns."""
+        stage = self.measurement(kind, config, fields, after)
         if not stage.done():
-            stage.run(lambda: write_json(file, work()))
-        return json.loads(file.read_text())
+            stage.run(lambda: write_json(stage.folder / f"{kind}.json", work(), indent=None))
+        return stage
 
     def attention(self, found: Operation) -> Items:
         """Relative L1 errors of the attention output at every rate, by block."""
-        errors = read_errors(found.distilled.folder)
+        errors = found.errors
         rows = errors["errors" if found.arm.maps == "feature_maps" else "initial_errors"]
         return {f"error {rate_name(rate)}": [row[i] for row in rows] for i, rate in enumerate(errors["rates"])}
 
     def teacher_share(self, found: Operation) -> Items:
         """The mass that the teacher's attention gives the softmax keys of the arm's rate, by block."""
-        errors = read_errors(found.distilled.folder)
+        errors = found.errors
         named = named_budget(found.config.plan.budget)
         assert named is not None
         column = errors["rates"].index(named[1])
@@ -224,6 +272,20 @@ class Seed:
             parameters = map_parameters(work.feature_map, model.num_attention_heads, model.attention_head_dim)
             facts |= {"phi_kparams": parameters / 1e3, "phi_mflop": 2 * parameters * work.tokens / 1e6}
         return facts
+
+
+def fingerprinted(
+    root: epath.Path, kind: str, config: ConfigDict, fields: Iterable[str], after: Iterable[Stage], **inputs: str
+) -> Stage:
+    """A stage in `root` of which there may be several: its fingerprint is in its name."""
+    made = functools.partial(Stage, root, config=config, fields=tuple(fields), after=tuple(after), **inputs)
+    return made(name=f"{kind}_{made(name=kind).fingerprint}")
+
+
+def shares(count: int, parts: int) -> list[range]:
+    """`count` prompts in runs as long as each other, or one longer."""
+    ends = [count * part // parts for part in range(parts + 1)]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 @nnx.jit

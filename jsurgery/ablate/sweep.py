@@ -8,9 +8,11 @@ import numpy as np
 from jsurgery.ablate.seed import Items, Operation, Seed
 from jsurgery.ablate.sweeps import Sweep
 from jsurgery.ablate.table import PAIRED, fact, paired_difference, spread
+from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.runtime.progress import say
 
 PLOTTED = ("total", "motion", "velocity_error", "error R8", "softmax_share")
+BY_PROMPT = ("latent_rmse", "total", *DIMENSIONS)  # measures of samples
 Measured = dict[str, dict[int, Items]]  # arm -> steps of fine-tuning -> items
 
 
@@ -30,7 +32,10 @@ def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
             rows[arm][m] = spread([float(items_over_steps(found[arm], m).mean()) for found in measured])
     steps = sorted({step for of in measured[0].values() for step in of} - {0})
     prompts = f", {seeds[0].config.evaluate.prompts} prompts each" if "samples" in sweep.measures else ""
-    tuned = f"; means over {' and '.join(map(str, steps))} steps of fine-tuning" if steps else "; not fine-tuned"
+    tuned = "; not fine-tuned"
+    if steps:
+        counts = " and ".join(map(str, steps))
+        tuned = f"; means over {counts} steps of fine-tuning{', which share the prompts' if prompts else ''}"
     return {
         "text": f"{len(seeds)} seeds{prompts}{tuned}; ± is the standard deviation over seeds.",
         "rows": rows,
@@ -44,7 +49,7 @@ def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
 
 
 def measure(sweep: Sweep, seed: Seed, operations: dict[str, Operation]) -> Measured:
-    """Trains what is not trained yet, then measures it."""
+    """Measures what is not measured yet, which trains what is not trained yet."""
     models = {arm: seed.models(found) for arm, found in operations.items()}
     distinct = list({model.name: model for of in models.values() for model in of.values()}.values())
     kinds = {"samples": seed.samples, "velocity": seed.velocity, "shares": seed.shares}
@@ -67,8 +72,9 @@ def measures_of(steps: dict[int, Items]) -> list[str]:
 
 
 def items_over_steps(steps: dict[int, Items], measure: str) -> np.ndarray:
-    """[items], each the mean over the numbers of fine-tuning steps."""
-    return np.mean([items[measure] for items in steps.values()], axis=0)
+    """[items]: one after the other where the numbers of fine-tuning steps share the prompts, else means over them."""
+    found = [items[measure] for items in steps.values()]
+    return np.concatenate(found) if measure in BY_PROMPT else np.mean(found, axis=0)
 
 
 def contrast(measured: Sequence[Measured], a: str, b: str) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """evaluate: the same prompts and noise through every stage of the surgery, scored and compared with the teacher."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,54 +28,92 @@ def evaluate(
     validation_latents: epath.Path | None,
     folder: epath.Path,
 ) -> None:
-    """Leaves `evaluation.json` and, for the report, `videos/NAME/0000.mp4` in `folder`.
+    """Leaves `evaluation.json`, and what `measure_models` does, in `folder`."""
+    results = measure_models(config, pipeline, models, validation_latents, folder)
+    write_json(folder / "evaluation.json", {"prompts": evaluation_prompts(config), "models": results})
 
-    `models` maps a name to what loads it, "teacher" first: distances are to its latents and videos at equal noise. A
-    model that was sampled already (its file is there) is not sampled again.
+
+def evaluation_prompts(config: ConfigDict) -> list[str]:
+    return load_prompts(config, config.evaluate.prompts, skip=config.trace.prompts)
+
+
+def measure_models(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    models: Mapping[str, Callable[[], WanTransformer]],
+    validation_latents: epath.Path | None,
+    folder: epath.Path,
+    shares: Mapping[str, range] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What was measured of every model's samples, by name; leaves it, and for the report `videos/NAME/0000.mp4`, too.
+
+    `models` maps a name to what loads it, the teacher first: distances are to its latents at equal noise. A model that
+    was measured already (NAME.json is there) is not loaded. `shares` names the prompts of models that are not sampled
+    on all of them.
     """
-    prompts = load_prompts(config, config.evaluate.prompts, skip=config.trace.prompts)
-    teacher_latents, results = None, {}
-    measured = config.prompts == "sprites"
-    reference = calibrate_sprites(config, pipeline) if measured else None
+    prompts, teacher = evaluation_prompts(config), next(iter(models))
+    sprites = config.prompts == "sprites"
+    reference = sprites_reference(config, pipeline, folder / "reference.json") if sprites else None
+    shares = {name: (shares or {}).get(name, range(len(prompts))) for name in models}
     for name, load in models.items():
-        file = folder / f"{name}.json"
-        samples = folder / f"{name}.npy"
-        if file.exists() and samples.exists():
-            results[name], latents = json.loads(file.read_text()), np.load(samples)
-        else:
-            pipeline.transformer = load()
-            latents, videos = sample_all(config, pipeline, prompts, name)
-            result: dict[str, Any] = {}
-            if validation_latents is not None:
-                result["validation_loss"] = validation_loss(config, pipeline.transformer, pipeline, validation_latents)
-            if measured:
-                per_clip = sprites_score.score(videos, prompts)
-                result["per_clip"] = {dimension: values.tolist() for dimension, values in per_clip.items()}
-            for number in range(min(config.evaluate.videos, len(videos))):
-                write_video(folder / "videos" / name / f"{number:04d}.mp4", videos[number], config.video.fps)
-            np.save(samples, latents)
-            write_json(file, result)
-            results[name] = result
-        if teacher_latents is None:
-            teacher_latents = latents
-        distance = np.sqrt(np.mean((latents - teacher_latents) ** 2, axis=(1, 2, 3, 4)))
-        results[name]["latent_rmse"] = distance.tolist()
-        if reference is not None:
-            per_clip = {dimension: np.array(values) for dimension, values in results[name]["per_clip"].items()}
-            rng = np.random.default_rng(config.seed)
-            results[name]["score"] = sprites_score.summarize(per_clip, *reference, rng)
-    write_json(folder / "evaluation.json", {"prompts": prompts, "models": results})
+        file, share = folder / f"{name}.json", shares[name]
+        if file.exists():
+            continue
+        teacher_file = folder / f"{teacher}.npy"
+        if name != teacher and not teacher_file.exists():
+            pipeline.transformer = models[teacher]()
+            save_array(teacher_file, sample_all(config, pipeline, prompts, teacher, shares[teacher])[0])
+        pipeline.transformer = load()
+        latents, videos = sample_all(config, pipeline, prompts, name, share)
+        if name == teacher:
+            save_array(teacher_file, latents)
+        difference = latents - np.load(teacher_file)[share.start : share.stop]
+        result: dict[str, Any] = {"latent_rmse": np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist()}
+        if validation_latents is not None:
+            result["validation_loss"] = validation_loss(config, pipeline.transformer, pipeline, validation_latents)
+        if sprites:
+            per_clip = sprites_score.score(videos, prompts[share.start : share.stop])
+            result["per_clip"] = {dimension: values.tolist() for dimension, values in per_clip.items()}
+        for number in range(min(config.evaluate.videos, len(videos))):
+            write_video(folder / "videos" / name / f"{number:04d}.mp4", videos[number], config.video.fps)
+        write_json(file, result, indent=None)
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in models}
+    if reference is not None:
+        for result in results.values():
+            per_clip = {dimension: np.array(values) for dimension, values in result["per_clip"].items()}
+            result["score"] = sprites_score.summarize(per_clip, *reference, np.random.default_rng(config.seed))
+    return results
 
 
-def sample_all(config: ConfigDict, pipeline: Pipeline, prompts: list[str], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, videos uint8) of every prompt."""
-    latents, videos, progress = [], [], Progress(f"sample {name}", len(prompts))
-    for first, batch in batched(prompts, config.evaluate.batch):
-        drawn = pipeline.sample(batch, config, seed=config.seed, first=first)[0]
+def save_array(path: epath.Path, array: np.ndarray) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        np.save(stream, array)
+    temporary.replace(path)
+
+
+def sample_all(
+    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], name: str, share: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, videos uint8) of the prompts of a share; a prompt's noise is the same in any."""
+    latents, videos, progress = [], [], Progress(f"sample {name}", len(share))
+    for first, batch in batched(prompts[share.start : share.stop], config.evaluate.batch):
+        drawn = pipeline.sample(batch, config, seed=config.seed, first=share.start + first)[0]
         latents.append(np.asarray(drawn))
         videos.append(pipeline.decode(drawn))
-        progress.show(first + len(batch), last=first + len(batch) == len(prompts))
+        progress.show(first + len(batch), last=first + len(batch) == len(share))
     return np.concatenate(latents), np.concatenate(videos)
+
+
+def sprites_reference(
+    config: ConfigDict, pipeline: Pipeline, file: epath.Path
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`calibrate_sprites`, kept in a file."""
+    if not file.exists():
+        write_json(file, calibrate_sprites(config, pipeline))
+    upper, chance = json.loads(file.read_text())
+    return upper, chance
 
 
 def calibrate_sprites(config: ConfigDict, pipeline: Pipeline) -> tuple[dict[str, float], dict[str, float]]:

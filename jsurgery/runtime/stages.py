@@ -106,10 +106,10 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
-def write_json(path: epath.Path, content: Any) -> None:
+def write_json(path: epath.Path, content: Any, indent: int | None = 2) -> None:
     """Writes under a temporary name, then renames."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
     temporary.replace(path)
 
 

@@ -11,8 +11,8 @@ from etils import epath
 
 from jsurgery.ablate import seed as seed_module
 from jsurgery.ablate.ablate import RUN, ablate, title
-from jsurgery.ablate.seed import Seed, arm_config, measured_steps
-from jsurgery.ablate.sweep import run_sweep
+from jsurgery.ablate.seed import Seed, arm_config, measured_steps, shares
+from jsurgery.ablate.sweep import items_over_steps, run_sweep
 from jsurgery.ablate.sweeps import MAPS, STUDIES, SWEEPS, TABLES, Arm, scaled
 from jsurgery.ablate.table import grids, markdown
 from jsurgery.config import base, flat, load_config
@@ -51,7 +51,7 @@ def test_a_sweep_is_well_formed(name, config):
         assert made.plan.budget == scaled(arm.blocks, BLOCKS) and made.seed == config.seed
         for field, value in arm.changes.items():
             assert dict(flat(made))[field] == value != dict(flat(config))[field]
-    assert not sweep.arms[0].finetuned or measured_steps(config) == (30, 60)
+    assert not sweep.arms[0].finetuned or measured_steps(config) == (20, 40)
 
 
 def test_every_table_has_a_name_and_a_way_to_run():
@@ -99,24 +99,29 @@ def seeds(config, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
 
-    def evaluate(config, pipeline, models, latents, folder):
-        clips = {name: np.linspace(0, 1, config.evaluate.prompts).tolist() for name in seed_module.DIMENSIONS}
+    def measure_models(config, pipeline, models, latents, folder, shares):
         score = {name: {"chance": 0.5, "upper": 1.0} for name in (*seed_module.DIMENSIONS, "total")}
-        result = {"validation_loss": 1.0, "latent_rmse": [0.5] * config.evaluate.prompts}
-        result |= {"per_clip": clips, "score": score}
-        (folder / "evaluation.json").write_text(json.dumps({"models": {name: result for name in models}}))
+        found = {}
+        for name, load in models.items():
+            if not (file := folder / f"{name}.json").exists():
+                load()
+                file.write_text("{}")
+            share = shares.get(name, range(config.evaluate.prompts))
+            clips = {name: [number / config.evaluate.prompts for number in share] for name in seed_module.DIMENSIONS}
+            found[name] = {"validation_loss": 1.0, "latent_rmse": [0.5] * len(share), "per_clip": clips, "score": score}
+        return found
 
     monkeypatch.setattr(seed_module, "distill", faked("distill", distill))
     monkeypatch.setattr(seed_module, "finetune", faked("finetune", lambda *_: None))
-    for name, work in {"save_model": save_model, "evaluate": evaluate}.items():
+    for name, work in {"save_model": save_model, "measure_models": measure_models}.items():
         monkeypatch.setattr(seed_module, name, work)
     for name in ("load_maps", "operate", "load_transformer"):
         monkeypatch.setattr(seed_module, name, lambda *_, **__: None)
     monkeypatch.setattr(Seed, "_velocity", lambda self, model: {"velocity_error": [0.25, 0.5]})
     monkeypatch.setattr(Seed, "_shares", lambda self, model: {"softmax_share": [0.5] * BLOCKS})
 
-    def make(number=0):
-        made = Seed(config, epath.Path(tmp_path), number)
+    def make(number=0, workdir="run"):
+        made = Seed(config, epath.Path(tmp_path / workdir), number, tmp_path / "measurements")
         vars(made.run)["pipeline"] = types.SimpleNamespace(transformer=None)
         made.run.run_trace = lambda: made.run.trace.run(faked("trace", lambda: None))
         made.run.encode_latents = faked("latents", lambda: None)
@@ -143,6 +148,31 @@ def test_arms_share_what_they_have_in_common(seeds):
     for name in ("loss", "shares", "front"):
         run_sweep(SWEEPS[name], [again])
     assert count == before
+
+
+def test_measurements_are_enough(seeds):
+    """In another workdir, with the measurements of the first, nothing is made but what a new arm needs."""
+    make, count = seeds
+    tables = [run_sweep(SWEEPS[name], [make()]) for name in ("loss", "distillation")]
+    before = dict(count)
+    other = make(workdir="other")
+    assert [run_sweep(SWEEPS[name], [other]) for name in ("loss", "distillation")] == tables
+    assert count == before and not other.run.workdir.exists()
+    run_sweep(SWEEPS["linear_branch"], [other])
+    made = {kind: count[kind] - before[kind] for kind in count}
+    # 20R8 and 30R8 without a linear branch, which needs no maps, and 30R8 with it: one distillation.
+    assert made == {"trace": 1, "latents": 1, "distill": 1, "finetune": 6}
+
+
+def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
+    seed = seeds[0]()
+    models = seed.models(seed.operation(SWEEPS["loss"].arms[0]))
+    prompts = [model.prompts for model in models.values()]
+    assert sorted(number for share in prompts for number in share) == list(range(config.evaluate.prompts))
+    steps = {step: {"total": [float(n) for n in model.prompts], "velocity_error": [step]} for step, model in models.items()}
+    assert items_over_steps(steps, "total").tolist() == list(range(config.evaluate.prompts))
+    assert items_over_steps(steps, "velocity_error").tolist() == [30]
+    assert [list(share) for share in shares(5, 2)] == [[0, 1], [2, 3, 4]]
 
 
 def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
