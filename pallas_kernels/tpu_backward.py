@@ -226,8 +226,8 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
 def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):
     """Backward of softmax over the prefix, in one pass: five products per tile of scores.
 
-    dq of `RESIDENT_QUERIES` stays in VMEM while the keys go by, and so do dk and dv of a block of keys while the
-    queries do.
+    dk and dv of a block of keys stay in VMEM while the queries go by. Where there are several such blocks, so does dq of
+    `RESIDENT_QUERIES`; a call takes no more of them.
 
     Args:
         per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.
@@ -238,8 +238,8 @@ def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_
         dq, and dk and dv of the softmax keys, packed.
     """
     size = problem.blocks.backward_query
-    resident = RESIDENT_QUERIES // size
     query_blocks = pl.cdiv(problem.num_queries, size)
+    resident = RESIDENT_QUERIES // size if problem.num_softmax > problem.blocks.backward_key else query_blocks
     parts = [
         _attend_backward(
             problem, range(start, min(start + resident, query_blocks)), q, k, v, valid, dy, per_query, linear, dq_linear
@@ -277,7 +277,9 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
         (unclaimed,) = take(refs, 1, at_maximum)
         (valid_column,) = take(refs, 1, problem.masked)
         key_step, query_step = pl.program_id(2), pl.program_id(3)
-        last_keys = key_step == key_steps - 1
+        one = key_steps == 1  # then no dq is kept, nor is any condition on the step
+        first_keys, last_keys = one or key_step == 0, one or key_step == key_steps - 1
+        slot = 0 if one else query_step
 
         @pl.when(query_step == 0)
         def _():
@@ -290,11 +292,11 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
             if problem.masked:
                 valid_column[...] = jnp.broadcast_to(valid_ref[...], (LANES, keys)).T
 
-        @pl.when(key_step == 0)
+        @pl.when(first_keys)
         def _():
-            dq_sum[query_step] = jnp.zeros_like(dq_sum[query_step])
+            dq_sum[slot] = jnp.zeros_like(dq_sum[slot])
             if at_maximum:
-                unclaimed[query_step] = jnp.ones_like(unclaimed[query_step])
+                unclaimed[slot] = jnp.ones_like(unclaimed[slot])
 
         def backward(count):
             q_QxD, dy_QxD = q_ref[...], dy_ref[...]
@@ -312,10 +314,10 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
                 inside = within(start, queries, 0, problem.num_queries, 1)
                 base, delta, linear_Q = (jnp.where(inside, x, 0.0) for x in (base, delta, linear_Q))
                 shift = jnp.where(inside, shift, -MASKED)
-            left = unclaimed[query_step] if at_maximum else jnp.ones_like(delta)
+            left = unclaimed[slot] if at_maximum else jnp.ones_like(delta)
             # A product of another shape than the forward's may round another way.
             near_base = base - 1e-5 * jnp.maximum(jnp.abs(base), 1.0)
-            dq_DxQ = dq_sum[query_step]
+            dq_DxQ = dq_sum[slot]
             for start in range(0, count, chunk):
                 extent = min(chunk, keys - start)
                 piece = pl.ds(start, extent)
@@ -339,15 +341,15 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
                 dv_sum[piece, :] += problem.dot(p, dy_QxD)
                 dk_sum[piece, :] += problem.dot(ds, q_QxD)
                 dq_DxQ += problem.dot(turned_k[:, piece], ds)
-            dq_sum[query_step] = dq_DxQ
+            dq_sum[slot] = dq_DxQ
             if at_maximum:
-                unclaimed[query_step] = left
+                unclaimed[slot] = left
 
         run_with_tail(backward, key_step, key_steps, keys, tail)
 
         @pl.when(last_keys)
         def _():
-            dq_QxD = (dq_sum[query_step] * scale).T
+            dq_QxD = (dq_sum[slot] * scale).T
             if hybrid:
                 dq_QxD += dq_linear_ref[...].astype(jnp.float32)
             dq_ref[...] = dq_QxD.astype(dq_ref.dtype)
@@ -360,7 +362,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
     query_block = lambda j, i: query_blocks.start + i
     key_block = lambda j, i: j
     # Written out once, as the last keys go by: until then the window waits on the first block.
-    at_last = lambda j, i: jnp.where(j == key_steps - 1, i, 0)
+    at_last = lambda j, i: i if key_steps == 1 else jnp.where(j == key_steps - 1, i, 0)
     operands = [q, dy, per_query, k, v, *masks]
     specs = [
         problem.tokens(queries, query_block),
@@ -380,15 +382,15 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
     dkv = jax.ShapeDtypeStruct(
         problem.packed_shape(problem.num_softmax), jnp.float32 if partial_sums else problem.dtype
     )
-    f32 = jnp.float32
+    f32, slots = jnp.float32, 1 if key_steps == 1 else query_steps
     scratch = [
-        pltpu.VMEM((query_steps, width, queries), f32),
+        pltpu.VMEM((slots, width, queries), f32),
         pltpu.VMEM((keys, width), f32),
         pltpu.VMEM((keys, width), f32),
         pltpu.VMEM((width, keys), problem.dtype),
     ]
     if at_maximum:
-        scratch.append(pltpu.VMEM((query_steps, 1, queries), f32))
+        scratch.append(pltpu.VMEM((slots, 1, queries), f32))
     if problem.masked:
         scratch.append(pltpu.VMEM((keys, LANES), f32))
     return problem.call(

@@ -244,12 +244,11 @@ def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
 
 
 def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
-    """`body` of how many keys a step has: `keys`, but `tail` in the last. One piece of code where these are equal."""
-    if tail == keys:
-        body(keys)
+    """`body` of how many keys a step has: `keys`, but `tail` in the last. One piece of code where one does."""
+    if tail == keys or steps == 1:
+        body(tail)
         return
-    if steps > 1:
-        pl.when(step < steps - 1)(lambda: body(keys))
+    pl.when(step < steps - 1)(lambda: body(keys))
     pl.when(step == steps - 1)(lambda: body(tail))
 
 
@@ -333,6 +332,7 @@ def attend(
         (stats_ref,) = take(refs, 1, with_stats)
         max_ref, sum_ref, out_ref = take(refs, 3, softmax)
         step = pl.program_id(3)
+        first, last = key_steps < 2 or step == 0, key_steps < 2 or step == key_steps - 1
 
         def attend_to(count):
             q_QxD = q_ref[...]
@@ -357,7 +357,7 @@ def attend(
 
         if softmax:
 
-            @pl.when(step == 0)
+            @pl.when(first)
             def _():
                 max_ref[...] = jnp.full_like(max_ref, MASKED)
                 sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -365,7 +365,7 @@ def attend(
 
             run_with_tail(attend_to, step, key_steps, keys, tail)
 
-        @pl.when(step == max(key_steps, 1) - 1)
+        @pl.when(last)
         def _():
             num, den = jnp.zeros((queries, problem.width), jnp.float32), jnp.full((queries, 1), EPSILON)
             base = jnp.zeros((queries, LANES), jnp.float32)
