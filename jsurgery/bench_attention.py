@@ -38,7 +38,7 @@ FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
-QUERIES_OF_AN_ESTIMATE, FEW_QUERIES = 2048, 256
+QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS = 2048, 256, 4096
 KERNELS = "hybrid_"  # in the names of ours
 
 
@@ -121,12 +121,7 @@ def bench_attention(
 
 def ours(size: Size, rate: Rate, implementation: str | None, passes: str) -> dict[str, Any]:
     """A rate, the program that runs it, and its memory. Raises InputError on what the implementation does not take."""
-    attend = partial(
-        hybrid_attention,
-        num_softmax=size.num_softmax(rate),
-        stabilizer=size.stabilizer,
-        implementation=implementation,
-    )
+    attend = at_rate(hybrid_attention, size, rate, implementation=implementation)
     try:
         return {"name": name_of(rate), "rate": rate, **program(attend, arguments(size, rate), passes)}
     except NotImplementedError as error:
@@ -301,13 +296,11 @@ def estimate_attention(
     estimates, kernels = (importlib.import_module(f"pallas_kernels.{name}") for name in ("estimate", "tpu"))
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
-    flash = partial(stock.hybrid_attention, num_softmax=tokens, platform="tpu")
+    flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
     contenders: list[tuple[str, Rate, Callable]] = [("flash_attention", 1, flash)]
     for rate in dict.fromkeys((1, *rates)):
-        num_softmax = size.num_softmax(rate)
-        blocks = kernels.BlockSizes(**tuning.lookup(chip, tokens, num_softmax))
-        options = {"num_softmax": num_softmax, "stabilizer": stabilizer, "block_sizes": blocks}
-        contenders.append((name_of(rate), rate, partial(kernels.hybrid_attention, **options)))
+        blocks = kernels.blocks_for(chip, tokens, size.num_softmax(rate))
+        contenders.append((name_of(rate), rate, at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)))
     for passes in PASSES if backward else PASSES[:1]:
         rows = []
         for name, rate, attend in contenders:
@@ -331,7 +324,8 @@ def estimate_attention(
 def whole_layer(
     estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str
 ) -> float:
-    """Cycles of all heads and queries, from a few of each: the compiler's memory grows with the grid.
+    """Cycles of all heads and queries, in full softmax also of all keys, from few: the compiler's memory grows with the
+    grid.
 
     XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
     they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
@@ -354,19 +348,39 @@ def linear_in_heads(
 def all_queries(
     estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable, few: int, heads: int
 ) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of a program of so many heads, from `few` queries and twice as many."""
+    """Cycles [kernels', XLA's own] of a program of so many heads, from `few` queries and twice as many; in full softmax
+    from `FEW_KEYS` and twice as many, too."""
 
-    def cycles(num_queries: int) -> np.ndarray:
+    def cycles(num_keys: int, num_queries: int) -> np.ndarray:
         dtype = jnp.dtype(size.dtype)
-        q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, size.tokens))
+        q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, num_keys))
         maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
         found = estimate(partial(of_rows, function, heads), q, k, k, *maps)
         kernels = sum(count for name, count in found.items() if KERNELS in name)
         return np.array([kernels, sum(found.values()) - kernels])
 
-    few = min(few, size.tokens)
-    one = cycles(few)
-    return one if few == size.tokens else one + (size.tokens / few - 1) * (cycles(2 * few) - one)
+    few_keys = FEW_KEYS if rate == 1 else size.tokens
+    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, size.tokens)
+    return extrapolated(of_keys, few_keys, size.tokens)
+
+
+def extrapolated(cost: Callable[[int], np.ndarray], few: int, count: int) -> np.ndarray:
+    """The cost of `count`, which grows in a straight line, from those of `few` and of twice as many."""
+    if count <= few:
+        return cost(count)
+    one = cost(few)
+    return one + (count / few - 1) * (cost(2 * few) - one)
+
+
+def at_rate(attend: Callable, size: Size, rate: Rate, **options: Any) -> Callable:
+    """Attention of a size at a rate, as a function of q, k, v and maps that another process can import."""
+    attend = partial(attend, stabilizer=size.stabilizer, **options)
+    return partial(to_all_keys, attend) if rate == 1 else partial(attend, num_softmax=size.num_softmax(rate))
+
+
+def to_all_keys(attend: Callable, q: jax.Array, k: jax.Array, *rest: Any) -> jax.Array:
+    """Full softmax, of however many keys there are."""
+    return attend(q, k, *rest, num_softmax=k.shape[1])
 
 
 def of_rows(function: Callable, heads: int, *arrays: Any) -> Any:
@@ -399,16 +413,13 @@ def tune_attention(
         check_estimates(chip)
     kernels = importlib.import_module(f"pallas_kernels.{backend}")
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
-    start = vars(kernels.BlockSizes()) if backend == "tpu" else kernels.BLOCK_SIZES[jnp.dtype(size.dtype)]._asdict()
     name, source = (chip, "static estimate") if chip else (tuning.current_chip(), "measured")
     for rate in rates:
         num_softmax = size.num_softmax(rate)
 
-        def cost(blocks: dict[str, int], passes: str, rate=rate, num_softmax=num_softmax) -> float:
-            options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
+        def cost(blocks: dict[str, int], passes: str, rate=rate) -> float:
             try:
-                options["block_sizes"] = kernels.BlockSizes(**blocks)
-                attend = partial(kernels.hybrid_attention, **options)
+                attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=kernels.BlockSizes(**blocks))
                 if chip is not None:
                     return estimated(chip, size, rate, attend, passes, blocks)
                 run = program(attend, arguments(size, rate), passes)["run"]
@@ -417,6 +428,10 @@ def tune_attention(
             except (ValueError, RuntimeError):  # blocks that do not divide, or do not fit
                 return math.inf
 
+        if backend == "tpu":
+            start = dataclasses.asdict(kernels.blocks_for(name, tokens, num_softmax))
+        else:
+            start = kernels.BLOCK_SIZES[jnp.dtype(size.dtype)]._asdict()
         blocks = search(start, cost)
         tuning.save(name, tokens, num_softmax, blocks, source)
         print(f"{name} {name_of(rate)}: {blocks}, {source}", flush=True)

@@ -29,7 +29,7 @@ def hybrid_attention(
     """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`.
 
     Args:
-        block_sizes: None for what `tuning` knows of this chip, or the defaults.
+        block_sizes: None for those of `blocks_for` this chip.
         interpret: True, or a `pltpu.InterpretParams`, to run on any backend, slowly.
 
     Raises:
@@ -43,6 +43,19 @@ def hybrid_attention(
     problem = _problem(q, k, query_map, num_softmax, key_valid, stabilizer, block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
     return problem.unpack(_attention(problem, packed, (query_map, key_map), _row(key_valid)))
+
+
+def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
+    """What won in static estimates for v6e and v5e and, before that, what `tuning` knows of a chip.
+
+    All softmax keys are one step of the backward while VMEM holds them with dk and dv, longer rows of them in shorter
+    blocks of queries.
+    """
+    backward = {}
+    if num_softmax <= 8192:
+        short = num_softmax <= 4096
+        backward = {"backward_query": 2048 if short else 1024, "backward_key": 8192, "backward_chunk": 1024}
+    return BlockSizes(**{**backward, **tuning.lookup(chip, num_keys, num_softmax)})
 
 
 def linear_state(
@@ -85,7 +98,7 @@ def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpr
     batch, num_queries, heads, width = q.shape
     num_keys = k.shape[1]
     if block_sizes is None:
-        block_sizes = BlockSizes(**tuning.lookup(tuning.current_chip(), num_keys, num_softmax))
+        block_sizes = blocks_for(tuning.current_chip(), num_keys, num_softmax)
     return Problem(
         batch=batch,
         num_queries=num_queries,

@@ -226,8 +226,8 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
 def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):
     """Backward of softmax over the prefix, in one pass: five products per tile of scores.
 
-    dk and dv of a block of keys stay in VMEM while the queries go by. Where there are several such blocks, so does dq of
-    `RESIDENT_QUERIES`; a call takes no more of them.
+    dk and dv of a block of keys stay in VMEM while the queries go by. Where there are several such blocks, so does dq
+    of `RESIDENT_QUERIES`; a call takes no more of them.
 
     Args:
         per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.

@@ -46,13 +46,11 @@ def save(
 
 
 def lookup(chip: str, num_keys: int, num_softmax: int, path: pathlib.Path = PATH) -> dict[str, int]:
-    """Blocks of the entry nearest in softmax keys and in keys, on a log scale; empty for an unknown chip."""
+    """Blocks of the entry nearest in softmax keys and in keys, on a log scale; empty where none is within twofold."""
 
-    def distance(entry: dict) -> float:
-        return sum(
-            abs(math.log((1 + ours) / (1 + theirs)))
-            for ours, theirs in ((num_softmax, entry["num_softmax"]), (num_keys, entry["num_keys"]))
-        )
+    def distances(entry: dict) -> tuple[float, float]:
+        softmax, keys = (num_softmax, entry["num_softmax"]), (num_keys, entry["num_keys"])
+        return tuple(abs(math.log2((1 + ours) / (1 + theirs))) for ours, theirs in (softmax, keys))
 
-    entries = load(chip, path)
-    return min(entries, key=distance)["blocks"] if entries else {}
+    entries = [entry for entry in load(chip, path) if max(distances(entry)) <= 1]
+    return min(entries, key=lambda entry: sum(distances(entry)))["blocks"] if entries else {}

@@ -11,10 +11,10 @@ import torch
 
 from jsurgery import bench_attention
 from jsurgery.bench import SIZES
-from jsurgery.bench_attention import Size, gradients, search, whole_layer
+from jsurgery.bench_attention import Size, at_rate, gradients, search, whole_layer
 from jsurgery.cli import main
 from pallas_kernels import hybrid_attention, tuning
-from pallas_kernels.tpu_forward import BlockSizes
+from pallas_kernels.tpu import blocks_for
 
 SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
 
@@ -80,6 +80,24 @@ def test_estimates_scale_to_all_heads_and_queries(passes, head_dim, tile):
     assert calls == [(n, heads * head_dim) for n, heads in asked]
 
 
+def test_estimates_of_full_softmax_scale_to_all_keys():
+    """From few queries and few keys; softmax is of however many keys there are."""
+    asked = []
+
+    def estimate(function, q, k, v, *no_maps):
+        y = jax.eval_shape(function, q, k, v, *no_maps)
+        assert y.shape == q.shape and pickle.loads(pickle.dumps(function))
+        asked.append((q.shape[1], k.shape[1]))
+        return {"hybrid_attend.1": 7 + q.shape[1] * (3 + 2 * k.shape[1]), "fusion": 5 * k.shape[1]}
+
+    size = Size(20_000, 12, 128, "bfloat16", "lse")
+    attend = at_rate(hybrid_attention, size, 1, implementation="xla")
+    found = whole_layer(estimate, size, 1, attend, "forward")
+    assert found == pytest.approx(12 * (7 + 20_000 * (3 + 2 * 20_000) + 5 * 20_000))
+    assert set(asked) == {(2048, 4096), (4096, 4096), (2048, 8192), (4096, 8192)}
+    assert at_rate(hybrid_attention, size, 8).keywords["num_softmax"] == 2500
+
+
 def test_rows_of_all_heads_are_split_and_joined():
     *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
     attend = functools.partial(hybrid_attention, num_softmax=10)
@@ -121,7 +139,7 @@ def test_blocks_tuned_by_estimates_say_so(monkeypatch):
     assert main(["bench", "attention", "--tune", "--estimate=v6e", "--rates=8", "--tokens=4096"]) == 0
     ((chip, num_keys, num_softmax, blocks, source),) = kept
     assert (chip, num_keys, num_softmax, source) == ("v6e", 4096, 512, "static estimate")
-    assert blocks == vars(BlockSizes()) | {"key": 1024}
+    assert blocks == vars(blocks_for("v6e", 4096, 512)) | {"key": 1024}
 
 
 def test_whole_forwards():

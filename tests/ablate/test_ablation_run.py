@@ -106,7 +106,8 @@ def test_fine_tuning_on_the_way_is_fine_tuning(seed, monkeypatch):
     names = [model.name for model in seed.models(found).values()]
     scored = seed.samples(list(seed.models(found).values()))
     assert list(scored) == ["teacher", *names] and seed.run.pipeline.transformer is seed.run.teacher
-    assert scored["teacher"]["latent_rmse"] == [0, 0] and [len(items["total"]) for items in scored.values()] == [2, 1, 1]
+    assert scored["teacher"]["latent_rmse"] == [0, 0]
+    assert [len(items["total"]) for items in scored.values()] == [2, 1, 1]
     assert scored[names[0]]["latent_rmse"] != scored[names[1]]["latent_rmse"]
 
 

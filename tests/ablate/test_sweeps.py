@@ -167,9 +167,8 @@ def test_measurements_are_enough(seeds):
 def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
     seed = seeds[0]()
     models = seed.models(seed.operation(SWEEPS["loss"].arms[0]))
-    prompts = [model.prompts for model in models.values()]
-    assert sorted(number for share in prompts for number in share) == list(range(config.evaluate.prompts))
-    steps = {step: {"total": [float(n) for n in model.prompts], "velocity_error": [step]} for step, model in models.items()}
+    prompts = {step: model.prompts for step, model in models.items()}
+    steps = {step: {"total": list(map(float, share)), "velocity_error": [step]} for step, share in prompts.items()}
     assert items_over_steps(steps, "total").tolist() == list(range(config.evaluate.prompts))
     assert items_over_steps(steps, "velocity_error").tolist() == [30]
     assert [list(share) for share in shares(5, 2)] == [[0, 1], [2, 3, 4]]

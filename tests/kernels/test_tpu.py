@@ -242,18 +242,32 @@ def test_tuned_blocks(tmp_path):
     tuning.save("v6e", 32760, 32760, {"query": 512}, "measured", path)
     tuning.save("v6e", 32760, 4095, {"query": 2048}, "measured", path)
     assert len(tuning.load("v6e", path)) == 2
-    assert tuning.lookup("v6e", 16384, 2048, path) == {"query": 2048}
-    assert tuning.lookup("v6e", 75600, 75600, path) == {"query": 512}
-    assert tuning.lookup("v5e", 32760, 4095, path) == {}
+    assert tuning.lookup("v6e", 24000, 3000, path) == {"query": 2048}
+    assert tuning.lookup("v6e", 60000, 60000, path) == {"query": 512}
+    for far in (("v6e", 75600, 75600), ("v6e", 32760, 1000), ("v6e", 32760, 0), ("v5e", 32760, 4095)):
+        assert tuning.lookup(*far, path) == {}
     for chip, entries in json.loads(tuning.PATH.read_text()).items():
         if chip.startswith("v"):
             assert all(BlockSizes(**entry["blocks"]) for entry in entries)
 
 
+def test_blocks_by_the_number_of_softmax_keys(monkeypatch):
+    """Up to 8192 softmax keys are one step of the backward; what was tuned comes first."""
+    steps = {
+        count: -(-count // tpu.blocks_for("v5e", 75600, count).fit(75600, 75600, count).backward_key)
+        for count in (1, 2048, 4096, 8192, 9450, 75600)
+    }
+    assert steps == {1: 1, 2048: 1, 4096: 1, 8192: 1, 9450: 5, 75600: 37}
+    queries = [tpu.blocks_for("v5e", 75600, count).backward_query for count in (4096, 4097, 8193)]
+    assert queries == [2048, 1024, BlockSizes().backward_query]
+    monkeypatch.setattr(tuning, "lookup", lambda chip, *counts: {"backward_key": 512} if chip == "v6e" else {})
+    assert tpu.blocks_for("v6e", 8192, 2048).backward_key == 512
+
+
 COMPILE = """
     import collections, functools, json, sys
     import jax, jax.numpy as jnp
-    from pallas_kernels import init_polynomial_map, reference, tpu, tuning
+    from pallas_kernels import init_polynomial_map, reference, tpu
     from pallas_kernels.estimate import compile_ahead
 
     def step(attend, q, k, v, query_map, key_map, dy):
@@ -267,7 +281,7 @@ COMPILE = """
         phi = None if num_softmax == num_tokens else phi
         module = {"tpu": tpu, "reference": reference}[implementation]
         if implementation == "tpu":
-            options["block_sizes"] = tpu.BlockSizes(**tuning.lookup(chip, num_tokens, num_softmax))
+            options["block_sizes"] = tpu.blocks_for(chip, num_tokens, num_softmax)
         attend = functools.partial(module.hybrid_attention, num_softmax=num_softmax, **options)
         program = compile_ahead(chip, functools.partial(step, attend), x, x, x, phi, phi, x)
         print(json.dumps([program.as_text(), program.memory_analysis().temp_size_in_bytes]))
