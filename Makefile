@@ -5,6 +5,7 @@
 # make kernels   the attention kernels' tests at every shape of their grid, and of every config on TPUs; takes hours
 # make evidence  the tables of the README, re-run; takes hours
 # make ablations the tables of docs/results.md, re-run; takes hours
+# make tables    the same tables from the measurements in docs/ablations; takes a minute
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
 # make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
 #
@@ -21,7 +22,7 @@ TORCH_INDEX ?=
 # Two processes of one thread each: tests compile more than they compute, and compilers use one core.
 ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 
-.PHONY: demo test soak lint fuzz kernels evidence ablations notebooks clean
+.PHONY: demo test soak lint fuzz kernels evidence ablations tables notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -49,6 +50,9 @@ evidence: $(VENV)/base.stamp
 
 ablations: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/ablations --results=docs/results.md
+
+tables: $(VENV)/base.stamp
+	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/tables --measurements=docs/ablations --results=docs/results.md
 
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/render.py docs/notebooks

@@ -141,6 +141,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
     sub.add_argument("--results", metavar="FILE", help="also rewrite the table's section of this document")
     text = "where measurements are kept, and taken from (default: the workdir's measurements/)"
     sub.add_argument("--measurements", metavar="DIR", help=text)
+    text = "measures seeds I, I + N, ... alone, beside N - 1 other runs; without it, a last run writes the tables"
+    sub.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help=text)
     sub = command("sample", sample, "prompts to videos", config=None)
     prompts = sub.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt")
@@ -419,7 +421,8 @@ def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = load_config(options.config, overrides)
     from jsurgery.ablate.ablate import ablate as ablated
 
-    ablated(config, options.table, options.workdir, options.seeds, options.results, options.measurements)
+    places = options.workdir, options.seeds, options.results, options.measurements
+    ablated(config, options.table, *places, options.shard)
 
 
 def sample(options: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from jsurgery.ablate import ablate as ablate_module
 from jsurgery.ablate import seed as seed_module
 from jsurgery.ablate.ablate import RUN, ablate, title
 from jsurgery.ablate.seed import Seed, arm_config, measured_steps, shares
@@ -231,6 +232,24 @@ def test_what_cannot_be_measured_on_the_way_is_refused(config):
         )
     with pytest.raises(InputError, match="config.hybrid.degree: HedgeHog has 1, found 2"):
         seed_module.changed(config, {"hybrid.activation": "hedgehog"})
+
+
+def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
+    measured = []
+
+    class Numbered:
+        def __init__(self, config, folder, number, measurements):
+            self.number = number
+
+    monkeypatch.setattr(ablate_module, "Seed", Numbered)
+    monkeypatch.setitem(RUN, "errors", lambda seeds: measured.append([seed.number for seed in seeds]))
+    for shard in ((0, 2), (1, 2)):
+        ablate(config, "errors", str(tmp_path), 3, shard=shard)
+    assert measured == [[0, 2], [1]] and not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="--shard=3/4: expected at most one for each of 3 seeds"):
+        ablate(config, "errors", str(tmp_path), 3, shard=(3, 4))
+    with pytest.raises(InputError, match="--shard: .* found evidence"):
+        ablate(config, "evidence", str(tmp_path), 3, shard=(0, 2))
 
 
 def test_a_document_that_is_not_there_is_refused_before_any_work(config, tmp_path):
