@@ -77,12 +77,14 @@ def base() -> ConfigDict:
     c.distill.learning_rate = 1e-3
     c.distill.weight_decay = 0.0
     c.distill.calibrate = True
+    c.distill.velocity_steps = 8  # held-out steps on which each block is converted alone, for the velocity's error
     c.distill.blocks = ""  # of one of several independent jobs, which `plan` merges: "0-9", "0,3,5"; "": all
 
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
     c.plan.budget = FieldReference("15R2", object)  # or a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
     c.plan.costs = ""  # a JSON of measured costs instead of FLOPs (`read_costs`); a budget > 1 is in its unit
+    c.plan.errors = "velocity"  # what is added up: of the velocity, or the paper's, of each block's own "attention"
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
@@ -172,6 +174,7 @@ CHOICES = {
     "distill.loss": ("value", "attention"),
     "finetune.schedule": ("constant", "cosine"),
     "checkpoint.on_damage": ("stop", "older"),
+    "plan.errors": ("velocity", "attention"),
     "plan.selection": ("heterogeneous", "homogeneous"),
     "finetune.subject": ("hybrid", "teacher"),
     "data.buckets": ("one", "several"),
@@ -184,8 +187,8 @@ SHARES = (
 )  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
-    "distill.weight_decay", "finetune.weight_decay", "finetune.warmup", "train.vae_kl_weight", "profile",
-    "checkpoint.keep_every", "max_skipped", *SHARES,
+    "distill.weight_decay", "distill.velocity_steps", "finetune.weight_decay", "finetune.warmup",
+    "train.vae_kl_weight", "profile", "checkpoint.keep_every", "max_skipped", *SHARES,
 }  # fmt: skip
 
 
@@ -226,6 +229,10 @@ def validate(config: ConfigDict) -> None:
         )
     if "linear" in config.plan.rates and not config.hybrid.linear_branch:
         raise InputError("config.plan.rates: 'linear' needs config.hybrid.linear_branch=True")
+    if config.plan.errors == "velocity" and not config.distill.velocity_steps:
+        raise InputError(
+            "config.distill.velocity_steps: expected at least 1, as config.plan.errors is 'velocity'; found 0"
+        )
     for rate in config.plan.rates:
         if rate != 1 and rate not in config.hybrid.rates:
             raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")

@@ -36,7 +36,7 @@ from jsurgery.wan.transformer import WanTransformer, load_transformer
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
 DISTILLING = (
     "hybrid", "distill.loss", "distill.steps", "distill.updates_per_batch", "distill.batch", "distill.learning_rate",
-    "distill.weight_decay", "distill.calibrate",
+    "distill.weight_decay", "distill.calibrate", "distill.velocity_steps",
 )  # fmt: skip
 SAMPLED = ("distill.mode", "distill.trajectories")  # of runs that distil without traces
 LATENTS = ("video", "data.path", "data.clips", "data.two_sprites", "seed", "evaluate.validation_clips")

@@ -136,6 +136,11 @@ def test_one_rate_needs_no_parentheses_that_a_shell_would_eat():
         ("video.width", "8", ["config.video.width", "16"]),
         ("trace.keep_steps", "99", ["config.trace.keep_steps", "99"]),
         ("trace.holdout", "9999", ["config.trace.holdout"]),
+        (
+            "distill.velocity_steps",
+            "0",
+            ["config.distill.velocity_steps", "config.plan.errors is 'velocity'", "found 0"],
+        ),
         ("distill.blocks", "3-1", ["config.distill.blocks", "'0-9,12'", "'3-1'"]),
         ("distill.blocks", "0,,1", ["config.distill.blocks", "'0,,1'"]),
         ("distill.blocks", "all", ["config.distill.blocks", "'all'"]),

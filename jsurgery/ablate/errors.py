@@ -17,6 +17,7 @@ def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
         f"block {block}": {
             **{rate_name(rate): over_seeds("errors", block, i) for i, rate in enumerate(rates)},
             **{f"{rate_name(rate)}, initial": over_seeds("initial_errors", block, i) for i, rate in enumerate(rates)},
+            **{f"{rate_name(rate)}, velocity": over_seeds("velocity_errors", block, i) for i, rate in enumerate(rates)},
         }
         for block in range(seeds[0].layers)
     }
@@ -26,7 +27,8 @@ def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
         for rate in rates
     }
     return {
-        "text": f"{len(seeds)} seeds; “initial” is calibrated, not trained. ± is the standard deviation over seeds.",
+        "text": f"{len(seeds)} seeds; “initial” is calibrated, not trained; “velocity” is the error of the network’s "
+        "velocity with that one block converted. ± is the standard deviation over seeds.",
         "rows": rows,
         "charts": [{"title": "Relative L1 error of attention, by block", "lines": lines}],
         "per_seed": found,

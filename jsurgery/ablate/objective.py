@@ -16,7 +16,6 @@ from etils import epath
 from ml_collections import ConfigDict
 from scipy.stats import rankdata
 
-from jsurgery.ablate.planned import velocity_errors
 from jsurgery.ablate.seed import Seed
 from jsurgery.ablate.sweeps import BUDGETS, scaled
 from jsurgery.ablate.table import RESAMPLES, spread
@@ -26,6 +25,7 @@ from jsurgery.runtime.progress import Progress
 from jsurgery.surgery.distilled import Maps, load_maps, read_errors
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import BlockCosts, block_costs, budget_cost
+from jsurgery.surgery.planned import velocity_errors
 from jsurgery.surgery.visits import Setup
 
 PLANS = 50

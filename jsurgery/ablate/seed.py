@@ -18,7 +18,6 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.ablate.planned import softmax_shares
 from jsurgery.ablate.sweeps import STEPS, Arm, scaled
 from jsurgery.config import validate
 from jsurgery.cost import core_flops, map_parameters
@@ -32,6 +31,7 @@ from jsurgery.surgery.distilled import load_maps, read_errors
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate, save_model
 from jsurgery.surgery.plan import hybrid_config, named_budget, plan, read_plan, workload
+from jsurgery.surgery.planned import softmax_shares
 from jsurgery.surgery.trace import TraceSteps
 from jsurgery.surgery.visits import Setup
 from jsurgery.wan.transformer import WanTransformer, load_transformer

@@ -25,7 +25,8 @@ class Arm:
       selection: how the blocks are chosen: "homogeneous" or "heterogeneous".
       maps: which feature maps the model gets, of `MAPS`.
       finetuned: whether it is fine-tuned before it is measured.
-      changes: what is distilled otherwise than the config says, field -> value. Arms with equal changes share it.
+      changes: what is distilled, or planned by, otherwise than the config says, field -> value. Arms with equal changes
+        share it.
       paper: what the paper printed for it, column -> value.
     """
 
@@ -92,6 +93,10 @@ BUDGET_ARMS = tuple(
     for blocks in BUDGETS
     for selection, paper in zip(("homogeneous", "heterogeneous"), TABLE_5[blocks], strict=True)
 )
+PAPER_PLANS = tuple(
+    Arm(f"{blocks}, by attention errors", blocks, "heterogeneous", changes={"plan.errors": "attention"})
+    for blocks in BUDGETS
+)
 
 ATTENTION_LOSS = {"distill.loss": "attention"}
 LOSSES = (
@@ -140,9 +145,10 @@ SWEEPS = {
     ),
     "budgets": Sweep(
         "Table 5: one rate, or a rate for each block",
-        BUDGET_ARMS,
+        BUDGET_ARMS + PAPER_PLANS,
         ("velocity", "samples"),
-        contrasts=pairs(BUDGET_ARMS),
+        contrasts=pairs(BUDGET_ARMS)
+        + tuple((f"{blocks}, by attention errors", f"{blocks}, heterogeneous") for blocks in BUDGETS),
     ),
     "loss": Sweep("Table 6: the loss of distillation", LOSSES, ("velocity", "samples"), contrasts=pairs(LOSSES)),
     "feature_map": Sweep(

@@ -149,7 +149,32 @@ def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str,
         ]
         means = {name: float(np.mean(errors[f"{name}s"], axis=0)[column]) for name in ("error", "initial_error")}
         rows.append({"rate": rate, "cells": cells, "mean": means["error"], "initial_mean": means["initial_error"]})
-    return {"rows": rows, "blocks": len(errors["errors"]), "samples": errors["samples"], "with_teacher": bool(theirs)}
+    return {
+        "rows": rows,
+        "blocks": len(errors["errors"]),
+        "samples": errors["samples"],
+        "with_teacher": bool(theirs),
+        "velocity": velocity_rows(errors, chosen),
+        "velocity_samples": errors.get("velocity_samples"),
+    }
+
+
+def velocity_rows(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> list[dict[str, Any]]:
+    """Rows by rate, cells by block, of the velocity's errors; none where these were not measured."""
+    measured = errors.get("velocity_errors", [])
+    largest = max(map(max, measured), default=0.0) or 1.0
+    rows = []
+    for column, rate in enumerate(errors["rates"] if measured else ()):
+        cells = [
+            {
+                "error": row[column],
+                "heat": math.sqrt(row[column] / largest),
+                "chosen": chosen is not None and chosen[block] == rate,
+            }
+            for block, row in enumerate(measured)
+        ]
+        rows.append({"rate": rate, "cells": cells, "mean": float(np.mean([cell["error"] for cell in cells]))})
+    return rows
 
 
 def clips(run: RunFiles) -> dict[str, Any] | None:

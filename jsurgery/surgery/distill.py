@@ -1,6 +1,7 @@
 """distill: feature maps of every block at every rate, in one pass of the teacher over its traces, or as it samples."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distilled import INITIAL, TRAINED, Maps, save_maps
 from jsurgery.surgery.learners import MODES, make_optimizer
+from jsurgery.surgery.planned import velocity_errors
 from jsurgery.surgery.trace import TraceSteps
 from jsurgery.surgery.visits import Setup, measure
 from jsurgery.wan.transformer import WanTransformer
@@ -40,8 +42,8 @@ def distill(
     """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`.
 
     errors.json names their blocks: all, or those of `config.distill.blocks`. With `rope` "before", phi sees queries and
-    keys that are not turned by RoPE: to be measured, for no model takes such maps. `profile` gets the trace of
-    `config.profile` steps.
+    keys that are not turned by RoPE: to be measured, for no model takes such maps, so that there is no velocity either.
+    `profile` gets the trace of `config.profile` steps.
     """
     settings, setup = config.distill, dataclasses.replace(Setup.of(config), rope=rope)
     blocks = setup.blocks or range(teacher.config.num_layers)
@@ -76,6 +78,8 @@ def distill(
     trained = fetched(state["maps"])
     processes.once(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
     found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup)
+    if settings.velocity_steps and rope == "after":
+        found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], setup, settings.velocity_steps)
     processes.once(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
 
 
@@ -112,15 +116,14 @@ def held_out_errors(
     Steps are taken in batches of what the mesh holds at once; those that fill no batch are left out.
     """
     size = batch_pieces(mesh)
-    rows, batches = local_rows(mesh, size), len(held_out) // size
+    batches = len(held_out) // size
     if not batches:
         raise InputError(f"config.trace.holdout: {len(held_out)} steps; expected at least {size}, one a batch shard")
 
     def totals(maps, name):
         found, progress = [], Progress(name, batches)
         for number in progress.over(range(batches)):
-            steps = [held_out[number * size + row] for row in rows]
-            batch = put_rows(mesh, rows, size, jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
+            batch = steps_at(mesh, held_out, range(number * size, (number + 1) * size))
             found.append(fetched(measure(teacher, batch, maps, setup)))
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
 
@@ -134,3 +137,35 @@ def held_out_errors(
         "teacher_softmax_share": after["teacher_share"].mean(axis=(0, 3)).tolist(),
         "samples": batches * size,
     }
+
+
+def velocity_errors_of_blocks(
+    teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, maps: Maps, setup: Setup, steps: int
+) -> dict[str, Any]:
+    """Relative L1 error of the velocity with one block converted and all others softmax, per block and rate.
+
+    Over `steps` of the held-out ones, evenly spread, in batches of what the mesh holds at once.
+    """
+    size, layers = batch_pieces(mesh), teacher.config.num_layers
+    blocks = np.arange(layers) if setup.blocks is None else np.array(setup.blocks)
+    # A block that was not distilled reads the maps of some other, to no effect.
+    slots = np.searchsorted(blocks, np.arange(layers)).clip(max=len(blocks) - 1)
+    maps = jax.tree.map(lambda leaf: leaf[slots], maps)
+    count = max(1, min(steps, len(held_out)) // size)
+    chosen = np.linspace(0, len(held_out) - 1, count * size).round().astype(int).reshape(count, size)
+    plans_BxRxL = np.zeros((len(blocks), len(setup.rates), layers), int)
+    plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(setup.rates) + 1)
+    found, progress = [], Progress("velocity errors", count * len(blocks))
+    for number in progress.over(range(count * len(blocks))):
+        batch = steps_at(mesh, held_out, chosen[number // len(blocks)])
+        plans_RxL = jnp.asarray(plans_BxRxL[number % len(blocks)])
+        found.append(fetched(velocity_errors(teacher, batch, maps, plans_RxL, setup))["l1"])
+    errors_BxR = np.mean(np.asarray(found, np.float64).reshape(count, len(blocks), -1), axis=0)
+    return {"velocity_errors": errors_BxR.tolist(), "velocity_samples": count * size}
+
+
+def steps_at(mesh: Mesh, held_out: TraceSteps, numbers: Sequence[int]) -> dict[str, jax.Array]:
+    """A batch of held-out steps, spread over the mesh."""
+    rows = local_rows(mesh, len(numbers))
+    steps = [held_out[numbers[row]] for row in rows]
+    return put_rows(mesh, rows, len(numbers), jax.tree.map(lambda *arrays: np.stack(arrays), *steps))

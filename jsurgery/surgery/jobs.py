@@ -14,7 +14,7 @@ from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distilled import INITIAL, TRAINED, read_errors
 from jsurgery.wan.safetensors_files import open_tensors, write_tensors
 
-BY_BLOCK = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share")
+BY_BLOCK = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors")
 
 
 def job_name(blocks: Sequence[int]) -> str:
@@ -56,7 +56,7 @@ def merge(config: ConfigDict, jobs: Sequence[epath.Path], blocks: int, folder: e
         write_tensors(folder / name, tensors, metadata)
     found = {job: read_errors(job) for job in dict.fromkeys(of_block)}
     rows = [(found[job], found[job]["blocks"].index(block)) for block, job in enumerate(of_block)]
-    by_block = {name: [report[name][row] for report, row in rows] for name in BY_BLOCK}
+    by_block = {name: [report[name][row] for report, row in rows] for name in BY_BLOCK if name in rows[0][0]}
     write_json(folder / "errors.json", rows[0][0] | by_block | {"blocks": list(range(blocks))})
     write_metrics(of_block, folder)
 

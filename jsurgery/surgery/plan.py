@@ -22,6 +22,7 @@ from jsurgery.wan.transformer import WanConfig
 
 PLAN_NUMBERS = ("budget_flops", "cost_flops", "teacher_flops", "share_of_teacher", "error")
 LARGEST = 1e300  # of costs and errors, of which sums are taken
+ERRORS = {"attention": "errors", "velocity": "velocity_errors"}  # of errors.json, which the planner adds up
 NAMED_BUDGET = re.compile(r"(\d+)R(\d+|linear)")
 
 
@@ -198,7 +199,12 @@ def problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> Prob
     column = {rate: i for i, rate in enumerate(found["rates"])}
     if unknown := [rate for rate in rates if rate != 1 and rate not in column]:
         raise InputError(f"config.plan.rates: rate {unknown[0]} was not distilled, only {found['rates']} were")
-    measured = table(f"{distilled / 'errors.json'}: errors", found["errors"], model.num_layers, found["rates"])
+    name, path = ERRORS[config.plan.errors], distilled / "errors.json"
+    if name not in found:
+        raise InputError(
+            f"{path}: {name}: expected those that config.plan.errors={config.plan.errors} adds up, found none"
+        )
+    measured = table(f"{path}: {name}", found[name], model.num_layers, found["rates"])
     softmax = np.zeros(model.num_layers)
     errors = np.stack([softmax if rate == 1 else measured[:, column[rate]] for rate in rates], axis=1)
     return Problem(rates, errors, block_costs(config, model))
@@ -224,6 +230,7 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
     result = {
         "rates": chosen,
         "selection": config.plan.selection,
+        "errors": config.plan.errors,
         "budget": config.plan.budget,
         "budget_flops": budget / costs.teacher * teacher if config.plan.costs else budget,
         "cost_flops": flops,

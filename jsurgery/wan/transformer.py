@@ -300,7 +300,8 @@ class WanTransformer(nnx.Module):
 
         def planned(q, k, v, layer):
             kind, maps = layer
-            branches = [lambda q, k, v, maps, rate=rate: self.attend(q, k, v, maps, rate, order) for rate in kinds]
+            at = lambda rate: lambda q, k, v, maps: self.attend(q, k, v, maps, rate, order, hybrid.stabilizer)
+            branches = [at(rate) for rate in kinds]
             return lax.switch(kind, branches, q, k, v, maps), None
 
         kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
@@ -334,11 +335,10 @@ class WanTransformer(nnx.Module):
         """Pieces of the token sequence, one a device along the mesh's context axis."""
         return 1 if self.mesh is None else self.mesh.shape[LOGICAL["sequence"]]
 
-    def attend(self, q, k, v, maps, rate: Rate, order: TokenOrder | None) -> jax.Array:
+    def attend(self, q, k, v, maps, rate: Rate, order: TokenOrder | None, stabilizer: str = "lse") -> jax.Array:
         """A block's self-attention at `rate`, on one device or spread over the mesh."""
-        hybrid = self.config.hybrid
         num_softmax = k.shape[1] if order is None else order.num_softmax(rate)
-        options = {"num_softmax": num_softmax, "stabilizer": hybrid.stabilizer if hybrid else "lse"}
+        options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
         maps = (None, None) if rate == 1 or maps is None else maps
         if self.mesh is None:
             return attend(q, k, v, *maps, **options)

@@ -211,7 +211,7 @@ def make_up(config: ConfigDict, workdir: pathlib.Path) -> None:
     maps = initial_maps(config, teacher)
     save_maps(run.distill.folder / TRAINED, maps, rates, range(model.num_layers))
     table = np.full((model.num_layers, len(rates)), 0.1).tolist()
-    names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share")
+    names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors")
     found = {"blocks": list(range(model.num_layers)), "rates": list(rates), "samples": 1}
     write_json(run.distill.folder / "errors.json", found | dict.fromkeys(names, table))
     run.distill.end()

@@ -47,6 +47,8 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80
             "rates": list(RATES),
             "errors": errors.tolist(),
             "initial_errors": (2.3 * errors).tolist(),
+            "velocity_errors": (errors[::-1] / 3).tolist(),
+            "velocity_samples": 8,
             "softmax_share": share.tolist(),
             "teacher_softmax_share": (0.9 * share).tolist(),
             "samples": 24,
@@ -62,6 +64,7 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80
         {
             "rates": plan,
             "selection": "heterogeneous",
+            "errors": "velocity",
             "budget": "5R8",
             "budget_flops": 1.01 * cost,
             "cost_flops": cost,

@@ -145,6 +145,7 @@ def test_numbers_are_those_of_the_files(config, workdir):
     expected = [plan["error"], plan["error_bound"], *np.ravel(errors["errors"]), *np.ravel(errors["softmax_share"])]
     expected += [*np.ravel(errors["teacher_softmax_share"]), *np.mean(errors["errors"], axis=0)]
     expected += [*np.mean(errors["initial_errors"], axis=0)]
+    expected += [*np.ravel(errors["velocity_errors"]), *np.mean(errors["velocity_errors"], axis=0)]
     for model in models.values():
         expected += [model["validation_loss"], np.mean(model["latent_rmse"])]
         expected += [summary[key] for summary in model["score"].values() for key in ("mean", "upper", "chance")]
@@ -336,7 +337,7 @@ def test_every_budget_has_its_optimum(config, workdir):
     assert data["whole"] and {line.label for line in chart.lines} >= {"the front", "the chosen plan", "R8 alone"}
     rates = [*config.plan.rates]
     costs = block_costs(config, MODEL)
-    errors = np.insert(np.array(run.errors["errors"]), 0, 0.0, axis=1)
+    errors = np.insert(np.array(run.errors["velocity_errors"]), 0, 0.0, axis=1)
     of_rates = np.stack([costs.at(rate) for rate in rates], axis=1)
     for budget in np.linspace(data["shares"][0], 1, 23):
         best = solve(errors, of_rates, budget * costs.teacher * (1 + 1e-12))

@@ -219,7 +219,7 @@ def test_two_processes_distil_and_tune_as_one(alone, two):
         trained, untrained = (read_tensors(expected / f"{name}.safetensors") for name in (after, before))
         assert distance(trained, untrained) > least, "there was something to learn"
     reports = [json.loads((at / "distill" / "errors.json").read_text()) for at in (found, expected)]
-    for field in ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "samples"):
+    for field in ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "samples", "velocity_errors"):
         np.testing.assert_allclose(reports[0][field], reports[1][field], rtol=1e-5)
     plans = [json.loads((at / "plan" / "plan.json").read_text())["rates"] for at in (found, expected)]
     assert plans[0] == plans[1]

@@ -10,14 +10,16 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.hybrid import HybridConfig, token_order
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.config import base
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.runtime.progress import read_metrics
 from jsurgery.surgery.distill import calibrate, distill, initial_maps
+from jsurgery.surgery.distilled import load_maps
 from jsurgery.surgery.jobs import merge
 from jsurgery.surgery.losses import Tokens, Visit, attention_loss, nested_softmax
+from jsurgery.surgery.operate import operate
 from jsurgery.surgery.trace import TraceSteps
 from jsurgery.surgery.visits import Setup, losses_and_gradients, measure
 from jsurgery.wan.safetensors_files import read_tensors
@@ -291,6 +293,30 @@ def test_distillation_lowers_the_errors_of_prompts_it_has_not_seen(distilled):
     assert (share[:, 0] > share[:, 1]).all(), "in the teacher, the tokens of rate 2 hold those of rate 4"
 
 
+def test_velocity_errors_are_those_of_one_operated_block(teacher, traces, distilled):
+    report = json.loads((distilled / "errors.json").read_text())
+    errors = np.array(report["velocity_errors"])
+    held_out = TraceSteps(traces, range(4, 5))
+    assert errors.shape == (2, 3) and report["velocity_samples"] == len(held_out) == 3
+    for block, rate in ((0, 2), (1, 4), (1, "linear")):
+        rates = tuple(rate if at == block else 1 for at in range(2))
+        hybrid = HybridConfig(rates, chain=(1, 2, 4))
+        maps = load_maps(distilled / "feature_maps.safetensors", rates, hybrid.feature_map)
+        model, found = operate(teacher, hybrid, maps), []
+        for number in range(3):
+            step = jax.tree.map(lambda leaf: leaf[None], held_out[number])
+            inputs = step["latents"], step["timestep"], step["text"]
+            expected = np.asarray(teacher(*inputs), np.float64)
+            found.append(np.abs(model(*inputs) - expected).sum() / np.abs(expected).sum())
+        assert errors[block, RATES.index(rate)] == pytest.approx(np.mean(found), rel=1e-3)
+    assert errors.min() > 1e-3
+
+
+def test_without_velocity_steps_there_are_no_velocity_errors(teacher, traces, tmp_path):
+    distill(small_config(**{"distill.steps": 1, "distill.velocity_steps": 0}), teacher, traces, epath.Path(tmp_path))
+    assert "velocity_errors" not in json.loads((tmp_path / "errors.json").read_text())
+
+
 def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_path):
     folder = epath.Path(tmp_path)
     distill(small_config(**{"distill.steps": 20}), teacher, traces, folder)
@@ -345,7 +371,11 @@ def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
     assert relative_error(flat(read_tensors(tmp_path / initial)), flat(together)) > 1e-2
     reports = [json.loads((folder / "errors.json").read_text()) for folder in (epath.Path(tmp_path), distilled)]
     assert list(reports[0]) == list(reports[1])
-    for field in ("blocks", "errors", "initial_errors", "softmax_share", "teacher_softmax_share", "samples"):
+    assert {"errors", "velocity_errors", "velocity_samples"} < reports[0].keys()
+    for field in reports[0]:
+        if field == "rates":
+            assert reports[0][field] == reports[1][field]
+            continue
         np.testing.assert_allclose(reports[0][field], reports[1][field], rtol=1e-5)
     for row, wanted in zip(read_metrics(tmp_path), read_metrics(distilled), strict=True):
         assert row == pytest.approx(wanted, rel=1e-5)

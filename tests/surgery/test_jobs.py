@@ -43,7 +43,7 @@ def value(block: int, rate: object) -> float:
 def leave(folder: epath.Path, blocks: list[int], steps: int = 3) -> epath.Path:
     """What a job leaves of these blocks, with numbers that tell them apart."""
     rows = [[value(block, rate) for rate in RATES] for block in blocks]
-    shares = dict.fromkeys(("initial_errors", "softmax_share", "teacher_softmax_share"), rows)
+    shares = dict.fromkeys(("initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors"), rows)
     report = {"blocks": blocks, "rates": list(RATES), "errors": rows, **shares, "samples": 2}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "errors.json").write_text(json.dumps(report))
@@ -68,7 +68,9 @@ def test_jobs_are_merged_by_block(tmp_path):
     merge(load_config("tiny", FIELDS), jobs, 5, folder)
     found = json.loads((folder / "errors.json").read_text())
     expected = [[value(block, rate) for rate in RATES] for block in range(5)]
-    assert found["errors"] == found["softmax_share"] == expected and found["blocks"] == list(range(5))
+    assert found["errors"] == found["softmax_share"] == found["velocity_errors"] == expected and found[
+        "blocks"
+    ] == list(range(5))
     assert found["rates"] == list(RATES) and found["samples"] == 2
     for name, sign in (("initial", -1), ("feature_maps", 1)):
         tensors = read_tensors(folder / f"{name}.safetensors")

@@ -36,11 +36,15 @@ def config_with(**changes):
     return config
 
 
+def write_errors(folder, velocity_errors, rates=RATES, **more):
+    (folder / "errors.json").write_text(json.dumps({"rates": rates, "velocity_errors": velocity_errors, **more}))
+
+
 @pytest.fixture
 def distilled(tmp_path):
     folder = epath.Path(tmp_path) / "distill"
     folder.mkdir()
-    (folder / "errors.json").write_text(json.dumps({"rates": RATES, "errors": ERRORS.tolist()}))
+    write_errors(folder, ERRORS.tolist(), errors=ERRORS[::-1].tolist())
     return folder
 
 
@@ -218,21 +222,38 @@ def test_costs_that_make_no_sense_are_refused_before_any_work(tmp_path, changes,
 @pytest.mark.parametrize(
     ("errors", "message"),
     [
-        (ERRORS[:3].tolist(), r"errors.json: errors: expected a row for each of the model's 4 blocks, found 3 rows"),
+        (
+            ERRORS[:3].tolist(),
+            r"errors.json: velocity_errors: expected a row for each of the model's 4 blocks, found 3 rows",
+        ),
         ([*ERRORS[:3].tolist(), [0.1, 0.2, float("nan"), 1]], r"errors\[3\]\[2\]: .* found nan"),
         ([*ERRORS[:3].tolist(), [0.1, 0.2]], r"errors\[3\]: expected a number for each"),
         ([[-0.1, 0.2, 0.3, 0.4], *ERRORS[1:].tolist()], r"errors\[0\]\[0\]: .* found -0.1"),
     ],
 )
 def test_errors_that_make_no_sense(distilled, errors, message):
-    (distilled / "errors.json").write_text(json.dumps({"rates": RATES, "errors": errors}))
+    write_errors(distilled, errors, errors=ERRORS.tolist())
     with pytest.raises(InputError, match=message):
         planned(distilled)
 
 
+def test_either_kind_of_error_is_added_up(distilled):
+    """The other way round, the errors of attention make the plan the other way round."""
+    plans = [planned(distilled, budget=2.5 / 4, errors=name) for name in ("velocity", "attention")]
+    for name, found, errors in zip(("velocity", "attention"), plans, (ERRORS, ERRORS[::-1]), strict=True):
+        column = {1: None, 2: 0, 4: 1, 8: 2}
+        total = sum(errors[block, column[rate]] for block, rate in enumerate(found["rates"]) if rate != 1)
+        assert found["error"] == pytest.approx(total) and found["errors"] == name
+    assert plans[0]["rates"] != plans[1]["rates"] and plans[0]["error"] == pytest.approx(plans[1]["error"])
+    (distilled / "errors.json").write_text(json.dumps({"rates": RATES, "errors": ERRORS.tolist()}))
+    with pytest.raises(InputError, match=r"errors.json: velocity_errors: .*config.plan.errors=velocity .*found none"):
+        planned(distilled, budget=0.5)
+    assert planned(distilled, budget=0.5, errors="attention")["errors"] == "attention"
+
+
 def front_of(distilled, errors, rows, rates, **changes):
     """`front` of a model with these errors and costs, rate 1 first in both."""
-    (distilled / "errors.json").write_text(json.dumps({"rates": rates[1:], "errors": errors[:, 1:].tolist()}))
+    write_errors(distilled, errors[:, 1:].tolist(), rates=rates[1:], errors=[])
     path = str(costs_file(distilled.parent, rates=rates, blocks=rows))
     config = config_with(costs=path, rates=tuple(rates), **changes)
     model, folder = WanConfig(num_layers=len(errors)), distilled.parent / "plan"

@@ -11,6 +11,7 @@ from jsurgery.config import base
 from jsurgery.runtime.mesh import AXES, make_mesh, put_rows, put_state
 from jsurgery.surgery.distill import initial_maps
 from jsurgery.surgery.learners import make_optimizer, make_update
+from jsurgery.surgery.planned import velocity_errors
 from jsurgery.surgery.visits import Setup, losses_and_gradients, measure
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 
@@ -40,6 +41,7 @@ def found(model, job):
         setup = Setup(rates, (1, 2, 8), "strided", stabilizer, loss)
         values.append(losses_and_gradients(model, batch, maps, setup))
     values.append(measure(model, batch, maps, setup))
+    values.append(velocity_errors(model, batch, maps, jnp.array([[2, 0], [0, 1], [1, 3]]), setup))
     if job:
         one = dataclasses.replace(setup, blocks=(0,))
         values.append(losses_and_gradients(model, batch, jax.tree.map(lambda x: x[:1], maps), one))

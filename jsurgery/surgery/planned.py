@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jsurgery.attention.hybrid import attend, token_order
+from jsurgery.attention.hybrid import Rate, token_order
 from jsurgery.surgery.distilled import Maps
 from jsurgery.surgery.visits import Setup
 from jsurgery.wan.transformer import WanTransformer
@@ -27,25 +27,24 @@ def forward(
 
     `maps` have leaves [blocks, rates, heads, ...]; `choice_L` is 0 for softmax, i + 1 for `setup.rates[i]`.
     """
-    order = token_order(model.config.token_grid(batch["latents"].shape[1:4]), setup.chain, setup.lattice)
+    grid = model.config.token_grid(batch["latents"].shape[1:4])
+    order = token_order(grid, setup.chain, setup.lattice, model.shards)
 
-    def at(index: int):
-        """Attention at a rate, or for -1 softmax; the share is attention to values of 1 at the softmax keys alone."""
-        kept = order.num_tokens if index < 0 else order.num_softmax(setup.rates[index])
-        options = {"num_softmax": kept, "stabilizer": setup.stabilizer}
+    def at(rate: Rate):
+        """Attention at a rate; the share is attention to values of 1 at the softmax keys alone."""
 
         def attention(q, k, v, maps_R):
-            pair = (None, None) if index < 0 else jax.tree.map(lambda leaf: leaf[index], maps_R)
-            y = attend(q, k, v, *pair, **options)
+            pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[setup.rates.index(rate)], maps_R)
+            y = model.attend(q, k, v, pair, rate, order, setup.stabilizer)
             if not shares:
                 return y, None
-            softmax_key_N = jnp.arange(k.shape[1]) < kept
+            softmax_key_N = jnp.arange(k.shape[1]) < order.num_softmax(rate)
             ones = jnp.broadcast_to(softmax_key_N[None, :, None, None], v.shape).astype(v.dtype)
-            return y, attend(q, k, ones, *pair, **options)[..., 0].mean()
+            return y, model.attend(q, k, ones, pair, rate, order, setup.stabilizer)[..., 0].mean()
 
         return attention
 
-    branches = [at(index) for index in range(-1, len(setup.rates))]
+    branches = [at(rate) for rate in (1, *setup.rates)]
 
     def planned(q, k, v, layer):
         choice, maps_R = layer
