@@ -38,7 +38,7 @@ FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
-QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS = 2048, 256, 4096
+QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS = 2048, 256, 8192
 KERNELS = "hybrid_"  # in the names of ours
 
 
@@ -296,16 +296,17 @@ def estimate_attention(
     estimates, kernels = (importlib.import_module(f"pallas_kernels.{name}") for name in ("estimate", "tpu"))
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
-    flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
-    contenders: list[tuple[str, Rate, Callable]] = [("flash_attention", 1, flash)]
-    for rate in dict.fromkeys((1, *rates)):
-        blocks = kernels.blocks_for(chip, tokens, size.num_softmax(rate))
-        contenders.append((name_of(rate), rate, at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)))
     for passes in PASSES if backward else PASSES[:1]:
+        flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
+        contenders: list[tuple[str, Rate, Callable, int]] = [("flash_attention", 1, flash, stock.QUERY_BLOCK)]
+        for rate in dict.fromkeys((1, *rates)):
+            blocks, few = one_block(kernels.blocks_for(chip, tokens, size.num_softmax(rate)), passes)
+            attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)
+            contenders.append((name_of(rate), rate, attend, few))
         rows = []
-        for name, rate, attend in contenders:
+        for name, rate, attend, few in contenders:
             say(f"bench: estimating {name}, {passes}")
-            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes)
+            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes, few)
             rows.append({"name": name, "rate": rate, "cycles": cycles, "bound": size.bound(rate)})
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
@@ -321,8 +322,16 @@ def estimate_attention(
         write_json(epath.Path(report), found)
 
 
+def one_block(blocks: Any, passes: str) -> tuple[Any, int]:
+    """The blocks of an estimate, and the queries of one block: in a backward, of which the compiler keeps most, those
+    of its own block, for the forward too."""
+    if passes == PASSES[0]:
+        return blocks, blocks.query
+    return dataclasses.replace(blocks, query=min(blocks.query, blocks.backward_query)), blocks.backward_query
+
+
 def whole_layer(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, few: int
 ) -> float:
     """Cycles of all heads and queries, in full softmax also of all keys, from few: the compiler's memory grows with the
     grid.
@@ -330,26 +339,26 @@ def whole_layer(
     XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
     they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
     """
-    kernels, others = linear_in_heads(estimate, size, rate, attend, passes)
+    kernels, others = linear_in_heads(estimate, size, rate, attend, passes, few)
     if passes == PASSES[0] and rate != 1:
         _, others = all_queries(estimate, size, rate, step(attend, passes), FEW_QUERIES, size.heads)
     return kernels + others
 
 
 def linear_in_heads(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, few: int
 ) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own."""
+    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own; `few` queries."""
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
     function = step(attend, passes)
-    return size.heads / tile * all_queries(estimate, size, rate, function, QUERIES_OF_AN_ESTIMATE, tile)
+    return size.heads / tile * all_queries(estimate, size, rate, function, few, tile)
 
 
 def all_queries(
     estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable, few: int, heads: int
 ) -> np.ndarray:
     """Cycles [kernels', XLA's own] of a program of so many heads, from `few` queries and twice as many; in full softmax
-    from `FEW_KEYS` and twice as many, too."""
+    also from `FEW_KEYS`, several blocks of every kernel, and half as many more."""
 
     def cycles(num_keys: int, num_queries: int) -> np.ndarray:
         dtype = jnp.dtype(size.dtype)
@@ -359,17 +368,18 @@ def all_queries(
         kernels = sum(count for name, count in found.items() if KERNELS in name)
         return np.array([kernels, sum(found.values()) - kernels])
 
-    few_keys = FEW_KEYS if rate == 1 else size.tokens
-    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, size.tokens)
-    return extrapolated(of_keys, few_keys, size.tokens)
+    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, 2 * few, size.tokens)
+    if rate != 1:
+        return of_keys(size.tokens)
+    return extrapolated(of_keys, FEW_KEYS, 3 * FEW_KEYS // 2, size.tokens)
 
 
-def extrapolated(cost: Callable[[int], np.ndarray], few: int, count: int) -> np.ndarray:
-    """The cost of `count`, which grows in a straight line, from those of `few` and of twice as many."""
+def extrapolated(cost: Callable[[int], np.ndarray], few: int, more: int, count: int) -> np.ndarray:
+    """The cost of `count`, which grows in a straight line, from those of `few` and of some `more`."""
     if count <= few:
         return cost(count)
     one = cost(few)
-    return one + (count / few - 1) * (cost(2 * few) - one)
+    return one + (count - few) / (more - few) * (cost(more) - one)
 
 
 def at_rate(attend: Callable, size: Size, rate: Rate, **options: Any) -> Callable:
@@ -451,7 +461,8 @@ def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str, 
     if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
         return math.inf
     estimates = importlib.import_module("pallas_kernels.estimate")
-    return float(linear_in_heads(partial(estimates.estimate_cycles, chip), size, rate, attend, passes).sum())
+    estimate = partial(estimates.estimate_cycles, chip)
+    return float(linear_in_heads(estimate, size, rate, attend, passes, QUERIES_OF_AN_ESTIMATE).sum())
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:

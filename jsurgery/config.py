@@ -84,7 +84,7 @@ def base() -> ConfigDict:
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
     c.plan.budget = FieldReference("15R2", object)  # or a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
     c.plan.costs = ""  # a JSON of measured costs instead of FLOPs (`read_costs`); a budget > 1 is in its unit
-    c.plan.errors = "velocity"  # what is added up: of the velocity, or the paper's, of each block's own "attention"
+    c.plan.errors = "velocity"  # what is added up: its squared error; or the paper's, of each block's own "attention"
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()

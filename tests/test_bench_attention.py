@@ -1,5 +1,6 @@
 """`jsurgery bench attention`: what it reports, and the arithmetic behind estimates and the search for block sizes."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -70,7 +71,7 @@ def test_estimates_scale_to_all_heads_and_queries(passes, head_dim, tile):
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
     size = Size(6000, 12, head_dim, "bfloat16", "lse")
-    found = whole_layer(estimate, size, 8, attend, passes)
+    found = whole_layer(estimate, size, 8, attend, passes, 2048)
     exact, asked = 70 + 12 * (100 + 3 * 6000), [(2048, tile), (4096, tile)]
     if passes == "forward":
         asked += [(256, 12), (512, 12)]
@@ -92,10 +93,18 @@ def test_estimates_of_full_softmax_scale_to_all_keys():
 
     size = Size(20_000, 12, 128, "bfloat16", "lse")
     attend = at_rate(hybrid_attention, size, 1, implementation="xla")
-    found = whole_layer(estimate, size, 1, attend, "forward")
+    found = whole_layer(estimate, size, 1, attend, "forward", 2048)
     assert found == pytest.approx(12 * (7 + 20_000 * (3 + 2 * 20_000) + 5 * 20_000))
-    assert set(asked) == {(2048, 4096), (4096, 4096), (2048, 8192), (4096, 8192)}
+    assert set(asked) == {(2048, 8192), (4096, 8192), (2048, 12288), (4096, 12288)}
     assert at_rate(hybrid_attention, size, 8).keywords["num_softmax"] == 2500
+
+
+def test_an_estimate_takes_whole_blocks():
+    blocks = blocks_for("v6e", 16384, 8192)
+    assert bench_attention.one_block(blocks, "forward") == (blocks, 2048)
+    assert bench_attention.one_block(blocks, "forward + backward") == (dataclasses.replace(blocks, query=1024), 1024)
+    long = blocks_for("v6e", 16384, 2048)
+    assert bench_attention.one_block(long, "forward + backward") == (long, 2048)
 
 
 def test_rows_of_all_heads_are_split_and_joined():

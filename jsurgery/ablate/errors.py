@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jsurgery.ablate.seed import Seed, rate_name
 from jsurgery.ablate.table import spread
 from jsurgery.surgery.distilled import read_errors
@@ -11,13 +13,15 @@ from jsurgery.surgery.distilled import read_errors
 def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
     """Relative L1 errors of the attention output on held-out traces, before and after distillation."""
     found = [read_errors(seed.errors(seed.config).folder) for seed in seeds]
+    for of_seed in found:
+        of_seed["velocity_rms"] = np.sqrt(of_seed["velocity_errors"]).tolist()
     rates = found[0]["rates"]
     over_seeds = lambda field, block, column: spread([seed[field][block][column] for seed in found])
     rows = {
         f"block {block}": {
             **{rate_name(rate): over_seeds("errors", block, i) for i, rate in enumerate(rates)},
             **{f"{rate_name(rate)}, initial": over_seeds("initial_errors", block, i) for i, rate in enumerate(rates)},
-            **{f"{rate_name(rate)}, velocity": over_seeds("velocity_errors", block, i) for i, rate in enumerate(rates)},
+            **{f"{rate_name(rate)}, velocity": over_seeds("velocity_rms", block, i) for i, rate in enumerate(rates)},
         }
         for block in range(seeds[0].layers)
     }
@@ -27,8 +31,8 @@ def block_errors(seeds: Sequence[Seed]) -> dict[str, Any]:
         for rate in rates
     }
     return {
-        "text": f"{len(seeds)} seeds; “initial” is calibrated, not trained; “velocity” is the error of the network’s "
-        "velocity with that one block converted. ± is the standard deviation over seeds.",
+        "text": f"{len(seeds)} seeds; “initial” is calibrated, not trained; “velocity” is the relative RMS error of "
+        "the network’s velocity with that one block converted. ± is the standard deviation over seeds.",
         "rows": rows,
         "charts": [{"title": "Relative L1 error of attention, by block", "lines": lines}],
         "per_seed": found,

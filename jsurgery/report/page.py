@@ -160,8 +160,8 @@ def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str,
 
 
 def velocity_rows(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> list[dict[str, Any]]:
-    """Rows by rate, cells by block, of the velocity's errors; none where these were not measured."""
-    measured = errors.get("velocity_errors", [])
+    """Rows by rate, cells by block, of the velocity's relative RMS error; none where it was not measured."""
+    measured = np.sqrt(errors.get("velocity_errors", [])).tolist()
     largest = max(map(max, measured), default=0.0) or 1.0
     rows = []
     for column, rate in enumerate(errors["rates"] if measured else ()):

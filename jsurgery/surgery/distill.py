@@ -142,9 +142,11 @@ def held_out_errors(
 def velocity_errors_of_blocks(
     teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, maps: Maps, setup: Setup, steps: int
 ) -> dict[str, Any]:
-    """Relative L1 error of the velocity with one block converted and all others softmax, per block and rate.
+    """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
 
-    Over `steps` of the held-out ones, evenly spread, in batches of what the mesh holds at once.
+    Squares add up over blocks as far as these err independently, and of the errors that were tried they rank whole
+    plans best (`jsurgery ablate --table=objective`). Over `steps` of the held-out ones, evenly spread, in batches of
+    what the mesh holds at once.
     """
     size, layers = batch_pieces(mesh), teacher.config.num_layers
     blocks = np.arange(layers) if setup.blocks is None else np.array(setup.blocks)
@@ -159,7 +161,7 @@ def velocity_errors_of_blocks(
     for number in progress.over(range(count * len(blocks))):
         batch = steps_at(mesh, held_out, chosen[number // len(blocks)])
         plans_RxL = jnp.asarray(plans_BxRxL[number % len(blocks)])
-        found.append(fetched(velocity_errors(teacher, batch, maps, plans_RxL, setup))["l1"])
+        found.append(fetched(velocity_errors(teacher, batch, maps, plans_RxL, setup))["squared"])
     errors_BxR = np.mean(np.asarray(found, np.float64).reshape(count, len(blocks), -1), axis=0)
     return {"velocity_errors": errors_BxR.tolist(), "velocity_samples": count * size}
 

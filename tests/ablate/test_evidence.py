@@ -77,7 +77,9 @@ OF_FINETUNE = [
     )
 ]  # fmt: skip
 OF_HYBRID = ["activation", "degree", "lattice", "layers", "linear_branch", "rates", "stabilizer"]
-OF_DISTILL = ["batch", "calibrate", "learning_rate", "loss", "steps", "updates_per_batch", "weight_decay"]
+OF_DISTILL = [
+    "batch", "calibrate", "learning_rate", "loss", "steps", "updates_per_batch", "velocity_steps", "weight_decay",
+]  # fmt: skip
 
 
 def test_the_stages_of_runs_that_are_there_already_stay_theirs(tmp_path):

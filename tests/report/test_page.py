@@ -145,7 +145,8 @@ def test_numbers_are_those_of_the_files(config, workdir):
     expected = [plan["error"], plan["error_bound"], *np.ravel(errors["errors"]), *np.ravel(errors["softmax_share"])]
     expected += [*np.ravel(errors["teacher_softmax_share"]), *np.mean(errors["errors"], axis=0)]
     expected += [*np.mean(errors["initial_errors"], axis=0)]
-    expected += [*np.ravel(errors["velocity_errors"]), *np.mean(errors["velocity_errors"], axis=0)]
+    of_velocity = np.sqrt(errors["velocity_errors"])
+    expected += [*np.ravel(of_velocity), *np.mean(of_velocity, axis=0)]
     for model in models.values():
         expected += [model["validation_loss"], np.mean(model["latent_rmse"])]
         expected += [summary[key] for summary in model["score"].values() for key in ("mean", "upper", "chance")]
