@@ -103,9 +103,12 @@ def works(config: ConfigDict, network: WanConfig) -> list[Work]:
     trace, distill, finetune = config.trace.batch, config.distill.batch, config.finetune.batch
     batches, evaluated = math.ceil(len(traced_prompts(config)) / trace), EVALUATED * config.evaluate.prompts
     forward = model_flops(work, softmax)
+    # Of every step and block the teacher's forward, and one a rate.
+    alone = config.distill.velocity_steps * network.num_layers * (1 + len(config.hybrid.rates))
     return [
         Work("trace", batches * velocities, trace * forward, trace * teacher),
         Work("distill", config.distill.steps, step_flops(config, network, "distill"), distill * teacher),
+        Work("velocity errors of blocks", alone, forward, teacher),
         Work("finetune", config.finetune.steps, step_flops(config, network, "finetune"), finetune * hybrid * passes),
         Work("evaluate", evaluated * velocities, forward, teacher),
     ]

@@ -17,18 +17,19 @@ def run(tmp_path, *flags: str) -> dict:
 
 def test_chip_hours_are_steps_of_flops_at_the_share_of_the_peak(tmp_path, capsys):
     found = run(tmp_path, "--topology=v6e:4x4", "--efficiency=0.5", "--clips=100")
-    trace, distill, finetune, evaluate, synthesis = found["stages"]
+    trace, distill, alone, finetune, evaluate, synthesis = found["stages"]
     assert found["chips"] == 16
     assert (
         trace["steps"] == 512 * 50 * 2 and evaluate["steps"] == 4 * 16 * 50 * 2 and synthesis["steps"] == 100 * 50 * 2
     )
+    assert alone["steps"] == 8 * 30 * 5 and alone["flops_per_step"] == pytest.approx(FORWARD, rel=0.005)
     hours = trace["steps"] * FORWARD / (0.5 * 918e12) / 3600
     assert trace["chip_hours"]["expected"] == pytest.approx(hours, rel=0.005)
     assert trace["chip_hours"]["bound"] == pytest.approx(hours / 2, rel=0.005)
     saved = 15 * 6.594e12 * (1 - 1 / 2)  # 15R2's core, but for the linear branch
     assert finetune["flops_per_step"] == pytest.approx(16 * 4 * (FORWARD - saved), rel=0.02)
     assert {row["bound_by"] for row in found["stages"]} == {"compute"}
-    total = sum(row["chip_hours"]["expected"] for row in (trace, distill, finetune, evaluate))
+    total = sum(row["chip_hours"]["expected"] for row in (trace, distill, alone, finetune, evaluate))
     assert found["chip_hours"]["expected"] == pytest.approx(total)
     assert "not measured" in capsys.readouterr().out
 
@@ -44,7 +45,7 @@ def test_what_is_exchanged_can_be_the_bound(tmp_path):
             "all-reduce": {"count": 1, "bytes": 0.25 * moved},
         }
         compiled.write_text(json.dumps({"stage": "finetune", "topology": "v5e:4x4", "collectives": collectives}))
-        finetune = run(tmp_path, "--topology=v5e:4x4", f"--compiled={compiled}")["stages"][2]
+        finetune = run(tmp_path, "--topology=v5e:4x4", f"--compiled={compiled}")["stages"][3]
         assert finetune["seconds"]["exchange"] == pytest.approx(seconds)
         assert finetune["bound_by"] == bound
 
