@@ -324,10 +324,12 @@ def estimate_attention(
 
 def one_block(blocks: Any, passes: str) -> tuple[Any, int]:
     """The blocks of an estimate, and the queries of one block: in a backward, of which the compiler keeps most, those
-    of its own block, for the forward too."""
+    of its own block, for all kernels."""
     if passes == PASSES[0]:
         return blocks, blocks.query
-    return dataclasses.replace(blocks, query=min(blocks.query, blocks.backward_query)), blocks.backward_query
+    few = blocks.backward_query
+    others = {name: min(getattr(blocks, name), few) for name in ("query", "backward_state")}
+    return dataclasses.replace(blocks, **others), few
 
 
 def whole_layer(

@@ -46,16 +46,13 @@ def hybrid_attention(
 
 
 def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
-    """What won in static estimates for v6e and v5e and, before that, what `tuning` knows of a chip.
+    """What `tuning` knows of a chip, else what won in static estimates for v6e and v5e.
 
-    All softmax keys are one step of the backward while VMEM holds them with dk and dv, longer rows of them in shorter
-    blocks of queries.
+    While all softmax keys are one step of the backward, no dq is kept, and there is room for more queries.
     """
-    backward = {}
-    if num_softmax <= 8192:
-        short = num_softmax <= 4096
-        backward = {"backward_query": 2048 if short else 1024, "backward_key": 8192, "backward_chunk": 1024}
-    return BlockSizes(**{**backward, **tuning.lookup(chip, num_keys, num_softmax)})
+    defaults = BlockSizes()
+    one_step = {"backward_query": 2048} if num_softmax <= defaults.backward_key else {}
+    return dataclasses.replace(defaults, **(one_step | tuning.lookup(chip, num_keys, num_softmax)))
 
 
 def linear_state(

@@ -56,8 +56,8 @@ class BlockSizes:
     key_chunk: int = 512
     state: int = 2048
     backward_query: int = 1024
-    backward_key: int = 2048
-    backward_chunk: int = 512
+    backward_key: int = 4096
+    backward_chunk: int = 1024
     backward_state: int = 2048
 
     def __post_init__(self):

@@ -102,7 +102,8 @@ def test_estimates_of_full_softmax_scale_to_all_keys():
 def test_an_estimate_takes_whole_blocks():
     blocks = blocks_for("v6e", 16384, 8192)
     assert bench_attention.one_block(blocks, "forward") == (blocks, 2048)
-    assert bench_attention.one_block(blocks, "forward + backward") == (dataclasses.replace(blocks, query=1024), 1024)
+    short = dataclasses.replace(blocks, query=1024, backward_state=1024)
+    assert bench_attention.one_block(blocks, "forward + backward") == (short, 1024)
     long = blocks_for("v6e", 16384, 2048)
     assert bench_attention.one_block(long, "forward + backward") == (long, 2048)
 
