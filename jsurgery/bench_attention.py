@@ -40,6 +40,7 @@ VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
 QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS = 2048, 256, 8192
 KERNELS = "hybrid_"  # in the names of ours
+Queries = tuple[int, int]  # of a block of the forward, and of the backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,17 +297,17 @@ def estimate_attention(
     estimates, kernels = (importlib.import_module(f"pallas_kernels.{name}") for name in ("estimate", "tpu"))
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
+    flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
+    contenders: list[tuple[str, Rate, Callable, Queries]] = [("flash_attention", 1, flash, (stock.QUERY_BLOCK,) * 2)]
+    for rate in dict.fromkeys((1, *rates)):
+        blocks = for_backward(kernels.blocks_for(chip, tokens, size.num_softmax(rate)))
+        attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)
+        contenders.append((name_of(rate), rate, attend, (blocks.query, blocks.backward_query)))
     for passes in PASSES if backward else PASSES[:1]:
-        flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
-        contenders: list[tuple[str, Rate, Callable, int]] = [("flash_attention", 1, flash, stock.QUERY_BLOCK)]
-        for rate in dict.fromkeys((1, *rates)):
-            blocks, few = one_block(kernels.blocks_for(chip, tokens, size.num_softmax(rate)), passes)
-            attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)
-            contenders.append((name_of(rate), rate, attend, few))
         rows = []
-        for name, rate, attend, few in contenders:
+        for name, rate, attend, queries in contenders:
             say(f"bench: estimating {name}, {passes}")
-            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes, few)
+            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes, queries)
             rows.append({"name": name, "rate": rate, "cycles": cycles, "bound": size.bound(rate)})
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
@@ -322,18 +323,13 @@ def estimate_attention(
         write_json(epath.Path(report), found)
 
 
-def one_block(blocks: Any, passes: str) -> tuple[Any, int]:
-    """The blocks of an estimate, and the queries of one block: in a backward, of which the compiler keeps most, those
-    of its own block, for all kernels."""
-    if passes == PASSES[0]:
-        return blocks, blocks.query
-    few = blocks.backward_query
-    others = {name: min(getattr(blocks, name), few) for name in ("query", "backward_state")}
-    return dataclasses.replace(blocks, **others), few
+def for_backward(blocks: Any) -> Any:
+    """Blocks of whose backward a multiple of the softmax branch's queries is a multiple of all."""
+    return dataclasses.replace(blocks, backward_state=min(blocks.backward_state, blocks.backward_query))
 
 
 def whole_layer(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, few: int
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, blocks: Queries
 ) -> float:
     """Cycles of all heads and queries, in full softmax also of all keys, from few: the compiler's memory grows with the
     grid.
@@ -341,36 +337,57 @@ def whole_layer(
     XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
     they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
     """
-    kernels, others = linear_in_heads(estimate, size, rate, attend, passes, few)
+    kernels, others = linear_in_heads(estimate, size, rate, attend, passes, blocks)
     if passes == PASSES[0] and rate != 1:
-        _, others = all_queries(estimate, size, rate, step(attend, passes), FEW_QUERIES, size.heads)
+        _, others = all_queries(estimate, size, rate, attend, (FEW_QUERIES, 2 * FEW_QUERIES), size.heads)
     return kernels + others
 
 
 def linear_in_heads(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, few: int
+    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, blocks: Queries
 ) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own; `few` queries."""
+    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own.
+
+    A forward is asked of one block of queries and of two; a backward, a program apart, of two blocks and of three, as a
+    single one is compiled otherwise.
+    """
     tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    function = step(attend, passes)
-    return size.heads / tile * all_queries(estimate, size, rate, function, few, tile)
+    forward, backward = blocks
+    ask = partial(all_queries, estimate, size, rate)
+    if passes == PASSES[0]:
+        return size.heads / tile * ask(attend, (forward, 2 * forward), tile)
+    kept = ask(attend, (forward, 2 * forward), tile, half="kept")
+    return size.heads / tile * (kept + ask(attend, (2 * backward, 3 * backward), tile, half="pullback"))
 
 
 def all_queries(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, function: Callable, few: int, heads: int
+    estimate: Callable[..., dict[str, int]],
+    size: Size,
+    rate: Rate,
+    attend: Callable,
+    queries: tuple[int, int],
+    heads: int,
+    half: str = "",
 ) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of a program of so many heads, from `few` queries and twice as many; in full softmax
-    also from `FEW_KEYS`, several blocks of every kernel, and half as many more."""
+    """Cycles [kernels', XLA's own] of a program of so many heads, from two numbers of queries; in full softmax also
+    from `FEW_KEYS`, several blocks of every kernel, and half as many more.
+
+    `half` of a gradient: the forward that has "kept" what the "pullback" needs, or that; "" is a forward alone.
+    """
 
     def cycles(num_keys: int, num_queries: int) -> np.ndarray:
         dtype = jnp.dtype(size.dtype)
         q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, num_keys))
         maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
-        found = estimate(partial(of_rows, function, heads), q, k, k, *maps)
+        function = partial(of_rows, attend, heads)
+        if half == "kept":
+            function = partial(jax.vjp, function)
+        found = estimate(function, q, k, k, *maps, **({"pullback": True} if half == "pullback" else {}))
         kernels = sum(count for name, count in found.items() if KERNELS in name)
         return np.array([kernels, sum(found.values()) - kernels])
 
-    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, 2 * few, size.tokens)
+    few, more = queries
+    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, more, size.tokens)
     if rate != 1:
         return of_keys(size.tokens)
     return extrapolated(of_keys, FEW_KEYS, 3 * FEW_KEYS // 2, size.tokens)
@@ -378,7 +395,7 @@ def all_queries(
 
 def extrapolated(cost: Callable[[int], np.ndarray], few: int, more: int, count: int) -> np.ndarray:
     """The cost of `count`, which grows in a straight line, from those of `few` and of some `more`."""
-    if count <= few:
+    if count <= more:
         return cost(count)
     one = cost(few)
     return one + (count - few) / (more - few) * (cost(more) - one)
@@ -463,8 +480,8 @@ def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str, 
     if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
         return math.inf
     estimates = importlib.import_module("pallas_kernels.estimate")
-    estimate = partial(estimates.estimate_cycles, chip)
-    return float(linear_in_heads(estimate, size, rate, attend, passes, QUERIES_OF_AN_ESTIMATE).sum())
+    estimate, queries = partial(estimates.estimate_cycles, chip), (QUERIES_OF_AN_ESTIMATE,) * 2
+    return float(linear_in_heads(estimate, size, rate, attend, passes, queries).sum())
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:

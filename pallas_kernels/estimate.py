@@ -6,6 +6,7 @@ ask about one head and a few blocks, and scale.
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -55,7 +56,7 @@ def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
     return jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower().compile()
 
 
-def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> dict[str, int]:
+def estimate_cycles(chip: str, function: Callable, *shapes: Any, pullback: bool = False) -> dict[str, int]:
     """Estimated cycles of every operation of a compiled program, by its name in the HLO; a process of its own does it.
 
     A kernel's name is the one its `pallas_call` was given, with a suffix where the program has several.
@@ -65,6 +66,7 @@ def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> dict[str, in
         function: a module's function, or a `functools.partial` of one, which another process can import. The figures of
             a `while` loop's body count once.
         shapes: pytrees of `jax.ShapeDtypeStruct`.
+        pullback: whether to compile the second half of the function's gradient instead, from what `jax.vjp` keeps on.
 
     Raises:
         ValueError: an unknown chip.
@@ -77,7 +79,7 @@ def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> dict[str, in
             1, multiprocessing.get_context("spawn"), initializer=_dump_profiles, initargs=(folder,)
         ) as process:
             try:
-                process.submit(_compile, chip, function, shapes).result()
+                process.submit(_compile, chip, function, shapes, pullback).result()
             except (concurrent.futures.BrokenExecutor, jax.errors.JaxRuntimeError) as error:
                 raise RuntimeError(f"the compiler for {chip} failed: {str(error).splitlines()[0]}") from None
         return _read_profiles(pathlib.Path(folder))
@@ -92,8 +94,17 @@ def _dump_profiles(folder: str) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
 
 
-def _compile(chip: str, function: Callable, shapes: Sequence[Any]) -> None:
+def _compile(chip: str, function: Callable, shapes: Sequence[Any], pullback: bool) -> None:
+    if pullback:
+        function, shapes = pullback_of(function, *shapes)
     compile_ahead(chip, function, *shapes)
+
+
+def pullback_of(function: Callable, *shapes: Any) -> tuple[Callable, tuple[Any, Any]]:
+    """(gradients of what `jax.vjp` keeps and of a cotangent, the shapes of these two)."""
+    y, pullback = jax.eval_shape(functools.partial(jax.vjp, function), *shapes)
+    kept, structure = jax.tree.flatten(pullback)
+    return lambda kept, dy: jax.tree.unflatten(structure, kept)(dy), (kept, y)
 
 
 def _read_profiles(folder: pathlib.Path) -> dict[str, int]:

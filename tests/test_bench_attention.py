@@ -15,6 +15,7 @@ from jsurgery.bench import SIZES
 from jsurgery.bench_attention import Size, at_rate, gradients, search, whole_layer
 from jsurgery.cli import main
 from pallas_kernels import hybrid_attention, tuning
+from pallas_kernels.estimate import pullback_of
 from pallas_kernels.tpu import blocks_for
 
 SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
@@ -61,24 +62,25 @@ def test_estimates_scale_to_all_heads_and_queries(passes, head_dim, tile):
     """From few queries and heads. Of a forward, what XLA does is asked of all heads; of a backward, at most that."""
     calls = []
 
-    def estimate(function, q, k, v, *maps):
+    def estimate(function, q, k, v, *maps, pullback=False):
         pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
         assert k.shape == v.shape == (1, 6000, q.shape[2])
-        calls.append(q.shape[1:])
+        calls.append((*q.shape[1:], pullback))
         heads = maps[0].log_scale.shape[0]
         waits = 0 if heads == 12 else q.shape[1]
         return {"hybrid_attend.1": heads * (100 + 2 * q.shape[1]), "fusion": 70 + waits + q.shape[1] * heads}
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
     size = Size(6000, 12, head_dim, "bfloat16", "lse")
-    found = whole_layer(estimate, size, 8, attend, passes, 2048)
-    exact, asked = 70 + 12 * (100 + 3 * 6000), [(2048, tile), (4096, tile)]
+    found = whole_layer(estimate, size, 8, attend, passes, (2048, 1024))
+    exact, asked = 70 + 12 * (100 + 3 * 6000), [(2048, tile, False), (4096, tile, False)]
     if passes == "forward":
-        asked += [(256, 12), (512, 12)]
+        asked += [(256, 12, False), (512, 12, False)]
         assert found == exact
     else:
-        assert found == exact - 70 + 12 / tile * (70 + 6000)
-    assert calls == [(n, heads * head_dim) for n, heads in asked]
+        asked += [(2048, tile, True), (3072, tile, True)]
+        assert found == 2 * (exact - 70 + 12 / tile * (70 + 6000))
+    assert calls == [(n, heads * head_dim, pullback) for n, heads, pullback in asked]
 
 
 def test_estimates_of_full_softmax_scale_to_all_keys():
@@ -93,19 +95,32 @@ def test_estimates_of_full_softmax_scale_to_all_keys():
 
     size = Size(20_000, 12, 128, "bfloat16", "lse")
     attend = at_rate(hybrid_attention, size, 1, implementation="xla")
-    found = whole_layer(estimate, size, 1, attend, "forward", 2048)
+    found = whole_layer(estimate, size, 1, attend, "forward", (2048, 1024))
     assert found == pytest.approx(12 * (7 + 20_000 * (3 + 2 * 20_000) + 5 * 20_000))
     assert set(asked) == {(2048, 8192), (4096, 8192), (2048, 12288), (4096, 12288)}
     assert at_rate(hybrid_attention, size, 8).keywords["num_softmax"] == 2500
 
 
 def test_an_estimate_takes_whole_blocks():
-    blocks = blocks_for("v6e", 16384, 8192)
-    assert bench_attention.one_block(blocks, "forward") == (blocks, 2048)
-    short = dataclasses.replace(blocks, query=1024, backward_state=1024)
-    assert bench_attention.one_block(blocks, "forward + backward") == (short, 1024)
-    long = blocks_for("v6e", 16384, 2048)
-    assert bench_attention.one_block(long, "forward + backward") == (long, 2048)
+    for num_softmax, queries in ((8192, 1024), (2048, 2048)):
+        blocks = blocks_for("v6e", 16384, num_softmax)
+        of_estimate = bench_attention.for_backward(blocks)
+        assert of_estimate == dataclasses.replace(blocks, backward_state=queries)
+        assert of_estimate.backward_query == queries
+
+
+def test_the_two_halves_of_a_gradient_are_the_gradient():
+    *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
+    attend = functools.partial(hybrid_attention, num_softmax=10)
+    shapes = jax.eval_shape(lambda *inputs: inputs, *arrays, query_map, key_map)
+    program, (kept, dy) = pullback_of(attend, *shapes)
+    y, pullback = jax.vjp(attend, *arrays, query_map, key_map)
+    assert jax.tree.map(lambda x: x.shape, kept) == [x.shape for x in jax.tree.leaves(pullback)]
+    assert dy.shape == y.shape
+    found = jax.jit(program)(jax.tree.leaves(pullback), arrays[0])
+    expected = gradients(attend, *arrays, query_map, key_map)
+    for x, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, e, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_of_all_heads_are_split_and_joined():
