@@ -66,13 +66,16 @@ def velocity_errors(
 ) -> dict[str, Any]:
     """Of every plan against the softmax model, relative errors of the velocity: "l1" and "squared", each [P].
 
-    "squared" is the relative squared error, which adds up over blocks as far as their errors are uncorrelated.
+    "squared" is the mean over the batch of relative squared errors, which add up over blocks as far as their errors are
+    uncorrelated.
     """
     teacher = forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), setup)[0]
 
     def errors(choice_L):
         difference = forward(model, batch, maps, choice_L, setup)[0] - teacher
-        return jnp.abs(difference).sum() / jnp.abs(teacher).sum(), (difference**2).sum() / (teacher**2).sum()
+        of_each = tuple(range(1, teacher.ndim))
+        squared_B = (difference**2).sum(of_each) / (teacher**2).sum(of_each)
+        return jnp.abs(difference).sum() / jnp.abs(teacher).sum(), squared_B.mean()
 
     l1_P, squared_P = lax.map(errors, plans_PxL)
     return {"l1": l1_P, "squared": squared_P}

@@ -351,7 +351,7 @@ PLAN = {
 }  # fmt: skip
 ERRORS = {
     "rates": [2, 4, 8, "linear"], "errors": [[0.1, 0.2, 0.3, 0.4]] * 3, "blocks": [0, 1, 2],
-    "initial_errors": [[0.2, 0.3, 0.4, 0.5]] * 3, "samples": 4,
+    "initial_errors": [[0.2, 0.3, 0.4, 0.5]] * 3, "samples": 4, "velocity_errors": [[0.01, 0.02, 0.03, 0.04]] * 3,
 }  # fmt: skip
 
 
