@@ -5,7 +5,7 @@
 # make kernels   the attention kernels' tests at every shape of their grid, and of every config on TPUs; takes hours
 # make evidence  the tables of the README, re-run; takes hours
 # make ablations the tables of docs/results.md, re-run; takes hours
-# make tables    the same tables from the measurements in docs/ablations; takes a minute
+# make tables    the same tables from the measurements in docs/ablations, and what is missing there
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
 # make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
 #

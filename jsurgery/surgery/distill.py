@@ -144,8 +144,8 @@ def velocity_errors_of_blocks(
 ) -> dict[str, Any]:
     """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
 
-    Squares add up over blocks as far as these err independently, and of the errors that were tried they rank whole
-    plans best (`jsurgery ablate --table=objective`). Over `steps` of the held-out ones, evenly spread, in batches of
+    Squares add up over blocks as far as these err independently, and of the errors that were tried they rank plans of
+    one cost best (`jsurgery ablate --table=objective`). Over `steps` of the held-out ones, evenly spread, in batches of
     what the mesh holds at once.
     """
     size, layers = batch_pieces(mesh), teacher.config.num_layers
