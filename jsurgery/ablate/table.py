@@ -136,6 +136,7 @@ def interval_chart(measure: str, rows: Mapping[str, Mapping[str, Any]]) -> Chart
 def write(result: Mapping[str, Any], workdir: epath.Path) -> str:
     """Leaves TABLE.json, TABLE.md and TABLE.html in the workdir; returns the Markdown."""
     name, text = result["table"], markdown(result)
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / f"{name}.json", result)
     (workdir / f"{name}.md").write_text(text)
     sections: list[dict[str, Any]] = [{"title": "Figure", "text": result["text"], "charts": charts(result)}]

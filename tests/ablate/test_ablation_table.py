@@ -52,7 +52,7 @@ def test_the_interval_is_that_of_the_mean():
 
 
 def test_markdown_and_files(tmp_path):
-    text = write(RESULT, epath.Path(tmp_path))
+    text = write(RESULT, epath.Path(tmp_path := tmp_path / "new"))
     assert text == markdown(RESULT) == (tmp_path / "loss.md").read_text()
     lines = text.splitlines()
     assert (
