@@ -38,7 +38,7 @@ FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
-QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS = 2048, 256, 8192
+QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS, FEW_LINEAR_KEYS = 2048, 256, 8192, 2048
 KERNELS = "hybrid_"  # in the names of ours
 Queries = tuple[int, int]  # of a block of the forward, and of the backward
 
@@ -331,8 +331,7 @@ def for_backward(blocks: Any) -> Any:
 def whole_layer(
     estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, blocks: Queries
 ) -> float:
-    """Cycles of all heads and queries, in full softmax also of all keys, from few: the compiler's memory grows with the
-    grid.
+    """Cycles of all heads, queries and keys, from few: the compiler's memory grows with the grid.
 
     XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
     they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
@@ -369,8 +368,9 @@ def all_queries(
     heads: int,
     half: str = "",
 ) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of a program of so many heads, from two numbers of queries; in full softmax also
-    from `FEW_KEYS`, several blocks of every kernel, and half as many more.
+    """Cycles [kernels', XLA's own] of a program of so many heads, from two numbers of queries and two of keys: of full
+    softmax from `FEW_KEYS`, several blocks of every kernel, and half as many more; of a hybrid from all its softmax
+    keys, with `FEW_LINEAR_KEYS` and half as many more.
 
     `half` of a gradient: the forward that has "kept" what the "pullback" needs, or that; "" is a forward alone.
     """
@@ -388,9 +388,8 @@ def all_queries(
 
     few, more = queries
     of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, more, size.tokens)
-    if rate != 1:
-        return of_keys(size.tokens)
-    return extrapolated(of_keys, FEW_KEYS, 3 * FEW_KEYS // 2, size.tokens)
+    softmax_keys, few_keys = (0, FEW_KEYS) if rate == 1 else (size.num_softmax(rate), FEW_LINEAR_KEYS)
+    return extrapolated(of_keys, softmax_keys + few_keys, softmax_keys + 3 * few_keys // 2, size.tokens)
 
 
 def extrapolated(cost: Callable[[int], np.ndarray], few: int, more: int, count: int) -> np.ndarray:

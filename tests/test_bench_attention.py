@@ -58,29 +58,35 @@ def test_torch_and_ours_compute_the_same_work():
 
 @pytest.mark.parametrize(("head_dim", "tile"), [(128, 1), (64, 2)])
 @pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def test_estimates_scale_to_all_heads_and_queries(passes, head_dim, tile):
-    """From few queries and heads. Of a forward, what XLA does is asked of all heads; of a backward, at most that."""
+def test_estimates_scale_to_all_heads_queries_and_keys(passes, head_dim, tile):
+    """From few of each. Of a forward, what XLA does is asked of all heads; of a backward, at most that."""
     calls = []
 
     def estimate(function, q, k, v, *maps, pullback=False):
         pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
-        assert k.shape == v.shape == (1, 6000, q.shape[2])
-        calls.append((*q.shape[1:], pullback))
+        assert k.shape == v.shape == (1, k.shape[1], q.shape[2])
+        calls.append((*q.shape[1:], k.shape[1], pullback))
         heads = maps[0].log_scale.shape[0]
         waits = 0 if heads == 12 else q.shape[1]
-        return {"hybrid_attend.1": heads * (100 + 2 * q.shape[1]), "fusion": 70 + waits + q.shape[1] * heads}
+        kernels = heads * (100 + 2 * q.shape[1] + 5 * k.shape[1])
+        return {"hybrid_attend.1": kernels, "fusion": 70 + waits + (q.shape[1] + k.shape[1]) * heads}
 
     attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
     size = Size(6000, 12, head_dim, "bfloat16", "lse")
     found = whole_layer(estimate, size, 8, attend, passes, (2048, 1024))
-    exact, asked = 70 + 12 * (100 + 3 * 6000), [(2048, tile, False), (4096, tile, False)]
+    exact, asked = 70 + 12 * (100 + 9 * 6000), [(2048, tile, False), (4096, tile, False)]
     if passes == "forward":
         asked += [(256, 12, False), (512, 12, False)]
         assert found == exact
     else:
         asked += [(2048, tile, True), (3072, tile, True)]
         assert found == 2 * (exact - 70 + 12 / tile * (70 + 6000))
-    assert calls == [(n, heads * head_dim, pullback) for n, heads, pullback in asked]
+    # All softmax keys, and of the others two numbers.
+    keys = (750 + 2048, 750 + 3072)
+    both = [
+        (n, heads, k, back) for part in zip(*[iter(asked)] * 2, strict=True) for k in keys for n, heads, back in part
+    ]
+    assert calls == [(n, heads * head_dim, k, pullback) for n, heads, k, pullback in both]
 
 
 def test_estimates_of_full_softmax_scale_to_all_keys():
