@@ -83,10 +83,9 @@ def test_estimates_scale_to_all_heads_queries_and_keys(passes, head_dim, tile):
         assert found == 2 * (exact - 70 + 12 / tile * (70 + 6000))
     # All softmax keys, and of the others two numbers.
     keys = (750 + 2048, 750 + 3072)
-    both = [
-        (n, heads, k, back) for part in zip(*[iter(asked)] * 2, strict=True) for k in keys for n, heads, back in part
-    ]
-    assert calls == [(n, heads * head_dim, k, pullback) for n, heads, k, pullback in both]
+    halves = zip(asked[::2], asked[1::2], strict=True)
+    both = [(n, heads * head_dim, k, back) for half in halves for k in keys for n, heads, back in half]
+    assert calls == both
 
 
 def test_estimates_of_full_softmax_scale_to_all_keys():
