@@ -96,7 +96,7 @@ def test_the_slider_changes_the_plan(browser, run):
     assert own == ["softmax", "R8", "R4", "R8", "linear", "softmax"]
     files = read_run(run)
     costs = block_costs(files.config, MODEL)
-    errors = np.insert(np.array(files.errors["errors"]), 0, 0.0, axis=1)
+    errors = np.insert(np.array(files.errors["velocity_errors"]), 0, 0.0, axis=1)
     of_rates = np.stack([costs.at(rate) for rate in files.config.plan.rates], axis=1)
     named = ["softmax", "R2", "R4", "R8", "linear"]
     shown = []
