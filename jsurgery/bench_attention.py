@@ -298,7 +298,8 @@ def estimate_attention(
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
     flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
-    contenders: list[tuple[str, Rate, Callable, Queries]] = [("flash_attention", 1, flash, (stock.QUERY_BLOCK,) * 2)]
+    queries = (stock.QUERY_BLOCK, stock.QUERY_BLOCK)
+    contenders: list[tuple[str, Rate, Callable, Queries]] = [("flash_attention", 1, flash, queries)]
     for rate in dict.fromkeys((1, *rates)):
         blocks = for_backward(kernels.blocks_for(chip, tokens, size.num_softmax(rate)))
         attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)
@@ -479,7 +480,7 @@ def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str, 
     if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
         return math.inf
     estimates = importlib.import_module("pallas_kernels.estimate")
-    estimate, queries = partial(estimates.estimate_cycles, chip), (QUERIES_OF_AN_ESTIMATE,) * 2
+    estimate, queries = partial(estimates.estimate_cycles, chip), (QUERIES_OF_AN_ESTIMATE, QUERIES_OF_AN_ESTIMATE)
     return float(linear_in_heads(estimate, size, rate, attend, passes, queries).sum())
 
 

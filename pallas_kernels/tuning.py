@@ -49,8 +49,8 @@ def lookup(chip: str, num_keys: int, num_softmax: int, path: pathlib.Path = PATH
     """Blocks of the entry nearest in softmax keys and in keys, on a log scale; empty where none is within twofold."""
 
     def distances(entry: dict) -> tuple[float, float]:
-        softmax, keys = (num_softmax, entry["num_softmax"]), (num_keys, entry["num_keys"])
-        return tuple(abs(math.log2((1 + ours) / (1 + theirs))) for ours, theirs in (softmax, keys))
+        apart = lambda ours, theirs: abs(math.log2((1 + ours) / (1 + theirs)))
+        return apart(num_softmax, entry["num_softmax"]), apart(num_keys, entry["num_keys"])
 
     entries = [entry for entry in load(chip, path) if max(distances(entry)) <= 1]
     return min(entries, key=lambda entry: sum(distances(entry)))["blocks"] if entries else {}

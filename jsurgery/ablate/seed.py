@@ -103,7 +103,7 @@ class Seed:
         """
         return self.stage("distill", config, DISTILLING, [self.run.trace], **inputs)
 
-    def distilled(self, config: ConfigDict, **inputs: str) -> epath.Path:
+    def distilled(self, config: ConfigDict, **inputs: Any) -> epath.Path:
         stage = self.distillation(config, **inputs)
         if not stage.done():
             self.trace()
