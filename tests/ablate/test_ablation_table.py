@@ -52,16 +52,17 @@ def test_the_interval_is_that_of_the_mean():
 
 
 def test_markdown_and_files(tmp_path):
-    text = write(RESULT, epath.Path(tmp_path := tmp_path / "new"))
-    assert text == markdown(RESULT) == (tmp_path / "loss.md").read_text()
+    folder = tmp_path / "not there yet"
+    text = write(RESULT, epath.Path(folder))
+    assert text == markdown(RESULT) == (folder / "loss.md").read_text()
     lines = text.splitlines()
     assert (
         "| tiny model | attention FLOPs, of the teacher's | total | paper: Total |" in lines
     )  # color is in the JSON alone
     assert "| a | 0.5 | 0.2500 ± 0.1250 | 80 |" in lines and "| teacher |  | 0.9000 ± 0.0000 |  |" in lines
     assert "| a − b | -0.5000 [-0.7500, -0.2500] (n 7) |" in lines
-    assert json.loads((tmp_path / "loss.json").read_text())["rows"]["a"]["color"] == [1.0, 0.0]
-    page = (tmp_path / "loss.html").read_text()
+    assert json.loads((folder / "loss.json").read_text())["rows"]["a"]["color"] == [1.0, 0.0]
+    page = (folder / "loss.html").read_text()
     assert "The &lt;loss&gt;" in page and page.count("<svg") == 2 and "0.2500 ± 0.1250" in page
 
 
