@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
 
@@ -38,9 +37,6 @@ FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
 TEXT_LENGTH = 512
-QUERIES_OF_AN_ESTIMATE, FEW_QUERIES, FEW_KEYS, FEW_LINEAR_KEYS = 2048, 256, 8192, 2048
-KERNELS = "hybrid_"  # in the names of ours
-Queries = tuple[int, int]  # of a block of the forward, and of the backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,22 +290,22 @@ def estimate_attention(
     """Prints what the TPU compiler expects each rate to cost in bfloat16, with no TPU: static estimates."""
     check_report(report)
     check_estimates(chip)
-    estimates, kernels = (importlib.import_module(f"pallas_kernels.{name}") for name in ("estimate", "tpu"))
+    kernels = importlib.import_module("pallas_kernels.tpu")
     size = Size(tokens, heads, head_dim, "bfloat16", stabilizer)
     found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
-    flash = partial(to_all_keys, partial(stock.hybrid_attention, platform="tpu"))
-    queries = (stock.QUERY_BLOCK, stock.QUERY_BLOCK)
-    contenders: list[tuple[str, Rate, Callable, Queries]] = [("flash_attention", 1, flash, queries)]
+    flash = partial(stock.hybrid_attention, num_softmax=tokens, platform="tpu")
+    contenders: list[tuple[str, Rate, Callable]] = [(STOCK["tpu"], 1, flash)]
     for rate in dict.fromkeys((1, *rates)):
-        blocks = for_backward(kernels.blocks_for(chip, tokens, size.num_softmax(rate)))
-        attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)
-        contenders.append((name_of(rate), rate, attend, (blocks.query, blocks.backward_query)))
+        blocks = kernels.blocks_for(chip, tokens, size.num_softmax(rate))
+        contenders.append((name_of(rate), rate, at_rate(kernels.hybrid_attention, size, rate, block_sizes=blocks)))
     for passes in PASSES if backward else PASSES[:1]:
         rows = []
-        for name, rate, attend, queries in contenders:
+        for name, rate, attend in contenders:
             say(f"bench: estimating {name}, {passes}")
-            cycles = whole_layer(partial(estimates.estimate_cycles, chip), size, rate, attend, passes, queries)
-            rows.append({"name": name, "rate": rate, "cycles": cycles, "bound": size.bound(rate)})
+            parts = estimated(chip, size, rate, attend, passes)
+            # What XLA does for flash_attention is to move the heads out of the rows, which others may not need.
+            cycles = sum(parts["kernels"].values()) + (name != STOCK["tpu"]) * parts["xla"]
+            rows.append({"name": name, "rate": rate, "cycles": cycles, **parts, "bound": size.bound(rate)})
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
         for each in rows:
@@ -324,100 +320,25 @@ def estimate_attention(
         write_json(epath.Path(report), found)
 
 
-def for_backward(blocks: Any) -> Any:
-    """Blocks of whose backward a multiple of the softmax branch's queries is a multiple of all."""
-    return dataclasses.replace(blocks, backward_state=min(blocks.backward_state, blocks.backward_query))
-
-
-def whole_layer(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, blocks: Queries
-) -> float:
-    """Cycles of all heads, queries and keys, from few: the compiler's memory grows with the grid.
-
-    XLA's own operations do not grow with the heads as kernels do: it prefetches what is small, and waits. In a forward
-    they are those of all heads; in a backward, for which that takes over 13 GB, this is an upper bound.
-    """
-    kernels, others = linear_in_heads(estimate, size, rate, attend, passes, blocks)
-    if passes == PASSES[0] and rate != 1:
-        _, others = all_queries(estimate, size, rate, attend, (FEW_QUERIES, 2 * FEW_QUERIES), size.heads)
-    return kernels + others
-
-
-def linear_in_heads(
-    estimate: Callable[..., dict[str, int]], size: Size, rate: Rate, attend: Callable, passes: str, blocks: Queries
-) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of as many heads as there are, each as in a program of its own.
-
-    A forward is asked of one block of queries and of two; a backward, a program apart, of two blocks and of three, as a
-    single one is compiled otherwise.
-    """
-    tile = 1 if size.head_dim % 128 == 0 else math.gcd(size.heads, 2)
-    forward, backward = blocks
-    ask = partial(all_queries, estimate, size, rate)
-    if passes == PASSES[0]:
-        return size.heads / tile * ask(attend, (forward, 2 * forward), tile)
-    kept = ask(attend, (forward, 2 * forward), tile, half="kept")
-    return size.heads / tile * (kept + ask(attend, (2 * backward, 3 * backward), tile, half="pullback"))
-
-
-def all_queries(
-    estimate: Callable[..., dict[str, int]],
-    size: Size,
-    rate: Rate,
-    attend: Callable,
-    queries: tuple[int, int],
-    heads: int,
-    half: str = "",
-) -> np.ndarray:
-    """Cycles [kernels', XLA's own] of a program of so many heads, from two numbers of queries and two of keys: of full
-    softmax from `FEW_KEYS`, several blocks of every kernel, and half as many more; of a hybrid from all its softmax
-    keys, with `FEW_LINEAR_KEYS` and half as many more.
-
-    `half` of a gradient: the forward that has "kept" what the "pullback" needs, or that; "" is a forward alone.
-    """
-
-    def cycles(num_keys: int, num_queries: int) -> np.ndarray:
-        dtype = jnp.dtype(size.dtype)
-        q, k = (jax.ShapeDtypeStruct((1, n, heads * size.head_dim), dtype) for n in (num_queries, num_keys))
-        maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1, heads=heads), rate)[3:])
-        function = partial(of_rows, attend, heads)
-        if half == "kept":
-            function = partial(jax.vjp, function)
-        found = estimate(function, q, k, k, *maps, **({"pullback": True} if half == "pullback" else {}))
-        kernels = sum(count for name, count in found.items() if KERNELS in name)
-        return np.array([kernels, sum(found.values()) - kernels])
-
-    few, more = queries
-    of_keys = lambda num_keys: extrapolated(partial(cycles, num_keys), few, more, size.tokens)
-    softmax_keys, few_keys = (0, FEW_KEYS) if rate == 1 else (size.num_softmax(rate), FEW_LINEAR_KEYS)
-    return extrapolated(of_keys, softmax_keys + few_keys, softmax_keys + 3 * few_keys // 2, size.tokens)
-
-
-def extrapolated(cost: Callable[[int], np.ndarray], few: int, more: int, count: int) -> np.ndarray:
-    """The cost of `count`, which grows in a straight line, from those of `few` and of some `more`."""
-    if count <= more:
-        return cost(count)
-    one = cost(few)
-    return one + (count - few) / (more - few) * (cost(more) - one)
+def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str) -> dict[str, Any]:
+    """Static cycles of a layer: {"kernels": {name: cycles}, "xla": those of XLA's own operations}."""
+    estimates = importlib.import_module("pallas_kernels.estimate")
+    rows = jax.ShapeDtypeStruct((1, size.tokens, size.heads * size.head_dim), jnp.dtype(size.dtype))
+    maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1), rate)[3:])
+    layer = step(partial(of_rows, attend, size.heads), passes)
+    kernels, own = estimates.estimate_cycles(chip, layer, rows, rows, rows, *maps)
+    return {"kernels": kernels, "xla": sum(own.values())}
 
 
 def at_rate(attend: Callable, size: Size, rate: Rate, **options: Any) -> Callable:
     """Attention of a size at a rate, as a function of q, k, v and maps that another process can import."""
-    attend = partial(attend, stabilizer=size.stabilizer, **options)
-    return partial(to_all_keys, attend) if rate == 1 else partial(attend, num_softmax=size.num_softmax(rate))
+    return partial(attend, num_softmax=size.num_softmax(rate), stabilizer=size.stabilizer, **options)
 
 
-def to_all_keys(attend: Callable, q: jax.Array, k: jax.Array, *rest: Any) -> jax.Array:
-    """Full softmax, of however many keys there are."""
-    return attend(q, k, *rest, num_softmax=k.shape[1])
-
-
-def of_rows(function: Callable, heads: int, *arrays: Any) -> Any:
-    """`function` of q, k, v [B, N, H * D], as projections leave them, and maps; what it returns likewise."""
-    q, k, v, *maps = arrays
+def of_rows(attend: Callable, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, *maps: Any) -> jax.Array:
+    """`attend` of q, k and v [B, N, H * D], as projections leave them, and maps; y likewise."""
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)
-    rows = lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x
-    return jax.tree.map(rows, function(split(q), split(k), split(v), *maps))
+    return attend(split(q), split(k), split(v), *maps).reshape(q.shape)
 
 
 def tune_attention(
@@ -450,7 +371,8 @@ def tune_attention(
             try:
                 attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=kernels.BlockSizes(**blocks))
                 if chip is not None:
-                    return estimated(chip, size, rate, attend, passes, blocks)
+                    parts = estimated(chip, size, rate, attend, passes)
+                    return sum(parts["kernels"].values()) + parts["xla"]
                 run = program(attend, arguments(size, rate), passes)["run"]
                 run()
                 return statistics.median(timed(run) for _ in range(runs))
@@ -473,15 +395,6 @@ def check_estimates(chip: str) -> None:
         raise InputError(f"--estimate: expected one of {', '.join(estimates.CHIPS)}, found {chip!r}")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError('--estimate: needs libtpu, found none: pip install "jsurgery[tpu]"')
-
-
-def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str, blocks: dict[str, int]) -> float:
-    """Static cycles to compare blocks by; infinite where a block has more queries than an estimate."""
-    if max(blocks[name] for name in ("query", "backward_query", "backward_state")) > QUERIES_OF_AN_ESTIMATE:
-        return math.inf
-    estimates = importlib.import_module("pallas_kernels.estimate")
-    estimate, queries = partial(estimates.estimate_cycles, chip), (QUERIES_OF_AN_ESTIMATE, QUERIES_OF_AN_ESTIMATE)
-    return float(linear_in_heads(estimate, size, rate, attend, passes, queries).sum())
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:

@@ -1,12 +1,15 @@
 """What the TPU compiler believes a program costs, with no TPU: static estimates, never measurements.
 
-The compiler adds up the cycles of its schedule over every grid step. It reads data-dependent scalars as 0 and barely
-models the traffic with HBM, so of a kernel bound by bandwidth the figure is too low. It keeps each grid step in memory:
-ask about one head and a few blocks, and scale.
+A kernel's figure is the length of the schedule of one grid step, which the compiler can print, or the time of its
+matrix units if that is longer, times its grid steps; of what stands under `pl.when`, times the steps that run it. Other
+waits and traffic with HBM are not in it, so of a kernel bound by bandwidth it is too low. The compiler can also play
+its schedule step by step (`--xla_jf_dump_static_llo_profile_to`), in gigabytes and minutes, but takes scalars that it
+had to spill for 0, and so runs steps that are not there: half again as many in kernels with several outputs.
 """
 
 import concurrent.futures
-import functools
+import dataclasses
+import math
 import multiprocessing
 import os
 import pathlib
@@ -16,9 +19,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, jaxpr_as_fun, jaxprs_in_params
 
 # The smallest slice of each chip's topology, and the accelerator type that libtpu is told.
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# For how long a matrix unit is at 16 rows in bfloat16: one a cycle at 128 x 128, two at 256 x 256.
+MATMUL_CYCLES = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8}
 ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
 
 
@@ -56,33 +64,127 @@ def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
     return jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower().compile()
 
 
-def estimate_cycles(chip: str, function: Callable, *shapes: Any, pullback: bool = False) -> dict[str, int]:
-    """Estimated cycles of every operation of a compiled program, by its name in the HLO; a process of its own does it.
+def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Estimated cycles of a compiled program's Pallas kernels, and of XLA's own operations, by their names in the HLO.
 
-    A kernel's name is the one its `pallas_call` was given, with a suffix where the program has several.
+    A kernel's name is the one its `pallas_call` was given, with JAX's transformations and a number about it. Copies
+    that run beside other work are free, and a `while` loop's body counts once. A process of its own does it.
 
     Args:
         chip: a key of `CHIPS`.
-        function: a module's function, or a `functools.partial` of one, which another process can import. The figures of
-            a `while` loop's body count once.
+        function: a module's function, or a `functools.partial` of one, which another process can import.
         shapes: pytrees of `jax.ShapeDtypeStruct`.
-        pullback: whether to compile the second half of the function's gradient instead, from what `jax.vjp` keeps on.
 
     Raises:
         ValueError: an unknown chip.
-        RuntimeError: the compiler failed.
+        RuntimeError: the compiler failed, or its schedule of a kernel is not there.
     """
     _check(chip)
     with tempfile.TemporaryDirectory() as folder:
         # libtpu reads its arguments when it loads, so the process is a new one.
         with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_dump_profiles, initargs=(folder,)
+            1, multiprocessing.get_context("spawn"), initializer=_dump_schedules, initargs=(folder,)
         ) as process:
             try:
-                process.submit(_compile, chip, function, shapes, pullback).result()
+                text = process.submit(_compiled_text, chip, function, shapes).result()
             except (concurrent.futures.BrokenExecutor, jax.errors.JaxRuntimeError) as error:
                 raise RuntimeError(f"the compiler for {chip} failed: {str(error).splitlines()[0]}") from None
-        return _read_profiles(pathlib.Path(folder))
+        called = kernels_of(jax.make_jaxpr(function)(*shapes).jaxpr)
+        kernels = {}
+        for name, label in sorted(KERNEL.findall(text)):
+            if not called.get(label):
+                raise RuntimeError(f"{name}: expected a kernel of {', '.join(called)}, found {label}")
+            schedule = _schedule(pathlib.Path(folder), name)
+            kernels[name] = round(cycles_of(called[label].pop(0), schedule, MATMUL_CYCLES[chip]))
+        return kernels, {name: int(cycles) for name, cycles in XLA_OPERATION.findall(text)}
+
+
+# In HLO: a kernel's instruction and what it is called in JAX, "jit(f)/transpose(jvp(NAME))/pallas_call"; and one of
+# XLA's own, with its estimate.
+KERNEL = re.compile(r'%(\S+) = [^\n]*"tpu_custom_call"[^\n]*op_name="[^"]*?([^"/()]+)\)*/pallas_call"')
+XLA_OPERATION = re.compile(r'%(\S+) = [^\n]*"estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Its grid steps, and of each of its sections under `pl.when`, in order, the share of the steps that run it."""
+
+    steps: int
+    shares: tuple[float, ...]
+
+
+def kernels_of(jaxpr: Any, within: str = "") -> dict[str, list[Kernel]]:
+    """The kernels called in a jaxpr by their names; by that of the scope or function about one that has none."""
+    found: dict[str, list[Kernel]] = {}
+    for equation in jaxpr.eqns:
+        scope = str(equation.source_info.name_stack).rpartition("/")[2].rpartition("(")[2].rstrip(")") or within
+        if equation.primitive.name == "pallas_call":
+            grid = equation.params["grid_mapping"].grid
+            made = Kernel(math.prod(grid), section_shares(equation.params["jaxpr"], grid))
+            found.setdefault(equation.params["name"] or scope, []).append(made)
+            continue
+        for inner in jaxprs_in_params(equation.params):
+            for name, kernels in kernels_of(inner, equation.params.get("name", scope)).items():
+                found.setdefault(name, []).extend(kernels)
+    return found
+
+
+def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
+    """Of each condition of a kernel's jaxpr that depends on the step alone, the share of steps at which it holds; 1 of
+    any other. Conditions that hold at every step or at none are no sections: the compiler sees as much."""
+
+    def conditions(index: jax.Array) -> list[Any]:
+        known, found = {}, []
+        for equation in kernel.eqns:
+            kind = equation.primitive.name
+            values = [x.val if isinstance(x, Literal) else known.get(x) for x in equation.invars]
+            if kind == "program_id":
+                values = [index[equation.params["axis"]]]
+            elif kind == "num_programs":
+                values = [grid[equation.params["axis"]]]
+            elif kind == "cond":
+                found.append(jnp.asarray(-1 if values[0] is None else values[0], jnp.int32))
+                continue
+            elif not values or any(value is None for value in values):
+                continue
+            elif kind == "jit":
+                values = jaxpr_as_fun(equation.params["jaxpr"])(*values)
+            else:
+                result = equation.primitive.bind(*values, **equation.params)
+                values = result if equation.primitive.multiple_results else [result]
+            known.update(zip(equation.outvars, values, strict=True))
+        return found
+
+    steps = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), axis=-1).reshape(-1, len(grid))
+    held = [taken.astype(float).mean() for taken in jax.vmap(conditions)(steps)]
+    return tuple(1.0 if share < 0 else float(share) for share in held if share not in (0, 1))
+
+
+def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
+    """Cycles of a kernel, of whose schedule every line is a bundle of instructions: "0x1f LB: > { ... }".
+
+    A bundle takes a cycle, but of a step's `vmatmul`s each keeps its matrix unit for `matmul_cycles`, and the busiest
+    unit may take longer. Sections are what branches inside the body of the loop over steps jump over. Where they are
+    not as many as the kernel has, each counts in every step.
+    """
+    starts, branches, products, address = {}, [], [], 0
+    for line in schedule.splitlines():
+        if found := re.match(r" *0x([0-9a-f]+) ", line):
+            address = int(found[1], 16)
+        starts |= {int(region): address for region in re.findall(r"Start(?:/End empty)? region (\d+)", line)}
+        branches += [(address, int(target)) for target in re.findall(r"sbr\.rel [^;}]*target = \$region(\d+)", line)]
+        products += [(address, int(unit)) for unit in re.findall(r"vmatmul\.\S+\.mxu(\d)", line)]
+    jumps = [(start, starts[target]) for start, target in branches if starts[target] > start]
+    begin, end = max(jumps, key=lambda ends: ends[1] - ends[0], default=(0, 0))
+    sections = [(start, stop) for start, stop in jumps if begin < start and stop <= end]
+    share = np.ones(address + 1)  # of the steps that run a bundle
+    if len(sections) == len(kernel.shares):
+        for (start, stop), of_section in zip(sections, kernel.shares, strict=True):
+            share[start:stop] *= of_section
+    busy = np.zeros(8)
+    for address, unit in products:
+        busy[unit] += matmul_cycles * share[address]
+    return kernel.steps * max(share.sum(), busy.max())
 
 
 def _check(chip: str) -> None:
@@ -90,29 +192,18 @@ def _check(chip: str) -> None:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, found {chip!r}")
 
 
-def _dump_profiles(folder: str) -> None:
-    os.environ |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"}
+def _dump_schedules(folder: str) -> None:
+    arguments = {"to": folder, "llo_text": "true", "llo_pass_label_regex": ".*final_bundles.*"}
+    options = " ".join(f"--xla_jf_dump_{name}={value}" for name, value in arguments.items())
+    os.environ |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": options}
 
 
-def _compile(chip: str, function: Callable, shapes: Sequence[Any], pullback: bool) -> None:
-    if pullback:
-        function, shapes = pullback_of(function, *shapes)
-    compile_ahead(chip, function, *shapes)
+def _compiled_text(chip: str, function: Callable, shapes: Sequence[Any]) -> str:
+    return compile_ahead(chip, function, *shapes).as_text()
 
 
-def pullback_of(function: Callable, *shapes: Any) -> tuple[Callable, tuple[Any, Any]]:
-    """(gradients of what `jax.vjp` keeps and of a cotangent, the shapes of these two)."""
-    y, pullback = jax.eval_shape(functools.partial(jax.vjp, function), *shapes)
-    kept, structure = jax.tree.flatten(pullback)
-    return lambda kept, dy: jax.tree.unflatten(structure, kept)(dy), (kept, y)
-
-
-def _read_profiles(folder: pathlib.Path) -> dict[str, int]:
-    cycles = {}
-    for profile in folder.glob("*.textproto"):
-        text = profile.read_text()
-        if (name := re.search(r'hlo_op_name: "([^"]+)"', text)) and (
-            found := re.search(r"estimated_cycles: (\d+)", text)
-        ):
-            cycles[name[1].lstrip("%")] = int(found[1])
-    return cycles
+def _schedule(folder: pathlib.Path, kernel: str) -> str:
+    for file in folder.glob(f"*-{kernel}-*final_bundles.txt"):
+        if "schedule-analysis" not in file.name:
+            return file.read_text()
+    raise RuntimeError(f"the compiler left no schedule of {kernel}")

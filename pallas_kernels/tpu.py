@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
-from pallas_kernels.tpu_backward import attend_backward, read_out_backward, summarize_backward
+from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
 from pallas_kernels.tpu_forward import BlockSizes, Problem, attend, summarize
 
 
@@ -170,16 +170,9 @@ def _attention_forward(problem, arrays, maps, valid):
     return y, (arrays, maps, valid, y, stats, state, z)
 
 
-def _per_query(problem: Problem, y: jax.Array, dy: jax.Array, stats: jax.Array) -> jax.Array:
-    """What the backward kernels know of a query, [B, H, 3, N]: stats, and delta = dy . y."""
-    delta = (dy.astype(jnp.float32) * y).reshape(*dy.shape[:-1], -1, problem.width).sum(axis=-1)
-    delta_BxHxN = delta.swapaxes(1, 2) if problem.packed else delta[..., 0]
-    return jnp.concatenate([stats, delta_BxHxN[:, :, None]], axis=2)
-
-
 def _attention_backward(problem, residuals, dy):
     (q, k, v), (query_map, key_map), valid, y, stats, state, z = residuals
-    per_query = _per_query(problem, y, dy, stats)
+    per_query = known_per_query(problem, y, dy, stats)
     if query_map is None:
         d_arrays = attend_backward(problem, q, k, v, valid, dy, per_query, None, None)
         return d_arrays, (None, None), None
@@ -244,7 +237,7 @@ def _read_forward(problem, arrays, query_map, state, valid):
 
 def _read_backward(problem, residuals, dy):
     (q, k, v), query_map, S, z, valid, y, stats = residuals
-    per_query = _per_query(problem, y, dy, stats)
+    per_query = known_per_query(problem, y, dy, stats)
     dq, linear, dstate, dz, (kernels, biases) = read_out_backward(problem, query_map, q, dy, per_query, S, z)
     dk, dv = jnp.zeros_like(k), jnp.zeros_like(v)
     if problem.num_softmax:

@@ -1,4 +1,4 @@
-"""Backward of hybrid attention on TPU: a kernel per feature map, and one pass over the softmax scores.
+"""Backward of hybrid attention on TPU: a kernel for each feature map, and one pass over the softmax scores.
 
 Everything but the forward's inputs and two numbers per query is recomputed. Scores and features lie transposed, tokens
 of the queries along lanes, so that what is known per query is a row, and every product takes its operands as they are.
@@ -86,11 +86,36 @@ def _per_query(count: int, size: int, index) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, count, size), lambda b, h, *g: (b, h, 0, index(*g)))
 
 
+def known_per_query(problem: Problem, y, dy, stats) -> jax.Array:
+    """What the other kernels know of a query, float32 [B, H, 3, N]: base and shift (see `attend`), and delta = dy . y.
+
+    XLA would turn y * dy, in float32, to sum it in this layout: a copy as long as the fast kernels take.
+    """
+    size = problem.blocks.backward_state
+
+    def kernel(y_ref, dy_ref, stats_ref, known_ref):
+        known_ref[:2, :] = stats_ref[...]
+        known_ref[2:, :] = (dy_ref[...].astype(jnp.float32) * y_ref[...]).T.sum(axis=0, keepdims=True)
+
+    tokens = problem.tokens(size, lambda step: step)
+    return problem.call(
+        kernel,
+        "hybrid_delta",
+        (pl.cdiv(problem.num_queries, size),),
+        parallel=1,
+        flops=2 * problem.num_queries * problem.width,
+        exps=0,
+        in_specs=[tokens, tokens, _per_query(2, size, lambda step: step)],
+        out_specs=_per_query(3, size, lambda step: step),
+        out_shape=jax.ShapeDtypeStruct((problem.batch, problem.heads, 3, problem.num_queries), jnp.float32),
+    )(y, dy, stats)
+
+
 def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_query, state, z):
     """Backward of phi_q's read-out.
 
     Args:
-        per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.
+        per_query: of `known_per_query`.
         state: S [B, H, F, D], with both maps' scales.
         z: [B, H, F], likewise.
 
@@ -230,7 +255,7 @@ def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_
     of `RESIDENT_QUERIES`; a call takes no more of them.
 
     Args:
-        per_query: float32 [B, H, 3, N]: base, shift (see `attend`) and delta = dy . y.
+        per_query: of `known_per_query`.
         linear: T [B, H, 1, N]; None in full softmax.
         dq_linear: the linear branch's part of dq, packed; None in full softmax.
 

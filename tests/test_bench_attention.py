@@ -1,6 +1,5 @@
 """`jsurgery bench attention`: what it reports, and the arithmetic behind estimates and the search for block sizes."""
 
-import dataclasses
 import functools
 import json
 import pickle
@@ -12,10 +11,10 @@ import torch
 
 from jsurgery import bench_attention
 from jsurgery.bench import SIZES
-from jsurgery.bench_attention import Size, at_rate, gradients, search, whole_layer
+from jsurgery.bench_attention import Size, at_rate, estimated, gradients, search
 from jsurgery.cli import main
+from pallas_kernels import estimate as estimates
 from pallas_kernels import hybrid_attention, tuning
-from pallas_kernels.estimate import pullback_of
 from pallas_kernels.tpu import blocks_for
 
 SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
@@ -56,88 +55,57 @@ def test_torch_and_ours_compute_the_same_work():
     assert size.bound(4) < 4  # phi costs
 
 
-@pytest.mark.parametrize(("head_dim", "tile"), [(128, 1), (64, 2)])
-@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
-def test_estimates_scale_to_all_heads_queries_and_keys(passes, head_dim, tile):
-    """From few of each. Of a forward, what XLA does is asked of all heads; of a backward, at most that."""
-    calls = []
+@pytest.mark.parametrize("passes", bench_attention.PASSES)
+def test_estimates_are_of_the_whole_layer(passes, monkeypatch):
+    """All heads, queries and keys in the rows that projections leave, in a function that another process can import."""
 
-    def estimate(function, q, k, v, *maps, pullback=False):
-        pickle.loads(pickle.dumps((function, q, k, v, maps)))  # as a process of its own needs
-        assert k.shape == v.shape == (1, k.shape[1], q.shape[2])
-        calls.append((*q.shape[1:], k.shape[1], pullback))
-        heads = maps[0].log_scale.shape[0]
-        waits = 0 if heads == 12 else q.shape[1]
-        kernels = heads * (100 + 2 * q.shape[1] + 5 * k.shape[1])
-        return {"hybrid_attend.1": kernels, "fusion": 70 + waits + (q.shape[1] + k.shape[1]) * heads}
+    def estimate(chip, function, *shapes):
+        assert chip == "v6e" and pickle.loads(pickle.dumps(function))
+        found = jax.tree.leaves(jax.eval_shape(function, *shapes))
+        inputs = jax.tree.leaves(shapes)
+        assert [x.shape for x in inputs[:3]] == [(1, 600, 12 * 128)] * 3
+        expected = inputs[:1] if passes == "forward" else inputs
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+        return {"hybrid_attend.1": 7, "hybrid_state.1": 5}, {"fusion": 3, "copy": 1}
 
-    attend = functools.partial(hybrid_attention, num_softmax=750, implementation="tpu")
-    size = Size(6000, 12, head_dim, "bfloat16", "lse")
-    found = whole_layer(estimate, size, 8, attend, passes, (2048, 1024))
-    exact, asked = 70 + 12 * (100 + 9 * 6000), [(2048, tile, False), (4096, tile, False)]
-    if passes == "forward":
-        asked += [(256, 12, False), (512, 12, False)]
-        assert found == exact
-    else:
-        asked += [(2048, tile, True), (3072, tile, True)]
-        assert found == 2 * (exact - 70 + 12 / tile * (70 + 6000))
-    # All softmax keys, and of the others two numbers.
-    keys = (750 + 2048, 750 + 3072)
-    halves = zip(asked[::2], asked[1::2], strict=True)
-    both = [(n, heads * head_dim, k, back) for half in halves for k in keys for n, heads, back in half]
-    assert calls == both
+    monkeypatch.setattr(estimates, "estimate_cycles", estimate)
+    size = Size(600, 12, 128, "bfloat16", "lse")
+    for rate in (1, 8):
+        found = estimated("v6e", size, rate, at_rate(hybrid_attention, size, rate, implementation="xla"), passes)
+        assert found == {"kernels": {"hybrid_attend.1": 7, "hybrid_state.1": 5}, "xla": 4}
 
 
-def test_estimates_of_full_softmax_scale_to_all_keys():
-    """From few queries and few keys; softmax is of however many keys there are."""
-    asked = []
+def test_a_table_of_estimates(monkeypatch, capsys, tmp_path):
+    """XLA's part counts, but for flash_attention, for which it moves the heads."""
+    cost = {"flash_attention": 8, "softmax": 6, "R4": 2}
+    names = iter(2 * list(cost))
+    monkeypatch.setattr(bench_attention, "check_estimates", lambda chip: None)
+    monkeypatch.setattr(
+        bench_attention, "estimated", lambda *_: {"kernels": {"a": 10**6 * cost[next(names)]}, "xla": 500_000}
+    )
+    report = tmp_path / "estimates.json"
+    command = ["bench", "attention", "--estimate=v6e", "--rates=4", "--backward", "--tokens=600", f"--json={report}"]
+    assert main(command) == 0
+    found = json.loads(report.read_text())
+    assert found["static_estimate"] and found["chip"] == "v6e"
+    for rows in found["passes"].values():
+        assert {row["name"]: row["cycles"] for row in rows} == {
+            "flash_attention": 8_000_000,
+            "softmax": 6_500_000,
+            "R4": 2_500_000,
+        }
+        assert [row["speedup"] for row in rows] == [6.5 / 8, 1, 2.6]
+        assert [row["over_flash_attention"] for row in rows] == [1, 8 / 6.5, 3.2]
+        assert rows[2]["bound"] == Size(600, 12, 128, "bfloat16", "lse").bound(4)
+    assert capsys.readouterr().out.count("static estimate, v6e") == 2
 
-    def estimate(function, q, k, v, *no_maps):
-        y = jax.eval_shape(function, q, k, v, *no_maps)
-        assert y.shape == q.shape and pickle.loads(pickle.dumps(function))
-        asked.append((q.shape[1], k.shape[1]))
-        return {"hybrid_attend.1": 7 + q.shape[1] * (3 + 2 * k.shape[1]), "fusion": 5 * k.shape[1]}
 
-    size = Size(20_000, 12, 128, "bfloat16", "lse")
-    attend = at_rate(hybrid_attention, size, 1, implementation="xla")
-    found = whole_layer(estimate, size, 1, attend, "forward", (2048, 1024))
-    assert found == pytest.approx(12 * (7 + 20_000 * (3 + 2 * 20_000) + 5 * 20_000))
-    assert set(asked) == {(2048, 8192), (4096, 8192), (2048, 12288), (4096, 12288)}
-    assert at_rate(hybrid_attention, size, 8).keywords["num_softmax"] == 2500
-
-
-def test_an_estimate_takes_whole_blocks():
-    for num_softmax, queries in ((8192, 1024), (2048, 2048)):
-        blocks = blocks_for("v6e", 16384, num_softmax)
-        of_estimate = bench_attention.for_backward(blocks)
-        assert of_estimate == dataclasses.replace(blocks, backward_state=queries)
-        assert of_estimate.backward_query == queries
-
-
-def test_the_two_halves_of_a_gradient_are_the_gradient():
+def test_rows_are_split_into_heads_and_joined():
     *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
     attend = functools.partial(hybrid_attention, num_softmax=10)
-    shapes = jax.eval_shape(lambda *inputs: inputs, *arrays, query_map, key_map)
-    program, (kept, dy) = pullback_of(attend, *shapes)
-    y, pullback = jax.vjp(attend, *arrays, query_map, key_map)
-    assert jax.tree.map(lambda x: x.shape, kept) == [x.shape for x in jax.tree.leaves(pullback)]
-    assert dy.shape == y.shape
-    found = jax.jit(program)(jax.tree.leaves(pullback), arrays[0])
-    expected = gradients(attend, *arrays, query_map, key_map)
-    for x, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, e, rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_all_heads_are_split_and_joined():
-    *arrays, query_map, key_map = bench_attention.arguments(Size(40, 2, 16, "float32", "lse"), 4)
-    attend = functools.partial(hybrid_attention, num_softmax=10)
-    rows = [x.reshape(1, 40, 32) for x in arrays]
-    for function in (attend, functools.partial(gradients, attend)):
-        expected = jax.tree.leaves(function(*arrays, query_map, key_map))
-        found = jax.tree.leaves(bench_attention.of_rows(function, 2, *rows, query_map, key_map))
-        assert [x.shape for x in found] == [(1, 40, 32) if x.ndim == 4 else x.shape for x in expected]
-        for x, y in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(x.ravel(), y.ravel())
+    expected = attend(*arrays, query_map, key_map)
+    found = bench_attention.of_rows(attend, 2, *(x.reshape(1, 40, 32) for x in arrays), query_map, key_map)
+    np.testing.assert_array_equal(found, expected.reshape(1, 40, 32))
 
 
 def test_gradients_are_those_of_every_input():
@@ -164,8 +132,10 @@ def test_blocks_tuned_by_estimates_say_so(monkeypatch):
     kept = []
     monkeypatch.setattr(tuning, "save", lambda *entry: kept.append(entry))
     monkeypatch.setattr(bench_attention, "check_estimates", lambda chip: None)
-    cycles = lambda chip, size, rate, attend, passes, blocks: 1 + abs(np.log2(blocks["key"] / 1024))
-    monkeypatch.setattr(bench_attention, "estimated", cycles)
+    cycles = lambda chip, size, rate, attend, passes: abs(np.log2(attend.keywords["block_sizes"].key / 1024))
+    monkeypatch.setattr(
+        bench_attention, "estimated", lambda *asked: {"kernels": {"hybrid_attend.1": cycles(*asked)}, "xla": 1}
+    )
     assert main(["bench", "attention", "--tune", "--estimate=v6e", "--rates=8", "--tokens=4096"]) == 0
     ((chip, num_keys, num_softmax, blocks, source),) = kept
     assert (chip, num_keys, num_softmax, source) == ("v6e", 4096, 512, "static estimate")

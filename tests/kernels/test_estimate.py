@@ -1,0 +1,176 @@
+"""Static estimates: steps and sections counted from the program, cycles from the TPU compiler, which needs no TPU."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from jsurgery.bench_attention import Size, arguments, at_rate, gradients, of_rows, step
+from pallas_kernels import tpu
+from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU kernel was compiled"
+)
+STEPS, ROWS = 8, 512
+PRODUCTS_A_CYCLE = 918e12 / 2 / 1.75e9  # of a v6e: half of its FLOP/s, at its clock
+
+
+def squares(condition, x, name="squares"):
+    """x @ x @ x of every block, at the steps where `condition` holds; its other section runs in the last step."""
+
+    def kernel(x_ref, y_ref):
+        i = pl.program_id(0)
+        y_ref[...] = x_ref[...]
+
+        @pl.when(condition(i))
+        def _():
+            a = x_ref[...]
+            for _ in range(4):
+                a = jnp.dot(a, x_ref[...], preferred_element_type=jnp.float32).astype(a.dtype)
+            y_ref[...] = a
+
+        @pl.when(i == STEPS - 1)
+        def _():
+            y_ref[...] += 1
+
+    block = pl.BlockSpec((ROWS, ROWS), lambda i: (i, 0))
+    return pl.pallas_call(kernel, grid=(STEPS,), in_specs=[block], out_specs=block, out_shape=jax.typeof(x), name=name)(
+        x
+    )
+
+
+def first(i):
+    return i == 0
+
+
+def half(i):
+    return (i % 2 == 0) & (i < STEPS)
+
+
+def always(i):
+    return i >= 0
+
+
+X = jax.ShapeDtypeStruct((STEPS * ROWS, ROWS), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("condition", "shares"), [(first, (1 / 8, 1 / 8)), (half, (1 / 2, 1 / 8)), (always, (1 / 8,))])
+def test_the_share_of_the_steps_that_run_a_section(condition, shares):
+    """What holds at every step is no section."""
+    jaxpr = jax.make_jaxpr(functools.partial(squares, condition))(X).jaxpr
+    assert kernels_of(jaxpr) == {"squares": [Kernel(STEPS, shares)]}
+
+
+def test_a_condition_on_data_counts_in_every_step():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+        @pl.when(x_ref[0, 0] > 0)
+        def _():
+            y_ref[...] += 1
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), grid=(2, 3), name="data")
+    jaxpr = jax.make_jaxpr(call)(jax.ShapeDtypeStruct((8, 128), jnp.float32)).jaxpr
+    assert kernels_of(jaxpr) == {"data": [Kernel(6, (1.0,))]}
+
+
+def test_kernels_without_a_name_have_their_scopes():
+    @jax.jit
+    def function(x):
+        with jax.named_scope("outer"), jax.named_scope("inner"):
+            y = squares(first, x, name=None)
+        return squares(first, y, name=None)
+
+    found = kernels_of(jax.make_jaxpr(function)(X).jaxpr)
+    assert found == {name: [Kernel(STEPS, (1 / 8, 1 / 8))] for name in ("inner", "function")}
+
+
+def test_kernels_of_a_gradient():
+    """By the lengths of blocks: 300 queries are 3 blocks of 128, 75 softmax keys are one."""
+    size = Size(300, 2, 128, "bfloat16", "lse")
+    blocks = tpu.BlockSizes(128, 256, 128, 128, 128, 256, 128, 128)
+    attend = at_rate(tpu.hybrid_attention, size, 4, block_sizes=blocks)
+    found = kernels_of(jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 4)).jaxpr)
+    assert {name: [kernel.steps for kernel in kernels] for name, kernels in found.items()} == {
+        "hybrid_state": [2 * 3],
+        "hybrid_attend": [2 * 3],
+        "hybrid_delta": [2 * 3],
+        "hybrid_read_out_backward": [2 * 3],
+        "hybrid_state_backward": [2 * 3],
+        "hybrid_attend_backward": [2 * 3],
+    }
+
+
+SCHEDULE = """
+ LH: loop header
+   0x0   :  { %1 = a } /* Start region 1 */
+   0x1 LB: > { %2 = a  ;;  %3 = b } /* Start region 7 */
+   0x2   : > { %4 = sbr.rel (%p1) target = $region9 }
+   0x3   : > { %5 = a } /* Start region 8 */
+   0x4   : >> { %6 = sbr.rel (%p2) target = $region5 } /* Start region 4 */
+   0x5   : >> { %7 = vmatmul.bf16.gmra.mxu1 a  ;;  %70 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 b
+second line of it }
+   0x6   : >> { %8 = a } /* End region 4 */
+   0x7   : > { %9 = a } /* Start/End empty region 5 */
+   0x8   : > { %10 = vmatmul.bf16.gmra.mxu1 a } /* End region 8 */
+   0x9 PF: > { %11 = a } /* Start/End empty region 9 */
+   0xa   : > { %12 = sbr.rel (!%p3) target = $region7 }
+   0xb   :  { %13 = a }
+"""
+
+
+def test_a_schedule_counts_each_section_by_its_share():
+    """12 bundles, of which a branch jumps over 3 inside the loop's body."""
+    assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 2) == 10 * (12 - 3 / 2)
+    assert cycles_of(Kernel(10, ()), SCHEDULE, 2) == cycles_of(Kernel(10, (0.5, 0.5)), SCHEDULE, 2) == 120
+
+
+def test_the_busiest_matrix_unit_may_take_longer():
+    """Unit 1 has a product in the section and one behind it."""
+    assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 16) == 10 * (16 + 16 / 2)
+    assert cycles_of(Kernel(10, (1.0,)), SCHEDULE, 16) == 10 * (16 + 16)
+
+
+@needs_libtpu
+def test_sections_cost_what_they_run():
+    costs = {}
+    for condition in (first, half, always):
+        kernels, _ = estimate_cycles("v6e", functools.partial(squares, condition), X)
+        (costs[condition],) = kernels.values()
+    section = (costs[always] - costs[first]) / 7 * 8
+    assert costs[half] == pytest.approx(costs[always] - section / 2, rel=0.03)
+    products = STEPS * 4 * ROWS**3
+    assert products < section * PRODUCTS_A_CYCLE < 2 * products
+
+
+@needs_libtpu
+@pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+def test_kernels_cost_by_the_head(passes):
+    """And never less than their products take; XLA has next to nothing to do."""
+
+    def estimated(heads):
+        size = Size(4096, heads, 128, "bfloat16", "max")
+        attend = at_rate(tpu.hybrid_attention, size, 8, block_sizes=tpu.blocks_for("v6e", 4096, 512))
+        rows = jax.ShapeDtypeStruct((1, 4096, heads * 128), jnp.bfloat16)
+        maps = jax.eval_shape(lambda: arguments(size, 8)[3:])
+        kernels, own = estimate_cycles(
+            "v6e", step(functools.partial(of_rows, attend, heads), passes), *[rows] * 3, *maps
+        )
+        return sum(kernels.values()), sum(own.values()), size.flops(8)
+
+    (two, _, flops), (four, own, _) = estimated(2), estimated(4)
+    assert four == pytest.approx(2 * two, rel=0.02)
+    bound = (1 if passes == "forward" else 3) * flops / 2 / PRODUCTS_A_CYCLE
+    assert bound < two < 4 * bound and own < four
+
+
+@needs_libtpu
+def test_no_kernel_no_estimate():
+    kernels, own = estimate_cycles("v5e", first, X)
+    assert kernels == {} and sum(own.values()) > 0
+    with pytest.raises(ValueError, match="v9"):
+        estimate_cycles("v9", first, X)
