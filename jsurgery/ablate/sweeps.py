@@ -162,6 +162,7 @@ SWEEPS = {
         "Fig. 6: how many blocks, at which rate",
         tuple(Arm(f"{count}R{rate}", f"{count}R{rate}") for count in (15, 20, 25) for rate in (2, 4, 8)),
         ("velocity", "samples"),
+        contrasts=(("25R4", "20R8"), ("20R4", "15R8")),  # of about the same cost
     ),
     "linear_branch": Sweep(
         "No linear branch at all",

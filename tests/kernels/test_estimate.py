@@ -19,7 +19,7 @@ STEPS, ROWS = 8, 512
 PRODUCTS_A_CYCLE = 918e12 / 2 / 1.75e9  # of a v6e: half of its FLOP/s, at its clock
 
 
-def squares(condition, x, name="squares"):
+def squares(condition, x, name: str | None = "squares"):
     """x @ x @ x of every block, at the steps where `condition` holds; its other section runs in the last step."""
 
     def kernel(x_ref, y_ref):
