@@ -80,14 +80,13 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             (jnp.arange(padded.shape[2]) >= length).astype(jnp.int32), (padded.shape[0], padded.shape[2])
         )
         segments = flash.SegmentIds(padding(q_BxHxTxD, q.shape[1]), padding(k_BxHxSxD, k.shape[1]))
-    q_inner, k_inner = math.gcd(q_block, 512), math.gcd(k_block, 512)
+    q_inner, k_inner = math.gcd(q_block, 512), math.gcd(k_block, 1024)
     blocks = flash.BlockSizes(
         block_b=1,
         block_q=q_block,
-        block_k_major=k_block,
-        block_k=math.gcd(k_block, 1024),
         **dict.fromkeys(("block_q_major_dkv", "block_q_dkv", "block_q_dq"), q_inner),
-        **dict.fromkeys(("block_k_major_dkv", "block_k_dkv", "block_k_major_dq", "block_k_dq"), k_inner),
+        **dict.fromkeys(("block_k_major", "block_k_major_dkv", "block_k_major_dq"), k_block),
+        **dict.fromkeys(("block_k", "block_k_dkv", "block_k_dq"), k_inner),
     )
     y_BxHxTxD = flash.flash_attention(
         q_BxHxTxD, k_BxHxSxD, v_BxHxSxD, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=blocks
