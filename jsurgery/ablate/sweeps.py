@@ -133,7 +133,8 @@ PHI = tuple(
         finetuned=False,
         changes={name: value for name, value, default in changed if value != default},
     )
-    for activation, calibrate in itertools.product(("relu", "softplus", "exp", "sigmoid", "elu1"), (True, False))
+    # Not exp, whose second layer overflows at once.
+    for activation, calibrate in itertools.product(("relu", "softplus", "sigmoid", "elu1"), (True, False))
     for changed in [(("hybrid.activation", activation, "relu"), ("distill.calibrate", calibrate, True))]
 )
 
