@@ -302,10 +302,10 @@ def estimate_attention(
         rows = []
         for name, rate, attend in contenders:
             say(f"bench: estimating {name}, {passes}")
-            parts = estimated(chip, size, rate, attend, passes)
-            # What XLA does for flash_attention is to move the heads out of the rows, which others may not need.
-            cycles = sum(parts["kernels"].values()) + (name != STOCK["tpu"]) * parts["xla"]
-            rows.append({"name": name, "rate": rate, "cycles": cycles, **parts, "bound": size.bound(rate)})
+            made = {"name": name, "rate": rate, **estimated(chip, size, rate, attend, passes), "bound": size.bound(rate)}
+            if name == STOCK["tpu"]:  # XLA moves the heads out of the rows for it, which others may not need
+                made["cycles"] -= made["xla"]
+            rows.append(made)
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
         for each in rows:
@@ -321,13 +321,14 @@ def estimate_attention(
 
 
 def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str) -> dict[str, Any]:
-    """Static cycles of a layer: {"kernels": {name: cycles}, "xla": those of XLA's own operations}."""
+    """Static cycles of a layer: {"cycles": of all, "kernels": {name: cycles}, "xla": of XLA's own operations}."""
     estimates = importlib.import_module("pallas_kernels.estimate")
     rows = jax.ShapeDtypeStruct((1, size.tokens, size.heads * size.head_dim), jnp.dtype(size.dtype))
     maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1), rate)[3:])
     layer = step(partial(of_rows, attend, size.heads), passes)
     kernels, own = estimates.estimate_cycles(chip, layer, rows, rows, rows, *maps)
-    return {"kernels": kernels, "xla": sum(own.values())}
+    xla = sum(own.values())
+    return {"cycles": sum(kernels.values()) + xla, "kernels": kernels, "xla": xla}
 
 
 def at_rate(attend: Callable, size: Size, rate: Rate, **options: Any) -> Callable:
@@ -371,8 +372,7 @@ def tune_attention(
             try:
                 attend = at_rate(kernels.hybrid_attention, size, rate, block_sizes=kernels.BlockSizes(**blocks))
                 if chip is not None:
-                    parts = estimated(chip, size, rate, attend, passes)
-                    return sum(parts["kernels"].values()) + parts["xla"]
+                    return estimated(chip, size, rate, attend, passes)["cycles"]
                 run = program(attend, arguments(size, rate), passes)["run"]
                 run()
                 return statistics.median(timed(run) for _ in range(runs))

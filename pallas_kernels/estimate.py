@@ -25,9 +25,9 @@ from jax.extend.core import Literal, jaxpr_as_fun, jaxprs_in_params
 
 # The smallest slice of each chip's topology, and the accelerator type that libtpu is told.
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-# For how long a matrix unit is at 16 rows in bfloat16: one a cycle at 128 x 128, two at 256 x 256.
-MATMUL_CYCLES = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8}
 ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
+# Cycles of a matrix unit for a `vmatmul`, 16 rows in bfloat16: it takes one row a cycle, of 256 x 256 two.
+MATMUL_CYCLES = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8}
 
 
 def topology(name: str, **options: Any) -> Sequence[Any]:

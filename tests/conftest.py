@@ -2,6 +2,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,11 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, save_transformer
 from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
 
+# libtpu has wheels for nothing else. Where there are, the `test` extra installs it, and tests fail without.
+needs_libtpu = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="libtpu runs on Linux on x86-64 alone: nothing was compiled for TPUs",
+)
 TINY_VAE = VaeConfig(
     base_dim=4,
     z_dim=4,

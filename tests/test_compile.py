@@ -1,6 +1,5 @@
 """What a compiled program moves between devices, counted; and stages compiled for TPUs that are not there."""
 
-import importlib.util
 import itertools
 import json
 import re
@@ -19,8 +18,7 @@ from jsurgery.runtime.mesh import make_mesh
 from jsurgery.runtime.training import adamw, initial_state
 from jsurgery.surgery.finetune import make_update
 from jsurgery.wan.transformer import WanConfig, WanTransformer
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the `test` extra")
+from tests.conftest import needs_libtpu
 
 COUNT = """
 import json

@@ -1,7 +1,6 @@
 """Static estimates: steps and sections counted from the program, cycles from the TPU compiler, which needs no TPU."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,8 @@ from jax.experimental import pallas as pl
 from jsurgery.bench_attention import Size, arguments, at_rate, gradients, of_rows, step
 from pallas_kernels import tpu
 from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
+from tests.conftest import needs_libtpu
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU kernel was compiled"
-)
 STEPS, ROWS = 8, 512
 PRODUCTS_A_CYCLE = 918e12 / 2 / 1.75e9  # of a v6e: half of its FLOP/s, at its clock
 
@@ -90,18 +87,20 @@ def test_kernels_without_a_name_have_their_scopes():
 
 
 def test_kernels_of_a_gradient():
-    """By the lengths of blocks: 300 queries are 3 blocks of 128, 75 softmax keys are one."""
+    """300 tokens of two heads, 150 of which keep softmax, in blocks of 128 (3 and 2 of them) and of 256 (2 and 1)."""
     size = Size(300, 2, 128, "bfloat16", "lse")
-    blocks = tpu.BlockSizes(128, 256, 128, 128, 128, 256, 128, 128)
-    attend = at_rate(tpu.hybrid_attention, size, 4, block_sizes=blocks)
-    found = kernels_of(jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 4)).jaxpr)
+    blocks = tpu.BlockSizes(
+        query=128, key=128, key_chunk=128, state=256, backward_query=256, backward_key=128, backward_state=128
+    )
+    attend = at_rate(tpu.hybrid_attention, size, 2, block_sizes=blocks)
+    found = kernels_of(jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 2)).jaxpr)
     assert {name: [kernel.steps for kernel in kernels] for name, kernels in found.items()} == {
-        "hybrid_state": [2 * 3],
-        "hybrid_attend": [2 * 3],
+        "hybrid_state": [2 * 2],
+        "hybrid_attend": [2 * 3 * 2],
         "hybrid_delta": [2 * 3],
         "hybrid_read_out_backward": [2 * 3],
-        "hybrid_state_backward": [2 * 3],
-        "hybrid_attend_backward": [2 * 3],
+        "hybrid_state_backward": [2 * 2],
+        "hybrid_attend_backward": [2 * 2 * 2],
     }
 
 

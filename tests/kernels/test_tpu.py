@@ -1,7 +1,6 @@
 """TPU kernels in interpret mode against eq. 5 in float64, and through the TPU compiler, which needs no TPU."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import init_elu_map, init_polynomial_map, tpu, tpu_backward, tuning
 from pallas_kernels.feature_map import ACTIVATIONS
 from pallas_kernels.tpu_forward import BlockSizes
+from tests.conftest import needs_libtpu
 
 # Small, so that a few hundred tokens take several blocks of each kind, the last of them partial.
 BLOCKS = BlockSizes(
@@ -281,9 +281,6 @@ COMPILE = """
         program = compile_ahead(chip, functools.partial(step, attend), x, x, x, phi, phi, x)
         print(json.dumps([program.as_text(), program.memory_analysis().temp_size_in_bytes]))
 """
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU kernel was compiled"
-)
 FULL_GRID = os.environ.get("FULL_GRID") == "1"
 
 
