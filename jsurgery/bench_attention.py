@@ -302,7 +302,8 @@ def estimate_attention(
         rows = []
         for name, rate, attend in contenders:
             say(f"bench: estimating {name}, {passes}")
-            made = {"name": name, "rate": rate, **estimated(chip, size, rate, attend, passes), "bound": size.bound(rate)}
+            made = {"name": name, "rate": rate, "bound": size.bound(rate)}
+            made |= estimated(chip, size, rate, attend, passes)
             if name == STOCK["tpu"]:  # XLA moves the heads out of the rows for it, which others may not need
                 made["cycles"] -= made["xla"]
             rows.append(made)
