@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.ablate.sweeps import TABLES
 from jsurgery.config import load_config, split_topology
-from jsurgery.errors import DoesNotFit, InputError, Interrupted, ParityError, Terminated, refusal
+from jsurgery.errors import Diverged, DoesNotFit, InputError, Interrupted, ParityError, Terminated, refusal
 
 STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
 SAMPLE_FIELDS = {
@@ -34,7 +34,7 @@ COST_FIELDS = {name: f"video.{name}" for name in ("frames", "height", "width")}
 # what may follow `evaluate`, which by itself is a stage
 OF_EVALUATE = ("vbench", "vbench-results", "fidelity", "study", "study-results")
 ARENA_MAX = -8  # of mallopt
-CODES = {InputError: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
+CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,10 @@ class InputError(Exception):
     """Bad input. The message is one line: the file or field, what was expected, what was found. Exit code 2."""
 
 
+class Diverged(InputError):
+    """More steps than `config.max_skipped` had numbers that are not finite."""
+
+
 class DoesNotFit(Exception):
     """The work does not fit the hardware asked for. Exit code 3."""
 

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def kernels_of(jaxpr: Any, within: str = "") -> dict[str, list[Kernel]]:
 
 def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
     """Of each condition of a kernel's jaxpr that depends on the step alone, the share of steps at which it holds; 1 of
-    any other. Conditions that hold at every step or at none are no sections: the compiler sees as much."""
+    any other."""
 
     def conditions(index: jax.Array) -> list[Any]:
         known, found = {}, []
@@ -157,15 +158,16 @@ def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
 
     steps = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), axis=-1).reshape(-1, len(grid))
     held = [taken.astype(float).mean() for taken in jax.vmap(conditions)(steps)]
-    return tuple(1.0 if share < 0 else float(share) for share in held if share not in (0, 1))
+    return tuple(1.0 if share < 0 else float(share) for share in held)
 
 
 def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
     """Cycles of a kernel, of whose schedule every line is a bundle of instructions: "0x1f LB: > { ... }".
 
     A bundle takes a cycle, but of a step's `vmatmul`s each keeps its matrix unit for `matmul_cycles`, and the busiest
-    unit may take longer. Sections are what branches inside the body of the loop over steps jump over. Where they are
-    not as many as the kernel has, each counts in every step.
+    unit may take longer. Sections are what branches inside the body of the loop over steps jump over. Of those that
+    run at every step or at none, the compiler leaves all or nothing. Where there are as many neither way, each counts
+    in every step; warns of how much too much that may be.
     """
     starts, branches, products, address = {}, [], [], 0
     for line in schedule.splitlines():
@@ -178,9 +180,15 @@ def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
     begin, end = max(jumps, key=lambda ends: ends[1] - ends[0], default=(0, 0))
     sections = [(start, stop) for start, stop in jumps if begin < start and stop <= end]
     share = np.ones(address + 1)  # of the steps that run a bundle
-    if len(sections) == len(kernel.shares):
-        for (start, stop), of_section in zip(sections, kernel.shares, strict=True):
+    conditional = tuple(of_section for of_section in kernel.shares if of_section not in (0, 1))
+    shares = kernel.shares if len(sections) == len(kernel.shares) else conditional
+    if len(sections) == len(shares):
+        for (start, stop), of_section in zip(sections, shares, strict=True):
             share[start:stop] *= of_section
+    elif conditional:
+        counts = f"{len(sections)} sections in the schedule, {len(kernel.shares)} in the kernel"
+        most = sum(stop - start for start, stop in sections) / len(share)
+        warnings.warn(f"{counts}: each counts in every step, up to {most:.1%} too much", stacklevel=2)
     busy = np.zeros(8)
     for address, unit in products:
         busy[unit] += matmul_cycles * share[address]

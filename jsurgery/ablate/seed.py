@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from jsurgery.ablate.sweeps import STEPS, Arm, scaled
 from jsurgery.config import validate
 from jsurgery.cost import core_flops, map_parameters
-from jsurgery.errors import InputError
+from jsurgery.errors import Diverged, InputError
 from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.evaluate.stages import measure_models
 from jsurgery.run import DISTILLING, Run
@@ -116,8 +116,17 @@ class Seed:
         return self.keep("errors", config, (), [self.distillation(config, **inputs)], work)
 
     def operation(self, arm: Arm) -> Operation:
+        """Raises Diverged where the arm's distillation did, now or earlier."""
         config = arm_config(self.config, arm, self.layers)
-        errors = self.errors(config)
+        diverged = self.measurement("diverged", config, (), [self.distillation(config)])
+        if diverged.done():
+            raise Diverged(json.loads((diverged.folder / "diverged.json").read_text())["message"])
+        try:
+            errors = self.errors(config)
+        except Diverged as error:
+            message = {"message": str(error)}
+            diverged.run(lambda: write_json(diverged.folder / "diverged.json", message))
+            raise
         stage = self.measurement("plan", config, ("plan",), [errors])
         if not stage.done():
             stage.run(plan, config, self.run.model_config, errors.folder, stage.folder)

@@ -1,5 +1,6 @@
 """A sweep: every arm built, trained and measured on every seed."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from jsurgery.ablate.seed import Items, Operation, Seed
 from jsurgery.ablate.sweeps import Sweep
 from jsurgery.ablate.table import PAIRED, fact, paired_difference, spread
+from jsurgery.errors import Diverged
 from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.runtime.progress import say
 
@@ -17,11 +19,20 @@ Measured = dict[str, dict[int, Items]]  # arm -> steps of fine-tuning -> items
 
 
 def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
-    """The table of a sweep: what `table.write` takes."""
+    """The table of a sweep: what `table.write` takes. Arms whose distillation diverged on any seed are in its notes.
+
+    Raises Diverged where that leaves none.
+    """
     measured, facts, plans = [], [], []
-    for seed in seeds:
+    decided, notes = decide(sweep, seeds)
+    arms = tuple(arm for arm in sweep.arms if all(arm.name in operations for operations in decided))
+    names = {arm.name for arm in arms}
+    sweep = dataclasses.replace(
+        sweep, arms=arms, contrasts=tuple(pair for pair in sweep.contrasts if names.issuperset(pair))
+    )
+    for seed, decisions in zip(seeds, decided, strict=True):
         say(f"{sweep.title}: seed {seed.number}")
-        operations = {arm.name: seed.operation(arm) for arm in sweep.arms}
+        operations = {name: decisions[name] for name in decisions if name in names}
         measured.append(measure(sweep, seed, operations))
         facts.append({arm: seed.facts(found, sweep.facts) for arm, found in operations.items()})
         plans.append({arm: found.plan["rates"] for arm, found in operations.items()})
@@ -45,7 +56,29 @@ def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
         "charts": cost_charts(sweep, rows),
         "plans": plans,
         "per_seed": measured,
+        "notes": notes,
     }
+
+
+def decide(sweep: Sweep, seeds: Sequence[Seed]) -> tuple[list[dict[str, Operation]], list[str]]:
+    """The operations of every seed, and a note on each arm whose distillation diverged on some of them."""
+    decided: list[dict[str, Operation]] = [{} for _ in seeds]
+    diverged: dict[str, dict[int, str]] = {}
+    for seed, operations in zip(seeds, decided, strict=True):
+        for arm in sweep.arms:
+            try:
+                operations[arm.name] = seed.operation(arm)
+            except Diverged as error:
+                say(f"{arm.name}: {error}")
+                diverged.setdefault(arm.name, {})[seed.number] = str(error)
+                if len(diverged) == len(sweep.arms):
+                    raise
+    notes = []
+    for arm, messages in diverged.items():
+        first = next(iter(messages.values()))
+        on = ", ".join(map(str, messages))
+        notes.append(f"Without {arm}, whose distillation diverged on seed{'s' * (len(messages) > 1)} {on}: {first}.")
+    return decided, notes
 
 
 def measure(sweep: Sweep, seed: Seed, operations: dict[str, Operation]) -> Measured:

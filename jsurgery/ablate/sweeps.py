@@ -133,8 +133,7 @@ PHI = tuple(
         finetuned=False,
         changes={name: value for name, value, default in changed if value != default},
     )
-    # Not exp, whose second layer overflows at once.
-    for activation, calibrate in itertools.product(("relu", "softplus", "sigmoid", "elu1"), (True, False))
+    for activation, calibrate in itertools.product(("relu", "softplus", "exp", "sigmoid", "elu1"), (True, False))
     for changed in [(("hybrid.activation", activation, "relu"), ("distill.calibrate", calibrate, True))]
 )
 

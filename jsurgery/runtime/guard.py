@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsurgery.errors import InputError
+from jsurgery.errors import Diverged
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import fetched, leaf_name
 from jsurgery.runtime.progress import say
@@ -42,7 +42,7 @@ class Guard:
         self._last: tuple[int, Any, Any] | None = None
 
     def see(self, step: int, numbers: Any, details: Any = None) -> None:
-        """Takes the numbers of a step, and `details` for `explain`; raises InputError if the step before has failed."""
+        """Takes the numbers of a step, and `details` for `explain`; raises Diverged if the step before has failed."""
         for leaf in jax.tree.leaves(numbers):
             if leaf.is_fully_replicated:
                 leaf.copy_to_host_async()
@@ -70,7 +70,7 @@ class Guard:
         told = f"{self.stage}: step {step + 1}: {where}; its update was not made"
         if self.skipped > self.allowed:
             limit = f"after {self.allowed} such steps passed over" if self.allowed else "see config.max_skipped"
-            raise InputError(f"{told}; stopped, {limit}; what is saved is finite")
+            raise Diverged(f"{told}; stopped, {limit}; what is saved is finite")
         say(f"{told}; passed over, {self.skipped} of at most {self.allowed}")
 
 

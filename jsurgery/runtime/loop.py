@@ -40,7 +40,8 @@ def run_steps(
         profile: gets the trace of `config.profile` steps.
 
     Raises:
-        InputError: a checkpoint is damaged or cannot be written; more than `config.max_skipped` steps not finite.
+        InputError: a checkpoint is damaged or cannot be written.
+        Diverged: more than `config.max_skipped` steps not finite.
         Terminated, Interrupted: a signal came; the step under way is saved.
     """
     saved = Checkpoints(checkpoints, **config.checkpoint)

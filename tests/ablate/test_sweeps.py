@@ -1,5 +1,6 @@
 """The declared sweeps: their arms, what they share, and their tables, with nothing computed."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -17,7 +18,7 @@ from jsurgery.ablate.sweep import items_over_steps, run_sweep
 from jsurgery.ablate.sweeps import MAPS, STUDIES, SWEEPS, TABLES, Arm, scaled
 from jsurgery.ablate.table import grids, markdown
 from jsurgery.config import base, flat, load_config
-from jsurgery.errors import InputError
+from jsurgery.errors import Diverged, InputError
 
 BLOCKS = 6
 FIELDS = {field for field, _ in flat(base())}
@@ -182,8 +183,8 @@ def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
     for sweep in SWEEPS.values():
         for arm in sweep.arms:
             made.operation(arm)
-    # As configured; the attention loss; three more maps of Table 7; max; staggered; HedgeHog; seven more kinds of phi.
-    assert count["distill"] == 1 + 1 + 3 + 1 + 1 + 1 + 7
+    # As configured; the attention loss; three more maps of Table 7; max; staggered; HedgeHog; nine more kinds of phi.
+    assert count["distill"] == 1 + 1 + 3 + 1 + 1 + 1 + 9
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -207,6 +208,32 @@ def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
     printed = [name for name in head if name.startswith("paper: ")]
     assert printed == [f"paper: {c}" for c in (sweep.arms[0].paper if sweep.arms[0].paper else {})]
     assert "2 seeds" in markdown({"table": name, "subject": "tiny model", **found})
+
+
+def test_arms_that_diverge_are_told_and_not_tried_again(seeds, monkeypatch):
+    """On one seed of two they are missing from the whole table, and from its comparisons."""
+    make, count = seeds
+    distill = seed_module.distill
+
+    def diverges(config, *arguments):
+        if config.hybrid.activation == "exp" and config.seed == 1:
+            count["distill"] += 1
+            raise Diverged("distill: step 1: loss inf")
+        distill(config, *arguments)
+
+    monkeypatch.setattr(seed_module, "distill", diverges)
+    sweep = SWEEPS["phi"]
+    found = run_sweep(sweep, [make(0), make(1)])
+    arms = [arm.name for arm in sweep.arms if "exp" not in arm.name]
+    assert list(found["rows"]) == arms and len(found["contrasts"]) == len(arms) - 1 == len(sweep.contrasts) - 2
+    note = "Without exp, raw, whose distillation diverged on seed 1: distill: step 1: loss inf."
+    assert len(found["notes"]) == 2 and note in markdown({"table": "phi", "subject": "tiny model", **found})
+    before = dict(count)
+    assert run_sweep(sweep, [make(0, "other"), make(1, "other")]) == found and count == before
+
+    only = dataclasses.replace(sweep, arms=tuple(arm for arm in sweep.arms if "exp" in arm.name))
+    with pytest.raises(Diverged, match="loss inf"):
+        run_sweep(only, [make(1)])
 
 
 def test_less_of_the_network_costs_less(seeds):
