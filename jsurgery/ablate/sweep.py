@@ -25,14 +25,10 @@ def run_sweep(sweep: Sweep, seeds: Sequence[Seed]) -> dict[str, Any]:
     """
     measured, facts, plans = [], [], []
     decided, notes = decide(sweep, seeds)
-    arms = tuple(arm for arm in sweep.arms if all(arm.name in operations for operations in decided))
-    names = {arm.name for arm in arms}
-    sweep = dataclasses.replace(
-        sweep, arms=arms, contrasts=tuple(pair for pair in sweep.contrasts if names.issuperset(pair))
-    )
+    sweep = narrowed(sweep, set.intersection(*map(set, decided)))
     for seed, decisions in zip(seeds, decided, strict=True):
         say(f"{sweep.title}: seed {seed.number}")
-        operations = {name: decisions[name] for name in decisions if name in names}
+        operations = {arm.name: decisions[arm.name] for arm in sweep.arms}
         measured.append(measure(sweep, seed, operations))
         facts.append({arm: seed.facts(found, sweep.facts) for arm, found in operations.items()})
         plans.append({arm: found.plan["rates"] for arm, found in operations.items()})
@@ -75,10 +71,16 @@ def decide(sweep: Sweep, seeds: Sequence[Seed]) -> tuple[list[dict[str, Operatio
                     raise
     notes = []
     for arm, messages in diverged.items():
-        first = next(iter(messages.values()))
+        first = next(iter(messages.values())).partition(";")[0]
         on = ", ".join(map(str, messages))
         notes.append(f"Without {arm}, whose distillation diverged on seed{'s' * (len(messages) > 1)} {on}: {first}.")
     return decided, notes
+
+
+def narrowed(sweep: Sweep, names: set[str]) -> Sweep:
+    """The arms of these names alone, and what compares them."""
+    arms = tuple(arm for arm in sweep.arms if arm.name in names)
+    return dataclasses.replace(sweep, arms=arms, contrasts=tuple(p for p in sweep.contrasts if names.issuperset(p)))
 
 
 def measure(sweep: Sweep, seed: Seed, operations: dict[str, Operation]) -> Measured:

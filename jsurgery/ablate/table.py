@@ -139,7 +139,8 @@ def write(result: Mapping[str, Any], workdir: epath.Path) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / f"{name}.json", result)
     (workdir / f"{name}.md").write_text(text)
-    sections: list[dict[str, Any]] = [{"title": "Figure", "text": result["text"], "charts": charts(result)}]
+    told = " ".join([result["text"], *result.get("notes", [])])
+    sections: list[dict[str, Any]] = [{"title": "Figure", "text": told, "charts": charts(result)}]
     for title, head, body in grids(result):
         sections.append({"title": "Table", "text": title, "table": {"head": head, "rows": body}})
     write_page(workdir / f"{name}.html", result["title"], sections)
