@@ -20,8 +20,8 @@ def get_config():
     c.trace.keep_steps = 10
     c.trace.batch = 4
     c.distill.steps = 600
-    c.plan.rates = (2, 4, 8, "linear")
-    c.plan.budget = "6R8"
+    c.plan.rates = (1, 2, 4, 8, "linear")
+    c.plan.budget = "3R8"
     c.finetune.steps = 200
     c.finetune.batch = 8
     c.finetune.learning_rate = 1e-4
