@@ -1,4 +1,4 @@
-"""The whole surgery on the bundled tiny Wan teacher: some ten minutes on two CPU cores.
+"""The whole surgery on the bundled tiny Wan teacher: about a quarter of an hour on two CPU cores.
 
     jsurgery surgery --config=tiny --workdir=runs/demo
 

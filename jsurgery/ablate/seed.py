@@ -116,9 +116,9 @@ class Seed:
         return self.keep("errors", config, (), [self.distillation(config, **inputs)], work)
 
     def operation(self, arm: Arm) -> Operation:
-        """Raises Diverged where the arm's distillation did, now or earlier."""
+        """Raises Diverged where the arm's distillation did, now or earlier with as few steps passed over."""
         config = arm_config(self.config, arm, self.layers)
-        diverged = self.measurement("diverged", config, (), [self.distillation(config)])
+        diverged = self.measurement("diverged", config, ("max_skipped",), [self.distillation(config)])
         if diverged.done():
             raise Diverged(json.loads((diverged.folder / "diverged.json").read_text())["message"])
         try:

@@ -231,6 +231,12 @@ def test_arms_that_diverge_are_told_and_not_tried_again(seeds, monkeypatch):
     before = dict(count)
     assert run_sweep(sweep, [make(0, "other"), make(1, "other")]) == found and count == before
 
+    tolerant = make(1)
+    tolerant.config = seed_module.changed(tolerant.config, {"max_skipped": 3})
+    with pytest.raises(Diverged):
+        tolerant.operation(next(arm for arm in sweep.arms if "exp" in arm.name))
+    assert count["distill"] == before["distill"] + 1  # more steps may be passed over: worth another try
+
     only = dataclasses.replace(sweep, arms=tuple(arm for arm in sweep.arms if "exp" in arm.name))
     with pytest.raises(Diverged, match="loss inf"):
         run_sweep(only, [make(1)])
