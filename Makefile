@@ -1,5 +1,6 @@
 # make demo      the whole surgery on the bundled tiny model; prints the path of report.html
 # make test      the tests
+# make test-changed  those that uncommitted changes can touch, for two minutes
 # make soak      faults by the hundred in real processes, each survived; takes about an hour
 # make lint      ruff and pyright
 # make kernels   the attention kernels' tests at every shape of their grid, and of every config on TPUs; takes hours
@@ -21,15 +22,20 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TORCH_INDEX ?=
 # Two processes of one thread each: tests compile more than they compute, and compilers use one core.
 ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
+# A file's tests in one process, which builds what they share once; in the order of tests/conftest.py.
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test soak lint fuzz kernels evidence ablations tables notebooks clean
+.PHONY: demo test test-changed soak lint fuzz kernels evidence ablations tables notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
 	$(BIN)/jsurgery surgery --config=tiny --workdir=runs/demo
 
 test: $(VENV)/test.stamp
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE) --durations=5
+
+test-changed: $(VENV)/test.stamp
+	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE) -p tests.changed --minutes=2
 
 soak: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python -m tests.faults.soak

@@ -63,6 +63,15 @@ def share_memory() -> None:
             ctypes.CDLL(None).mallopt(ARENA_MAX, 2)
 
 
+def keep_compiled(config: ConfigDict) -> ConfigDict:
+    """The same config. What the command compiles is kept for later ones, unless the config says no."""
+    if config.compile_cache:
+        from jsurgery.runtime.compile_cache import use_compile_cache
+
+        use_compile_cache()
+    return config
+
+
 def complain(message: object, code: int) -> int:
     """One line on stderr; what a terminal would obey is spelt out. Returns the exit code."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
@@ -348,7 +357,7 @@ def rates(text: str) -> tuple:
 
 
 def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
+    config = keep_compiled(load_config(options.config, overrides))
     join(options)
     from jsurgery.run import begin
     from jsurgery.runtime.processes import is_first
@@ -411,14 +420,14 @@ def cost(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
+    config = keep_compiled(load_config(options.config, overrides))
     from jsurgery.train.teacher import train_teacher
 
     print(train_teacher(config, options.workdir))
 
 
 def ablate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
+    config = keep_compiled(load_config(options.config, overrides))
     from jsurgery.ablate.ablate import ablate as ablated
 
     places = options.workdir, options.seeds, options.results, options.measurements
@@ -441,7 +450,8 @@ def sampling_options(options: argparse.Namespace, overrides: dict[str, str]) -> 
     given = {field: getattr(options, flag) for flag, field in SAMPLE_FIELDS.items()}
     from jsurgery.sample import sampling_config
 
-    return sampling_config(options.config, overrides | {f: text for f, text in given.items() if text is not None})
+    overrides = overrides | {f: text for f, text in given.items() if text is not None}
+    return keep_compiled(sampling_config(options.config, overrides))
 
 
 def evaluate_vbench(options: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -498,7 +508,7 @@ def evaluate_study_results(options: argparse.Namespace, overrides: dict[str, str
 
 
 def encode(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
+    config = keep_compiled(load_config(options.config, overrides))
     join(options)
     from jsurgery.data.encode import encode_videos
 
@@ -506,7 +516,7 @@ def encode(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def synthesize(options: argparse.Namespace, overrides: dict[str, str]) -> None:
-    config = load_config(options.config, overrides)
+    config = keep_compiled(load_config(options.config, overrides))
     join(options)
     from jsurgery.data.prompts import read_prompts
     from jsurgery.data.synthesize import synthesize_clips
@@ -537,7 +547,8 @@ def push(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     given = {field: getattr(options, flag) for flag, field in COST_FIELDS.items()}
-    config = load_config(options.config, overrides | {field: text for field, text in given.items() if text is not None})
+    overrides = overrides | {field: text for field, text in given.items() if text is not None}
+    config = keep_compiled(load_config(options.config, overrides))
     exporting = importlib.import_module("jsurgery.export.command")
 
     if options.ddr_table:

@@ -128,6 +128,7 @@ def base() -> ConfigDict:
     c.checkpoint.on_damage = "stop"  # when the newest is not as it was written; "older": goes on from one that is
     c.max_skipped = 0  # batches whose loss or gradient is not finite that training passes over before it stops
     c.log_every = 10
+    c.compile_cache = True  # compiled programs are kept in the user's cache folder: a second run compiles nothing
     c.profile = 0  # steps of `distill` and `finetune`, after the first, that jax.profiler traces into profile/
 
     c.train = ConfigDict()  # `jsurgery train`: a tiny teacher

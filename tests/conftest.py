@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import os
@@ -12,7 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: the compiler's effort, and more threads, are a loss.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1 "
 ) + os.environ.get("XLA_FLAGS", "")
+# What one process has compiled serves the others, and the next run of the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
@@ -23,11 +28,42 @@ import pytest
 from flax import nnx
 
 from jsurgery.data import sprites
+from jsurgery.runtime.compile_cache import MOST_BYTES, prune
 from jsurgery.train.teacher import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, save_text_encoder
 from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanConfig, WanTransformer, save_transformer
 from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
+
+# Traced programs are millions of objects that stay: looking for garbage among them again and again takes a tenth.
+gc.set_threshold(50_000, 20, 50)
+
+# The files that take longest begin first, so that no process is left with one at the end.
+LONGEST = (
+    "export/test_export.py",
+    "kernels/test_tpu.py",
+    "kernels/test_hybrid_attention.py",
+    "ablate/test_evidence.py",
+    "ablate/test_ablation_run.py",
+    "runtime/test_processes.py",
+    "test_notebooks.py",
+    "wan/test_sharded_model.py",
+    "surgery/test_sharded_distill.py",
+    "test_compile.py",
+    "surgery/test_distill.py",
+    "surgery/test_resume.py",
+    "kernels/test_estimate.py",
+    "wan/test_vae.py",
+    "train/test_training.py",
+    "surgery/test_interleaved.py",
+)
+FOLDER = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {FOLDER / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 # libtpu has wheels for nothing else. Where there are, the `test` extra installs it, and tests fail without.
 needs_libtpu = pytest.mark.skipif(
@@ -52,6 +88,10 @@ TINY_TRANSFORMER = WanConfig(
     ffn_dim=48,
     num_layers=2,
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    prune(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), MOST_BYTES)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """One update of a model's parameters: gradients of a batch taken in pieces, clipping, AdamW, an average of weights."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from jsurgery.runtime.guard import faults, kept
 
 Loss = Callable[[Any, Any], jax.Array]  # of parameters and a batch, a mean over its examples
 
 
-def learning_rate(settings: ConfigDict) -> optax.Schedule:
+def learning_rate(settings: ConfigDict | FrozenConfigDict) -> optax.Schedule:
     """Up from zero over `warmup` steps, then constant, or down to zero along a cosine at the last of `steps`."""
     peak, warmup = settings.learning_rate, settings.warmup
     if settings.schedule == "cosine":
@@ -23,7 +24,17 @@ def learning_rate(settings: ConfigDict) -> optax.Schedule:
 
 
 def adamw(settings: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with `learning_rate` and `weight_decay`, on gradients whose norm is cut to `clip_norm`."""
+    """AdamW with `learning_rate` and `weight_decay`, on gradients whose norm is cut to `clip_norm`.
+
+    Equal settings give the same object, so that what was compiled with it is found again.
+    """
+    fields = ["learning_rate", "warmup", "schedule", "weight_decay", "clip_norm"]
+    fields += ["steps"] if settings.schedule == "cosine" else []
+    return _adamw(FrozenConfigDict({field: settings[field] for field in fields}))
+
+
+@functools.lru_cache
+def _adamw(settings: FrozenConfigDict) -> optax.GradientTransformation:
     optimizer = optax.adamw(learning_rate(settings), weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 

@@ -45,17 +45,33 @@ def velocity_loss(
 def make_update(
     config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
 ) -> Any:
-    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics, faults); overwrites the state."""
-    settings = config.finetune
+    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics, faults); overwrites the state.
 
+    A second run of equal settings in this process gets the same function, and compiles nothing.
+    """
+    settings = config.finetune
+    fixed = settings.teacher_weight, settings.accumulate, settings.ema, config.sampler.shift
+    return _make_update(optimizer, graph, teacher_graph, *fixed)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_update(
+    optimizer: optax.GradientTransformation,
+    graph: nnx.GraphDef,
+    teacher_graph: nnx.GraphDef,
+    teacher_weight: float,
+    accumulate: int,
+    ema: float,
+    shift: float,
+) -> Any:
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, teacher_params, batch, key):
         def loss(params, piece):
             reference = nnx.merge(teacher_graph, teacher_params)
-            return velocity_loss(nnx.merge(graph, params), reference, piece, settings.teacher_weight)
+            return velocity_loss(nnx.merge(graph, params), reference, piece, teacher_weight)
 
-        questions = noised_batch(batch, key, config.sampler.shift)
-        return updated(state, loss, questions, optimizer, pieces=settings.accumulate, ema=settings.ema)
+        questions = noised_batch(batch, key, shift)
+        return updated(state, loss, questions, optimizer, pieces=accumulate, ema=ema)
 
     return update
 

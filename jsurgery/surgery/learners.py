@@ -27,9 +27,16 @@ CALIBRATION_BATCHES = 8
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    return optax.adamw(config.distill.learning_rate, weight_decay=config.distill.weight_decay)
+    """AdamW; equal settings give the same object, so that what was compiled with it is found again."""
+    return _adamw(config.distill.learning_rate, config.distill.weight_decay)
 
 
+@functools.lru_cache
+def _adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+@functools.lru_cache(maxsize=8)
 def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup) -> Any:
     """The step (state, teacher's parameters, batch) -> (state, losses [blocks, rates]), overwriting the state."""
 
@@ -41,6 +48,7 @@ def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, se
     return update
 
 
+@functools.lru_cache(maxsize=8)
 def make_sampling_update(
     optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup, guidance: float, where: NamedSharding
 ) -> Any:

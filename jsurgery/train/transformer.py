@@ -1,5 +1,6 @@
 """Trains a Wan transformer by flow matching, its text encoder with it, on encoded clips."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 from etils import epath
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data.latents import batches
@@ -49,7 +50,13 @@ def flow_matching_loss(model: Teacher, batch: dict, key: jax.Array, *, shift: fl
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
     """Warm-up, a plateau, a decay to zero as 1 - sqrt at the end (arXiv 2405.18392); Muon on the blocks' matrices or
-    AdamW on everything."""
+    AdamW on everything. Equal settings give the same object, so that what was compiled with it is found again."""
+    fields = ("learning_rate", "warmup", "steps", "decay", "optimizer")
+    return _make_optimizer(FrozenConfigDict({field: train[field] for field in fields}))
+
+
+@functools.lru_cache
+def _make_optimizer(train: FrozenConfigDict) -> optax.GradientTransformation:
     decay = max(train.decay, 1)
     schedule = optax.join_schedules(
         [
@@ -94,18 +101,27 @@ def sizes(train: ConfigDict, vocabulary: int) -> tuple[WanConfig, TextEncoderCon
     return transformer, text_encoder
 
 
-def loss_of(config: ConfigDict, graph: nnx.GraphDef, params: Any, batch: dict, key: jax.Array, dropout: float):
-    return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=config.train.shift, dropout=dropout)
+def loss_of(graph: nnx.GraphDef, params: Any, batch: dict, key: jax.Array, shift: float, dropout: float):
+    return flow_matching_loss(nnx.merge(graph, params), batch, key, shift=shift, dropout=dropout)
+
+
+validation_loss = jax.jit(loss_of, static_argnames=("graph", "shift", "dropout"))
 
 
 def make_update(config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef) -> Any:
-    """The jitted step (state, batch, key) -> (state, metrics, faults)."""
+    """The jitted step (state, batch, key) -> (state, metrics, faults); the same one for equal settings."""
     train = config.train
+    return _make_update(optimizer, graph, train.shift, train.condition_dropout, train.ema)
 
+
+@functools.lru_cache(maxsize=8)
+def _make_update(
+    optimizer: optax.GradientTransformation, graph: nnx.GraphDef, shift: float, dropout: float, ema: float
+) -> Any:
     @jax.jit
     def update(state, batch, key):
-        objective = lambda params, batch: loss_of(config, graph, params, batch, key, train.condition_dropout)
-        return updated(state, objective, batch, optimizer, pieces=1, ema=train.ema)
+        objective = lambda params, batch: loss_of(graph, params, batch, key, shift, dropout)
+        return updated(state, objective, batch, optimizer, pieces=1, ema=ema)
 
     return update
 
@@ -145,14 +161,14 @@ def train_transformer(
         return put_rows(mesh, rows, train.batch, arrays) | {"blank_ids": blank_ids, "blank_mask": blank_mask}
 
     update = make_update(config, optimizer, graph)
-    validation_loss = jax.jit(lambda params, batch, key: loss_of(config, graph, params, batch, key, 0.0))
     data = batches(latents / "train", train.batch, config.seed, rows)
     held_out = batches(latents / "holdout", train.batch, config.seed, rows)
 
     def validate(params) -> float:
         """On fixed clips, noise and noise levels."""
         keys = jax.random.split(jax.random.key(1), VALIDATION_BATCHES)
-        losses = [validation_loss(params, tokenized(held_out[i]), key) for i, key in enumerate(keys)]
+        settings = {"shift": train.shift, "dropout": 0.0}
+        losses = [validation_loss(graph, params, tokenized(held_out[i]), key, **settings) for i, key in enumerate(keys)]
         return float(np.mean([float(value) for value in losses]))
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:

@@ -1,7 +1,6 @@
 """Ablations on a random model: models are those that the stages make, and every measure is checked by brute force."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -18,9 +17,8 @@ from jsurgery.ablate.sweeps import SWEEPS, Arm
 from jsurgery.attention.hybrid import token_order
 from jsurgery.cli import main
 from jsurgery.config import load_config
-from jsurgery.surgery import finetune as finetune_module
 from jsurgery.surgery.distilled import load_maps
-from jsurgery.surgery.finetune import finetune, make_update
+from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.losses import Tokens, Visit
 from jsurgery.surgery.operate import operate
 from jsurgery.surgery.plan import hybrid_config
@@ -80,16 +78,8 @@ def test_a_table_by_its_command(arguments, workdir, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")} == kept
 
 
-def test_fine_tuning_on_the_way_is_fine_tuning(seed, monkeypatch):
+def test_fine_tuning_on_the_way_is_fine_tuning(seed):
     """The model after two steps, one of them measured on the way, is that of two steps in one go; both are sampled."""
-    compiled = functools.cache(lambda: make_update(*arguments))
-
-    def once(*given):
-        arguments[:] = arguments or given
-        return compiled()
-
-    arguments = []
-    monkeypatch.setattr(finetune_module, "make_update", once)
     arm = Arm("20R8")
     found = seed.operation(arm)
     models = {step: model.load() for step, model in seed.models(found).items()}

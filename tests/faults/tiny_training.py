@@ -1,5 +1,6 @@
 """Fine-tuning of the tiny random transformer on a handful of latents, in this process, compiled once."""
 
+import functools
 import types
 
 import jax.numpy as jnp
@@ -63,17 +64,16 @@ def poisoned(student, teacher, batch, teacher_weight):
 
 
 original_loss = finetune.velocity_loss
-compiled: dict[str, object] = {}
+compiled = {guarded: functools.lru_cache(finetune._make_update.__wrapped__) for guarded in (True, False)}
 
 
 def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=None):
-    """Fine-tuning of the tiny transformer; each kind of update is compiled once."""
+    """Fine-tuning of the tiny transformer; guarded and other updates are compiled once each."""
     monkeypatch.setattr(finetune, "velocity_loss", poisoned)
     if not guarded:
         monkeypatch.setattr(training, "kept", lambda finite, new, old: new)
         monkeypatch.setattr(Guard, "see", lambda self, *seen: None)
-    make = finetune.make_update
-    monkeypatch.setattr(finetune, "make_update", lambda *given: compiled.setdefault(str(guarded), make(*given)))
+    monkeypatch.setattr(finetune, "_make_update", compiled[guarded])
     student = load_transformer(model / "transformer")
     if weight is not None:
         kernel = student.blocks.attn1.to_q.kernel

@@ -1,0 +1,65 @@
+"""Compiled programs kept in the user's cache folder, so that a later process does not compile them again."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+
+import jax
+import platformdirs
+
+MOST_BYTES = 2**31
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+
+
+def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int = MOST_BYTES) -> None:
+    """Makes JAX keep every program that it compiles in `folder`, and take from there what it finds.
+
+    Without `folder`, it lies in the user's cache folder; the environment's JAX_COMPILATION_CACHE_DIR comes first. The
+    files that were not used for longest are removed until the others take at most half of `most_bytes`, when more than
+    that are there. JAX compiles what it cannot read, so that a damaged file costs one program's compilation.
+    """
+    if folder is None:
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
+        folder = default_folder()
+    with contextlib.suppress(OSError):  # a home that cannot be written: JAX warns, and compiles
+        prune(pathlib.Path(folder), most_bytes)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def default_folder() -> pathlib.Path:
+    """A folder for each kind of processor: machines that share a home cannot run each other's programs."""
+    features = [line for line in cpu_lines() if line.startswith(("model name", "flags", "Features"))]
+    kind = hashlib.sha256("\n".join([platform.machine(), *features[:2]]).encode()).hexdigest()[:12]
+    return platformdirs.user_cache_path("jsurgery") / "compiled" / kind
+
+
+def cpu_lines() -> list[str]:
+    return CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+
+
+def prune(folder: pathlib.Path, most_bytes: int) -> None:
+    """Removes the files that were not used for longest. Other processes may add and remove files meanwhile."""
+    files = sorted(sizes(folder), reverse=True)
+    left = sum(size for _, size, _ in files)
+    if left <= most_bytes:
+        return
+    while files and left > most_bytes // 2:
+        _, size, file = files.pop()
+        file.unlink(missing_ok=True)
+        left -= size
+
+
+def sizes(folder: pathlib.Path) -> Iterator[tuple[float, int, pathlib.Path]]:
+    """(when last used, bytes, path) of each file."""
+    if not folder.is_dir():
+        return
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            found = entry.stat()
+            yield max(found.st_atime, found.st_mtime), found.st_size, pathlib.Path(entry.path)
