@@ -3,7 +3,7 @@
 # make test-changed  those that uncommitted changes can touch, for two minutes
 # make soak      faults by the hundred in real processes, each survived; takes about an hour
 # make lint      ruff and pyright
-# make kernels   the attention kernels' tests at every shape of their grid, and of every config on TPUs; takes hours
+# make kernels   attention at every shape of its tests' grid, of every config on TPUs and on every mesh; takes hours
 # make evidence  the tables of the README, re-run; takes hours
 # make ablations the tables of docs/results.md, re-run; takes hours
 # make tables    the same tables from the measurements in docs/ablations, and what is missing there
@@ -49,7 +49,8 @@ fuzz: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python tests/faults/fuzz.py all --minutes=10
 
 kernels: $(VENV)/test.stamp
-	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/kernels
+	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/kernels tests/wan/test_sharded_model.py \
+		tests/surgery/test_sharded_distill.py
 
 evidence: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence --results=docs/results.md

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +37,9 @@ from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
 
 # Traced programs are millions of objects that stay: looking for garbage among them again and again takes a tenth.
 gc.set_threshold(50_000, 20, 50)
+
+# `make kernels`: every shape and mesh of the tests that otherwise take a sample of them.
+FULL_GRID = os.environ.get("FULL_GRID") == "1"
 
 # The files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
@@ -152,15 +155,41 @@ def random_transformer() -> Callable[[WanConfig], WanTransformer]:
     return make
 
 
+FAKE_DEVICES = """
+import contextlib, io, json, sys, traceback
+
+for line in sys.stdin:
+    script, sys.argv[1:] = json.loads(line)
+    error, printed = "", io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+    except Exception:
+        error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]), flush=True)
+"""
+
+
 @pytest.fixture(scope="session")
-def on_fake_devices() -> Callable[..., list[Any]]:
-    """Runs a script in a process with 8 CPU devices; returns what it printed, a JSON value a line."""
+def on_fake_devices() -> Iterator[Callable[..., list[Any]]]:
+    """Runs a script in a process with 8 CPU devices, the same for all; returns what it printed, a JSON value a line."""
+    process = None
 
     def run(script: str, *arguments: str) -> list[Any]:
-        flags = "--xla_force_host_platform_device_count=8 " + os.environ["XLA_FLAGS"]
-        command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        nonlocal process
+        if process is None:
+            flags = "--xla_force_host_platform_device_count=8 " + os.environ["XLA_FLAGS"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = subprocess.Popen(
+                [sys.executable, "-c", FAKE_DEVICES], env=os.environ | {"XLA_FLAGS": flags}, **pipes
+            )
+        process.stdin.write(json.dumps([script, arguments]) + "\n")
+        process.stdin.flush()
+        printed, error = json.loads(process.stdout.readline() or '["", "the process ended"]')
+        assert not error, error
+        return [json.loads(line) for line in printed.splitlines()]
 
-    return run
+    yield run
+    if process is not None:
+        process.stdin.close()
+        process.wait()

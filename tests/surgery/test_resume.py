@@ -108,7 +108,7 @@ from jsurgery.surgery.finetune import make_update
 from jsurgery.wan.transformer import WanConfig, WanTransformer
 
 network = WanConfig(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-                    freq_dim=16, ffn_dim=32, num_layers=2, hybrid=HybridConfig(rates=(2, 8)))
+                    freq_dim=16, ffn_dim=32, num_layers=2, hybrid=HybridConfig(rates=(8, 8)))
 config = base()
 config.finetune.ema = 0.9
 optimizer = adamw(config.finetune)

@@ -2,6 +2,8 @@
 
 import json
 
+from tests.conftest import FULL_GRID
+
 CHECK = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -67,7 +69,9 @@ for sizes in json.loads(sys.argv[1]):
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any()]
     print(json.dumps([sizes, moved(spread, mesh), max(errors)]), flush=True)
 """
-MESHES = [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 4, 1), (1, 1, 1, 2), (2, 1, 4, 1), (1, 2, 2, 2)]
+MESHES = [(1, 1, 1, 2), (2, 1, 4, 1), (1, 2, 2, 2)]
+if FULL_GRID:
+    MESHES += [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 4, 1)]
 
 
 def test_every_mesh_learns_the_same(on_fake_devices):
