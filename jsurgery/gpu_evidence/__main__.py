@@ -36,7 +36,7 @@ class Worker:
         """Its header, or {"failed": the reason}."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, self.toy), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, self.toy))
         self.process.start()
         theirs.close()
         header = self.receive(min(seconds, START))
@@ -82,6 +82,7 @@ class Worker:
 def begin(toy: bool, left: Callable[[], float]) -> tuple[Worker, dict[str, Any]]:
     """A worker and its header; without a GPU one of toys. With "failed" in the header nothing can be measured."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch works on the same GPU
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that a killed worker leaves behind
     if not toy:
         worker = Worker(toy=False)
         header = worker.start(left())
@@ -103,16 +104,13 @@ def gather(folder: pathlib.Path, minutes: float, toy: bool) -> int:
     report = Report(folder, rows, {"minutes": minutes, "sizes": scale.name, **header})
     if worker.toy:
         print(TOY_NOTE, flush=True)
-    for index, row in enumerate(rows):
-        if "failed" in header:
-            found = {"missing": header["failed"]}
-        elif left() < row.seconds:
-            found = {"missing": f"time was up: {max(left(), 0):.0f} s were left of what may take {row.seconds:g} s"}
-        else:
-            found = worker.ask(row, WARM_UP + PATIENCE * row.seconds, left)
-        report.add(index, found)
-        print(line(row, found), flush=True)
-    worker.stop()
+    try:
+        for index, row in enumerate(rows):
+            found = {"missing": header["failed"]} if "failed" in header else ask_in_time(worker, row, left)
+            report.add(index, found)
+            print(line(row, found), flush=True)
+    finally:
+        worker.stop()
     seconds = time.monotonic() - began
     report.end(seconds)
     counts = summary(report)
@@ -120,6 +118,12 @@ def gather(folder: pathlib.Path, minutes: float, toy: bool) -> int:
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{told}, in {seconds:.0f} s: {report.json}, {report.markdown}", flush=True)
     return int(counts["failed"] > 0 or counts["measured"] == 0)
+
+
+def ask_in_time(worker: Worker, row: Row, left: Callable[[], float]) -> dict[str, Any]:
+    if left() < row.seconds:
+        return {"missing": f"time was up: {max(left(), 0):.0f} s were left of what may take {row.seconds:g} s"}
+    return worker.ask(row, WARM_UP + PATIENCE * row.seconds, left)
 
 
 def main() -> int:

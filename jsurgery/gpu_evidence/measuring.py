@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -68,12 +69,12 @@ def attention(row: Row, scale: Scale) -> dict[str, Any]:
     return measured(baseline_of(size, row.passes), contender, scale.runs)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(bench_attention.PASSES))
 def stock_softmax(size: Size, passes: str) -> dict[str, Any]:
     return bench_attention.baseline(size, jax.default_backend(), passes)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(bench_attention.PASSES))
 def baseline_of(size: Size, passes: str) -> dict[str, Any] | None:
     """`stock_softmax`, or None where it does not run; its own row says why."""
     try:
@@ -106,8 +107,11 @@ def torch_attention(backend: str, compiled: bool) -> Callable[..., Any]:
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
+        if not compiled:
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+            return flex_attention
         torch.compiler.reset()  # of other sizes: each is compiled for itself, as one alone would be
-        return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        return torch.compile(flex_attention, dynamic=False)
     chosen = {"flash": attention.SDPBackend.FLASH_ATTENTION, "cudnn": attention.SDPBackend.CUDNN_ATTENTION}[backend]
 
     def attend(q: Any, k: Any, v: Any) -> Any:

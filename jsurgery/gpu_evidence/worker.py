@@ -1,5 +1,6 @@
 """The process that measures: a row at a time, and whatever goes wrong in one is that row's reason to be missing."""
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -28,8 +29,9 @@ def work(connection: Connection, toy: bool) -> None:
         connection.send({"failed": f"JAX does not start: {reason(error)}"})
         return
     connection.send(header)
-    while (row := connection.recv()) is not None:
-        connection.send(guarded(row, FULL if on_gpu else TOY, on_gpu))
+    with contextlib.suppress(EOFError):  # there are no more
+        while True:
+            connection.send(guarded(connection.recv(), FULL if on_gpu else TOY, on_gpu))
 
 
 def let_pathlib_stand_for_etils() -> None:
