@@ -75,6 +75,7 @@ def test_toys_are_measured_beside_nothing_else(tmp_path):
     assert {row["group"] for row in timed} == {"attention", "whole forward", "distillation step"}
     assert all(len(row["seconds"]) == TOY.runs and row["baseline"] and row["speedup"] > 0 for row in timed)
     assert not any("memory_bytes" in row for row in measured)  # the compiler's word, no measurement
+    assert "bfloat16" not in markdown and "float32" in markdown and "Baseline, measured in turn" in markdown
     tables = [line.count("|") for line in markdown.splitlines() if line.startswith("|")]
     assert len(tables) == len(measured) + 2 * 4 and set(tables) == {8, 9}
 

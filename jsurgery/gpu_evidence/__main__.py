@@ -101,7 +101,7 @@ def gather(folder: pathlib.Path, minutes: float, toy: bool) -> int:
     worker, header = begin(toy, left)
     scale = TOY if worker.toy else FULL
     rows = all_rows(scale)
-    report = Report(folder, rows, {"minutes": minutes, "sizes": scale.name, **header})
+    report = Report(folder, rows, {"minutes": minutes, "sizes": scale.shown(), **header})
     if worker.toy:
         print(TOY_NOTE, flush=True)
     try:

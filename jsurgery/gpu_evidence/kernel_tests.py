@@ -46,6 +46,7 @@ def kernel_test(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
         "gradient_tolerance": gradient_tolerance,
         "control_errors": control_errors,
         "dtype": scale.dtype,
+        "interpreted": row.implementation == "gpu" and not on_gpu,
         "passed": good and min(control_errors.values()) > tolerance,
     }
 

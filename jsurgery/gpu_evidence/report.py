@@ -52,11 +52,14 @@ def as_markdown(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     machine, versions = header.get("machine", {}), header.get("versions", {})
     lines = ["# GPU evidence", ""]
     lines += [f"**{header['note']}**", ""] if "note" in header else []
-    lines += [", ".join(f"{name} {value}" for name, value in (machine | versions).items()) or "no machine", ""]
+    for part in (machine, versions, header.get("sizes", {})):
+        lines += [", ".join(f"{name} {value}" for name, value in part.items()), ""] if part else []
     for group, columns in COLUMNS.items():
         if found := [row for row in rows if row["group"] == group and "missing" not in row]:
             lines += [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
             lines += [f"| {' | '.join(cells(row))} |" for row in found] + [""]
+            if baselines := dict.fromkeys(row["baseline"] for row in found if "baseline" in row):
+                lines += [f"Baseline, measured in turn with each row: {', '.join(baselines)}.", ""]
     if missing := [row for row in rows if "missing" in row]:
         lines += [f"Missing, {len(missing)} of {len(rows)} rows:", ""]
         lines += [f"- {title(row)}: {row['missing']}" for row in missing] + [""]

@@ -64,6 +64,11 @@ class Scale:
     runs: int
     allowance: dict[str, float]
 
+    def shown(self) -> dict[str, Any]:
+        """What all rows have in common."""
+        common = ("heads", "head_dim", "dtype", "model", "text_length", "runs")
+        return {"sizes": self.name, "batch": 1} | {name: getattr(self, name) for name in common}
+
 
 # What the allowances are for: XLA and Triton compile a layer in seconds and a model in less than a minute.
 FULL = Scale(
