@@ -7,6 +7,7 @@
 # make evidence  the tables of the README, re-run; takes hours
 # make ablations the tables of docs/results.md, re-run; takes hours
 # make tables    the same tables from the measurements in docs/ablations, and what is missing there
+# make gpu-evidence  kernels, attention and whole models measured on one GPU in MINUTES (10), without installing anything
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
 # make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
 #
@@ -25,7 +26,7 @@ ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 # A file's tests in one process, which builds what they share once; in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-changed soak lint fuzz kernels evidence ablations tables notebooks clean
+.PHONY: demo test test-changed soak lint fuzz kernels evidence ablations tables gpu-evidence notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -60,6 +61,13 @@ ablations: $(VENV)/base.stamp
 
 tables: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/tables --measurements=docs/ablations --results=docs/results.md
+
+# Nothing can be installed on many a machine with a GPU: any Python with jax, flax, optax, ml-collections and torch does.
+EVIDENCE_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
+MINUTES ?= 10
+
+gpu-evidence:
+	$(EVIDENCE_PYTHON) -m jsurgery.gpu_evidence --minutes=$(MINUTES) --output=runs/gpu_evidence
 
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/render.py docs/notebooks

@@ -15,51 +15,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from flax import nnx
 
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, Rate, init_feature_maps
+from jsurgery.attention.hybrid import Rate
+from jsurgery.attention_programs import (
+    TEXT_LENGTH,
+    Size,
+    arguments,
+    at_rate,
+    forwards,
+    name_of,
+    of_rows,
+    program,
+    step,
+    torch_softmax,
+)
 from jsurgery.bench import processor, xla_threads
-from jsurgery.cost import Workload, core_flops, model_flops, num_tokens
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import write_json
-from jsurgery.surgery.operate import operate
 from jsurgery.surgery.plan import named_budget
 from jsurgery.verify import check_report, versions
-from jsurgery.wan.pipeline import latent_grid
-from jsurgery.wan.transformer import WanConfig, WanTransformer
-from pallas_kernels import hybrid_attention, init_polynomial_map, stock, tuning
+from jsurgery.wan.transformer import WanConfig
+from pallas_kernels import hybrid_attention, stock, tuning
 
-PHI = FeatureMapConfig()
 PASSES = ("forward", "forward + backward")
 # Forward + backward counts as three forwards: what is computed again is no work done.
 FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
 VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
-TEXT_LENGTH = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One attention layer, of batch 1."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    dtype: str
-    stabilizer: str
-
-    def num_softmax(self, rate: Rate) -> int:
-        return 0 if isinstance(rate, str) else -(-self.tokens // rate)
-
-    def flops(self, rate: Rate) -> int:
-        """Of one forward, phi included."""
-        config = WanConfig(num_attention_heads=self.heads, attention_head_dim=self.head_dim)
-        return core_flops(Workload(config, self.tokens, feature_map=PHI), rate)
-
-    def bound(self, rate: Rate) -> float:
-        """The speed-up over full softmax that FLOPs allow."""
-        return self.flops(1) / self.flops(rate)
 
 
 def bench_attention(
@@ -134,98 +117,11 @@ def baseline(size: Size, backend: str, passes: str) -> dict[str, Any]:
     return {"name": name, "rate": 1, **program(attend, arguments(size, 1), passes)}
 
 
-def name_of(rate: Rate) -> str:
-    return "softmax" if rate == 1 else rate if isinstance(rate, str) else f"R{rate}"
-
-
-def arguments(size: Size, rate: Rate) -> tuple:
-    """q, k, v and two maps, random."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    heads = 1, size.tokens, size.heads, size.head_dim
-    q, k, v = (jax.random.normal(key, heads, jnp.dtype(size.dtype)) for key in keys[:3])
-    if rate == 1:
-        return q, k, v, None, None
-    make = partial(init_polynomial_map, heads=size.heads, width=size.head_dim, degree=PHI.degree, layers=PHI.layers)
-    return q, k, v, make(keys[3]), make(keys[4])
-
-
-def step(attend: Callable, passes: str) -> Callable:
-    """Attention, or its gradients, of q, k, v and maps."""
-    return attend if passes == "forward" else partial(gradients, attend)
-
-
-def gradients(attend: Callable, *inputs: Any) -> tuple:
-    """Of q, k, v and maps. q is also the result's cotangent, so that nothing but attention is at work."""
-    return jax.vjp(attend, *inputs)[1](inputs[0])
-
-
-def program(attend: Callable, inputs: tuple, passes: str) -> dict[str, Any]:
-    return compiled(jax.jit(step(attend, passes)), inputs)
-
-
-def compiled(function: Any, inputs: tuple) -> dict[str, Any]:
-    """A jitted function as a program of these inputs, and the memory that it takes."""
-    executable = function.lower(*inputs).compile()
-    memory = executable.memory_analysis()
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    return {
-        "memory_bytes": None if memory is None else sum(getattr(memory, part) for part in parts),
-        "run": lambda: jax.block_until_ready(executable(*inputs)),
-    }
-
-
-def torch_softmax(size: Size, passes: str) -> Callable[[], None]:
-    import torch
-
-    torch.set_num_threads(xla_threads())
-    generator = torch.Generator().manual_seed(0)
-    shape = 1, size.heads, size.tokens, size.head_dim
-    q, k, v = (torch.randn(shape, generator=generator, dtype=getattr(torch, size.dtype)) for _ in range(3))
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def forward() -> None:
-        with torch.no_grad():
-            attend(q, k, v)
-
-    def both() -> None:
-        leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        torch.autograd.grad(attend(*leaves), leaves, q.detach())
-
-    return forward if passes == "forward" else both
-
-
 def check_plans(plans: tuple[str, ...], network: WanConfig) -> None:
     for plan in plans:
         found = named_budget(plan)
         if found is None or found[0] > network.num_layers:
             raise InputError(f"--plans: expected like 15R2, at most {network.num_layers} blocks, found {plan!r}")
-
-
-def forwards(
-    plans: tuple[str, ...], network: WanConfig, video: tuple[int, int, int], dtype: str, stabilizer: str
-) -> list[dict[str, Any]]:
-    """A model of softmax alone, and one per plan, whose last blocks are hybrid: all of the same random weights."""
-    width, heads = jnp.dtype(dtype), (network.num_attention_heads, network.attention_head_dim)
-    softmax = nnx.jit(lambda: WanTransformer(network, dtype=width, rngs=nnx.Rngs(0)))()
-    latents = jnp.zeros((1, *latent_grid(*video), network.in_channels), width)
-    inputs = latents, jnp.full((1,), 500.0), jnp.zeros((1, TEXT_LENGTH, network.text_dim), width)
-    workload = Workload(network, num_tokens(*video), TEXT_LENGTH, PHI)
-    found = []
-    for name in ("softmax", *plans):
-        model, rates = softmax, (1,) * network.num_layers
-        if (plan := named_budget(name)) is not None:
-            count, rate = plan
-            rates = (*rates[count:], *(rate,) * count)
-            hybrid = HybridConfig(rates, stabilizer=stabilizer, feature_map=PHI)
-            keys = jax.random.split(jax.random.key(1))
-            query_maps, key_maps = (init_feature_maps(key, count, *heads, PHI) for key in keys)
-            model = operate(softmax, hybrid, (query_maps, key_maps) if count else None)
-        graph, params = nnx.split(model)
-        forward = jax.jit(lambda params, *inputs, graph=graph: nnx.merge(graph, params)(*inputs))
-        flops = model_flops(workload, rates)
-        bound = found[0]["flops"] / flops if found else 1.0
-        found.append({"name": name, "flops": flops, "bound": bound, **compiled(forward, (params, *inputs))})
-    return found
 
 
 def measured(contenders: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
@@ -330,17 +226,6 @@ def estimated(chip: str, size: Size, rate: Rate, attend: Callable, passes: str) 
     kernels, own = estimates.estimate_cycles(chip, layer, rows, rows, rows, *maps)
     xla = sum(own.values())
     return {"cycles": sum(kernels.values()) + xla, "kernels": kernels, "xla": xla}
-
-
-def at_rate(attend: Callable, size: Size, rate: Rate, **options: Any) -> Callable:
-    """Attention of a size at a rate, as a function of q, k, v and maps that another process can import."""
-    return partial(attend, num_softmax=size.num_softmax(rate), stabilizer=size.stabilizer, **options)
-
-
-def of_rows(attend: Callable, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, *maps: Any) -> jax.Array:
-    """`attend` of q, k and v [B, N, H * D], as projections leave them, and maps; y likewise."""
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)
-    return attend(split(q), split(k), split(v), *maps).reshape(q.shape)
 
 
 def tune_attention(

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from jsurgery import bench_attention
+from jsurgery.attention_programs import Size, at_rate, gradients
 from jsurgery.bench import SIZES
-from jsurgery.bench_attention import Size, at_rate, estimated, gradients, search
+from jsurgery.bench_attention import estimated, search
 from jsurgery.cli import main
 from pallas_kernels import estimate as estimates
 from pallas_kernels import hybrid_attention, tuning

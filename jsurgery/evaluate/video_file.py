@@ -6,10 +6,7 @@ import pathlib
 from fractions import Fraction
 from typing import Any
 
-import av
-import av.error
 import numpy as np
-from PIL import Image, PngImagePlugin
 
 from jsurgery.errors import InputError
 
@@ -29,6 +26,8 @@ def write_video(
 
     The file appears under its name when it is complete.
     """
+    from PIL import Image, PngImagePlugin
+
     path = pathlib.Path(path)
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +55,10 @@ def write_video(
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that `write_video` left in a file; empty for any other file."""
+    import av
+    import av.error
+    from PIL import Image
+
     path = pathlib.Path(path)
     try:
         if path.suffix == ".mp4":
@@ -71,6 +74,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment: str) -> None:
+    import av
+
     with av.open(str(path), "w") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})

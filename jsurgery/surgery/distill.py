@@ -11,8 +11,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import FeatureMapConfig, init_feature_maps
-from jsurgery.config import block_numbers
 from jsurgery.errors import InputError
 from jsurgery.runtime import processes
 from jsurgery.runtime.loop import run_steps
@@ -20,9 +18,10 @@ from jsurgery.runtime.mesh import batch_pieces, fetched, local_rows, make_mesh, 
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import write_json
 from jsurgery.surgery.distilled import INITIAL, TRAINED, Maps, save_maps
-from jsurgery.surgery.learners import MODES, make_optimizer
+from jsurgery.surgery.learners import MODES
 from jsurgery.surgery.planned import velocity_errors
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.surgery.update import initial_maps, make_optimizer
 from jsurgery.surgery.visits import Setup, measure
 from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels.reference import EPSILON
@@ -81,21 +80,6 @@ def distill(
     if settings.velocity_steps and rope == "after":
         found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], setup, settings.velocity_steps)
     processes.once(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
-
-
-def initial_maps(config: ConfigDict, teacher: WanTransformer) -> Maps:
-    """Fresh maps for every rate and block of `config.distill.blocks`: the same, whichever these are."""
-    hybrid, model = config.hybrid, teacher.config
-    phi = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
-    count, chosen = model.num_layers * len(hybrid.rates), block_numbers(config.distill.blocks)
-
-    def maps(key):
-        stacked = init_feature_maps(key, count, model.num_attention_heads, model.attention_head_dim, phi)
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(model.num_layers, -1, *leaf.shape[1:]), stacked)
-        return stacked if chosen is None else jax.tree.map(lambda leaf: leaf[np.array(chosen)], stacked)
-
-    key_q, key_k = jax.random.split(jax.random.key(config.seed))
-    return maps(key_q), maps(key_k)
 
 
 def calibrate(teacher: WanTransformer, batches: list[dict], maps: Maps, setup: Setup) -> Maps:

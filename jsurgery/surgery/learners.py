@@ -15,37 +15,16 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.latents import Rows
 from jsurgery.diffusion import solver_step
-from jsurgery.runtime.guard import kept, rows_with_faults
+from jsurgery.runtime.guard import rows_with_faults
 from jsurgery.runtime.mesh import local_rows, put_rows, sharding
 from jsurgery.surgery.interleaved import Trajectories, answer, question, turns
 from jsurgery.surgery.trace import TraceSteps
+from jsurgery.surgery.update import make_optimizer, make_update, stepped
 from jsurgery.surgery.visits import Setup, learn
 from jsurgery.wan.pipeline import latent_grid
 from jsurgery.wan.transformer import WanTransformer
 
 CALIBRATION_BATCHES = 8
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW; equal settings give the same object, so that what was compiled with it is found again."""
-    return _adamw(config.distill.learning_rate, config.distill.weight_decay)
-
-
-@functools.lru_cache
-def _adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
-
-
-@functools.lru_cache(maxsize=8)
-def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: Setup) -> Any:
-    """The step (state, teacher's parameters, batch) -> (state, losses [blocks, rates]), overwriting the state."""
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        _, losses, gradients = learn(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
-        return stepped(optimizer, state, losses, gradients)
-
-    return update
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,17 +50,6 @@ def make_sampling_update(
         return state, trajectory, losses
 
     return update
-
-
-def stepped(
-    optimizer: optax.GradientTransformation, state: dict[str, Any], losses: jax.Array, gradients: Any
-) -> tuple[dict[str, Any], jax.Array]:
-    """The state after an update, or as it was if a loss or gradient is not finite; the losses, NaN where either is."""
-    finite = [jnp.isfinite(leaf).all(axis=tuple(range(2, leaf.ndim))) for leaf in jax.tree.leaves(gradients)]
-    losses = jnp.where(functools.reduce(jnp.logical_and, finite), losses, jnp.nan)
-    updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])
-    new = {"maps": optax.apply_updates(state["maps"], updates), "opt_state": opt_state}
-    return kept(jnp.isfinite(losses).all(), new, state), losses
 
 
 class Replay:

@@ -12,11 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import ftfy
 import numpy as np
-import sentencepiece
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2
 
 from jsurgery.errors import InputError
 from jsurgery.wan.hashes import check_hashes, write_hashes
@@ -27,6 +24,8 @@ UNK = 2  # of T5 and of the vocabularies made here; UMT5's own has it at 3
 
 def clean_prompt(prompt: str) -> str:
     """Wan's cleaning: broken unicode repaired, HTML entities resolved (twice), whitespace folded to single spaces."""
+    import ftfy
+
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
@@ -34,6 +33,8 @@ class Tokenizer:
     """The SentencePiece model in a `tokenizer/` folder. Raises InputError where `spiece.model` is missing or broken."""
 
     def __init__(self, path: epath.PathLike):
+        import sentencepiece
+
         model_file = epath.Path(path) / "spiece.model"
         if not model_file.exists():
             raise InputError(f"{model_file}: not found; expected a tokenizer folder with a SentencePiece model")
@@ -71,6 +72,9 @@ def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size:
     a word's score is the logarithm of its frequency. The vocabulary may end up smaller than `vocab_size`.
     Raises InputError where not even the characters fit.
     """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
     spaces = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), True)
     normalizer = sentencepiece.SentencePieceNormalizer(rule_name="nmt_nfkc", **spaces)
     counts = collections.Counter(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from jsurgery.bench_attention import Size, arguments, at_rate, gradients, of_rows, step
+from jsurgery.attention_programs import Size, arguments, at_rate, gradients, of_rows, step
 from pallas_kernels import tpu
 from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
 from tests.conftest import needs_libtpu
