@@ -86,12 +86,12 @@ FULL = Scale(
 )
 TOY = Scale(
     name="toy",
-    tokens=(48, 32),
+    tokens=(48,),
     heads=2,
     head_dim=16,
     dtype="float32",
     model="tiny",
-    videos=((5, 32, 48), (5, 32, 32)),
+    videos=((5, 32, 48),),
     plans=("1R2", "1R8", "2R8"),
     text_length=8,
     runs=2,
