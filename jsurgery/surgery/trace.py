@@ -1,5 +1,8 @@
 """trace: the teacher samples from prompts, and the noisy latents that it passes through are kept."""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -43,12 +46,17 @@ def traced_prompts(config: ConfigDict) -> range:
     return range(first, config.trace.prompts)
 
 
-def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
+def trace(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    folder: epath.Path,
+    seen: Callable[[str, jax.Array], None] = lambda prompt, latents: None,
+) -> None:
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
     A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
     and `prompt`, a number into the texts. Of several processes all sample, each with its part of the model, and the
-    first writes.
+    first writes. `seen` is shown the first prompt that is sampled and its latents [1, T, H, W, C].
     """
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
@@ -71,7 +79,9 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
         for start in starts:
             batch = prompts[start : start + size]
             if start in missing:
-                _, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                if start == missing[0]:
+                    seen(batch[0], latents[:1])
                 latents_KxBxTxHxWxC = fetched(trajectory)[kept].astype(np.float16)
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
                 steps = (
