@@ -128,9 +128,10 @@ class Run:
         return mesh if mesh.size > 1 else None
 
     def spread(self, model: WanTransformer) -> WanTransformer:
-        """A model that this process samples from, on the mesh of a process that is alone."""
-        if not processes.several() and self.mesh is not None:
-            model.spread(self.mesh, self.config.mesh.exchange)
+        """A model that this process samples from, on the mesh of a process that is alone: a single device's too, since
+        what is compiled for parameters that lie on a mesh does not serve for others."""
+        if not processes.several():
+            model.spread(make_mesh(self.config.mesh), self.config.mesh.exchange)
         return model
 
     @functools.cached_property
@@ -278,7 +279,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.dtype)
         teacher = self.teacher
         models = {
-            "teacher": lambda: teacher,
+            "teacher": lambda: self.spread(teacher),
             "not_distilled": lambda: self.spread(self.operated(False)),
             "distilled": lambda: self.spread(self.operated(True)),
             "finetuned": lambda: self.spread(load_transformer(self.workdir / "model", dtype)),
