@@ -16,7 +16,7 @@ LONGEST_PROMPT = 100  # that is repeated in a command
 
 
 def tell_result(config: ConfigDict, workdir: epath.PathLike) -> None:
-    for line in summary(read_run(workdir, config), command()):
+    for line in result_lines(read_run(workdir, config), command()):
         say(line)
 
 
@@ -25,7 +25,7 @@ def command() -> str:
     return sys.argv[0] if pathlib.Path(sys.argv[0]).name == "jsurgery" else "jsurgery"
 
 
-def summary(run: RunFiles, command: str) -> list[str]:
+def result_lines(run: RunFiles, command: str) -> list[str]:
     """Lines: what the surgery saves and what it costs, where the page is, what to type next."""
     said, page = [], run.workdir / "report.html"
     if run.plan is not None:
