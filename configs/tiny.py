@@ -22,7 +22,8 @@ def get_config():
     c.trace.holdout = 2
     c.trace.keep_steps = 8
     c.trace.batch = 2
-    c.distill.steps = 160
+    c.distill.steps = 200
+    c.distill.learning_rate = 2.5e-3
     c.distill.velocity_steps = 4
     c.plan.rates = (1, 2, 4, 8, "linear")
     c.plan.budget = "3R8"

@@ -16,7 +16,7 @@ from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import fetched
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
-from jsurgery.wan.pipeline import Pipeline
+from jsurgery.wan.pipeline import Pipeline, batched
 
 SPRITE_PROMPTS = 10_000_000  # scene numbers from here on are prompts; training clips are numbered from 0
 
@@ -60,10 +60,11 @@ def trace(
     """
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
-    texts = np.asarray(pipeline.embed([*prompts, sampler.negative_prompt], config.text_length), np.float32)
+    words = [*prompts, sampler.negative_prompt]
+    # In the batches of the samples: what is compiled for them serves here too.
+    texts = [np.asarray(pipeline.embed(batch, config.text_length), np.float32) for _, batch in batched(words, size)]
     text_records = (
-        {"embedding": e, "prompt": text_array(p)}
-        for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)
+        {"embedding": e, "prompt": text_array(p)} for e, p in zip(np.concatenate(texts), words, strict=True)
     )
     processes.once(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = kept_steps(sampler.steps, config.trace.keep_steps)
