@@ -143,8 +143,9 @@ class Run:
         self.trace.run(work, spread=True)
 
     def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
-        """So that there is soon something to be seen; not of several processes, each of which holds a part of it."""
-        if processes.several():
+        """So that there is soon something to be seen. Not of several processes, each of which holds a part of it, and
+        not in an ablation, whose runs nobody watches."""
+        if processes.several() or not self.coming:
             return
         frame = self.pipeline.decode(latents_1xTxHxWxC[:, :1])[0, 0]
         say(f"trace: the teacher's first frame of this run: {write_first_frame(self.workdir, frame, prompt)}")
