@@ -2,7 +2,7 @@
 
     jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence
 
-Differs from tiny.py in numbers of prompts, clips and steps only.
+Differs from tiny.py in numbers of prompts, clips and steps, in the solver and in the learning rate of distillation.
 """
 
 from jsurgery.config import base

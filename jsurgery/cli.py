@@ -363,11 +363,13 @@ def surgery(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jsurgery.runtime.processes import is_first
 
     run = begin(config, options.workdir)
-    for name in STAGES if options.name == "surgery" else (options.name,):
-        run.stage(name)
+    run.stages(STAGES if options.name == "surgery" else (options.name,))
     if not is_first():
         return
     if options.name == "surgery":
+        from jsurgery.report.summary import tell_result
+
+        tell_result(config, run.workdir)
         print(run.workdir / "report.html")
     if options.name == "plan" and options.front:
         from jsurgery.report.cost_figures import neighbours, write_front_page

@@ -1,7 +1,9 @@
 """One run of the surgery in one workdir: the stages, in order, each skipped when its files are there already."""
 
 import functools
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
@@ -11,9 +13,11 @@ from jsurgery.config import block_numbers, flat
 from jsurgery.data.latents import check_latents, encode_sprites
 from jsurgery.errors import InputError
 from jsurgery.evaluate.stages import evaluate
+from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import write_report
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather, make_mesh
+from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import Stage, difference, file_identity, write_json
 from jsurgery.surgery.distill import distill
 from jsurgery.surgery.distilled import load_maps
@@ -80,6 +84,7 @@ class Run:
             model = f"the model has blocks 0 to {self.model_config.num_layers - 1}"
             raise InputError(f"config.distill.blocks: {model}, found {blocks[-1]}")
 
+        self.coming: Sequence[str] = ()  # the stages that `stages` has not ended yet
         identity = self.identity = file_identity(self.teacher_path)
         stage = functools.partial(Stage, self.workdir, config=config)
         sampled = SAMPLED if config.distill.mode == "sampling" else ()
@@ -123,9 +128,10 @@ class Run:
         return mesh if mesh.size > 1 else None
 
     def spread(self, model: WanTransformer) -> WanTransformer:
-        """A model that this process samples from, on the mesh of a process that is alone."""
-        if not processes.several() and self.mesh is not None:
-            model.spread(self.mesh, self.config.mesh.exchange)
+        """A model that this process samples from, on the mesh of a process that is alone: a single device's too, since
+        what is compiled for parameters that lie on a mesh does not serve for others."""
+        if not processes.several():
+            model.spread(make_mesh(self.config.mesh), self.config.mesh.exchange)
         return model
 
     @functools.cached_property
@@ -133,7 +139,17 @@ class Run:
         return self.pipeline.transformer
 
     def run_trace(self) -> None:
-        self.trace.run(lambda: trace(self.config, self.shared_pipeline(), self.trace.folder), spread=True)
+        work = lambda: trace(self.config, self.shared_pipeline(), self.trace.folder, self.show_first_frame)
+        self.trace.run(work, spread=True)
+
+    def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
+        """So that there is soon something to be seen. Not of several processes, each of which holds a part of it, and
+        not in an ablation, whose runs nobody watches."""
+        if processes.several() or not self.coming:
+            return
+        frame = self.pipeline.decode(latents_1xTxHxWxC[:, :1])[0, 0]
+        say(f"trace: the teacher's first frame of this run: {write_first_frame(self.workdir, frame, prompt)}")
+        self.show_progress()
 
     def distill_job(self, name: str) -> Stage:
         """The stage of an independent job of the distillation: its folder lies in that of the whole."""
@@ -179,6 +195,19 @@ class Run:
 
     def run_report(self) -> None:
         self.report.run(lambda: write_report(self.config, self.workdir))
+
+    def stages(self, names: Sequence[str]) -> None:
+        """Runs stages by their commands, in order; `report.html` fills up as they end, and says what is to come."""
+        for number, name in enumerate(names):
+            self.coming = names[number:]
+            self.stage(name)
+            self.coming = names[number + 1 :]
+            self.show_progress()
+
+    def show_progress(self) -> None:
+        """Writes the page of a run that goes on, unless the next stage does it: `report` itself."""
+        if len(self.coming) > 1 and processes.is_first() and not self.report.done():
+            write_report(self.config, self.workdir, coming=self.coming)
 
     def stage(self, name: str) -> None:
         """Runs one stage by its command. Raises InputError, with nothing written, when the one before is not done."""
@@ -251,7 +280,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.dtype)
         teacher = self.teacher
         models = {
-            "teacher": lambda: teacher,
+            "teacher": lambda: self.spread(teacher),
             "not_distilled": lambda: self.spread(self.operated(False)),
             "distilled": lambda: self.spread(self.operated(True)),
             "finetuned": lambda: self.spread(load_transformer(self.workdir / "model", dtype)),

@@ -106,7 +106,7 @@ def test_one_rate_needs_no_parentheses_that_a_shell_would_eat():
         ("sampler.shift", "-1", ["config.sampler.shift", "positive", "-1"]),
         ("finetune.batch", "0", ["config.finetune.batch", "positive"]),
         ("model.remat", "yes", ["config.model.remat", "none, blocks, matmuls", "'yes'"]),
-        ("finetune.accumulate", "5", ["config.finetune.accumulate", "divisor of config.finetune.batch = 8", "5"]),
+        ("finetune.accumulate", "5", ["config.finetune.accumulate", "divisor of config.finetune.batch = 4", "5"]),
         ("hybrid.linear_branch", "yes", ["config.hybrid.linear_branch", "bool", "'yes'"]),
         ("data.two_sprites", "1.5", ["config.data.two_sprites", "between 0 and 1"]),
         ("plan.budget", "(1, 2)", ["config.plan.budget", "15R2"]),

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jsurgery.cli import main
 from jsurgery.wan.transformer import load_transformer
@@ -41,6 +42,8 @@ def test_every_stage_leaves_its_files(surgery):
     assert evaluation["teacher"]["latent_rmse"] == [0, 0]
     assert all(min(evaluation[name]["latent_rmse"]) > 0 for name in list(evaluation)[1:])
     assert (workdir / "report.html").stat().st_size > 10_000
+    with Image.open(workdir / "first_frame.png") as frame:
+        assert frame.size == (48, 64) and frame.info["prompt"].startswith("a ")
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2, "of distill and of finetune"
 
 
@@ -63,6 +66,9 @@ def test_running_again_skips_everything(surgery, capsys):
     output = capsys.readouterr()
     assert output.err.count("skipped") == len(STAGES)
     assert output.out.strip() == str(workdir / "report.html")
+    *_, done, look, then = output.err.splitlines()
+    assert done.startswith("done: 2 of 2 attention layers rebuilt") and "score" in done
+    assert str(workdir / "report.html") in look and f"sample --model={workdir / 'model'}" in then
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}
     assert {path for path in before if before[path] != after.get(path)} <= {workdir}
 

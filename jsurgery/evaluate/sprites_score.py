@@ -13,7 +13,7 @@ A sprite whose colour is wrong is still judged for its shape and motion: it is m
 sprites count equally; the frames in which they touch, and one may hide a part of the other, are left out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,17 +107,15 @@ def calibrate(
     videos: Sequence[np.ndarray],
     captions: Sequence[str],
     rng: np.random.Generator,
-    round_trip: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(upper, chance): mean score of real clips with their own captions, and with captions dealt at random.
 
-    round_trip: what a generated clip also goes through, such as the VAE's encoder and decoder, one clip at a time.
+    The clips are to have been through what a generated one goes through too, such as the VAE's encoder and decoder.
     The chance of flicker is 0, because no caption says anything about it.
     """
-    clips = list(videos) if round_trip is None else [round_trip(video) for video in videos]
     dealt = [captions[int(index)] for index in rng.permutation(len(captions))]
-    upper = {dimension: float(values.mean()) for dimension, values in score(clips, captions).items()}
-    chance = {dimension: float(values.mean()) for dimension, values in score(clips, dealt).items()}
+    upper = {dimension: float(values.mean()) for dimension, values in score(videos, captions).items()}
+    chance = {dimension: float(values.mean()) for dimension, values in score(videos, dealt).items()}
     return upper, chance | {"flicker": 0.0}
 
 

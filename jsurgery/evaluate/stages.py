@@ -8,8 +8,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.data import sprites
 from jsurgery.evaluate import sprites_score
+from jsurgery.evaluate.sprites_reference import sprites_reference
 from jsurgery.evaluate.video_file import write_video
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stages import write_json
@@ -17,8 +17,6 @@ from jsurgery.surgery.finetune import validation_loss
 from jsurgery.surgery.trace import load_prompts
 from jsurgery.wan.pipeline import Pipeline, batched
 from jsurgery.wan.transformer import WanTransformer
-
-CALIBRATION_CLIPS = 48
 
 
 def evaluate(
@@ -104,27 +102,3 @@ def sample_all(
         videos.append(pipeline.decode(drawn))
         progress.show(first + len(batch), last=first + len(batch) == len(share))
     return np.concatenate(latents), np.concatenate(videos)
-
-
-def sprites_reference(
-    config: ConfigDict, pipeline: Pipeline, file: epath.Path
-) -> tuple[dict[str, float], dict[str, float]]:
-    """`calibrate_sprites`, kept in a file."""
-    if not file.exists():
-        write_json(file, calibrate_sprites(config, pipeline))
-    upper, chance = json.loads(file.read_text())
-    return upper, chance
-
-
-def calibrate_sprites(config: ConfigDict, pipeline: Pipeline) -> tuple[dict[str, float], dict[str, float]]:
-    """What real clips score after the VAE's round trip, and what they score under shuffled captions."""
-    video = config.video
-    scenes = [
-        sprites.scene_at(config.seed + 2, i, two_sprites=config.data.two_sprites) for i in range(CALIBRATION_CLIPS)
-    ]
-    clips = [sprites.render(scene, video.frames, video.height, video.width) for scene in scenes]
-
-    def round_trip(clip: np.ndarray) -> np.ndarray:
-        return pipeline.decode(pipeline.encode(sprites.to_float(clip)[None]))[0]
-
-    return sprites_score.calibrate(clips, [scene.caption for scene in scenes], np.random.default_rng(0), round_trip)

@@ -22,6 +22,7 @@ from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.clips import embed, side_by_side
 from jsurgery.report.costs import PUBLISHED, costs
 from jsurgery.report.fidelity import fidelity
+from jsurgery.report.first_frame import read_first_frame
 from jsurgery.report.front import trade_off
 from jsurgery.report.quality import quality, scores
 from jsurgery.report.run_files import RunFiles, read_run
@@ -31,31 +32,43 @@ from jsurgery.wan.transformer import WanConfig
 
 TINY = 100_000_000  # parameters under which a model is called tiny
 MODELS = ("teacher", "not_distilled", "distilled", "finetuned")
+STAGES = {  # by their commands: what a page gets from them
+    "trace": "the teacher’s samples, from which the new parts learn",
+    "distill": "new parts for every block at every rate, and how far off they are",
+    "plan": "how much exact attention each block keeps",
+    "operate": "the rebuilt model",
+    "finetune": "the rebuilt model, trained as a whole",
+    "evaluate": "clips and scores of the model after each stage",
+    "report": "the whole page",
+}
 
 
-def write_report(config: ConfigDict | None, workdir: epath.PathLike) -> epath.Path:
+def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: Sequence[str] = ()) -> epath.Path:
     """Writes `report.html` in `workdir` from what the stages have left there so far, and returns its path.
 
     The page says what is absent and shows the rest. Without a config it is the one that lies in `workdir`. Beside the
     page `comparison.gif`: the teacher's clips in the upper row, the final model's in the lower. The page loads nothing
     from anywhere, by its content security policy too, and stays under 15 MB. Raises InputError where there is no such
     folder.
+
+    With the stages that are still `coming` in a run under way, the page says so instead, reloads itself and leaves the
+    clips, which take longest to write, to the last.
     """
     run = read_run(workdir, config)
-    text = render_run(run)
+    text = render_run(run, coming)
     page = run.workdir / "report.html"
     temporary = page.with_name("report.html.tmp")
     temporary.write_text(text)
     temporary.replace(page)
-    if run.config is not None:
+    if run.config is not None and not coming:
         grid = side_by_side(run.videos, ["teacher", "finetuned"], run.config.evaluate.videos)
         if grid is not None:
             write_video(run.workdir / "comparison.gif", grid, run.config.video.fps)
     return page
 
 
-def render_run(run: RunFiles) -> str:
-    """The page of one run."""
+def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
+    """The page of one run, under way with some stages still `coming`, or not."""
     config, plan = run.config, run.plan
     traded, subject, tables = trade_off(run), None, []
     if config is not None and run.model is not None:
@@ -78,13 +91,15 @@ def render_run(run: RunFiles) -> str:
         heat=heat_map(run.errors, plan["rates"] if plan else None) if run.errors else None,
         scores=scores(run.evaluation) if run.evaluation else None,
         quality=quality(run.evaluation) if run.evaluation else None,
-        clips=clips(run),
+        clips=clips(run) if not coming else None,
         fidelity=fidelity(run.fidelity, stages(config)) if run.fidelity else None,
         charts=training_charts(run),
         parity=parity(run.parity) if run.parity else [],
         fields=grouped_fields(config) if config is not None else {},
         versions=versions(),
-        absent=run.absent,
+        coming=[(name, STAGES[name]) for name in coming],
+        first_frame=read_first_frame(run.workdir) if coming else None,
+        absent=run.absent if not coming else [],
         unfinished=run.evaluation is None,
     )
 

@@ -1,5 +1,8 @@
 """trace: the teacher samples from prompts, and the noisy latents that it passes through are kept."""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -13,7 +16,7 @@ from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import fetched
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
-from jsurgery.wan.pipeline import Pipeline
+from jsurgery.wan.pipeline import Pipeline, batched
 
 SPRITE_PROMPTS = 10_000_000  # scene numbers from here on are prompts; training clips are numbered from 0
 
@@ -43,19 +46,25 @@ def traced_prompts(config: ConfigDict) -> range:
     return range(first, config.trace.prompts)
 
 
-def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
+def trace(
+    config: ConfigDict,
+    pipeline: Pipeline,
+    folder: epath.Path,
+    seen: Callable[[str, jax.Array], None] = lambda prompt, latents: None,
+) -> None:
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
     A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
     and `prompt`, a number into the texts. Of several processes all sample, each with its part of the model, and the
-    first writes.
+    first writes. `seen` is shown the first prompt that is sampled and its latents [1, T, H, W, C].
     """
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
-    texts = np.asarray(pipeline.embed([*prompts, sampler.negative_prompt], config.text_length), np.float32)
+    words = [*prompts, sampler.negative_prompt]
+    # In the batches of the samples: what is compiled for them serves here too.
+    texts = [np.asarray(pipeline.embed(batch, config.text_length), np.float32) for _, batch in batched(words, size)]
     text_records = (
-        {"embedding": e, "prompt": text_array(p)}
-        for e, p in zip(texts, [*prompts, sampler.negative_prompt], strict=True)
+        {"embedding": e, "prompt": text_array(p)} for e, p in zip(np.concatenate(texts), words, strict=True)
     )
     processes.once(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = kept_steps(sampler.steps, config.trace.keep_steps)
@@ -71,7 +80,9 @@ def trace(config: ConfigDict, pipeline: Pipeline, folder: epath.Path) -> None:
         for start in starts:
             batch = prompts[start : start + size]
             if start in missing:
-                _, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                if start == missing[0]:
+                    seen(batch[0], latents[:1])
                 latents_KxBxTxHxWxC = fetched(trajectory)[kept].astype(np.float16)
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
                 steps = (

@@ -1,13 +1,16 @@
 import base64
 import hashlib
+import io
 import json
 import re
+import shlex
 import shutil
 from importlib.metadata import version
 from itertools import chain
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from jsurgery.cli import main
@@ -16,8 +19,10 @@ from jsurgery.errors import InputError
 from jsurgery.evaluate.video_file import write_video
 from jsurgery.report import clips, front
 from jsurgery.report.charts import line_chart, linear_ticks, log_ticks, running_mean
+from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import parity, write_report
 from jsurgery.report.run_files import read_run
+from jsurgery.report.summary import result_lines
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import block_costs
 from jsurgery.wan.transformer import WanConfig
@@ -249,6 +254,54 @@ def test_a_stage_that_has_begun_and_files_that_are_not_whole(config, workdir):
     assert "finetuned/0000.mp4" in page.text
     assert [row["models"] for row in page.rows] == [list(MODELS[:3]), list(MODELS)]
     assert page.rows[0]["prompt"].startswith("a ")  # of the config, where no evaluation tells
+
+
+def test_a_run_under_way_says_what_is_to_come_and_shows_its_first_frame(config, workdir):
+    prompt, frame = "a red ‹circle› & more", np.random.default_rng(0).integers(0, 256, (32, 24, 3), np.uint8)
+    write_first_frame(epath.Path(workdir), frame, prompt)
+    finished = write_report(config, workdir).read_text()
+    assert prompt not in finished and 'http-equiv="refresh"' not in finished
+    (workdir / "comparison.gif").unlink()
+    write_report(config, workdir, coming=("finetune", "evaluate", "report"))
+    page = Page((workdir / "report.html").read_text())
+    assert page.sections == ALL - {"clips"} and "What this page lacks" not in page.text
+    assert "Still to come" in page.text and prompt in page.text
+    assert not (workdir / "comparison.gif").exists(), "clips are for the last page"
+    html = (workdir / "report.html").read_text()
+    assert 'http-equiv="refresh"' in html
+    (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", html)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))), frame)
+    last = write_report(config, workdir).read_text()
+    assert 'http-equiv="refresh"' not in last and Page(last).text == Page(finished).text, "the last page is as ever"
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_a_run_under_way_with_a_damaged_frame(config, workdir, content):
+    (workdir / "first_frame.png").write_bytes(content)
+    write_report(config, workdir, coming=("evaluate", "report"))
+    assert "<img" not in (workdir / "report.html").read_text()
+
+
+def test_what_was_achieved_in_plain_words(config, workdir):
+    (workdir / "model").mkdir()
+    write(workdir / "model" / "config.json", MODEL.to_json())
+    run = read_run(workdir, config)
+    run.evaluation["prompts"][0] = "a man’s 'hat'"
+    done, look, then = result_lines(run, "jsurgery")
+    share, models = 1 - run.plan["share_of_teacher"], run.evaluation["models"]
+    assert done.startswith(f"done: 4 of 6 attention layers rebuilt, {share:.0%} less attention work; score ")
+    for name in ("teacher", "finetuned", "not_distilled"):
+        assert f"{models[name]['score']['total']['mean']:.2f}" in done
+    assert str(workdir / "report.html") in look
+    assert shlex.split(then.removeprefix("next: "))[1:4] == [
+        "sample", f"--model={workdir / 'model'}", f"--prompt={run.prompts[0]}"
+    ]  # fmt: skip
+
+    for model in models.values():
+        model.pop("score")
+    assert "validation loss" in result_lines(run, "jsurgery")[0]
+    run.plan = run.evaluation = None
+    assert [line.partition(":")[0] for line in result_lines(run, "jsurgery")] == ["look", "next"]
 
 
 def test_files_that_are_another_thing_are_named(config, workdir):

@@ -1,0 +1,33 @@
+"""The first frame that a run samples: a picture to look at while the rest of it is still to come."""
+
+import base64
+import io
+
+import numpy as np
+from etils import epath
+from PIL import Image, PngImagePlugin
+
+FILE = "first_frame.png"
+
+
+def write_first_frame(workdir: epath.Path, frame_HxWx3: np.ndarray, prompt: str) -> epath.Path:
+    """Leaves the frame, uint8, in `workdir` with its prompt in the metadata; returns the file."""
+    text, picture = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_itxt("prompt", prompt)
+    Image.fromarray(frame_HxWx3).save(picture, format="png", pnginfo=text)
+    file = workdir / FILE
+    temporary = file.with_name(FILE + ".tmp")
+    temporary.write_bytes(picture.getvalue())
+    temporary.replace(file)
+    return file
+
+
+def read_first_frame(workdir: epath.Path) -> dict[str, str] | None:
+    """`picture`, PNG as base64, and its `prompt`; None where there is no such file or another's."""
+    try:
+        content = (workdir / FILE).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            prompt = str(image.info["prompt"])
+    except (OSError, KeyError, SyntaxError, ValueError):
+        return None
+    return {"picture": base64.b64encode(content).decode(), "prompt": prompt}

@@ -1,0 +1,57 @@
+"""The models that a run evaluates are of one kind to the compiler: it compiles a sampler once for all hybrids."""
+
+import logging
+
+import jax
+import pytest
+
+from jsurgery.config import load_config
+from jsurgery.run import Run
+from jsurgery.runtime.mesh import make_mesh
+from jsurgery.surgery.distill import initial_maps
+from jsurgery.surgery.distilled import load_maps, save_maps
+from jsurgery.surgery.operate import operate, save_model
+from jsurgery.surgery.plan import hybrid_config
+from jsurgery.wan.transformer import load_transformer
+
+FIELDS = {
+    "video.frames": "5", "video.height": "64", "video.width": "48", "sampler.steps": "2", "trace.keep_steps": "1",
+    "hybrid.rates": "(2,)", "plan.rates": "(1, 2)", "plan.budget": "1R2",
+}  # fmt: skip
+
+
+class Compiled(logging.Handler):
+    """Counts the programs that jax compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.programs: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (message := record.getMessage()).startswith("Compiling "):
+            self.programs.append(message.split()[1])
+
+
+@pytest.fixture
+def compiled():
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Compiled()
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield handler.programs
+    logger.removeHandler(handler)
+
+
+def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compiled):
+    config = load_config("tiny", FIELDS | {"model.path": str(tiny_pipeline)})
+    run = Run(config, str(tmp_path / "run"))
+    run.teacher.spread(make_mesh(config.mesh))  # as training leaves it
+    save_maps(tmp_path / "maps.safetensors", initial_maps(config, run.teacher), (2,), range(2))
+    hybrid = hybrid_config(config, (2, 1))
+    operated = operate(run.teacher, hybrid, load_maps(tmp_path / "maps.safetensors", (2, 1), hybrid.feature_map))
+    save_model(operated, run.workdir / "model", str(tiny_pipeline))
+    compiled.clear()
+    for model in (operated, load_transformer(run.workdir / "model")):
+        run.pipeline.transformer = run.spread(model)
+        for first in range(2):
+            run.pipeline.sample(["a red circle"], config, seed=0, first=first)
+    assert compiled.count("jit(_sample)") == 1
