@@ -1,4 +1,4 @@
-"""TPU kernels through the TPU compiler, which needs no TPU: they fit in VMEM, and what they read is all they need."""
+"""TPU kernels through the TPU compiler, which needs no TPU: they fit in VMEM, and leave no scores or features in HBM."""
 
 import functools
 import os
