@@ -1,4 +1,4 @@
-"""TPU kernels through the TPU compiler, which needs no TPU: they fit in VMEM, and leave no scores or features in HBM."""
+"""TPU kernels through the TPU compiler, which needs no TPU: they fit in VMEM, and leave no scores in HBM."""
 
 import functools
 import os
