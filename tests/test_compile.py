@@ -169,7 +169,7 @@ def test_a_program_does_not_grow_with_its_blocks():
     """Nor does its compile time: thirty blocks of alternating rates are one scan over few branches."""
     eight, thirty = program(8), program(30)
     assert thirty == pytest.approx(eight, rel=0.02)
-    assert program(30, rates=(1, 8)) < 0.8 * thirty, "every rate is there once"
+    assert program(8, rates=(1, 8)) < 0.8 * eight, "every rate is there once"
 
 
 def run(*arguments):
@@ -211,6 +211,7 @@ def test_refusals(capsys, arguments, code, parts):
 def test_training_a_teacher(capsys):
     small = {"layers": 2, "heads": 2, "head_dim": 128, "ffn_dim": 128, "batch": 4, "optimizer": "adamw"}
     fields = [f"--config.train.{name}={value}" for name, value in small.items()]
+    fields += [f"--config.video.{name}={value}" for name, value in {"frames": 5, "height": 64, "width": 64}.items()]
     assert run("--stage=train", "--topology=v5e:2x2", "--config.mesh.data=4", *fields) == 0
     assert "train on v5e:2x2" in capsys.readouterr().out
 
@@ -229,10 +230,11 @@ def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def sharded_step():
-    """HLO of fine-tuning: a block at rate 2, one at softmax; 604 tokens over four chips, two examples on each."""
+    """HLO of fine-tuning: a block at rate 2, one at softmax; 244 tokens over four chips, two examples on each."""
     overrides = {
         "mesh.data": "4", "mesh.context": "4", "model.dtype": "bfloat16", "model.remat": "blocks",
         "finetune.batch": "8", "hybrid.stabilizer": "max", "plan.budget": "1R2",
+        "video.frames": "5",
     }  # fmt: skip
     config = load_config("tiny", overrides)
     network = WanConfig(
@@ -253,7 +255,7 @@ def test_a_sharded_step_runs_the_kernels(sharded_step):
 
 @needs_libtpu
 def test_a_sharded_step_computes_on_its_own_tokens_alone(sharded_step):
-    """Two examples of 151 tokens: a layer that flattened its batch axes would first gather what others hold."""
+    """Two examples of 61 tokens: a layer that flattened its batch axes would first gather what others hold."""
     hidden = set(re.findall(r"\w+\[((?:\d+,)+)384\]", sharded_step))
-    assert "2,151," in hidden
-    assert not hidden & {"2,604,", "1208,"}
+    assert "2,61," in hidden
+    assert not hidden & {"2,244,", "488,"}

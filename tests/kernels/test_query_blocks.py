@@ -26,26 +26,45 @@ def problem(num_tokens=29, width=5):
     return *arrays, *maps
 
 
-def equation_5(q, k, v, query_map, key_map, blocks, valid, stabilizer):
-    """In whatever precision the arguments have, of dense weights [B, H, N, M]."""
-    in_S, in_L = np.zeros((2, q.shape[1], k.shape[1]), bool)
+def seen_with(blocks, num_tokens=29):
+    """Whether query n sees key m with softmax, and whether linearly: two masks [N, M]."""
+    in_S, in_L = np.zeros((2, num_tokens, num_tokens), bool)
     for block in blocks:
         in_S[slice(*block.queries), slice(*block.softmax)] = True
         for keys in block.linear:
             in_L[slice(*block.queries), slice(*keys)] = True
-    s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
-    seen = in_S & valid[:, None, None]
-    s = jnp.where(seen, s, -jnp.inf)
-    c = s.max(-1, keepdims=True) if stabilizer == "max" else jax.nn.logsumexp(s, axis=-1, keepdims=True)
-    weights = jnp.exp(s - jnp.where(jnp.isfinite(c), c, 0.0))
-    linear = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k))
-    weights += jnp.where(in_L & valid[:, None, None], linear, 0.0)
-    total = weights.sum(-1) + 1e-6 * ~in_S.any(axis=1)[None, None]
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)[..., None]
+    return in_S, in_L
 
 
-@pytest.mark.parametrize("stabilizer", ["max", "lse"])
-@pytest.mark.parametrize("masked", [False, True])
+def values_and_gradients(attend, arguments):
+    y, pullback = jax.vjp(attend, *arguments)
+    return y, pullback(jnp.cos(arguments[0]).astype(y.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="stabilizer")
+def equation_5(arguments, in_S, in_L, valid, stabilizer):
+    """Value and gradients in whatever precision the arguments have, of dense weights [B, H, N, M]."""
+
+    def attend(q, k, v, query_map, key_map):
+        s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+        s = jnp.where(in_S[None, None] & valid[:, None, None], s, -jnp.inf)
+        c = s.max(-1, keepdims=True) if stabilizer == "max" else jax.nn.logsumexp(s, axis=-1, keepdims=True)
+        weights = jnp.exp(s - jnp.where(jnp.isfinite(c), c, 0.0))
+        linear = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k))
+        weights += jnp.where(in_L[None, None] & valid[:, None, None], linear, 0.0)
+        total = weights.sum(-1) + 1e-6 * ~in_S.any(axis=1)[None, None]
+        return jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)[..., None]
+
+    return values_and_gradients(attend, arguments)
+
+
+def exactly(arguments, blocks, valid, stabilizer):
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), arguments)
+        return equation_5(exact, *seen_with(blocks), valid, stabilizer=stabilizer)
+
+
+@pytest.mark.parametrize(("masked", "stabilizer"), [(True, "max"), (True, "lse"), (False, "max")])
 def test_chunks(masked, stabilizer):
     valid = np.ones((2, 29), bool)
     if masked:
@@ -53,32 +72,27 @@ def test_chunks(masked, stabilizer):
         valid[:, ::8] = True
     arguments = problem()
     options = {"blocks": CHUNKS, "key_valid": valid if masked else None, "stabilizer": stabilizer}
-
-    def values_and_gradients(attend, arguments):
-        y, pullback = jax.vjp(attend, *arguments)
-        return y, pullback(jnp.cos(arguments[0]).astype(y.dtype))
-
     attend = lambda *arguments: attention_by_query_blocks(*arguments, **options)
     actual = jax.jit(functools.partial(values_and_gradients, attend))(arguments)
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), arguments)
-        dense = lambda blocks: lambda *arguments: equation_5(*arguments, blocks, valid, stabilizer)
-        expected = values_and_gradients(dense(CHUNKS), exact)
-        other = dense((*CHUNKS[:3], CHUNKS[3]._replace(linear=((11, 21),))))(*exact)
+    expected = exactly(arguments, CHUNKS, valid, stabilizer)
+    other, _ = exactly(arguments, (*CHUNKS[:3], CHUNKS[3]._replace(linear=((11, 21),))), valid, stabilizer)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4 * np.abs(e).max())
     assert np.abs(np.asarray(actual[0]) - np.asarray(other)).max() > 1e-3
 
 
 def test_a_prefix_is_one_block():
-    *arrays, query_map, key_map = problem()
-    blocks = [QueryBlock((0, 29), (0, 7), ((7, 29),))]
-    actual = attention_by_query_blocks(*arrays, query_map, key_map, blocks=blocks)
-    expected = hybrid_attention(*arrays, query_map, key_map, num_softmax=7)
-    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    one = [QueryBlock((0, 29), (0, 7), ((7, 29),))]
     cut_up = [QueryBlock(queries, (0, 7), ((7, 12), (12, 29))) for queries in ((0, 4), (4, 29))]
-    actual = attention_by_query_blocks(*arrays, query_map, key_map, blocks=cut_up)
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+    @jax.jit
+    def attend(*arguments):
+        by_blocks = [attention_by_query_blocks(*arguments, blocks=blocks) for blocks in (one, cut_up)]
+        return *by_blocks, hybrid_attention(*arguments, num_softmax=7)
+
+    of_one, of_several, expected = attend(*problem())
+    np.testing.assert_allclose(of_one, expected, atol=1e-6)
+    np.testing.assert_allclose(of_several, expected, atol=1e-5)
 
 
 def test_through_the_tpu_kernels(monkeypatch):
@@ -86,8 +100,8 @@ def test_through_the_tpu_kernels(monkeypatch):
         monkeypatch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=True))
     monkeypatch.setattr(api, "_place", lambda: ("tpu", True))
     arguments = problem(width=64)
-    actual = attention_by_query_blocks(*arguments, blocks=CHUNKS)
-    expected = equation_5(*arguments, CHUNKS, np.ones((2, 29), bool), "max")
+    actual = jax.jit(functools.partial(attention_by_query_blocks, blocks=CHUNKS))(*arguments)
+    expected, _ = exactly(arguments, CHUNKS, np.ones((2, 29), bool), "max")
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 

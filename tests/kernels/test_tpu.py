@@ -1,11 +1,7 @@
-"""TPU kernels in interpret mode against eq. 5 in float64, and through the TPU compiler, which needs no TPU."""
+"""TPU kernels in interpret mode against eq. 5 in float64."""
 
 import functools
 import json
-import os
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +10,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import init_elu_map, init_polynomial_map, tpu, tpu_backward, tuning
-from pallas_kernels.feature_map import ACTIVATIONS
 from pallas_kernels.tpu_forward import BlockSizes
-from tests.conftest import needs_libtpu
+from tests.kernels.equation_5 import equation_5
 
 # Small, so that a few hundred tokens take several blocks of each kind, the last of them partial.
 BLOCKS = BlockSizes(
@@ -44,37 +39,6 @@ def problem(num_tokens, num_softmax, width=128, heads=2, batch=1, spread=1.0, dt
         draw = lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(x.shape[-2] if x.ndim == 3 else 25), dtype)
         maps = [jax.tree.map(lambda x: draw(x).astype(jnp.float32), drawn) for _ in range(2)]
     return (q, k, v, *maps), dy
-
-
-def equation_5(arguments, dy, num_softmax, key_valid=None, stabilizer="max"):
-    """y and every gradient in float64, by JAX's differentiation of eq. 5 as written."""
-
-    def features(phi, x_BxNxHxD):
-        for kernel, bias in zip(phi.kernels, phi.biases, strict=True):
-            x_BxNxHxD = ACTIVATIONS[phi.activation](jnp.einsum("bnhd,hdf->bnhf", x_BxNxHxD, kernel) + bias[None, None])
-        slices = jnp.split(x_BxNxHxD, phi.degree, axis=-1)
-        scale = jnp.exp(phi.log_scale)[None, None, :, None]
-        return scale * jnp.concatenate([psi ** (p + 1) for p, psi in enumerate(slices)], axis=-1)
-
-    def attend(arguments):
-        q, k, v, query_map, key_map = arguments
-        weights = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-        valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
-        valid = valid[:, None, None]
-        if num_softmax:
-            s = jnp.einsum("bnhd,bmhd->bhnm", q, k[:, :num_softmax]) / np.sqrt(q.shape[-1])
-            s = jnp.where(valid[..., :num_softmax], s, -jnp.inf)
-            c = s.max(-1) if stabilizer == "max" else jax.nn.logsumexp(s, -1)
-            weights = weights.at[..., :num_softmax].set(jnp.exp(s - c[..., None]))
-        if query_map is not None:
-            linear = jnp.einsum("bnhf,bmhf->bhnm", features(query_map, q), features(key_map, k[:, num_softmax:]))
-            weights = weights.at[..., num_softmax:].set(jnp.where(valid[..., num_softmax:], linear, 0.0))
-        epsilon = 1e-6 if num_softmax == 0 else 0.0
-        return jnp.einsum("bhnm,bmhd->bnhd", weights, v) / (weights.sum(-1) + epsilon).swapaxes(1, 2)[..., None]
-
-    with jax.enable_x64(True):
-        arguments, dy = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), (arguments, dy))
-        return jax.jit(value_and_gradients, static_argnums=0)(attend, arguments, dy)
 
 
 def value_and_gradients(attend, arguments, dy):
@@ -257,108 +221,3 @@ def test_blocks_by_the_number_of_softmax_keys(monkeypatch):
     assert queries == [2048, 2048, 1024, 1024] and BlockSizes().backward_key == 4096
     monkeypatch.setattr(tuning, "lookup", lambda chip, *counts: {"backward_key": 512} if chip == "v6e" else {})
     assert tpu.blocks_for("v6e", 8192, 2048).backward_key == 512
-
-
-COMPILE = """
-    import collections, functools, json, sys
-    import jax, jax.numpy as jnp
-    from pallas_kernels import init_polynomial_map, reference, tpu
-    from pallas_kernels.estimate import compile_ahead
-
-    def step(attend, q, k, v, query_map, key_map, dy):
-        y, pullback = jax.vjp(attend, q, k, v, query_map, key_map)
-        return y, pullback(dy)
-
-    for chip, implementation, heads, num_tokens, num_softmax, options in json.loads(sys.argv[1]):
-        x = jax.ShapeDtypeStruct((1, num_tokens, heads, options.pop("width", 128)), jnp.bfloat16)
-        kind = options.pop("kind", {})
-        phi = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, x.shape[-1], **kind))
-        phi = None if num_softmax == num_tokens else phi
-        module = {"tpu": tpu, "reference": reference}[implementation]
-        if implementation == "tpu":
-            options["block_sizes"] = tpu.blocks_for(chip, num_tokens, num_softmax)
-        attend = functools.partial(module.hybrid_attention, num_softmax=num_softmax, **options)
-        program = compile_ahead(chip, functools.partial(step, attend), x, x, x, phi, phi, x)
-        print(json.dumps([program.as_text(), program.memory_analysis().temp_size_in_bytes]))
-"""
-FULL_GRID = os.environ.get("FULL_GRID") == "1"
-
-
-def compile_for_tpu(*cases, options=""):
-    """(HLO, temporary bytes) of forward and backward of (chip, implementation, heads, N, num_softmax, options)."""
-    run = subprocess.run(
-        [sys.executable, "-c", "if 1:" + COMPILE, json.dumps(cases)],
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": options},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
-
-
-def kernel_names(hlo):
-    return {re.search(r"hybrid_[a-z_]*[a-z]", line)[0] for line in hlo.splitlines() if "tpu_custom_call" in line}
-
-
-SOFTMAX_KERNELS = {"hybrid_attend", "hybrid_delta", "hybrid_attend_backward"}
-LINEAR_KERNELS = {"hybrid_state", "hybrid_attend", "hybrid_delta", "hybrid_read_out_backward", "hybrid_state_backward"}
-
-
-def expected_kernels(num_tokens, num_softmax):
-    return (SOFTMAX_KERNELS if num_softmax else set()) | (LINEAR_KERNELS if num_softmax < num_tokens else set())
-
-
-SAMPLED_SHAPES = [("v5e", 12, 32760, (8,)), ("v6e", 12, 75600, (2,)), ("v5p", 40, 32760, (1,))]
-EVERY_SHAPE = [
-    (chip, heads, num_tokens, (1, 2, 4, 8, "linear"))
-    for chip in ("v5e", "v5p", "v6e")
-    for heads, num_tokens in ((12, 12600), (12, 32760), (12, 75600), (40, 32760), (40, 75600))
-]
-
-
-@needs_libtpu
-@pytest.mark.parametrize(("chip", "heads", "num_tokens", "rates"), EVERY_SHAPE if FULL_GRID else SAMPLED_SHAPES)
-def test_compiles_for_tpu(chip, heads, num_tokens, rates):
-    """Forward and backward at the sizes of the shipped configs, within VMEM, and with no fallback."""
-    counts = [0 if rate == "linear" else -(-num_tokens // rate) for rate in rates]
-    cases = [(chip, "tpu", heads, num_tokens, num_softmax, {}) for num_softmax in counts]
-    for num_softmax, (hlo, _) in zip(counts, compile_for_tpu(*cases), strict=True):
-        assert kernel_names(hlo) == expected_kernels(num_tokens, num_softmax)
-
-
-@needs_libtpu
-@pytest.mark.parametrize("activation", ACTIVATIONS if FULL_GRID else ("elu1",))
-def test_maps_compile_for_tpu(activation):
-    kinds = [{"degree": degree, "layers": layers, "activation": activation} for degree, layers in ((1, 1), (3, 2))]
-    for hlo, _ in compile_for_tpu(*(("v5e", "tpu", 2, 500, 125, {"width": 64, "kind": kind}) for kind in kinds)):
-        assert kernel_names(hlo) == SOFTMAX_KERNELS | LINEAR_KERNELS
-
-
-def largest(hlo, dtypes):
-    shapes = re.findall(r"\b(" + dtypes + r")\[([\d,]+)\]", hlo)
-    return max(int(np.prod([int(size) for size in dimensions.split(",")])) for _, dimensions in shapes)
-
-
-@needs_libtpu
-def test_neither_scores_nor_features_reach_memory():
-    """Nor does what does reach it grow faster than tokens. Everything counts: VMEM is kept for the kernels."""
-    heads, rate, width, most = 12, 4, 128, 8192
-    cases = [
-        ("v5e", implementation, heads, num_tokens, num_tokens // rate, {})
-        for implementation, num_tokens in (
-            ("reference", most // 2),
-            ("reference", most),
-            ("tpu", most),
-            ("tpu", 2 * most),
-        )
-    ]
-    options = "--xla_vf_vmem_memory_space_assignment=false"
-    (_, half_as_many), (written_out, many_bytes), (hlo, few_bytes), (_, twice) = compile_for_tpu(
-        *cases, options=options
-    )
-    scores, features = heads * most * most // rate, heads * most * 2 * width
-    assert largest(written_out, "f32") >= max(scores, features)
-    assert largest(hlo, "f32|bf16|pred|s32") < scores
-    assert largest(hlo, "f32") < features
-    assert 0 < few_bytes < 5 * 2 * heads * most * width < many_bytes
-    assert twice < 2.2 * few_bytes and many_bytes > 2.2 * half_as_many
