@@ -27,7 +27,7 @@ from jsurgery.wan.text_encoder import TextEncoderConfig
 from jsurgery.wan.tokenizer import EOS, PAD
 from jsurgery.wan.transformer import WanConfig
 
-from .parity import check_parity, parity_rows
+from .parity import check_parity, missing_samples, parity_rows
 from .parts import FORMAT_VERSION, PRECISIONS, Artefact, Job
 from .worker import LOG
 
@@ -103,11 +103,15 @@ def make(
     for what, why in left_out.items():
         say(f"export: {what} left out: {why}")
 
-    work("reference", folder, str(SAMPLES if "w8a16" in precisions else 1))
+    # What is there already starts no process, which would import its libraries first.
+    samples = SAMPLES if "w8a16" in precisions else 1
+    if missing_samples(folder, samples):
+        work("reference", folder, str(samples))
     for format in formats:
-        choices = {"tflite": precisions, "qnn": chips}.get(format, ())
+        choices = tuple({"tflite": precisions, "qnn": chips}.get(format, ()))
         try:
-            work(format, folder, *choices)
+            if any(artefact.record(job.fingerprint) is None for artefact in job.artefacts(folder, format, choices)):
+                work(format, folder, *choices)
         finally:
             write_json(epath.Path(folder) / "manifest.json", manifest(config, job, folder, left_out))
     complete = [name for name in precisions if "tflite" in formats]

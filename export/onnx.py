@@ -31,7 +31,7 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> 
         made = run(file, part, load_sample(folder, 0, part.inputs))
         return facts | names | {"operations": dict(operations.most_common())} | errors(part, made, folder)
 
-    make_all(job, [Artefact(folder, "onnx", "float32", name) for name in parts], make)
+    make_all(job, job.artefacts(folder, "onnx"), make)
 
 
 def convert(module: torch.nn.Module, arguments: tuple, part: Part, file: pathlib.Path) -> None:

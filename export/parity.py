@@ -34,6 +34,11 @@ def load_sample(folder: str | pathlib.Path, number: int, names: tuple[str, ...])
     return [np.load(sample_file(folder, number, name)) for name in names]
 
 
+def missing_samples(folder: str | pathlib.Path, count: int) -> list[int]:
+    """Which of the first `count` samples are not there."""
+    return [number for number in range(count) if not (pathlib.Path(folder) / "reference" / str(number)).exists()]
+
+
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """|actual - expected| / |expected|, Euclidean norms in float64."""
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))

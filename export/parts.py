@@ -125,6 +125,18 @@ class Job:
         decoder = Part("vae_decoder", video, ("latents",), ("video",))
         return [*([encoder] if self.text_encoder else []), *transformer, *([decoder] if self.base else [])]
 
+    def artefacts(self, folder: pathlib.Path, format: str, choices: tuple[str, ...] = ()) -> list["Artefact"]:
+        """What a format makes of the job, in that order; `choices` are the precisions of tflite, the chips of qnn.
+
+        Text and timestep stay off the NPU: one looks up a table, the other needs the angles of float32.
+        """
+        names = [part.name for part in self.parts()]
+        if format == "qnn":
+            names = [name for name in names if name not in ("text_encoder", "condition")]
+            return [Artefact(folder, format, "fp16", name, chip) for chip in choices for name in names]
+        precisions = [name for name in PRECISIONS[format] if format != "tflite" or name in choices]
+        return [Artefact(folder, format, precision, name) for name in names for precision in precisions]
+
     def transformer_parts(self, step: str) -> list[Part]:
         layers, size = self.config.num_layers, self.blocks_per_file
         if size == 0:

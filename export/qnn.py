@@ -5,7 +5,6 @@ What it says of memory traffic is the compiler's own estimate. It says nothing o
 
 import collections
 import math
-import os
 import pathlib
 import re
 import subprocess
@@ -18,20 +17,16 @@ from jsurgery.errors import InputError
 
 from .parity import errors, load_sample
 from .parts import Artefact, Job
-from .worker import end_with_parent, make_all
+from .worker import make_all
 
-CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> QNN's number of the chip, version of its HTP
 SIMULATED = 4e9  # multiply-adds of a part up to which the simulator is asked to run it
 ERROR = re.compile(r"\[E:|<E>|Error|FAIL|error code|out of memory")
 SUMMARY = re.compile(r"\b((?:spill|fill|write_total|read_total)_bytes)=(\d+)")
 
 
 def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
-    """A context binary of every part that belongs on the NPU, from its ONNX artefact.
-
-    Text and timestep stay off it: one looks up a table, the other needs the angles of float32.
-    """
-    parts = {part.name: part for part in job.parts() if part.name not in ("text_encoder", "condition")}
+    """A context binary of every part that belongs on the NPU, from its ONNX artefact."""
+    parts = {part.name: part for part in job.parts()}
     if "transformer" in parts:
         raise InputError("--formats=qnn: timesteps need float32, and the NPU has 16 bits: not with --one_file")
 
@@ -45,7 +40,7 @@ def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
         made = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
         return facts | {"simulated": True} | errors(part, made, folder)
 
-    make_all(job, [Artefact(folder, "qnn", "fp16", part, chip) for chip in chips for part in parts], make)
+    make_all(job, job.artefacts(folder, "qnn", chips), make)
 
 
 def multiply_adds(model: pathlib.Path) -> int:
@@ -110,8 +105,8 @@ def simulate(model: pathlib.Path, chip: str, inputs: dict[str, np.ndarray], fold
 
 
 def call(*arguments: str) -> str:
-    """This module's `main` in another process; of what the compiler prints, figures, errors and the end."""
-    command = [sys.executable, "-m", "jsurgery.export.qnn", *arguments]
+    """`qnn_process` for one action; of what the compiler prints, figures, errors and the end."""
+    command = [sys.executable, "-m", "jsurgery.export.qnn_process", *arguments]
     told, last = [], collections.deque(maxlen=50)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, **pipes, text=True, errors="replace") as process:
@@ -131,52 +126,3 @@ def reason(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     told = [line for line in lines if ERROR.search(line)]
     return (told or lines or ["it said nothing"])[-1][-300:]
-
-
-def session(model: str, chip: str, context: str | None):
-    """A session of ONNX Runtime on the NPU's compiler; nodes that it refuses go to the CPU when compiling."""
-    import onnxruntime
-    import onnxruntime_qnn
-
-    onnxruntime.set_default_logger_severity(0 if context else 3)
-    onnxruntime.register_execution_provider_library("QNNExecutionProvider", onnxruntime_qnn.get_library_path())
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 0 if context else 3
-    if context:
-        options.add_session_config_entry("ep.context_enable", "1")
-        options.add_session_config_entry("ep.context_file_path", context)
-        options.add_session_config_entry("ep.context_embed_mode", "0")
-    else:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    soc, arch = CHIPS[chip]
-    devices = [d for d in onnxruntime.get_ep_devices() if d.ep_name == "QNNExecutionProvider"]
-    options.add_provider_for_devices(
-        devices,
-        {
-            "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
-            "htp_arch": str(arch),
-            "soc_model": str(soc),
-            "enable_htp_fp16_precision": "1",
-            "htp_graph_finalization_optimization_mode": "3",
-        },
-    )
-    return onnxruntime.InferenceSession(model, sess_options=options)
-
-
-def main(action: str, model: str, target: str, chip: str, inputs: str = "") -> None:
-    end_with_parent()
-    if action == "compile":
-        session(model, chip, target)
-        return
-    with np.load(inputs) as given:
-        found = dict(given)
-    running = session(model, chip, None)
-    names = [output.name for output in running.get_outputs()]
-    made: dict[str, Any] = dict(zip(names, running.run(names, found), strict=True))
-    np.savez(target, **made)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)  # the compiler's threads are not waited for

@@ -21,7 +21,7 @@ from jsurgery.wan.vae import load_vae
 from pallas_kernels import reference as brute_force
 
 from .mobile_layout import TokenLayout
-from .parity import relative_error
+from .parity import missing_samples, relative_error
 from .parts import STEPS, Job, Part
 
 
@@ -57,9 +57,9 @@ class JaxParts:
             return self.spelled_out if plain else self.whole
         return functools.partial(self.blocks, numbers=part.blocks, plain=plain)
 
-    @property
+    @functools.cached_property
     def whole(self) -> Callable[..., tuple[jax.Array]]:
-        """(latents, timestep, text embeddings) -> velocity by the model itself, in its own token order."""
+        """(latents, timestep, text embeddings) -> velocity by the model itself, in its own order; compiled once."""
         return compiled(self.model, lambda model, latents, *given: (model(latents[None], *given)[0],))
 
     def embed(self, latents: jax.Array) -> tuple[jax.Array]:
@@ -129,7 +129,7 @@ def export(job: Job, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
     `choices` is how many samples are wanted.
     """
     count = int(choices[0])
-    todo = [n for n in range(count) if not (folder / "reference" / str(n)).exists()]
+    todo = missing_samples(folder, count)
     if not todo:
         return
     parts = JaxParts(job)

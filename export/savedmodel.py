@@ -50,4 +50,4 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> 
         }
         return facts | errors(part, [made[name] for name in part.outputs], folder)
 
-    make_all(job, [Artefact(folder, "savedmodel", "float32", name) for name in parts], make)
+    make_all(job, job.artefacts(folder, "savedmodel"), make)

@@ -17,7 +17,7 @@ from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_mana
 
 from .mobile_parts import MobileParts
 from .parity import errors, load_sample
-from .parts import PRECISIONS, Artefact, Job, Part
+from .parts import Artefact, Job, Part
 from .worker import make_all
 
 LARGE = 1 << 30  # bytes of weights from which the converter is asked to save memory
@@ -27,8 +27,7 @@ MARGIN = 4  # of ranges over those calibrated: two of 16 bits, against clipping 
 
 def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
     """Every part in every precision of `precisions`, some of PRECISIONS["tflite"]."""
-    parts, modules = job.parts(), MobileParts(job, folder)
-    by_name = {part.name: part for part in parts}
+    parts, modules = {part.name: part for part in job.parts()}, MobileParts(job, folder)
 
     @functools.lru_cache(maxsize=1)
     def float32(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -36,14 +35,14 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
         kept = Artefact(folder, "tflite", "float32", name)
         if kept.record(job.fingerprint) is not None:
             return kept.path, {}
-        part, file = by_name[name], folder / "tflite" / "tmp.float32.tflite"
+        part, file = parts[name], folder / "tflite" / "tmp.float32.tflite"
         module = modules.module(part).requires_grad_(False)
         facts = {"torch": modules.error(part, module)}
         convert(module, modules.arguments(part), file)
         return file, facts
 
     def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
-        part, precision = by_name[artefact.part], artefact.precision
+        part, precision = parts[artefact.part], artefact.precision
         source, facts = float32(part.name)
         if precision == "float32":
             file.write_bytes(source.read_bytes())
@@ -55,8 +54,7 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
         facts = facts | describe(file, part)
         return facts | errors(part, run(file, facts, load_sample(folder, 0, part.inputs)), folder)
 
-    ordered = [name for name in PRECISIONS["tflite"] if name in precisions]
-    make_all(job, [Artefact(folder, "tflite", name, part.name) for part in parts for name in ordered], make)
+    make_all(job, job.artefacts(folder, "tflite", precisions), make)
     (folder / "tflite" / "tmp.float32.tflite").unlink(missing_ok=True)
 
 

@@ -3,12 +3,10 @@
 python -m jsurgery.export.worker FORMAT FOLDER [CHOICE ...]
 """
 
-import ctypes
 import importlib
 import logging
 import os
 import pathlib
-import signal
 import sys
 import time
 import warnings
@@ -18,11 +16,11 @@ from typing import Any
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import clock, say
 
+from .parent import end_with_parent
 from .parts import Artefact, Job
 
 Make = Callable[[Artefact, pathlib.Path], dict[str, Any]]
 LOG = "{}.log"  # of a format
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def make_all(job: Job, artefacts: Iterable[Artefact], make: Make) -> None:
@@ -48,12 +46,6 @@ def divert(file: pathlib.Path) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     with file.open("wb") as log:
         os.dup2(log.fileno(), 2)
-
-
-def end_with_parent() -> None:
-    """A worker whose command is killed would go on writing beside the next one's; only Linux can prevent it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str]) -> int:

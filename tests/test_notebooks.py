@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom with a shorter setting of its parameters, and is stored without outputs."""
+"""Every notebook runs from top to bottom on a tiny model with shorter settings, and is stored without outputs."""
 
 import importlib.util
 import pathlib
@@ -10,7 +10,8 @@ import pytest
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHORT = {
     "video.frames": "5", "video.height": "64", "video.width": "48", "sampler.steps": "2", "trace.keep_steps": "2",
-    "trace.prompts": "3", "trace.holdout": "1", "trace.batch": "3", "distill.steps": "2", "log_every": "1",
+    "trace.prompts": "2", "trace.holdout": "1", "trace.batch": "2", "distill.steps": "2", "log_every": "1",
+    "hybrid.rates": "(8, 'linear')", "plan.rates": "(1, 8, 'linear')", "plan.budget": "1R8",
 }  # fmt: skip
 PICTURES = {"01_sample": 2, "02_distil_one_block": 3, "03_plan": 6, "04_ablation": 1, "05_export": 4}
 EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")  # what the last one imports beyond the tests' own
@@ -20,14 +21,24 @@ def parameters_cell(notebook):
     return next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder where each notebook's process leaves what it has compiled: the next ones trace the same model."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path):
+def test_a_notebook_runs(path, tiny_pipeline, compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     missing = [name for name in EXPORT if importlib.util.find_spec(name) is None]
     if path.stem == "05_export" and missing:
         pytest.skip(f"NOT CHECKED: {path.name} needs {', '.join(missing)}: pip install 'jsurgery[export]'")
     notebook = nbformat.read(path, as_version=4)
     cell = parameters_cell(notebook)
-    cell.source += f"\nOVERRIDES |= {SHORT!r}"
+    cell.source += f"\nMODEL = {str(tiny_pipeline)!r}\nOVERRIDES |= {SHORT!r}"
+    if "BLOCK, RATE" in cell.source:
+        cell.source += "\nBLOCK = 1"  # the model's last
     if "SEEDS" in cell.source:
         cell.source += "\nSEEDS, ARMS = SEEDS[:1], dict(list(ARMS.items())[:2])"
     if "PRECISIONS" in cell.source:

@@ -13,7 +13,7 @@ from jsurgery import cli
 from jsurgery.config import load_config
 from jsurgery.errors import ParityError
 from jsurgery.export.command import make_job, manifest
-from jsurgery.export.parity import check_parity, parity_rows
+from jsurgery.export.parity import check_parity, missing_samples, parity_rows
 from jsurgery.export.parts import Artefact, Job
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -46,6 +46,25 @@ def test_blocks_in_groups(tmp_path, group, names):
     for part in parts:
         assert set(part.inputs) <= made and set(part.inputs) | set(part.outputs) <= found.tensors().keys()
         made |= set(part.outputs)
+
+
+def test_the_artefacts_of_every_format(tmp_path):
+    found = job(tmp_path)
+    names = [part.name for part in found.parts()]
+    of = lambda format, *choices: [
+        (artefact.part, artefact.precision, artefact.variant) for artefact in found.artefacts(tmp_path, format, choices)
+    ]
+    assert of("onnx") == of("savedmodel") == [(name, "float32", "") for name in names]
+    assert of("tflite", "int8", "float32") == [(name, kind, "") for name in names for kind in ("float32", "int8")]
+    assert names[:2] == ["text_encoder", "condition"]  # not for the NPU
+    chips = "SM8750", "SM8650"
+    assert of("qnn", *chips) == [(name, "fp16", chip) for chip in chips for name in names[2:]]
+
+
+def test_samples_that_are_missing(tmp_path):
+    (tmp_path / "reference" / "1").mkdir(parents=True)
+    (tmp_path / "reference" / "2.tmp").mkdir()  # of a run that was cut short
+    assert missing_samples(tmp_path, 3) == [0, 2]
 
 
 def test_the_job_survives_its_file(tmp_path):

@@ -227,9 +227,9 @@ def test_multiply_adds_of_an_onnx_file(tmp_path):
     assert multiply_adds(tmp_path / "g.onnx") == 6 * 7 * 5 * (4 * 3 * 3) + 6 * 7 * 2 * 5
 
 
-def test_the_table_of_memory_traffic(tmp_path, capsys):
+def test_the_table_of_memory_traffic(tiny_pipeline, tmp_path, capsys):
     arguments = ["export", "--ddr_table", "--config=tiny", "--height=64", "--width=48", f"--workdir={tmp_path}"]
-    arguments += ["--chips=SM8650"]
+    arguments += ["--chips=SM8650", f"--config.model.path={tiny_pipeline}"]
     assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0
     rows = json.loads((tmp_path / "export" / "ddr.json").read_text())
     assert [row["variant"] for row in rows] == [

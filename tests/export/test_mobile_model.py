@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
 from jsurgery.errors import InputError
+from jsurgery.export import mobile_model
 from jsurgery.export.mobile_layout import PrefixSlices, TokenLayout
 from jsurgery.export.mobile_model import mobile_block, mobile_transformer
 from jsurgery.export.torch_model import load
@@ -68,8 +70,11 @@ def run(module, *arguments):
 def test_equals_the_jax_model_and_the_torch_module(saved, case):
     model, folder = saved(case)
     latents, timestep, text = inputs()
+    graph, state = nnx.split(model)
     with jax.default_matmul_precision("highest"):
-        expected = model(latents[None], timestep, text)[0]
+        expected = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))(state, latents[None], timestep, text)[
+            0
+        ]
     source = load(folder)
     velocity = run(mobile_transformer(source, latents.shape[:3]), latents, timestep, text)
     assert relative_error(velocity, expected) < 1e-5
@@ -83,6 +88,15 @@ def test_tiles_change_nothing(saved, case):
     shape = arguments[0].shape[:3]
     whole, tiled = (run(mobile_transformer(source, shape, tile=tile), *arguments) for tile in (63, 10))
     assert relative_error(tiled, whole) < 1e-6
+
+
+@pytest.mark.parametrize("case", ["max", "lse"])
+def test_heads_in_groups_change_nothing(saved, case, monkeypatch):
+    source, arguments = load(saved(case)[1]), inputs()
+    shape = arguments[0].shape[:3]
+    together = run(mobile_transformer(source, shape), *arguments)
+    monkeypatch.setattr(mobile_model, "HEADS", 1)
+    assert relative_error(run(mobile_transformer(source, shape), *arguments), together) < 1e-6
 
 
 @pytest.mark.parametrize("case", ["lse", "cubic"])

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.export.mobile_text_encoder import load_text_encoder
@@ -35,11 +36,12 @@ def test_text_encoder(tiny_pipeline):
     assert max(ranks(module, *arguments)) <= 4
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("frames", [1, 3])
 def test_vae_decoder(tiny_pipeline, frames):
     latents = np.random.default_rng(0).normal(size=(frames, 3, 2, 4)).astype(np.float32)
+    graph, state = nnx.split(vae.load_vae(tiny_pipeline / "vae"))
     with jax.default_matmul_precision("highest"):
-        expected = vae.load_vae(tiny_pipeline / "vae").decode(latents[None])[0]
+        expected = jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents))(state, latents[None])[0]
     module = load_vae_decoder(tiny_pipeline / "vae")
     with torch.no_grad():
         video = module(torch.tensor(latents))
