@@ -162,7 +162,7 @@ FIELDS = [
     Bad(surgery("--config.plan.budget=9R8"), ("config.plan.budget", "9 blocks", "2")),
     Bad(surgery("--config.distill.blocks=1-5"), ("config.distill.blocks", "0 to 1", "5")),
     Bad(surgery("--config.finetune.accumulate=3"), ("config.finetune.accumulate", "divisor")),
-    Bad(surgery("--config.trace.holdout=20"), ("config.trace.holdout", "20 of 20")),
+    Bad(surgery("--config.trace.holdout=12"), ("config.trace.holdout", "12 of 12")),
     Bad("surgery --config=nowhere.py --workdir=run", ("--config=nowhere.py", "no such file")),
     Bad("surgery --config=tinny --workdir=run", ("--config=tinny", "tiny")),
     Bad("surgery --config=mine.py --workdir=run", ("mine.py", "SyntaxError"), written("mine.py", "def get_config(:\n")),
@@ -222,7 +222,7 @@ MODELS = [
 FILES = [
     Bad(surgery("--config.data.path=nowhere"), ("config.data.path", "nowhere", "no such folder")),
     Bad(surgery("--config.prompts=nowhere.txt"), ("config.prompts", "nowhere.txt", "no such file")),
-    Bad(surgery("--config.prompts=p.txt"), ("p.txt", "expected 28 prompts, found 1"), written("p.txt", "one\n")),
+    Bad(surgery("--config.prompts=p.txt"), ("p.txt", "expected 20 prompts, found 1"), written("p.txt", "one\n")),
     Bad(surgery("--config.prompts=p.txt"), ("p.txt", "found none"), written("p.txt", "")),
     Bad(surgery("--config.prompts=p.txt"), ("p.txt", "UTF-8"), written("p.txt", b"\xff\xfe\x00")),
     Bad(surgery("--config.prompts=model"), ("model", "text file")),
