@@ -77,10 +77,9 @@ def test_equals_the_jax_model_and_the_torch_module(saved, case):
     if case in ("max", "lse", "no linear branch"):
         return  # test_torch_model compares the module of the same hybrid with JAX
     graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))(state, latents[None], timestep, text)[
-            0
-        ]
+        expected = compiled(state, latents[None], timestep, text)[0]
     assert relative_error(velocity, expected) < 1e-5
 
 
