@@ -30,7 +30,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tiny_pipeline, compiled, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     missing = [name for name in EXPORT if importlib.util.find_spec(name) is None]
     if path.stem == "05_export" and missing:
         pytest.skip(f"NOT CHECKED: {path.name} needs {', '.join(missing)}: pip install 'jsurgery[export]'")
@@ -40,7 +40,7 @@ def test_a_notebook_runs(path, tiny_pipeline, compiled, tmp_path, monkeypatch):
     if "BLOCK, RATE" in cell.source:
         cell.source += "\nBLOCK = 1"  # the model's last
     if "SEEDS" in cell.source:
-        cell.source += "\nSEEDS, ARMS = SEEDS[:1], dict(list(ARMS.items())[:2])"
+        cell.source += "\nSEEDS, ARMS = SEEDS[:1], dict(list(ARMS.items())[1::2])"
     if "PRECISIONS" in cell.source:
         cell.source += "\nPRECISIONS = PRECISIONS[:2]"
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jsurgery import cli
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import load_config
+from jsurgery.export import command
 from jsurgery.surgery.operate import save_model
 from jsurgery.wan.pipeline import initial_noise, load_pipeline
 from jsurgery.wan.transformer import load_transformer
@@ -27,7 +28,7 @@ if MISSING:
 
 pytestmark = pytest.mark.xdist_group("export")  # what one process has made serves all of these tests
 PROMPT = "a red circle moves left over a grey background"
-SIZE = {"frames": 5, "height": 64, "width": 48}
+SIZE = {"frames": 5, "height": 32, "width": 48}  # 2 x 2 x 3 tokens; the NPU's simulator takes long over pixels
 FIELDS = {"text_length": "7", "sampler.steps": "3", "trace.keep_steps": "1"}
 FLAGS = [
     "export",
@@ -97,8 +98,8 @@ def test_the_manifest_is_complete_and_true(exported, manifest):
     for artefact in manifest["artefacts"]:
         content = (exported / artefact["file"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (artefact["bytes"], artefact["sha256"])
-    assert manifest["tensors"]["video"]["shape"] == [5, 64, 48, 3]
-    assert manifest["tensors"]["tokens_00"]["shape"] == [1, 2 * 4 * 3, 24]
+    assert manifest["tensors"]["video"]["shape"] == [5, 32, 48, 3]
+    assert manifest["tensors"]["tokens_00"]["shape"] == [1, 2 * 2 * 3, 24]
     known = {"token_ids", "mask", "timestep", "latents"}  # what an app makes itself
     for part in manifest["parts"]:
         assert set(part["inputs"]) <= known
@@ -148,7 +149,9 @@ def test_another_size_is_refused(exported, workdir, capsys):
     assert "video.frames was 5, is 9" in capsys.readouterr().err
 
 
-def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys):
+def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatch):
+    """From the records alone: where every artefact is there, no process starts."""
+    monkeypatch.setattr(command, "work", lambda *_: pytest.fail("an artefact is made again"))
     shutil.copytree(workdir, tmp_path / "run")
     record = tmp_path / "run" / "export" / "onnx" / "block_01.float32.onnx.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"relative_error": 0.5}))
@@ -176,18 +179,19 @@ def test_a_video_from_the_artefacts_alone(exported, workdir, tmp_path):
     for precision, most in (("float32", 1.0), ("w8a16", 12.0)):
         output = tmp_path / f"{precision}.npy"
         arguments = [alone, PROMPT, tmp_path / "noise.npy", precision, output]
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        ended = subprocess.run(command, cwd=alone, capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], cwd=alone, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr[-2000:]
         video = np.load(output).astype(int)
-        assert video.shape == expected.shape == (5, 64, 48, 3)
+        assert video.shape == expected.shape == (5, 32, 48, 3)
         assert np.abs(video - expected).mean() < most, precision
         assert np.abs(video - expected[::-1]).mean() > 2 or np.ptp(expected) == 0
 
 
 def test_driver_as_a_program(exported, tmp_path):
-    command = [sys.executable, str(exported / "driver.py"), str(exported), f"--prompt={PROMPT}"]
-    subprocess.run([*command, f"--output={tmp_path / 'out.gif'}"], check=True, capture_output=True)
+    program = [sys.executable, str(exported / "driver.py"), str(exported), f"--prompt={PROMPT}"]
+    subprocess.run([*program, f"--output={tmp_path / 'out.gif'}"], check=True, capture_output=True)
     assert (tmp_path / "out.gif").read_bytes()[:3] == b"GIF"
 
 

@@ -70,16 +70,17 @@ def run(module, *arguments):
 def test_equals_the_jax_model_and_the_torch_module(saved, case):
     model, folder = saved(case)
     latents, timestep, text = inputs()
-    graph, state = nnx.split(model)
-    with jax.default_matmul_precision("highest"):
-        expected = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))(state, latents[None], timestep, text)[
-            0
-        ]
     source = load(folder)
     velocity = run(mobile_transformer(source, latents.shape[:3]), latents, timestep, text)
-    assert relative_error(velocity, expected) < 1e-5
     drop_in = run(source, latents.transpose(3, 0, 1, 2)[None], timestep, text).sample[0].permute(1, 2, 3, 0)
     assert relative_error(velocity, drop_in) < 1e-5
+    if case in ("max", "lse", "no linear branch"):
+        return  # test_torch_model compares the module of the same hybrid with JAX
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))
+    with jax.default_matmul_precision("highest"):
+        expected = compiled(state, latents[None], timestep, text)[0]
+    assert relative_error(velocity, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["max", "lse"])

@@ -81,7 +81,7 @@ def relative_error(actual, expected):
 
 @pytest.mark.parametrize(
     ("case", "grid"),
-    [("max", "24 tokens"), ("lse", "24 tokens"), *((case, "27 tokens") for case in HYBRIDS)],
+    [("max", "24 tokens"), *((case, "27 tokens") for case in HYBRIDS)],
 )
 def test_equals_the_jax_model(saved, case, grid):
     model, folder = saved(case)
@@ -301,7 +301,7 @@ def test_at_rate_1_diffusers_pipeline_makes_what_its_own_transformer_makes(bundl
 
 
 def test_diffusers_pipeline_samples_a_hybrid_as_jsurgery_does(bundled, operated, noise):
-    steps, config = 20, load_config("tiny", {"model.path": str(operated)})
+    steps, config = 10, load_config("tiny", {"model.path": str(operated)})
     config.video.frames, config.video.height, config.video.width, config.text_length = 5, 64, 48, TEXT_LENGTH
     config.sampler.update(solver="unipc", steps=steps, guidance=3.0, shift=bundled.scheduler.config.flow_shift)
     ours = load_pipeline(str(operated)).sample([PROMPT], config, seed=0)[0]
