@@ -151,11 +151,17 @@ def test_scores_of_80():
 
 
 def test_queries_beyond_what_vmem_holds(monkeypatch):
-    arguments, dy = problem(300, 75, heads=1)
-    together = kernels(arguments, dy, 75, stabilizer="lse")
+    """In two calls of two blocks of queries each, while two blocks of keys go by."""
+    arguments, dy = problem(400, 300, heads=1)
+    together, calls = tpu_backward._attend_backward, []
+    counted = lambda problem, blocks, *rest: calls.append(blocks) or together(problem, blocks, *rest)
     monkeypatch.setattr(tpu_backward, "RESIDENT_QUERIES", 256)
-    apart = kernels.__wrapped__(arguments, dy, 75, stabilizer="lse")
-    _, gradient_error, by_name = errors(apart, together)
+    monkeypatch.setattr(tpu_backward, "_attend_backward", counted)
+    # Compiled anew: how many queries VMEM holds is no argument.
+    apart = jax.jit(functools.partial(kernels.__wrapped__, num_softmax=300))(arguments, dy)
+    assert calls == [range(2), range(2, 4)]
+    y_error, gradient_error, by_name = errors(apart, equation_5(arguments, dy, 300))
+    assert y_error < 1e-5
     assert gradient_error < 1e-5, by_name
 
 
