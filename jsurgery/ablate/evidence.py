@@ -73,6 +73,8 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
         models[f"{name}_no_linear_finetuned"] = finetuned(
             run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
         )
+    # On one mesh all: what is compiled for parameters that lie elsewhere would be compiled again.
+    models = {name: lambda load=load: run.spread(load()) for name, load in models.items()}
     evaluated = evaluation_stage(run)
     teacher = run.teacher
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
