@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
-from flax import nnx
 
 from jsurgery import __version__
 from jsurgery.attention.hybrid import HEDGEHOG, HybridConfig, Rate
@@ -17,6 +16,7 @@ from jsurgery.report.run_files import read_json
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stages import MARKER
 from jsurgery.wan import hub
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.hashes import check_hashes
 from jsurgery.wan.pipeline import BUNDLED, check_pipeline, transformer_folder
 from jsurgery.wan.safetensors_files import open_tensors
@@ -81,7 +81,7 @@ def check_folder(folder: epath.Path) -> WanConfig:
         raise InputError(f"{transformer}: not in diffusers' layout; `jsurgery convert` writes it")
     check_hashes(transformer)
     network = read_config(transformer)
-    expected = lazy_transformer_tensors(nnx.eval_shape(lambda: WanTransformer(network, rngs=nnx.Rngs(0))))
+    expected = lazy_transformer_tensors(abstract_module(WanTransformer, network))
     check_fit({name: tensor.shape for name, tensor in expected.items()}, open_tensors(transformer), transformer)
     if (folder / "vae").exists():
         check_pipeline(str(folder))

@@ -8,6 +8,7 @@ from flax import nnx
 from jsurgery.attention.hybrid import FeatureMap, HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.surgery.distilled import Maps
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.transformer import WanTransformer, save_transformer
 
 
@@ -23,8 +24,7 @@ def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps 
     if plan.linear_branch and found != len(plan.converted):
         raise InputError(f"feature_maps: the plan converts {len(plan.converted)} blocks, found maps for {found}")
     config = dataclasses.replace(transformer.config, hybrid=plan)
-    build = lambda: WanTransformer(config, dtype=transformer.dtype, remat=transformer.remat, rngs=nnx.Rngs(0))
-    operated = nnx.eval_shape(build)
+    operated = abstract_module(WanTransformer, config, dtype=transformer.dtype, remat=transformer.remat)
     nnx.update(operated, nnx.state(transformer))
     if feature_maps is not None and plan.linear_branch:
         operated.query_maps, operated.key_maps = (FeatureMap(maps) for maps in feature_maps)

@@ -17,6 +17,7 @@ from jsurgery.errors import InputError
 from jsurgery.files import damaged, read_object
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import hub, weights
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.safetensors_files import LazyTensor, Tensors, open_tensors, write_shards
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig
@@ -87,7 +88,7 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
 def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
     found = weights.transformer_layout(tensors, source)
     config = read_config(source)
-    model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+    model = abstract_module(WanTransformer, config)
     # Where a hybrid's VAE and text encoder are is said in its config, too.
     more = read_object(source / "config.json") if config.hybrid else {}
     renamed = weights.renamed_transformer(model, tensors, found, layout, source)
@@ -107,7 +108,7 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
         num_layers=1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))),
         relative_attention_num_buckets=num_buckets,
     )
-    encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    encoder = abstract_module(TextEncoder, config)
     hashes = write_shards(output, "model", _renamed(encoder, original_text_encoder_name, tensors, source))
     write_json(output / "config.json", config.to_json())
     write_hashes(output, hashes, "config.json")
@@ -116,7 +117,7 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
 def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
     # Latents' mean and std stand in no file: a VAE of other channels than Wan2.1's will not fit.
     config = VaeConfig(base_dim=_shape(tensors, "encoder.conv1.weight", source, axes=5)[0])
-    vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    vae = abstract_module(WanVae, config)
     hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
     write_json(output / "config.json", config.to_json())
     write_hashes(output, hashes, "config.json")

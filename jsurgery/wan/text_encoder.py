@@ -18,6 +18,7 @@ from jsurgery.errors import InputError
 from jsurgery.files import read_object
 from jsurgery.model_config import check_fields
 from jsurgery.runtime.stages import write_json
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.safetensors_files import open_tensors, write_shards
 from jsurgery.wan.weights import load_mirrored, mirrored_tensors
@@ -234,7 +235,7 @@ def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> T
     check_hashes(folder)
     config, tensors = read_text_encoder_config(folder), open_tensors(folder)
     tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
-    encoder = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    encoder = abstract_module(TextEncoder, config)
     load_mirrored(encoder, tensors, dtype=dtype, source=folder)
     return encoder
 

@@ -31,6 +31,7 @@ from jsurgery.model_config import check_fields
 from jsurgery.runtime.mesh import LOGICAL, batch_pieces, check_heads, parameter_shardings, place, sharding
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.rope import apply_rope, rope_tables
 from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
@@ -489,7 +490,7 @@ def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh 
     check_hashes(path)
     config = read_config(path)
     tensors = open_tensors(path)
-    model = nnx.eval_shape(lambda: WanTransformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = abstract_module(WanTransformer, config, dtype=jnp.dtype(dtype))
     if mesh is not None:
         state = nnx.state(model)
         placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

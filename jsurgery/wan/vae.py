@@ -21,6 +21,7 @@ from jsurgery.files import read_object
 from jsurgery.model_config import check_fields
 from jsurgery.runtime.stages import write_json
 from jsurgery.wan import weights
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.hashes import check_hashes, write_hashes
 from jsurgery.wan.safetensors_files import open_tensors, write_shards
 
@@ -554,7 +555,7 @@ def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
     """
     check_hashes(path)
     config, tensors = read_vae_config(path), open_tensors(path)
-    vae = nnx.eval_shape(lambda: WanVae(config, rngs=nnx.Rngs(0)))
+    vae = abstract_module(WanVae, config)
     weights.load_mirrored(vae, tensors, dtype=dtype, source=path)
     return vae
 
