@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jsurgery.runtime.compile_cache import MOST_BYTES, default_folder, prune
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each a few times: the compiler's effort, and more threads, are a loss.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1 "
 ) + os.environ.get("XLA_FLAGS", "")
-# What one process has compiled serves the others, and the next run of the tests.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{pathlib.Path(__file__).parents[1]}/.pytest_cache/compiled")
+# What one process has compiled serves the others, and the next run of the tests, in whatever checkout.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{default_folder()}_tests")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
@@ -28,7 +30,6 @@ import pytest
 from flax import nnx
 
 from jsurgery.data import sprites
-from jsurgery.runtime.compile_cache import MOST_BYTES, prune
 from jsurgery.train.teacher import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, save_text_encoder
 from jsurgery.wan.tokenizer import train_tokenizer
@@ -44,21 +45,25 @@ FULL_GRID = os.environ.get("FULL_GRID") == "1"
 # The files that take longest begin first, so that no process is left with one at the end.
 LONGEST = (
     "export/test_export.py",
-    "kernels/test_tpu.py",
+    "test_notebooks.py",
+    "runtime/test_processes.py",
     "kernels/test_hybrid_attention.py",
     "ablate/test_evidence.py",
-    "ablate/test_ablation_run.py",
-    "runtime/test_processes.py",
-    "test_notebooks.py",
     "wan/test_sharded_model.py",
-    "surgery/test_sharded_distill.py",
+    "kernels/test_tpu_compiler.py",
     "test_compile.py",
-    "surgery/test_distill.py",
+    "ablate/test_ablation_run.py",
     "surgery/test_resume.py",
-    "kernels/test_estimate.py",
-    "wan/test_vae.py",
+    "surgery/test_distill.py",
+    "surgery/test_sharded_distill.py",
+    "test_gpu_evidence.py",
     "train/test_training.py",
-    "surgery/test_interleaved.py",
+    "test_verify.py",
+    "wan/test_vae.py",
+    "test_surgery.py",
+    "faults/test_soak.py",
+    "kernels/test_tpu.py",
+    "kernels/test_estimate.py",
 )
 FOLDER = pathlib.Path(__file__).parent
 

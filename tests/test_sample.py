@@ -161,6 +161,8 @@ def test_a_published_model_brings_its_own_settings(tmp_path):
 def test_the_bundled_model_is_the_default(tiny_pipeline, tmp_path):
     config = sampling_config(None, {})
     assert (config.model.path, config.text_length, config.sampler.solver) == ("tiny_wan", 16, "unipc")
-    bare = shutil.copytree(tiny_pipeline, tmp_path / "model")
-    shutil.rmtree(bare / "scheduler")
-    assert sampling_config(None, {"model.path": str(bare)}).sampler.solver == "euler"
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    assert sampling_config(None, {"model.path": str(model)}).sampler.shift == 3.0
+    shutil.rmtree(model / "scheduler")
+    bare = sampling_config("tiny_evidence", {"model.path": str(model)})
+    assert bare.sampler.solver == "euler" and sampling_config(None, {"model.path": str(model)}).sampler.steps == 8

@@ -7,7 +7,6 @@ import pathlib
 import platform
 from collections.abc import Iterator
 
-import jax
 import platformdirs
 
 MOST_BYTES = 2**31
@@ -21,6 +20,8 @@ def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int =
     files that were not used for longest are removed until the others take at most half of `most_bytes`, when more than
     that are there. JAX compiles what it cannot read, so that a damaged file costs one program's compilation.
     """
+    import jax
+
     if folder is None:
         if jax.config.jax_compilation_cache_dir is not None:
             return

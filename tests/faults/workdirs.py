@@ -62,7 +62,7 @@ class Workdirs:
             "PYTHONPATH": f"{without_torch}{os.pathsep}{ROOT}",
             "JAX_PLATFORMS": "cpu",
             # What one process has compiled the next one loads: a launch then takes seconds.
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jsurgery.bench_attention import Size, arguments, at_rate, gradients
+from jsurgery.attention_programs import Size, arguments, at_rate, gradients
 from pallas_kernels import init_polynomial_map, reference, tpu
 from pallas_kernels.estimate import CHIPS, topology
 from pallas_kernels.feature_map import ACTIVATIONS

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jsurgery.cli import main
 from jsurgery.runtime import compile_cache
@@ -84,11 +85,13 @@ def test_no_process_compiles_what_another_has_compiled(start):
 
 @pytest.fixture
 def settings():
-    """JAX's settings of the cache, put back afterwards."""
+    """JAX's settings of the cache, put back afterwards; JAX opens the folder of its first compilation alone."""
+    compilation_cache.reset_cache()
     names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
     yield jax.config
+    compilation_cache.reset_cache()
     for name, value in before.items():
         jax.config.update(name, value)
 
