@@ -149,8 +149,8 @@ def watched(folder: pathlib.Path) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise AssertionError(f"took longer than {PATIENCE} s")
 
-    before = {alarm: signal.signal(alarm, stop) for alarm in (signal.SIGPROF, signal.SIGALRM)}
-    signal.setitimer(signal.ITIMER_PROF, PATIENCE)
+    before = {alarm: signal.signal(alarm, stop) for alarm in (signal.SIGVTALRM, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)  # not ITIMER_PROF, whose signal libtpu sends as well
     signal.alarm(20 * PATIENCE)  # of a machine that does other things
     _watched = opened = []
     try:
@@ -158,7 +158,7 @@ def watched(folder: pathlib.Path) -> Iterator[None]:
     finally:
         _watched = None
         signal.alarm(0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         for alarm, handler in before.items():
             signal.signal(alarm, handler)
     ours = str(pathlib.Path(__file__).parents[2])
