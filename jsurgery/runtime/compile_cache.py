@@ -23,7 +23,7 @@ def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int =
     import jax
 
     if folder is None:
-        if jax.config.jax_compilation_cache_dir is not None:
+        if jax.config.values["jax_compilation_cache_dir"] is not None:
             return
         folder = default_folder()
     with contextlib.suppress(OSError):  # a home that cannot be written: JAX warns, and compiles

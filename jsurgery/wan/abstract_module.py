@@ -18,5 +18,5 @@ def abstract_module(kind: type[Module], config: Any, **options: Any) -> Module:
 
 
 @functools.lru_cache
-def _split(kind: type[nnx.Module], config: Any, options: tuple[tuple[str, Any], ...]) -> tuple[nnx.GraphDef, nnx.State]:
+def _split(kind: Any, config: Any, options: tuple[tuple[str, Any], ...]) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: kind(config, **dict(options), rngs=nnx.Rngs(0))))
