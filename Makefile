@@ -1,6 +1,6 @@
 # make demo      the whole surgery on the bundled tiny model; prints the path of report.html
 # make test      the tests
-# make test-changed  those that uncommitted changes can touch, for two minutes
+# make test-changed  those that uncommitted changes can touch, in about two minutes
 # make soak      faults by the hundred in real processes, each survived; takes about an hour
 # make lint      ruff and pyright
 # make kernels   attention at every shape of its tests' grid, of every config on TPUs and on every mesh; takes hours
@@ -36,7 +36,7 @@ test: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE) --durations=5
 
 test-changed: $(VENV)/test.stamp
-	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE) -p tests.changed --minutes=2
+	$(ONE_THREAD) $(BIN)/python -m pytest $(BY_FILE) -p tests.changed --minutes=1
 
 soak: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python -m tests.faults.soak

@@ -1,7 +1,7 @@
-"""`make test-changed`: the tests that uncommitted changes can touch, those nearest to a change first, for two minutes.
+"""`make test-changed`: the tests that uncommitted changes can touch, those nearest to a change first, begun within a minute.
 
 A test file is as far from a changed file as there are imports between them, lazy ones and those in scripts for other
-processes included. Run as a plugin of pytest: `pytest -p tests.changed --minutes=2`.
+processes included. Run as a plugin of pytest: `pytest -p tests.changed --minutes=1`.
 """
 
 import pathlib
@@ -66,7 +66,7 @@ def distances(changed: Iterable[pathlib.Path]) -> dict[pathlib.Path, int]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=2.0, help="no test is begun later than this")
+    parser.addoption("--minutes", type=float, default=1.0, help="no test is begun later than this")
 
 
 class Nearest:
