@@ -1,4 +1,4 @@
-"""`make test-changed`: the tests that uncommitted changes can touch, those nearest to a change first, begun within a minute.
+"""`make test-changed`: the tests that uncommitted changes can touch, nearest to a change first, begun within a minute.
 
 A test file is as far from a changed file as there are imports between them, lazy ones and those in scripts for other
 processes included. Run as a plugin of pytest: `pytest -p tests.changed --minutes=1`.
