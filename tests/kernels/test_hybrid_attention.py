@@ -7,7 +7,6 @@ sample of the grid of shapes, or with FULL_GRID=1 in the environment on all of i
 import functools
 import itertools
 import math
-import os
 import re
 import textwrap
 
@@ -30,6 +29,7 @@ from pallas_kernels import (
     tpu,
     xla,
 )
+from tests.conftest import FULL_GRID
 from tests.kernels.equation_5 import equation_5
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -282,7 +282,7 @@ def cases():
     Of each implementation it has every R, and every pair of D, stabilizer and dtype; over all four, every R with each.
     """
     for number, name in enumerate(("xla", "gpu", "tpu", "stock")):
-        if os.environ.get("FULL_GRID") == "1":
+        if FULL_GRID:
             grid = itertools.product(LENGTHS, RATES, KINDS)
         else:
             lengths = (63, 500, 2049 if name == "xla" else 1024, 1000)

@@ -1,7 +1,6 @@
 """TPU kernels through the TPU compiler, which needs no TPU: they fit in VMEM, and leave no scores in HBM."""
 
 import functools
-import os
 import re
 
 import jax
@@ -15,9 +14,8 @@ from pallas_kernels import init_polynomial_map, reference, tpu
 from pallas_kernels.estimate import CHIPS, topology
 from pallas_kernels.feature_map import ACTIVATIONS
 from pallas_kernels.tpu_forward import VMEM_LIMIT, BlockSizes
-from tests.conftest import needs_libtpu
+from tests.conftest import FULL_GRID, needs_libtpu
 
-FULL_GRID = os.environ.get("FULL_GRID") == "1"
 SOFTMAX_KERNELS = {"hybrid_attend", "hybrid_delta", "hybrid_attend_backward"}
 LINEAR_KERNELS = {"hybrid_state", "hybrid_attend", "hybrid_delta", "hybrid_read_out_backward", "hybrid_state_backward"}
 # The compiler takes seconds for the kernels at these, and most of a minute at those that it is given to run.
