@@ -51,7 +51,7 @@ fuzz: $(VENV)/test.stamp
 
 kernels: $(VENV)/test.stamp
 	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/kernels tests/wan/test_sharded_model.py \
-		tests/surgery/test_sharded_distill.py
+		tests/surgery/distillation/test_sharded.py
 
 evidence: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence --results=docs/results.md
@@ -67,7 +67,7 @@ EVIDENCE_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 MINUTES ?= 10
 
 gpu-evidence:
-	$(EVIDENCE_PYTHON) -m jsurgery.gpu_evidence --minutes=$(MINUTES) --output=runs/gpu_evidence
+	$(EVIDENCE_PYTHON) -m jsurgery.bench.gpu_evidence --minutes=$(MINUTES) --output=runs/gpu_evidence
 
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/render.py docs/notebooks

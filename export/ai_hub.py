@@ -19,8 +19,9 @@ from qai_hub.client import Error
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import say
 
+from .artefacts import Artefact
 from .parity import errors, load_sample
-from .parts import Artefact, Job, Part
+from .parts import ExportJob, Part
 
 NO_TOKEN = (
     "--ai_hub: found no API token; get one at https://aihub.qualcomm.com (Account, Settings), then run "
@@ -28,7 +29,7 @@ NO_TOKEN = (
 )
 
 
-def export(job: Job, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
+def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
     """Writes `ai_hub/jobs.json`, `ai_hub/report.json` and the compiled parts; prints a table.
 
     `choices` are device, runtime, options of compile jobs, options of profile and inference jobs, and "link" or "".
@@ -87,7 +88,9 @@ class Hub:
             raise InputError(f"--ai_hub: {what} failed (job {job.job_id}): {reason}")
         return job
 
-    def compiled(self, job: Job, folder: pathlib.Path, parts: list[Part], runtime: str, options: str) -> dict[str, Any]:
+    def compiled(
+        self, job: ExportJob, folder: pathlib.Path, parts: list[Part], runtime: str, options: str
+    ) -> dict[str, Any]:
         """The target model of every part; all are submitted before the first is waited for."""
         if runtime == "tflite":
             return {part.name: str(Artefact(folder, "tflite", "float32", part.name).path) for part in parts}

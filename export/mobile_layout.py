@@ -6,9 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from jsurgery.attention.hybrid import HybridConfig, Rate
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.rates import Rate
+from jsurgery.wan.model_config import WanConfig
 
 
 @dataclasses.dataclass(frozen=True)

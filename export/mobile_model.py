@@ -16,13 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import rope_tables
-from jsurgery.wan.transformer import WanConfig
 from pallas_kernels.reference import EPSILON
 
-from . import torch_model
+from . import torch_attention, torch_model
 from .mobile_layout import TokenLayout
-from .torch_model import ACTIVATIONS, HybridWanTransformer3DModel, plain_norm
+from .torch_attention import ACTIVATIONS
+from .torch_model import HybridWanTransformer3DModel, plain_norm
 
 # Heads, and queries or linear keys, that attention takes at a time: at 256 features a head, more does not stay in the
 # NPU's own 8 MB. A softmax over all tokens its compiler tiles better by itself (`--ddr_table`).
@@ -61,7 +62,7 @@ class Projection(nn.Linear):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
 
-class FeatureMap(nn.Module):
+class MobileFeatureMap(nn.Module):
     """phi of a few heads times their `scale_H`, on channels in half-split order, themselves divided by `gain`; each
     power's [1, H, N, D].
 
@@ -70,7 +71,7 @@ class FeatureMap(nn.Module):
 
     scale: torch.Tensor
 
-    def __init__(self, source: torch_model.FeatureMap, heads: slice, scale_H: torch.Tensor, gain: float):
+    def __init__(self, source: torch_attention.TorchFeatureMap, heads: slice, scale_H: torch.Tensor, gain: float):
         super().__init__()
         self.degree, self.activation = source.degree, ACTIVATIONS[source.activation]
         layers: list[Any] = list(source)
@@ -150,8 +151,8 @@ class Attention(nn.Module):
             for heads in self.groups:
                 key_scale_H = scale_H[heads].sqrt() / self.linear
                 query_scale_H = key_scale_H * (self.linear if num_softmax else 1)
-                self.phi_q.append(FeatureMap(source.phi_q, heads, query_scale_H, gain))
-                self.phi_k.append(FeatureMap(source.phi_k, heads, key_scale_H, 1.0))
+                self.phi_q.append(MobileFeatureMap(source.phi_q, heads, query_scale_H, gain))
+                self.phi_k.append(MobileFeatureMap(source.phi_k, heads, key_scale_H, 1.0))
 
     def rotate(self, x_1xHxNxD: torch.Tensor) -> torch.Tensor:
         real, imag = x_1xHxNxD.chunk(2, dim=-1)
@@ -181,7 +182,7 @@ class Attention(nn.Module):
             softmax = k[:, :, : self.num_softmax].transpose(2, 3), v[:, :, : self.num_softmax]
         if self.phi_k:
             phi_q, k, v = self.phi_q[group], k[:, :, self.num_softmax :], v[:, :, self.num_softmax :]
-            sums = [summed(self.phi_k[group], k[:, :, i], v[:, :, i]) for i in self.pieces(k)]
+            sums = [state_of_tile(self.phi_k[group], k[:, :, i], v[:, :, i]) for i in self.pieces(k)]
             state = [functools.reduce(torch.add, parts) for parts in zip(*sums, strict=True)]
         pieces = [self.attend_tile(q[:, :, i], softmax, phi_q, state) for i in self.pieces(q)]
         return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
@@ -210,7 +211,7 @@ class Attention(nn.Module):
         return (o_S_1xHxTxD + o_L_1xHxTxD) / (1.0 + n_L_1xHxTx1)
 
 
-def summed(phi_k: nn.Module, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[torch.Tensor]:
+def state_of_tile(phi_k: nn.Module, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[torch.Tensor]:
     """What a tile of keys adds to S [1, H, D, D] and z [1, H, D, 1] of each power, S and z by turns."""
     sums = []
     for phi_1xHxTxD in phi_k(k_1xHxTxD):

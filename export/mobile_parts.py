@@ -11,14 +11,14 @@ from .mobile_model import Blocks, Condition, Embed, Head, mobile_block, mobile_t
 from .mobile_text_encoder import load_text_encoder
 from .mobile_vae import load_vae_decoder
 from .parity import errors, load_sample
-from .parts import Job, Part
+from .parts import ExportJob, Part
 from .torch_model import load
 
 
 class MobileParts:
     """Builds one part at a time; the transformer is loaded once, when a part of it is asked for."""
 
-    def __init__(self, job: Job, folder: pathlib.Path):
+    def __init__(self, job: ExportJob, folder: pathlib.Path):
         self.job, self.folder = job, folder
         self.layout = TokenLayout.of(job.config, job.latent_shape)
 

@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from jsurgery.errors import InputError
-from jsurgery.wan.text_encoder import TextEncoderConfig, position_buckets
+from jsurgery.wan.model_config import TextEncoderConfig
+from jsurgery.wan.text_encoder import position_buckets
 
 from .mobile_model import Projection, RMSNorm, split_heads
-from .torch_model import read_json, read_tensors
+from .torch_files import read_json, read_tensors
 
 MASKED = -1e4  # added to the logits of padding: gone after softmax, and within the range of 16 bits
 

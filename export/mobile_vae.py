@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from jsurgery.errors import InputError
-from jsurgery.wan.vae import VaeConfig
+from jsurgery.wan.model_config import VaeConfig
 
-from .torch_model import read_json, read_tensors
+from .torch_files import read_json, read_tensors
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,13 +11,13 @@ import onnx
 import onnxruntime
 import torch
 
+from .artefacts import Artefact, make_all
 from .mobile_parts import MobileParts
 from .parity import errors, load_sample
-from .parts import Artefact, Job, Part
-from .worker import make_all
+from .parts import ExportJob, Part
 
 
-def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
+def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
     """Every part in float32; inputs and outputs carry the tensors' names."""
     parts, modules = {part.name: part for part in job.parts()}, MobileParts(job, folder)
 
@@ -31,7 +31,7 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> 
         made = run(file, part, load_sample(folder, 0, part.inputs))
         return facts | names | {"operations": dict(operations.most_common())} | errors(part, made, folder)
 
-    make_all(job, job.artefacts(folder, "onnx"), make)
+    make_all(job.fingerprint, job.artefacts(folder, "onnx"), make)
 
 
 def convert(module: torch.nn.Module, arguments: tuple, part: Part, file: pathlib.Path) -> None:

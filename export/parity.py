@@ -9,20 +9,8 @@ import numpy as np
 
 from jsurgery.errors import ParityError
 
+from .formats import BOUNDS
 from .parts import Part
-
-# Relative errors |ours - JAX's| / |JAX's| of a part's outputs.
-BOUNDS = {
-    ("torch", "float32"): 1e-5,
-    ("tflite", "float32"): 1e-5,
-    ("tflite", "fp16"): 1e-3,
-    ("tflite", "int8"): 2e-2,
-    ("tflite", "int4"): 2e-1,
-    ("tflite", "w8a16"): 2e-2,
-    ("savedmodel", "float32"): 1e-5,
-    ("onnx", "float32"): 1e-5,
-    ("qnn", "fp16"): 5e-3,
-}
 
 
 def sample_file(folder: str | pathlib.Path, number: int, tensor: str) -> pathlib.Path:

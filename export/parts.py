@@ -10,18 +10,13 @@ import json
 import pathlib
 from typing import Any, Self
 
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.model_config import WanConfig
+
+from .artefacts import Artefact
+from .formats import PRECISIONS
 
 FORMAT_VERSION = 1
 JOB = "job.json"
-# Precisions of each format; the first is what the others are made from.
-PRECISIONS = {
-    "tflite": ("float32", "fp16", "int8", "int4", "w8a16"),
-    "savedmodel": ("float32",),
-    "onnx": ("float32",),
-    "qnn": ("fp16",),
-}
-SUFFIXES = {"tflite": ".tflite", "savedmodel": ".tflite", "onnx": ".onnx", "qnn": ".bin"}
 STEPS = ("once a prompt", "every step", "once a video")
 
 
@@ -51,7 +46,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ExportJob:
     """What is exported, from where and for which size; the fields of job.json."""
 
     transformer: str  # a folder
@@ -154,54 +149,3 @@ class Job:
             *blocks,
             Part("head", step, (f"tokens_{layers:02d}", "time"), ("velocity",)),
         ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Artefact:
-    """A part in one format and precision: a file, and beside it a JSON that is written last."""
-
-    folder: pathlib.Path
-    format: str
-    precision: str
-    part: str
-    variant: str = ""  # of a compiled format: the chip
-
-    @property
-    def path(self) -> pathlib.Path:
-        name = ".".join(filter(None, (self.part, self.variant, self.precision)))
-        return self.folder / self.format / (name + SUFFIXES[self.format])
-
-    @property
-    def record_path(self) -> pathlib.Path:
-        return self.path.with_name(self.path.name + ".json")
-
-    def record(self, fingerprint: str) -> dict[str, Any] | None:
-        """What was recorded of it, if it is there and whole and was made by this job."""
-        if not self.record_path.exists() or not self.path.exists():
-            return None
-        found = json.loads(self.record_path.read_text())
-        same = found["made_with"] == fingerprint and found["bytes"] == self.path.stat().st_size
-        return found if same else None
-
-    def finish(self, fingerprint: str, written: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """Gives the file written under a temporary name its own, and records it."""
-        digest = hashlib.sha256()
-        with written.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-        written.replace(self.path)
-        found = {
-            "part": self.part,
-            "format": self.format,
-            "precision": self.precision,
-            **({"chip": self.variant} if self.variant else {}),
-            "file": f"{self.format}/{self.path.name}",
-            "bytes": self.path.stat().st_size,
-            "sha256": digest.hexdigest(),
-            "made_with": fingerprint,
-            **facts,
-        }
-        temporary = self.record_path.with_name(self.record_path.name + ".tmp")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        temporary.replace(self.record_path)
-        return found

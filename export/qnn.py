@@ -15,16 +15,16 @@ import numpy as np
 
 from jsurgery.errors import InputError
 
+from .artefacts import Artefact, make_all
 from .parity import errors, load_sample
-from .parts import Artefact, Job
-from .worker import make_all
+from .parts import ExportJob
 
 SIMULATED = 4e9  # multiply-adds of a part up to which the simulator is asked to run it
 ERROR = re.compile(r"\[E:|<E>|Error|FAIL|error code|out of memory")
 SUMMARY = re.compile(r"\b((?:spill|fill|write_total|read_total)_bytes)=(\d+)")
 
 
-def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
+def export(job: ExportJob, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
     """A context binary of every part that belongs on the NPU, from its ONNX artefact."""
     parts = {part.name: part for part in job.parts()}
     if "transformer" in parts:
@@ -40,7 +40,7 @@ def export(job: Job, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
         made = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
         return facts | {"simulated": True} | errors(part, made, folder)
 
-    make_all(job, job.artefacts(folder, "qnn", chips), make)
+    make_all(job.fingerprint, job.artefacts(folder, "qnn", chips), make)
 
 
 def multiply_adds(model: pathlib.Path) -> int:

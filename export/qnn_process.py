@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .parent import end_with_parent
+from .child_process import end_with_parent
 
 CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> QNN's number of the chip, version of its HTP
 

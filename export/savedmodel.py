@@ -16,13 +16,13 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from jax.experimental import jax2tf
 
+from .artefacts import Artefact, make_all
+from .jax_reference import JaxParts
 from .parity import errors, load_sample
-from .parts import Artefact, Job
-from .reference import JaxParts
-from .worker import make_all
+from .parts import ExportJob
 
 
-def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
+def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
     """Every part as a SavedModel folder and the .tflite file made from it."""
     parts, functions, tensors = {part.name: part for part in job.parts()}, JaxParts(job), job.tensors()
 
@@ -50,4 +50,4 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> 
         }
         return facts | errors(part, [made[name] for name in part.outputs], folder)
 
-    make_all(job, job.artefacts(folder, "savedmodel"), make)
+    make_all(job.fingerprint, job.artefacts(folder, "savedmodel"), make)

@@ -15,17 +15,17 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe_manager
 
+from .artefacts import Artefact, make_all
 from .mobile_parts import MobileParts
 from .parity import errors, load_sample
-from .parts import Artefact, Job, Part
-from .worker import make_all
+from .parts import ExportJob, Part
 
 LARGE = 1 << 30  # bytes of weights from which the converter is asked to save memory
 SIGNATURE = "serving_default"
 MARGIN = 4  # of ranges over those calibrated: two of 16 bits, against clipping what other inputs reach
 
 
-def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
+def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
     """Every part in every precision of `precisions`, some of PRECISIONS["tflite"]."""
     parts, modules = {part.name: part for part in job.parts()}, MobileParts(job, folder)
 
@@ -54,7 +54,7 @@ def export(job: Job, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
         facts = facts | describe(file, part)
         return facts | errors(part, run(file, facts, load_sample(folder, 0, part.inputs)), folder)
 
-    make_all(job, job.artefacts(folder, "tflite", precisions), make)
+    make_all(job.fingerprint, job.artefacts(folder, "tflite", precisions), make)
     (folder / "tflite" / "tmp.float32.tflite").unlink(missing_ok=True)
 
 

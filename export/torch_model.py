@@ -5,40 +5,24 @@ Modules are named so that their state dict is a checkpoint in the diffusers layo
 """
 
 import contextlib
-import itertools
-import json
 import math
 import pathlib
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from jsurgery.attention.hybrid import FeatureMapConfig, Rate
 from jsurgery.errors import InputError
+from jsurgery.rates import Rate
+from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import rope_tables
-from jsurgery.wan.transformer import WanConfig
-from pallas_kernels.reference import EPSILON
 
-ACTIVATIONS = {
-    "relu": torch.relu,
-    "softplus": F.softplus,
-    "exp": torch.exp,
-    "sigmoid": torch.sigmoid,
-    "elu1": lambda x: F.elu(x) + 1.0,
-}
+from .torch_attention import TorchFeatureMap, apply_rope, hybrid_attention
+from .torch_files import read_json, read_tensors
+
 # What stays float32 whatever `load`'s dtype is, by parts of tensor names.
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "log_scale")
-
-
-def apply_rope(x_BxHxNxD: torch.Tensor, cos_NxE: torch.Tensor, sin_NxE: torch.Tensor) -> torch.Tensor:
-    """Rotates the channel pairs (0, 1), (2, 3), ... of every head by the angles of its token; E = D / 2."""
-    real, imag = x_BxHxNxD[..., 0::2], x_BxHxNxD[..., 1::2]
-    turned = torch.stack([real * cos_NxE - imag * sin_NxE, real * sin_NxE + imag * cos_NxE], dim=-1)
-    return turned.flatten(-2).to(x_BxHxNxD.dtype)
 
 
 def timestep_embedding(timesteps_B: torch.Tensor, width: int) -> torch.Tensor:
@@ -47,73 +31,6 @@ def timestep_embedding(timesteps_B: torch.Tensor, width: int) -> torch.Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps_B.device) / half)
     angles = timesteps_B.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class HeadLinear(nn.Module):
-    """One linear layer per head: [B, H, N, d_in] -> [B, H, N, d_out]."""
-
-    def __init__(self, heads: int, d_in: int, d_out: int):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(heads, d_in, d_out) / math.sqrt(d_in))
-        self.bias = nn.Parameter(torch.zeros(heads, d_out))
-
-    def forward(self, x_BxHxNxD: torch.Tensor) -> torch.Tensor:
-        return x_BxHxNxD @ self.kernel + self.bias[:, None]
-
-
-class FeatureMap(nn.ModuleList):
-    """phi of eq. 8, a network per head: [B, H, N, D] -> non-negative features [B, H, N, P*D], float32."""
-
-    def __init__(self, heads: int, head_dim: int, config: FeatureMapConfig):
-        widths = [head_dim] + [config.degree * head_dim] * config.layers
-        super().__init__(HeadLinear(heads, d_in, d_out) for d_in, d_out in itertools.pairwise(widths))
-        self.log_scale = nn.Parameter(torch.zeros(heads))
-        self.degree, self.activation = config.degree, config.activation
-
-    def forward(self, x_BxHxNxD: torch.Tensor) -> torch.Tensor:
-        h = x_BxHxNxD
-        for layer in self:
-            h = ACTIVATIONS[self.activation](layer(h))
-        features = torch.cat([psi**p for p, psi in enumerate(h.chunk(self.degree, dim=-1), start=1)], dim=-1)
-        return features.float() * self.log_scale.float().exp()[:, None, None]
-
-
-def hybrid_attention(
-    q_BxHxNxD: torch.Tensor,
-    k_BxHxNxD: torch.Tensor,
-    v_BxHxNxD: torch.Tensor,
-    phi_q: nn.Module | None,
-    phi_k: nn.Module | None,
-    *,
-    num_softmax: int,
-    stabilizer: str,
-) -> torch.Tensor:
-    """Eq. 5 of Attention Surgery on tokens in prefix order; without feature maps, softmax over the prefix alone.
-
-    The softmax branch is softmax itself, (o_S / n_S), for the sake of fused kernels; the linear branch is divided by
-    n_S instead: 1 for "lse"; for "max", whose largest term is exp(0), the inverse of the largest probability.
-    """
-    dtype = v_BxHxNxD.dtype
-    k_S, k_L = k_BxHxNxD[:, :, :num_softmax], k_BxHxNxD[:, :, num_softmax:]
-    v_S, v_L = v_BxHxNxD[:, :, :num_softmax], v_BxHxNxD[:, :, num_softmax:]
-    if phi_q is None or phi_k is None or num_softmax == k_BxHxNxD.shape[2]:
-        return F.scaled_dot_product_attention(q_BxHxNxD, k_S, v_S)
-
-    phi_q_BxHxNxF, phi_k_BxHxLxF = phi_q(q_BxHxNxD), phi_k(k_L)
-    state_BxHxFxD = phi_k_BxHxLxF.mT @ v_L.float()
-    mass_BxHxFx1 = phi_k_BxHxLxF.sum(dim=2)[..., None]
-    if num_softmax == 0:
-        return (phi_q_BxHxNxF @ state_BxHxFxD / (phi_q_BxHxNxF @ mass_BxHxFx1 + EPSILON)).to(dtype)
-
-    if stabilizer == "lse":
-        o_BxHxNxD = F.scaled_dot_product_attention(q_BxHxNxD, k_S, v_S).float()
-    else:
-        scores_BxHxNxS = q_BxHxNxD.float() @ k_S.float().mT / math.sqrt(q_BxHxNxD.shape[-1])
-        p_BxHxNxS = scores_BxHxNxS.softmax(dim=-1)
-        o_BxHxNxD = p_BxHxNxS @ v_S.float()
-        phi_q_BxHxNxF = phi_q_BxHxNxF * p_BxHxNxS.amax(dim=-1, keepdim=True)
-    y_BxHxNxD = (o_BxHxNxD + phi_q_BxHxNxF @ state_BxHxFxD) / (1.0 + phi_q_BxHxNxF @ mass_BxHxFx1)
-    return y_BxHxNxD.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +71,7 @@ class Attention(nn.Module):
         self.phi_q = self.phi_k = None
         if converted and hybrid and hybrid.linear_branch:
             self.phi_q, self.phi_k = (
-                FeatureMap(self.heads, config.attention_head_dim, hybrid.feature_map) for _ in range(2)
+                TorchFeatureMap(self.heads, config.attention_head_dim, hybrid.feature_map) for _ in range(2)
             )
 
     def forward(
@@ -376,31 +293,3 @@ def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> Hybrid
         tensors[name] = tensor.to(torch.float32 if kept else dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file}: expected JSON ({error})") from None
-
-
-def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder's safetensors, one file or the shards that an index names."""
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
-    if not files:
-        raise InputError(f"{folder}: no .safetensors file in this folder")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            shard = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: missing, or not a safetensors file ({error})") from None
-        if twice := tensors.keys() & shard.keys():
-            raise InputError(f"{file}: holds {min(twice)}, which another file of the folder holds too")
-        tensors |= shard
-    return tensors

@@ -6,16 +6,16 @@ The names below are the public API. They are imported when first used: `import j
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jsurgery.version import __version__
+
 if TYPE_CHECKING:
     from jsurgery.surgery.knapsack import solve_block_rates
     from jsurgery.surgery.operate import operate
+    from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae, save_transformer
     from jsurgery.wan.pipeline import load_pipeline
-    from jsurgery.wan.text_encoder import load_text_encoder
-    from jsurgery.wan.transformer import load_transformer, save_transformer
-    from jsurgery.wan.vae import load_vae
 
-__version__ = "0.1.0"
 __all__ = [
+    "__version__",
     "load_pipeline",
     "load_text_encoder",
     "load_transformer",
@@ -27,11 +27,11 @@ __all__ = [
 
 _MODULES = {
     "load_pipeline": "wan.pipeline",
-    "load_text_encoder": "wan.text_encoder",
-    "load_transformer": "wan.transformer",
-    "load_vae": "wan.vae",
+    "load_text_encoder": "wan.checkpoint",
+    "load_transformer": "wan.checkpoint",
+    "load_vae": "wan.checkpoint",
     "operate": "surgery.operate",
-    "save_transformer": "wan.transformer",
+    "save_transformer": "wan.checkpoint",
     "solve_block_rates": "surgery.knapsack",
 }
 

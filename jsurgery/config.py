@@ -3,19 +3,14 @@
 `base()` holds each field with its default and its meaning; the files in `configs/` change values, never add fields.
 """
 
-import ast
-import difflib
-import importlib.util
-import itertools
 import math
-import pathlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
 from jsurgery.errors import InputError
+from jsurgery.rates import check_rates
 
 
 def base() -> ConfigDict:
@@ -198,7 +193,7 @@ LARGEST, LARGEST_COUNT = 1e30, 10**9
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError naming the first field that is out of range, its value and what is allowed."""
-    for field, value in flat(config):
+    for field, value in flatten(config):
         if isinstance(value, str):
             check_text(f"config.{field}", value)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -297,112 +292,9 @@ def block_numbers(text: str) -> tuple[int, ...] | None:
     return tuple(sorted(numbers))
 
 
-def check_rates(field: str, rates: Iterable[Any]) -> None:
-    """Rates are distinct, 'linear' or integers of which each divides the next larger one."""
-    rates = tuple(rates)
-    for rate in rates:
-        if rate != "linear" and (type(rate) is not int or rate < 1):
-            raise InputError(f"{field}: expected integers from 1 or 'linear', found {rate!r}")
-    numeric = sorted(rate for rate in rates if rate != "linear")
-    if not rates or len(set(rates)) != len(rates):
-        raise InputError(f"{field}: expected distinct rates, found {rates}")
-    for small, large in itertools.pairwise(numeric):
-        if large % small:
-            raise InputError(f"{field}: expected a divisibility chain, but {small} does not divide {large}")
-
-
-def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
-    """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen.
-
-    `wan_1_3b@v6e:4x4` also takes the fields that the file's `TOPOLOGIES` has for these chips: the mesh, and batches
-    that it divides.
-    """
-    name, topology = split_topology(name)
-    path = config_path(name)
-    spec = importlib.util.spec_from_file_location(f"jsurgery_config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"{path}: expected get_config() to return the ConfigDict of base(), found {config!r}")
-    fields, known = ({name for name, _ in flat(c)} for c in (config, base()))
-    if fields != known:
-        raise InputError(f"{path}: expected the fields of base(), found other or missing ones: {min(fields ^ known)}")
-    placements = getattr(module, "TOPOLOGIES", {})
-    if topology and topology not in placements:
-        names = ", ".join(placements) or "none"
-        raise InputError(f"--config={name}@{topology}: expected a topology that {path} knows: {names}")
-    fields = {field: str(value) for field, value in placements.get(topology, {}).items()}
-    for field, text in (fields | (overrides or {})).items():
-        override(config, field, text)
-    validate(config)
-    return config.lock()
-
-
-def split_topology(name: str) -> tuple[str, str]:
-    """("wan_1_3b@v6e:4x4") -> its two parts; without a topology the second is empty."""
-    found = re.fullmatch(r"(.+)@(\w+:\d+(?:x\d+)*)", name)
-    return (found[1], found[2]) if found else (name, "")
-
-
-def config_path(name: str) -> pathlib.Path:
-    """A file, or a config that ships with the package: beside it in a checkout, inside it in a wheel."""
-    path = pathlib.Path(name)
-    if path.suffix == ".py":
-        if path.exists():
-            return path
-        raise InputError(f"--config={name}: no such file")
-    package = pathlib.Path(__file__).parent
-    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
-    for folder in folders:
-        if (folder / f"{name}.py").exists():
-            return folder / f"{name}.py"
-    shipped = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
-    raise InputError(f"--config={name}: expected a .py file or one of {', '.join(shipped)}")
-
-
-def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets `field` from its text; the type must be the default's."""
-    node = config
-    *parents, leaf = field.split(".")
-    known = [name for name, _ in flat(config)]
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, ConfigDict) else None
-    if not isinstance(node, ConfigDict) or leaf not in node or isinstance(node[leaf], ConfigDict):
-        close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-        raise InputError(f"config.{field}: unknown field" + (f"; did you mean config.{close[0]}?" if close else ""))
-    old = node[leaf]
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval raises
-        value = text
-    if field == "plan.budget":  # "15R2", or a number
-        node[leaf] = value
-        return
-    if isinstance(old, str):
-        value = text
-    elif isinstance(old, bool):
-        value = {"true": True, "false": False}.get(text.lower(), value)
-    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= LARGEST else float("inf" if value > 0 else "-inf")
-    elif isinstance(old, tuple) and not isinstance(value, tuple):
-        value = tuple(value) if isinstance(value, list) else (value,)
-    fits = type(value) is type(old)
-    if isinstance(value, tuple) and isinstance(old, tuple):
-        fits = {type(item) for item in value} <= {type(item) for item in old}
-    if not fits:
-        raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")
-    with node.ignore_type():
-        node[leaf] = value
-
-
-def flat(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
     """(dotted field, value) of every leaf, in order."""
     leaves = []
     for name, value in config.items():
-        leaves += flat(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [(prefix + name, value)]
+        leaves += flatten(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [(prefix + name, value)]
     return leaves

@@ -6,7 +6,7 @@ Every solver here is the same step with other coefficients: the velocity predict
 the next x is a linear combination of x, of the latest data predictions and, for some solvers, of fresh noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -35,7 +35,9 @@ def add_noise(latents: jax.Array, noise: jax.Array, sigma_B: jax.Array) -> tuple
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
 
-def noised(latents: jax.Array, key: jax.Array, shift: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def add_noise_at_random_levels(
+    latents: jax.Array, key: jax.Array, shift: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(x_t, timesteps [B], velocity) of latents [B, ...] at noise levels spread evenly over [0, 1] and shifted."""
     size = latents.shape[0]
     key_level, key_noise = jax.random.split(key)
@@ -198,3 +200,14 @@ def sample(
         step, initial_state(noise), (jax.tree.map(jnp.asarray, rows), step_keys(rows, key))
     )
     return state.x, trajectory
+
+
+def evenly_spaced_steps(steps: int, keep: int) -> np.ndarray:
+    """Which of the sampler's steps are kept, evenly spread, the first and noisiest always among them."""
+    return np.round(np.linspace(0, steps - 1, keep)).astype(int) if keep > 1 else np.array([0])
+
+
+def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+    """Unit normal [B, *shape]; row b belongs to prompt number `numbers[b]` alone."""
+    key = jax.random.key(seed)
+    return jnp.stack([jax.random.normal(jax.random.fold_in(key, number), shape) for number in numbers])

@@ -35,7 +35,7 @@ class ParityError(Exception):
     """A measured difference exceeds its documented bound. Exit code 4."""
 
 
-def refusal(error: BaseException) -> str | None:
+def file_system_reason(error: BaseException) -> str | None:
     """What the file system said in `error`, or in what caused it; None: it is no such error."""
     found: BaseException | None = error
     while found is not None:

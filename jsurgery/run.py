@@ -9,33 +9,33 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.config import block_numbers, flat
+from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.config import block_numbers, flatten
 from jsurgery.data.latents import check_latents, encode_sprites
+from jsurgery.data.prompts import load_prompts
 from jsurgery.errors import InputError
-from jsurgery.evaluate.stages import evaluate
+from jsurgery.evaluate.surgery_models import evaluate
+from jsurgery.io.fields import describe_changes
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import write_report
 from jsurgery.runtime import processes
-from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather, make_mesh
+from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather_to_first_process, make_mesh
 from jsurgery.runtime.progress import say
-from jsurgery.runtime.stages import Stage, difference, file_identity, write_json
-from jsurgery.surgery.distill import distill
-from jsurgery.surgery.distilled import load_maps
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.surgery.distillation.distill import distill
+from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
+from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.finetune import finetune
-from jsurgery.surgery.jobs import job_name, merge, owners
 from jsurgery.surgery.operate import operate, save_model
-from jsurgery.surgery.plan import check_budget, hybrid_config, plan, read_plan
-from jsurgery.surgery.trace import load_prompts, trace
-from jsurgery.wan.pipeline import (
-    Pipeline,
-    check_pipeline,
-    check_size,
-    load_pipeline,
-    model_path,
-    pipeline_folder,
-    transformer_folder,
-)
-from jsurgery.wan.transformer import WanTransformer, load_transformer
+from jsurgery.surgery.plan import check_budget, plan, read_plan
+from jsurgery.surgery.trace import trace
+from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.pipeline import Pipeline, load_pipeline
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.video_size import check_size
 
 SAMPLING = ("seed", "prompts", "model", "video", "text_length", "sampler", "data.two_sprites")
 DISTILLING = (
@@ -47,13 +47,13 @@ LATENTS = ("video", "data.path", "data.clips", "data.two_sprites", "seed", "eval
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher, + VALIDATION_SEED is held out from everything
 
 
-def begin(config: ConfigDict, workdir: str) -> "Run":
+def start_run(config: ConfigDict, workdir: str) -> "Run":
     """The run that all processes do together. Raises InputError, in all of them, where they were not started alike."""
-    run = processes.together(lambda: Run(config, workdir))
-    first, *others = processes.exchange({"workdir": workdir, "model": run.identity, **dict(flat(config))})
+    run = processes.on_all(lambda: Run(config, workdir))
+    first, *others = processes.gather_messages({"workdir": workdir, "model": run.identity, **dict(flatten(config))})
     for number, found in enumerate(others, 1):
         if found != first:
-            told = difference(first, found)
+            told = describe_changes(first, found)
             raise InputError(f"--process_id={number}: expected what process 0 was started with: {told}")
     return run
 
@@ -85,8 +85,8 @@ class Run:
             raise InputError(f"config.distill.blocks: {model}, found {blocks[-1]}")
 
         self.coming: Sequence[str] = ()  # the stages that `stages` has not ended yet
-        identity = self.identity = file_identity(self.teacher_path)
-        stage = functools.partial(Stage, self.workdir, config=config)
+        identity = self.identity = folder_fingerprint(self.teacher_path)
+        stage = functools.partial(StageFolder, self.workdir, config=config)
         sampled = SAMPLED if config.distill.mode == "sampling" else ()
         self.distilling = (*DISTILLING, *sampled)
         self.trace = stage("trace", fields=(*SAMPLING, "trace", *sampled[:1]), teacher=identity)
@@ -99,7 +99,7 @@ class Run:
         self.evaluate = stage("evaluation", fields=("evaluate",), after=[self.finetune])
         self.report = stage("report", fields=(), after=[self.evaluate])
         for made in vars(self).copy().values():
-            if isinstance(made, Stage):
+            if isinstance(made, StageFolder):
                 made.done()  # refuses a workdir of another config before anything is written
 
     @functools.cached_property
@@ -151,14 +151,16 @@ class Run:
         say(f"trace: the teacher's first frame of this run: {write_first_frame(self.workdir, frame, prompt)}")
         self.show_progress()
 
-    def distill_job(self, name: str) -> Stage:
+    def distill_job(self, name: str) -> StageFolder:
         """The stage of an independent job of the distillation: its folder lies in that of the whole."""
-        return Stage(self.workdir, f"{self.distill.name}/{name}", self.config, self.distilling, after=[self.trace])
+        return StageFolder(
+            self.workdir, f"{self.distill.name}/{name}", self.config, self.distilling, after=[self.trace]
+        )
 
     def run_distill(self) -> None:
         """All blocks, or those of one job; where there are jobs, all blocks are theirs."""
         stage = self.job or self.distill
-        if self.job is None and processes.once(self.merge_jobs):
+        if self.job is None and processes.on_first(self.merge_jobs):
             return
         stage.run(lambda: self.distill_maps(stage.folder), spread=True)
 
@@ -172,7 +174,7 @@ class Run:
         finished = [job.folder for job in jobs if job.done()]
         blocks = self.model_config.num_layers
         if jobs and not self.distill.done():
-            owners(finished, blocks)
+            job_of_block(finished, blocks)
             self.distill.begin()
             merge(self.config, finished, blocks, self.distill.folder)
             self.distill.end()
@@ -222,13 +224,13 @@ class Run:
         }
         before, run = stages[name]
         if before is self.distill:
-            processes.once(self.merge_jobs)
-        if before is not None and not processes.once(before.done):
+            processes.on_first(self.merge_jobs)
+        if before is not None and not processes.on_first(before.done):
             raise InputError(f"{before.folder}: not there or not complete; run that stage first, or `jsurgery surgery`")
         computing = {"trace": self.trace, "distill": self.job or self.distill, "finetune": self.finetune}
-        if name in computing and not processes.once(computing[name].done):
+        if name in computing and not processes.on_first(computing[name].done):
             make_mesh(self.config.mesh)  # refuses one that these devices do not make up, before anything is written
-        processes.once(lambda: self.write_config(self.job if name == "distill" else None))
+        processes.on_first(lambda: self.write_config(self.job if name == "distill" else None))
         run()
 
     @property
@@ -273,8 +275,8 @@ class Run:
         profile = self.workdir / "profile"
         teacher, latents = self.shared_pipeline(), self.training_latents
         trained = finetune(self.config, student, teacher, latents, self.finetune.folder, profile=profile)
-        gather(trained)
-        processes.once(lambda: save_model(trained, self.workdir / "model", self.base))
+        gather_to_first_process(trained)
+        processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base))
 
     def evaluate_all(self) -> None:
         dtype = jnp.dtype(self.config.model.dtype)
@@ -288,8 +290,8 @@ class Run:
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
         self.pipeline.transformer = teacher
 
-    def write_config(self, job: Stage | None = None) -> None:
+    def write_config(self, job: StageFolder | None = None) -> None:
         """Beside the stages, or with the files of a job: others may be at work in this workdir."""
         folder = job.folder if job else self.workdir
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dict(flat(self.config)))
+        write_json(folder / "config.json", dict(flatten(self.config)))

@@ -10,25 +10,20 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import check_text, load_config
+from jsurgery.config import check_text
+from jsurgery.data.video_writer import SUFFIXES, check_suffix, read_settings, write_video
 from jsurgery.errors import InputError
-from jsurgery.evaluate.video_file import SUFFIXES, check_suffix, read_settings, write_video
-from jsurgery.files import read_object
+from jsurgery.io.fields import describe_changes
+from jsurgery.io.files import read_object
+from jsurgery.io.hashes import folder_fingerprint
+from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import check_heads, make_mesh
 from jsurgery.runtime.progress import Progress, say
-from jsurgery.runtime.stages import difference, file_identity
-from jsurgery.wan.pipeline import (
-    check_pipeline,
-    check_size,
-    load_pipeline,
-    model_path,
-    pipeline_folder,
-    transformer_folder,
-)
-from jsurgery.wan.transformer import read_config
-
-CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}  # by the transformer's width; anything else is of the tiny kind
-SCHEDULERS = {"UniPCMultistepScheduler": ("unipc", "flow_shift"), "FlowMatchEulerDiscreteScheduler": ("euler", "shift")}
+from jsurgery.wan.checkpoint import read_config
+from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.models import CONFIGS, SCHEDULERS
+from jsurgery.wan.pipeline import load_pipeline
+from jsurgery.wan.video_size import check_size
 
 
 def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
@@ -54,7 +49,7 @@ def scheduler_settings(folder: epath.Path) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class VideoRequest:
     """A video to make: its noise depends on the seed and the number alone (`Pipeline.sample`)."""
 
     file: pathlib.Path
@@ -77,15 +72,15 @@ def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, singl
     folder = pathlib.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
     jobs = [
-        Job(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
+        VideoRequest(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
         for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
     missing = unfinished(config, jobs, again=single)
-    make_room(folder, single)
+    prepare_output(folder, single)
     yield from make_videos(config, missing)
 
 
-def unfinished(config: ConfigDict, jobs: Sequence[Job], again: bool = False) -> list[Job]:
+def unfinished(config: ConfigDict, jobs: Sequence[VideoRequest], again: bool = False) -> list[VideoRequest]:
     """The jobs whose file is not there yet, or with `again` all of them.
 
     Raises InputError, having read no weights, for a video that the model cannot make and for a file that was made with
@@ -97,13 +92,13 @@ def unfinished(config: ConfigDict, jobs: Sequence[Job], again: bool = False) -> 
     if again:
         return list(jobs)
     identity = transformer_identity(config)
-    missing = [job for job in jobs if not finished(job.file, settings(config, job, identity))]
+    missing = [job for job in jobs if not has_matching_video(job.file, settings(config, job, identity))]
     if len(missing) < len(jobs):
         say(f"sample: {len(jobs) - len(missing)} of {len(jobs)} videos are finished already")
     return missing
 
 
-def make_videos(config: ConfigDict, jobs: Sequence[Job]) -> Iterator[pathlib.Path]:
+def make_videos(config: ConfigDict, jobs: Sequence[VideoRequest]) -> Iterator[pathlib.Path]:
     """Makes one video after the other and yields its file."""
     if not jobs:
         return
@@ -120,10 +115,10 @@ def make_videos(config: ConfigDict, jobs: Sequence[Job]) -> Iterator[pathlib.Pat
 
 
 def transformer_identity(config: ConfigDict) -> str:
-    return file_identity(transformer_folder(model_path(config.model.path)))
+    return folder_fingerprint(transformer_folder(model_path(config.model.path)))
 
 
-def settings(config: ConfigDict, job: Job, identity: str) -> dict[str, Any]:
+def settings(config: ConfigDict, job: VideoRequest, identity: str) -> dict[str, Any]:
     """What the pixels of a video depend on, for its metadata."""
     sampler = config.sampler.to_dict()
     del sampler["guidance_batched"]
@@ -140,17 +135,17 @@ def settings(config: ConfigDict, job: Job, identity: str) -> dict[str, Any]:
     }
 
 
-def finished(file: pathlib.Path, wanted: dict[str, Any]) -> bool:
+def has_matching_video(file: pathlib.Path, wanted: dict[str, Any]) -> bool:
     """Whether a video is there. Raises InputError when it was made with other settings."""
     if not file.exists():
         return False
     found = read_settings(file)
     if found != wanted:
-        raise InputError(f"{file}: made with other settings: {difference(found, wanted)}; use another --output")
+        raise InputError(f"{file}: made with other settings: {describe_changes(found, wanted)}; use another --output")
     return True
 
 
-def make_room(output: pathlib.Path, single: bool) -> None:
+def prepare_output(output: pathlib.Path, single: bool) -> None:
     """Makes the folder of the output. Raises InputError where a file of that name cannot be written."""
     try:
         if single:

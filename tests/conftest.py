@@ -31,10 +31,12 @@ from flax import nnx
 
 from jsurgery.data import sprites
 from jsurgery.train.teacher import write_pipeline_index
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, save_text_encoder
+from jsurgery.wan.checkpoint import save_text_encoder, save_transformer, save_vae
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import train_tokenizer
-from jsurgery.wan.transformer import WanConfig, WanTransformer, save_transformer
-from jsurgery.wan.vae import VaeConfig, WanVae, save_vae
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
 
 # Traced programs are millions of objects that stay: looking for garbage among them again and again takes a tenth.
 gc.set_threshold(50_000, 20, 50)
@@ -47,23 +49,23 @@ LONGEST = (
     "export/test_export.py",
     "test_notebooks.py",
     "runtime/test_processes.py",
-    "kernels/test_hybrid_attention.py",
+    "pallas_kernels/test_hybrid_attention.py",
     "ablate/test_evidence.py",
     "wan/test_sharded_model.py",
-    "kernels/test_tpu_compiler.py",
-    "test_compile.py",
-    "ablate/test_ablation_run.py",
+    "pallas_kernels/test_tpu_compiler.py",
+    "estimate/test_compile_ahead.py",
+    "ablate/test_run_tables.py",
     "surgery/test_resume.py",
-    "surgery/test_distill.py",
-    "surgery/test_sharded_distill.py",
-    "test_gpu_evidence.py",
+    "surgery/distillation/test_distill.py",
+    "surgery/distillation/test_sharded.py",
+    "bench/test_gpu_evidence.py",
     "train/test_training.py",
-    "test_verify.py",
+    "bench/test_verify.py",
     "wan/test_vae.py",
-    "test_surgery.py",
+    "test_run.py",
     "faults/test_soak.py",
-    "kernels/test_tpu.py",
-    "kernels/test_estimate.py",
+    "pallas_kernels/test_tpu.py",
+    "pallas_kernels/test_estimate.py",
 )
 FOLDER = pathlib.Path(__file__).parent
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jsurgery.config import CHOICES, base, config_path, flat, load_config, override, validate
+from jsurgery.config import CHOICES, base, flatten, validate
 from jsurgery.errors import InputError
+from jsurgery.load_config import config_path, load_config, override
 
 SHIPPED = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -23,7 +24,7 @@ def fails(overrides, *parts, name="tiny"):
 def test_shipped_configs_are_valid_by_path_and_by_name(path):
     config = load_config(str(path))
     assert config == load_config(path.stem)
-    assert [name for name, _ in flat(config)] == [name for name, _ in flat(base())]
+    assert [name for name, _ in flatten(config)] == [name for name, _ in flatten(base())]
     assert config_path(path.stem) == path
 
 
@@ -61,7 +62,7 @@ def test_overrides_take_the_type_of_the_default():
         "plan.rates": "[1, 2]",
         "train.vae_crop": "(5, 64, 48)",
     }
-    config = dict(flat(load_config("tiny", given_texts)))
+    config = dict(flatten(load_config("tiny", given_texts)))
     assert {field: config[field] for field in given_texts} == {
         "seed": 7,
         "sampler.shift": 5.0,
@@ -156,7 +157,7 @@ def test_choices_are_listed(field):
     fails({field: "nonsense"}, f"config.{field}", "'nonsense'", *CHOICES[field])
     for choice in CHOICES[field]:
         needed = {"hybrid.degree": "1", "hybrid.layers": "1"} if choice == "hedgehog" else {}
-        assert dict(flat(load_config("tiny", {field: choice, **needed})))[field] == choice
+        assert dict(flatten(load_config("tiny", {field: choice, **needed})))[field] == choice
 
 
 def test_an_unknown_name_lists_the_shipped_ones():
@@ -206,7 +207,7 @@ VALUES = {
 
 @st.composite
 def fields_and_values(draw):
-    field, default = draw(st.sampled_from(flat(base())))
+    field, default = draw(st.sampled_from(flatten(base())))
     return field, draw(VALUES[type(default)])
 
 
@@ -215,9 +216,9 @@ def fields_and_values(draw):
 def test_every_field_reads_back_what_was_written(field_and_value):
     field, value = field_and_value
     config = base()
-    before = dict(flat(config))
+    before = dict(flatten(config))
     override(config, field, value if isinstance(value, str) else repr(value))
-    after = dict(flat(config))
+    after = dict(flatten(config))
     if field != "plan.budget":
         assert after[field] == value
         assert type(after[field]) is type(before[field])

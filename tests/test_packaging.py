@@ -88,7 +88,7 @@ def test_the_command_works_from_anywhere(python, tmp_path):
 def test_shipped_configs_are_found_by_name(python, tmp_path):
     code = """if True:
         import json, sys
-        from jsurgery.config import config_path, load_config
+        from jsurgery.load_config import config_path, load_config
         print(json.dumps({name: [str(config_path(name)), load_config(name).seed] for name in sys.argv[1:]}))
     """
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -9,10 +9,10 @@ import pytest
 
 from jsurgery import sample
 from jsurgery.cli import main
+from jsurgery.data.video_writer import read_settings
 from jsurgery.errors import InputError
-from jsurgery.evaluate.video_file import read_settings
 from jsurgery.sample import sampling_config
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.model_config import WanConfig
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle")
 SIZE = ["--frames=5", "--height=32", "--width=48", "--steps=2"]

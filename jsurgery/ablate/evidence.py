@@ -11,16 +11,20 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.ablate.table import Spread, cell, grid, spread
-from jsurgery.attention.hybrid import HybridConfig, Rate
-from jsurgery.evaluate.stages import evaluate
+from jsurgery.ablate.write_table import cell
+from jsurgery.attention.hybrid import HybridConfig, hybrid_config
+from jsurgery.evaluate.statistics import MeanAndStd, mean_and_std
+from jsurgery.evaluate.surgery_models import evaluate
+from jsurgery.io.files import write_json
+from jsurgery.io.results import markdown_table
+from jsurgery.rates import Rate
 from jsurgery.run import Run
-from jsurgery.runtime.stages import Stage, write_json
-from jsurgery.surgery.distilled import load_maps, read_errors
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.surgery.distillation.saved_maps import load_maps, read_errors
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate, save_model
-from jsurgery.surgery.plan import hybrid_config
-from jsurgery.wan.transformer import WanTransformer, load_transformer
+from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.wan.transformer import WanTransformer
 
 EVIDENCE_RATE = 8
 
@@ -97,12 +101,12 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     }
 
 
-def evaluation_stage(run: Run) -> Stage:
-    return Stage(run.workdir, "evidence", run.config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+def evaluation_stage(run: Run) -> StageFolder:
+    return StageFolder(run.workdir, "evidence", run.config, ("evaluate", "finetune"), after=[run.distill, run.latents])
 
 
-def finetune_stage(run: Run, name: str) -> Stage:
-    return Stage(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
+def finetune_stage(run: Run, name: str) -> StageFolder:
+    return StageFolder(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
 
 
 def load_teacher(run: Run) -> WanTransformer:
@@ -139,10 +143,12 @@ def measures(result: dict[str, Any]) -> dict[str, float]:
     return row
 
 
-def spreads(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+def spreads(per_seed: Sequence[dict[str, Any]]) -> dict[str, dict[str, MeanAndStd]]:
     """arm -> measure -> [mean, standard deviation over seeds]."""
     first = per_seed[0]["arms"]
-    return {arm: {m: spread([seed["arms"][arm][m] for seed in per_seed]) for m in row} for arm, row in first.items()}
+    return {
+        arm: {m: mean_and_std([seed["arms"][arm][m] for seed in per_seed]) for m in row} for arm, row in first.items()
+    }
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -157,10 +163,10 @@ def markdown(table: dict[str, Any]) -> str:
     by_block = [[f"block {i}", *pairs(*rows)] for i, rows in enumerate(zip(found, wanted, strict=True))]
     return "\n".join(
         [
-            grid(head, body),
+            markdown_table(head, body),
             f"\nRelative L1 error of attention, mean over blocks and seeds: {by_rate}",
             "\nShare of the denominator that the softmax tokens carry, after distillation (and in the teacher):\n",
-            grid(["rate", *map(str, shares[0]["rates"])], by_block),
+            markdown_table(["rate", *map(str, shares[0]["rates"])], by_block),
             "",
         ]
     )

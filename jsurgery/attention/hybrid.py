@@ -1,41 +1,21 @@
 """Hybrid attention in a network: which block keeps how much softmax, and the maps that stand in for the rest."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
-from flax import nnx
+from ml_collections import ConfigDict
 
-from jsurgery.attention.token_order import LATTICES, Rate, TokenOrder
-from jsurgery.config import check_rates
+from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig, LearnedMap
+from jsurgery.attention.token_order import LATTICES, TokenOrder
 from jsurgery.errors import InputError
-from jsurgery.model_config import check_fields
-from pallas_kernels import (
-    HedgehogMap,
-    PolynomialMap,
-    hybrid_attention,
-    init_hedgehog_map,
-    init_polynomial_map,
-)
-from pallas_kernels.api import STABILIZERS
+from jsurgery.io.fields import check_fields
+from jsurgery.rates import Rate, check_rates, rate_chain
+from pallas_kernels.api import STABILIZERS, hybrid_attention
 from pallas_kernels.feature_map import ACTIVATIONS
 
 FORMAT_VERSION = 1
-HEDGEHOG = HedgehogMap.activation
-LearnedMap = PolynomialMap | HedgehogMap
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureMapConfig:
-    """phi of eq. 8: `layers` per-head layers, powers 1 to `degree` of a non-negative `activation`.
-
-    The activation `HEDGEHOG` is that map instead, of one layer and no powers.
-    """
-
-    degree: int = 2
-    layers: int = 2
-    activation: str = "relu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +27,7 @@ class HybridConfig:
     lattice: str = "strided"
     stabilizer: str = "lse"
     linear_branch: bool = True
-    feature_map: FeatureMapConfig = FeatureMapConfig()
+    feature_map: FeatureMapConfig = dataclasses.field(default_factory=FeatureMapConfig)
 
     @classmethod
     def from_json(cls, fields: Any, source: str) -> Self:
@@ -97,52 +77,6 @@ def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, 
     return TokenOrder(frames * size, tuple(chain), lattice=lattice, tokens_per_frame=size, shards=shards)
 
 
-def rate_chain(rates: Sequence[Rate]) -> tuple[int, ...]:
-    """The nested zones that the token order needs for these rates."""
-    return tuple(sorted({1, *(rate for rate in rates if isinstance(rate, int))}))
-
-
-class FeatureMap(nnx.Module):
-    """One learned map phi; `maps` is the pytree that kernels take. Leaves may be stacked: [S, ...] over blocks."""
-
-    def __init__(self, maps: LearnedMap):
-        self.kernels = nnx.List([nnx.Param(kernel) for kernel in maps.kernels])
-        self.biases = nnx.List([nnx.Param(bias) for bias in maps.biases])
-        self.log_scale = nnx.Param(maps.log_scale)
-        self.degree, self.activation = maps.degree, maps.activation
-
-    @property
-    def maps(self) -> LearnedMap:
-        config = FeatureMapConfig(self.degree, len(self.kernels), self.activation)
-        leaves = {f"kernels.{j}": kernel for j, kernel in enumerate(self.kernels)}
-        leaves |= {f"biases.{j}": bias for j, bias in enumerate(self.biases)} | {"log_scale": self.log_scale}
-        return feature_map(config, lambda name: leaves[name][...])
-
-
-def feature_map(config: FeatureMapConfig, leaf: Callable[[str], jax.Array]) -> LearnedMap:
-    """The map of the leaves "kernels.0", "biases.0", ..., "log_scale"."""
-    if config.activation == HEDGEHOG:
-        return HedgehogMap(leaf("kernels.0"), leaf("log_scale"))
-    return PolynomialMap(
-        kernels=tuple(leaf(f"kernels.{j}") for j in range(config.layers)),
-        biases=tuple(leaf(f"biases.{j}") for j in range(config.layers)),
-        log_scale=leaf("log_scale"),
-        degree=config.degree,
-        activation=config.activation,
-    )
-
-
-def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, config: FeatureMapConfig) -> LearnedMap:
-    """`count` freshly initialised maps, stacked on the first axis of every leaf."""
-
-    def make(key: jax.Array) -> LearnedMap:
-        if config.activation == HEDGEHOG:
-            return init_hedgehog_map(heads, head_dim)
-        return init_polynomial_map(key, heads, head_dim, config.degree, config.layers, config.activation)
-
-    return jax.vmap(make)(jax.random.split(key, count))
-
-
 def attend(
     q_BxNxHxD: jax.Array,
     k_BxNxHxD: jax.Array,
@@ -158,3 +92,16 @@ def attend(
         k_BxNxHxD, v_BxNxHxD = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
     options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
     return hybrid_attention(q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, **options)
+
+
+def hybrid_config(config: ConfigDict, rates: Sequence[Rate]) -> HybridConfig:
+    """What `operate` builds for a plan."""
+    hybrid = config.hybrid
+    return HybridConfig(
+        rates=tuple(rates),
+        chain=rate_chain(hybrid.rates),
+        lattice=hybrid.lattice,
+        stabilizer=hybrid.stabilizer,
+        linear_branch=hybrid.linear_branch,
+        feature_map=FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation),
+    )

@@ -7,9 +7,9 @@ from functools import cached_property
 import numpy as np
 
 from jsurgery.errors import InputError
+from jsurgery.rates import Rate
 
 LATTICES = ("strided", "staggered")
-Rate = int | str  # 1 is full softmax, "linear" has no softmax token
 
 
 @dataclasses.dataclass(frozen=True)

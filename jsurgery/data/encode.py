@@ -15,17 +15,30 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.shards import Record, ShardWriter, shard_path, text_array
 from jsurgery.data.sprites import to_float
-from jsurgery.data.videos import Bucket, Clip, Skipped, Wanted, buckets_of, find_clips, in_processes, read_clip
+from jsurgery.data.video_reader import (
+    Bucket,
+    Clip,
+    ClipLimits,
+    Skipped,
+    buckets_of,
+    decode_in_processes,
+    find_clips,
+    read_clip,
+)
 from jsurgery.errors import InputError
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
 from jsurgery.runtime.lock import locked
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress, say
-from jsurgery.runtime.stages import Stage, file_identity, write_json
-from jsurgery.wan.pipeline import check_pipeline, check_size, latent_grid, model_path, pipeline_folder
-from jsurgery.wan.text_encoder import encode_prompts, load_text_encoder
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.wan.causal_conv import FrameCache
+from jsurgery.wan.checkpoint import load_text_encoder, load_vae
+from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder
+from jsurgery.wan.text_encoder import encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.vae import FrameCache, load_vae
+from jsurgery.wan.video_size import check_size, latent_grid
 
 FIELDS = (
     "seed", "video", "text_length", "model.dtype", "data.buckets", "data.posterior", "data.max_crop",
@@ -48,12 +61,12 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
         check_size(model, *bucket)
     clips = find_clips(videos, root)
     base = pipeline_folder(model_path(config.model.path))
-    vae, *text = (file_identity(base / name) for name in ("vae", "text_encoder", "tokenizer"))
+    vae, *text = (folder_fingerprint(base / name) for name in ("vae", "text_encoder", "tokenizer"))
     listed = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
-    stage = Stage(workdir, "encoded", config, FIELDS, videos=listed, vae=vae, text=" ".join(text))
+    stage = StageFolder(workdir, "encoded", config, FIELDS, videos=listed, vae=vae, text=" ".join(text))
     size, host = config.data.clips_per_shard, jax.process_index()
     shards = [range(start, min(start + size, len(clips))) for start in range(0, len(clips), size)]
-    there = [is_there(stage.folder, shard) for shard in range(len(shards))]
+    there = [is_complete(stage.folder, shard) for shard in range(len(shards))]
     finished = stage.done() and all(there)
     processes.wait()  # before any host marks or makes what others still look for
     if finished:
@@ -65,7 +78,7 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
     with locked(stage.folder):
         if host == 0:
             stage.begin()
-        processes.together(work if missing else lambda: None)
+        processes.on_all(work if missing else lambda: None)
         if host == 0:
             check_skipped(stage.folder, range(len(shards)), config.data.max_skipped)
             skipped = write_skipped(stage.folder)
@@ -85,11 +98,11 @@ def encode_shards(
 ) -> None:
     """Makes `shards`, the missing ones of `mine`, with the models in `base`."""
     data = config.data
-    wanted = Wanted(buckets, config.video.fps, data.max_crop, data.max_upscale)
+    wanted = ClipLimits(buckets, config.video.fps, data.max_crop, data.max_upscale)
     numbers = [number for shard in shards.values() for number in shard]
     work = functools.partial(read_clip, wanted=wanted)
-    decoded = in_processes(work, [clips[number] for number in numbers], min(data.workers, len(numbers)))
-    encoder = Encoder(config, base)
+    decoded = decode_in_processes(work, [clips[number] for number in numbers], min(data.workers, len(numbers)))
+    encoder = ClipEncoder(config, base)
     with contextlib.closing(decoded), Preemption("encode", alone=True) as preemption:
         results = with_progress(decoded, len(numbers), preemption)
         for shard, of_shard in shards.items():
@@ -117,7 +130,7 @@ def write_shard(
     clips: Sequence[Clip],
     numbers: range,
     decoded: Iterator[np.ndarray | Skipped],
-    encoder: "Encoder",
+    encoder: "ClipEncoder",
 ) -> None:
     """Encodes the clips `numbers`, next in `decoded`, to a shard in the folder of each bucket met, and reports."""
     writers: dict[str, ShardWriter] = {}
@@ -152,7 +165,7 @@ def report_path(folder: epath.Path, shard: int) -> epath.Path:
     return folder / "reports" / f"{shard:05d}.json"
 
 
-def is_there(folder: epath.Path, shard: int) -> bool:
+def is_complete(folder: epath.Path, shard: int) -> bool:
     """Whether a shard is complete in every bucket that its report names."""
     report = report_path(folder, shard)
     return report.exists() and all(
@@ -184,7 +197,7 @@ def write_skipped(folder: epath.Path) -> int:
     return len(lines)
 
 
-class Encoder:
+class ClipEncoder:
     """The VAE and the text encoder of a pipeline folder, on batches of one size: one compiled program a bucket."""
 
     def __init__(self, config: ConfigDict, base: epath.Path):

@@ -10,9 +10,10 @@ from etils import epath
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
 from jsurgery.errors import InputError
-from jsurgery.files import read_object
+from jsurgery.io.files import read_object
+from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime.progress import Progress
-from jsurgery.runtime.stages import MARKER, file_identity
+from jsurgery.runtime.stage_folder import MARKER
 from jsurgery.wan.vae import WanVae
 
 CLIPS_PER_SHARD = 128
@@ -58,11 +59,11 @@ def check_latents(folder: epath.Path, vae: epath.Path) -> None:
     if found.get("complete") is not True:
         raise InputError(f"config.data.path: {folder}: not finished; run the command that makes it once more")
     made_with = found.get("made_with")
-    if isinstance(made_with, dict) and "vae" in made_with and made_with["vae"] != file_identity(vae):
+    if isinstance(made_with, dict) and "vae" in made_with and made_with["vae"] != folder_fingerprint(vae):
         raise InputError(f"config.data.path: {folder}: expected latents of {vae}, found those of another VAE")
 
 
-class Rows:
+class LocalRows:
     """The examples at `rows` of every batch of an endless dataset, one after the other; a source for grain."""
 
     def __init__(self, examples: Any, batch: int, rows: Sequence[int]):
@@ -99,7 +100,9 @@ def batches(
     rows = range(batch) if rows is None else rows
     shuffled = [grain.MapDataset.source(source).shuffle(seed=seed).repeat() for source in sources]
     datasets = [
-        grain.MapDataset.source(Rows(examples, batch, rows)).batch(len(rows), drop_remainder=True, batch_fn=collate)
+        grain.MapDataset.source(LocalRows(examples, batch, rows)).batch(
+            len(rows), drop_remainder=True, batch_fn=collate
+        )
         for examples in shuffled
     ]
     mixed = grain.MapDataset.mix(datasets, weights=[len(source) for source in sources])

@@ -1,7 +1,9 @@
 """Files of prompts."""
 
 from etils import epath
+from ml_collections import ConfigDict
 
+from jsurgery.data import sprites
 from jsurgery.errors import InputError
 
 
@@ -15,3 +17,20 @@ def read_prompts(path: str, flag: str = "--prompts_file=") -> list[str]:
     if not prompts:
         raise InputError(f"{flag}{path}: expected one prompt a line, found none")
     return prompts
+
+
+SPRITE_PROMPTS = 10_000_000  # scene numbers from here on are prompts; training clips are numbered from 0
+
+
+def load_prompts(config: ConfigDict, count: int, *, skip: int = 0) -> list[str]:
+    """`count` prompts after the first `skip`: lines of a file, or captions of the procedural set."""
+    if config.prompts == "sprites":
+        numbers = range(SPRITE_PROMPTS + skip, SPRITE_PROMPTS + skip + count)
+        return [sprites.scene_at(config.seed, i, two_sprites=config.data.two_sprites).caption for i in numbers]
+    path = epath.Path(config.prompts)
+    if not path.exists():
+        raise InputError(f"config.prompts: {config.prompts}: no such file; expected one prompt a line, or 'sprites'")
+    lines = read_prompts(config.prompts, flag="config.prompts: ")
+    if len(lines) < skip + count:
+        raise InputError(f"config.prompts: {config.prompts}: expected {skip + count} prompts, found {len(lines)}")
+    return lines[skip : skip + count]

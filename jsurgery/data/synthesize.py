@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.data.shards import Record, shard_path, text_array, write_shard
+from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import check_heads, make_mesh
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
-from jsurgery.runtime.stages import Stage, file_identity
-from jsurgery.wan.pipeline import Pipeline, batched, check_pipeline, check_size, load_pipeline, model_path
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.wan.model_folder import check_pipeline, model_path
+from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline
+from jsurgery.wan.video_size import check_size
 
 FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_per_shard")
 
@@ -35,10 +38,10 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
     mesh = make_mesh(config.mesh, jax.local_devices())
     check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
     listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-    identity = file_identity(model_path(config.model.path))
-    stage = Stage(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
+    identity = folder_fingerprint(model_path(config.model.path))
+    stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
     work = lambda: make_shards(config, prompts, stage.folder, mesh)
-    stage.run(lambda: processes.together(work), spread=True)
+    stage.run(lambda: processes.on_all(work), spread=True)
     return stage.folder
 
 
@@ -55,12 +58,12 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
     with Preemption("synthesize", alone=True) as preemption:
         for shard in missing:
             of_shard = prompts[shard * size : (shard + 1) * size]
-            made = clips(config, pipeline, of_shard, shard * size, progress, done, preemption)
+            made = records(config, pipeline, of_shard, shard * size, progress, done, preemption)
             write_shard(shard_path(folder, shard), made)
             done += len(of_shard)
 
 
-def clips(
+def records(
     config: ConfigDict,
     pipeline: Pipeline,
     prompts: Sequence[str],

@@ -18,28 +18,23 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.config import check_video
-from jsurgery.diffusion import schedule
+from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.errors import InputError
 from jsurgery.evaluate import video_metrics
-from jsurgery.evaluate.clip import Clip, load_clip
+from jsurgery.evaluate.clip_model import ClipModel, load_clip_model
 from jsurgery.evaluate.lpips import Weights, load_lpips, lpips
-from jsurgery.runtime.manifest import fingerprint
+from jsurgery.io.fields import describe_changes
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import folder_fingerprint, size_and_sha256
+from jsurgery.io.results import check_report
 from jsurgery.runtime.progress import Progress
-from jsurgery.runtime.stages import difference, file_identity, write_json
 from jsurgery.sample import transformer_identity
-from jsurgery.surgery.trace import kept_steps
-from jsurgery.verify import check_report
 from jsurgery.wan import hub
-from jsurgery.wan.pipeline import (
-    Pipeline,
-    check_pipeline,
-    check_size,
-    guided_velocity,
-    load_pipeline,
-    model_path,
-    transformer_folder,
-)
-from jsurgery.wan.transformer import load_transformer, read_config
+from jsurgery.wan.checkpoint import load_transformer, read_config
+from jsurgery.wan.guidance import guided_velocity
+from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_folder
+from jsurgery.wan.pipeline import Pipeline, load_pipeline
+from jsurgery.wan.video_size import check_size
 
 STEPS = 10  # of the sampler's, evenly spread, at which velocities are compared
 CONTROL = "teacher, other noise"
@@ -58,11 +53,11 @@ OF_ANY_VIDEO = [name for name, (_, _, any_video) in COLUMNS.items() if any_video
 
 
 @dataclasses.dataclass(frozen=True)
-class Judges:
+class MetricNetworks:
     """Networks whose weights the user has."""
 
     lpips: Weights | None = None
-    clip: Clip | None = None
+    clip: ClipModel | None = None
 
 
 def evaluate_fidelity(
@@ -96,20 +91,22 @@ def evaluate_fidelity(
         check_video(frames, config.video.height, config.video.width, prefix="--durations: ")
         check_size(teacher, frames, config.video.height, config.video.width)
     folder = epath.Path(workdir)
-    judges = Judges(load_lpips(lpips_weights) if lpips_weights else None, load_clip(clip_model) if clip_model else None)
+    judges = MetricNetworks(
+        load_lpips(lpips_weights) if lpips_weights else None, load_clip_model(clip_model) if clip_model else None
+    )
     networks = {}
     if lpips_weights:
-        networks["lpips"] = fingerprint(epath.Path(lpips_weights))[1][:16]
+        networks["lpips"] = size_and_sha256(epath.Path(lpips_weights))[1][:16]
     if clip_model:
-        networks["clip"] = file_identity(epath.Path(hub.local_path(clip_model)))
-    begin(folder, config, prompts, networks)
+        networks["clip"] = folder_fingerprint(epath.Path(hub.local_path(clip_model)))
+    mark_workdir(folder, config, prompts, networks)
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
     for frames in durations:
         make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), judges)
     names = {}
     for path in models:
         part = transformer_folder(model_path(path))
-        names[path] = f"{model_path(path).name}-{file_identity(part)}"
+        names[path] = f"{model_path(path).name}-{folder_fingerprint(part)}"
         files = [
             folder / str(frames) / names[path] / f"{i:04d}.json" for frames in durations for i in range(len(prompts))
         ]
@@ -124,7 +121,7 @@ def evaluate_fidelity(
     return result
 
 
-def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], networks: dict[str, str]) -> None:
+def mark_workdir(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], networks: dict[str, str]) -> None:
     """Marks a workdir with what its teacher's videos, and the numbers of all, depend on."""
     video, sampler = config.video.to_dict(), config.sampler.to_dict()
     del video["frames"], sampler["guidance_batched"]
@@ -142,7 +139,7 @@ def begin(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], networ
     if marker.exists():
         found = json.loads(marker.read_text())
         if found != made_with:
-            raise InputError(f"{marker}: {difference(found, made_with)}; use another --workdir")
+            raise InputError(f"{marker}: {describe_changes(found, made_with)}; use another --workdir")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +156,10 @@ def with_frames(config: ConfigDict, frames: int) -> ConfigDict:
 
 
 def make_reference(
-    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, judges: Judges
+    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, judges: MetricNetworks
 ) -> None:
     """Leaves the teacher's videos and way of every prompt in `folder/teacher`, and the control's numbers."""
-    kept = kept_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
+    kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
     progress = Progress(f"teacher, {config.video.frames} frames", len(prompts))
     for number in progress.over(range(len(prompts))):
         file = folder / "teacher" / f"{number:04d}.npz"
@@ -184,7 +181,12 @@ def make_reference(
 
 
 def compare(
-    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, name: str, judges: Judges
+    pipeline: Pipeline,
+    config: ConfigDict,
+    prompts: Sequence[str],
+    folder: epath.Path,
+    name: str,
+    judges: MetricNetworks,
 ) -> None:
     """Leaves the numbers of the pipeline's transformer in `folder/NAME`, one file a prompt."""
     progress = Progress(f"{name}, {config.video.frames} frames", len(prompts))
@@ -207,7 +209,7 @@ def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, way_SxTxHxWx
     rows = schedule(sampler.solver, sampler.steps, sampler.shift)
     text = pipeline.embed([prompt], config.text_length)
     blank = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)
-    timesteps = rows.timestep[kept_steps(sampler.steps, len(way_SxTxHxWxC))]
+    timesteps = rows.timestep[evenly_spaced_steps(sampler.steps, len(way_SxTxHxWxC))]
     found = [
         _velocity(pipeline.transformer, text, blank, x[None], timestep, sampler.guidance, sampler.guidance_batched)
         for x, timestep in zip(way_SxTxHxWxC, timesteps, strict=True)
@@ -220,7 +222,7 @@ def _velocity(transformer, text, blank, x, timestep, guidance, batched):
     return guided_velocity(transformer, text, blank, guidance, batched)(x, jnp.full(x.shape[0], timestep))
 
 
-def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, judges: Judges) -> dict[str, Any]:
+def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, judges: MetricNetworks) -> dict[str, Any]:
     """Per frame mse, ssim and LPIPS against the teacher's video; flicker, motion and CLIP's scores of both."""
     found = {"mse": video_metrics.mse(video, teacher), "ssim": video_metrics.ssim(video, teacher)}
     if judges.lpips is not None:
@@ -252,7 +254,7 @@ def collect(
     config: ConfigDict, names: dict[str, str], prompts: int, folder: epath.Path, durations: Sequence[int]
 ) -> dict[str, Any]:
     """Means over prompts of every model at every duration. PSNR is null where videos are equal."""
-    kept = kept_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
+    kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
     timesteps = schedule(config.sampler.solver, config.sampler.steps, config.sampler.shift).timestep[kept]
     result: dict[str, Any] = {"timesteps": timesteps.tolist(), "durations": []}
     for frames in durations:

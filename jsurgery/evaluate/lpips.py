@@ -8,8 +8,8 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.evaluate.video_metrics import check
-from jsurgery.wan.safetensors_files import open_tensors
+from jsurgery.evaluate.video_metrics import check_same_shape
+from jsurgery.io.safetensors import open_tensors
 
 LAYERS = ((0, 3, 64, 11, 4, 2), (3, 64, 192, 5, 1, 2), (6, 192, 384, 3, 1, 1), (8, 384, 256, 3, 1, 1),
           (10, 256, 256, 3, 1, 1))  # fmt: skip
@@ -44,7 +44,7 @@ def load_lpips(path: epath.PathLike) -> Weights:
 
 def lpips(weights: Weights, video: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Distance of every frame [F] of a uint8 video [F, H, W, 3] from another's; 0 for equal ones."""
-    check(video, other)
+    check_same_shape(video, other)
     if min(video.shape[1:3]) < SMALLEST:
         raise InputError(f"video: expected at least {SMALLEST} pixels on each side, found {video.shape[1:3]}")
     return np.array([_distance(weights, a[None], b[None])[0] for a, b in zip(video, other, strict=True)], float)

@@ -15,12 +15,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import load_config
 from jsurgery.data import sprites
 from jsurgery.evaluate import sprites_score
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import folder_fingerprint
+from jsurgery.load_config import load_config
 from jsurgery.runtime.progress import Progress
-from jsurgery.runtime.stages import file_identity, write_json
-from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline, model_path, pipeline_folder
+from jsurgery.wan.model_folder import model_path, pipeline_folder
+from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline
 
 KEPT = pathlib.Path(__file__).parents[1] / "assets" / "sprites_references.json"  # no part of the teacher's own folder
 CALIBRATION_CLIPS = 48
@@ -48,7 +50,7 @@ def kept(config: ConfigDict, clips: int = CALIBRATION_CLIPS) -> Reference | None
 def described(config: ConfigDict, clips: int) -> dict[str, Any]:
     """All that a reference depends on but the code of `sprites` and `sprites_score`, which a test watches."""
     size = {name: config.video[name] for name in ("frames", "height", "width")}
-    vae = file_identity(pipeline_folder(model_path(config.model.path)) / "vae")
+    vae = folder_fingerprint(pipeline_folder(model_path(config.model.path)) / "vae")
     return {"vae": vae, **size, "two_sprites": config.data.two_sprites, "seed": config.seed, "clips": clips}
 
 

@@ -82,7 +82,7 @@ def measure(video: np.ndarray, caption: str) -> dict[str, float]:
             per_sprite.append((0, 0, 0, 0))
             continue
         track, clean = tracks[color], _clean_frames(color, tracks, grown)
-        way = _way(track, clean) / size
+        way = _displacement(track, clean) / size
         right = _shape(track, clean) == shape, _direction(way) == direction
         per_sprite.append((*right, _sprite_steadiness(track, clean), _motion(way, direction)))
     shape, direction, steadiness, motion = np.mean(per_sprite, axis=0)
@@ -233,7 +233,7 @@ def _clean_frames(color: str, tracks: dict[str, _Track], grown: dict[str, np.nda
     return clean if clean.mean() >= APART else visible
 
 
-def _way(track: _Track, clean: np.ndarray) -> np.ndarray:
+def _displacement(track: _Track, clean: np.ndarray) -> np.ndarray:
     """(y, x) of the whole clip's way in pixels: the least-squares velocity over the clean frames, times its length."""
     time = np.flatnonzero(clean).astype(float)
     time -= time.mean()

@@ -5,92 +5,23 @@ stands in a key file beside the page and nowhere else; on which side of the scre
 pairs come, each participant's browser draws anew.
 """
 
-import base64
 import pathlib
 import re
-import secrets
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
-import av.error
-import numpy as np
 from etils import epath
 from scipy.stats import binomtest
 
+from jsurgery.data.video_writer import read_settings
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench import read_info
 from jsurgery.evaluate.vbench_scores import canonical
-from jsurgery.evaluate.video_file import read_settings
-from jsurgery.files import read_object
-from jsurgery.report.clips import abreast, decode, encode
-from jsurgery.report.templates import player_data, render
-from jsurgery.runtime.progress import Progress, say
-from jsurgery.runtime.stages import write_json
-from jsurgery.verify import check_report
+from jsurgery.io.files import read_object, write_json
+from jsurgery.io.results import check_report
 
 PAGE, KEY = "study.html", "study.key.json"
 ANSWERS = ("first", "none", "second")
-
-
-def build_study(
-    a: str, b: str, output: str, *, prompts: int = 50, info: str | None = None, seed: int = 0
-) -> pathlib.Path:
-    """Writes `output/study.html` and its key from two folders with videos of the same names; returns the page.
-
-    prompts: how many are drawn, by `seed`, of those that both have; of a prompt's videos one is drawn.
-    info: VBench's list of prompts with their dimensions (default: `full_info.json` beside the folder `a`, if it is
-        there). Without one the table has a single row.
-    Raises InputError for folders with no video in common, pairs of different sizes, and a study that is there already.
-    """
-    if seed < 0:
-        raise InputError(f"--seed: expected a whole number from 0, found {seed}")
-    folders = {"a": pathlib.Path(a), "b": pathlib.Path(b)}
-    files = {}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise InputError(f"--{name}={folder}: expected a folder of mp4 files, found none")
-        files[name] = {file.relative_to(folder) for file in folder.rglob("*.mp4") if not file.name.startswith(".")}
-    common = sorted(files["a"] & files["b"])
-    if not common:
-        raise InputError(f"--a={a}, --b={b}: expected mp4 files of the same names, found none in both")
-    target = pathlib.Path(output)
-    if (target / KEY).exists() or (target / PAGE).exists():
-        raise InputError(f"--output={output}: a study is there already; its answers need its key: use another folder")
-    alone = len(files["a"] ^ files["b"])
-    if alone:
-        say(f"study: {alone} videos are in one folder only and left out")
-
-    said: dict[str, list[pathlib.Path]] = {}
-    for file in common:
-        said.setdefault(prompt_of(file, list(folders.values())), []).append(file)
-    rng = np.random.default_rng(seed)
-    if len(said) < prompts:
-        say(f"study: {len(said)} of {prompts} prompts are there; all are taken")
-    chosen = [list(said)[i] for i in sorted(rng.permutation(len(said))[:prompts])]
-    drawn = {prompt: said[prompt][rng.integers(len(said[prompt]))] for prompt in chosen}
-    beside = folders["a"].parent / "full_info.json"
-    dimensions = read_dimensions(info or (str(beside) if beside.exists() else None))
-
-    sealed = secrets.SystemRandom()
-    pairs, key, progress = [], {}, Progress("study", len(drawn))
-    for number, (prompt, file) in enumerate(drawn.items()):
-        name, first = secrets.token_hex(6), sealed.choice("ab")
-        halves = join(*(folders[side] / file for side in ("ab" if first == "a" else "ba")))
-        pairs.append({"id": name, "prompt": prompt, **halves})
-        key[name] = {"prompt": prompt, "dimensions": dimensions.get(prompt, []), "file": str(file), "first": first}
-        progress.show(number + 1, last=number + 1 == len(drawn))
-    sealed.shuffle(pairs)
-    study = secrets.token_hex(6)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        write_json(epath.Path(target / KEY), {"study": study, "a": a, "b": b, "pairs": key})
-        temporary = target / f"{PAGE}.tmp"
-        temporary.write_text(page_of(study, pairs))
-        temporary.replace(target / PAGE)
-    except OSError as error:
-        raise InputError(f"--output={output}: {error.strerror}") from None
-    return target / PAGE
 
 
 def prompt_of(file: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
@@ -117,33 +48,6 @@ def read_dimensions(path: str | None) -> dict[str, list[str]]:
         names = found.setdefault(entry["prompt_en"], [])
         names += [canonical(name).replace("_", " ") for name in entry["dimension"]]
     return found
-
-
-def join(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
-    """Two videos as one, side by side: `video` (WebM as base64), and `width`, `height` and `offset` of the halves."""
-    (one, rate), (two, _) = read_video(first), read_video(second)
-    if one.shape[1:] != two.shape[1:]:
-        sizes = " and ".join(f"{video.shape[2]} x {video.shape[1]}" for video in (one, two))
-        raise InputError(f"{first}, {second}: expected videos of one size, found {sizes}")
-    frames = min(len(one), len(two))
-    both = abreast([one[:frames], two[:frames]])
-    height, width = one.shape[1:3]
-    video = base64.b64encode(encode(both, rate)).decode()
-    return {"video": video, "width": width, "height": height, "offset": both.shape[2] // 2}
-
-
-def read_video(file: pathlib.Path) -> tuple[np.ndarray, Fraction]:
-    """(uint8 [F, H, W, 3], frames a second)."""
-    try:
-        return decode(file.read_bytes())
-    except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise InputError(f"{file}: expected a video that decodes ({error})") from None
-
-
-def page_of(study: str, pairs: Sequence[dict[str, Any]]) -> str:
-    data = {"study": study, "pairs": player_data(pairs)}
-    videos = {pair["id"]: pair["video"] for pair in pairs}
-    return render("study.html.jinja", assets="study", data=data, videos=videos)
 
 
 def report_study(files: Sequence[str], key: str | None = None, report: str | None = None) -> None:

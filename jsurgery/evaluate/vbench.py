@@ -22,11 +22,10 @@ from jsurgery.config import check_text
 from jsurgery.data.prompts import read_prompts
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench_scores import DIMENSIONS, DIMENSIONS_2, canonical, report_results
-from jsurgery.files import read_json, shown
+from jsurgery.io.files import read_json, shortened, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.progress import say
-from jsurgery.runtime.stages import write_json
-from jsurgery.sample import Job, make_videos, unfinished
+from jsurgery.sample import VideoRequest, make_videos, unfinished
 
 NEED_A_LIST = ("object_class", "multiple_objects", "scene", "appearance_style", "color", "spatial_relationship")
 LONGEST_NAME = 245  # bytes; file systems allow 255, and a file has a longer name while it is written
@@ -106,11 +105,11 @@ def read_info(path: str) -> list[dict[str, Any]]:
     for entry in entries:
         text = entry.get("prompt_en") if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{path}: expected entries with 'prompt_en', found {shown(entry)}")
+            raise InputError(f"{path}: expected entries with 'prompt_en', found {shortened(entry)}")
         check_text(f"{path}: prompt_en", text)
         names = entry.get("dimension")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{path}: expected a list 'dimension' of names in the entry {shown(text)}")
+            raise InputError(f"{path}: expected a list 'dimension' of names in the entry {shortened(text)}")
     return entries
 
 
@@ -128,7 +127,7 @@ def suite_of(prompts: Sequence[Prompt], path: str) -> Suite:
 
 def plan_videos(
     config: ConfigDict, suite: Suite, prompts: Sequence[Prompt], folder: pathlib.Path, *, rule: str, seeds: int | None
-) -> list[Job]:
+) -> list[VideoRequest]:
     """A job for every video under `folder`; a prompt that is listed for several dimensions is sampled once.
 
     rule: "video" gives every video noise of its own, whichever others are made; "index" takes the seed plus i for the
@@ -147,12 +146,12 @@ def plan_videos(
             needed = [suite.more.get(canonical(dimension), 0) for dimension in prompt.dimensions]
             wanted[parent, name] = other, seeds or max(count, suite.videos, *needed)
     total = sum(count for _, count in wanted.values())
-    jobs: list[Job] = []
+    jobs: list[VideoRequest] = []
     for (parent, name), (prompt, count) in wanted.items():
         for index in range(count):
             seed, number = noise_of(config.seed, f"{parent}/{name}", index, rule)
             file = folder / parent / f"{name}-{index}.mp4"
-            jobs.append(Job(file, prompt.words, seed, number, f"sample {len(jobs) + 1}/{total}"))
+            jobs.append(VideoRequest(file, prompt.words, seed, number, f"sample {len(jobs) + 1}/{total}"))
     return jobs
 
 
@@ -198,7 +197,7 @@ def evaluate(
         for file in make_videos(config, mine):
             print(file, flush=True)
 
-    processes.together(work)
+    processes.on_all(work)
     if not processes.is_first():
         return
     left = sum(not job.file.exists() for job in jobs)

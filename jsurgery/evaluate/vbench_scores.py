@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.files import read_json
-from jsurgery.runtime.stages import write_json
-from jsurgery.verify import check_report
+from jsurgery.io.files import read_json, write_json
+from jsurgery.io.results import check_report, markdown_table
 
 QUALITY = (
     "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
@@ -161,7 +160,10 @@ def report(name: str, scores: Mapping[str, float], videos: Mapping[str, int]) ->
         for dimension in names
         if dimension in scores
     ]
-    parts = [_table(["", *groups], rows), _table(["dimension", "measured", "videos"], measured)]
+    parts = [
+        markdown_table(["", *groups], rows, numbers=True),
+        markdown_table(["dimension", "measured", "videos"], measured, numbers=True),
+    ]
     missing = [dimension.replace("_", " ") for dimension in names if dimension not in scores]
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}. Sums that need them are left out.")
@@ -170,8 +172,3 @@ def report(name: str, scores: Mapping[str, float], videos: Mapping[str, int]) ->
 
 def _percent(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

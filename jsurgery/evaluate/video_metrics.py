@@ -18,7 +18,7 @@ NOISE = 1.0  # flow: squared gradients, of grey levels, that say nothing
 
 def mse(video: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Mean squared difference of every frame [F], in squared grey levels (0 to 255)."""
-    check(video, other)
+    check_same_shape(video, other)
     return np.array([np.mean((a.astype(float) - b) ** 2) for a, b in zip(video, other, strict=True)])
 
 
@@ -29,7 +29,7 @@ def psnr(error: float | np.floating) -> float:
 
 def ssim(video: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Structural similarity of every frame [F], 1 for equal ones: the mean over colours (Wang et al., 2004)."""
-    check(video, other)
+    check_same_shape(video, other)
     if min(video.shape[1:3]) <= 2 * MARGIN:
         raise InputError(f"video: expected more than {2 * MARGIN} pixels on each side, found {video.shape[1:3]}")
     return np.array([_ssim(a.astype(float), b.astype(float)) for a, b in zip(video, other, strict=True)])
@@ -80,7 +80,7 @@ def flow(first: np.ndarray, second: np.ndarray, iterations: int = 3) -> np.ndarr
     return way
 
 
-def check(video: np.ndarray, other: np.ndarray) -> None:
+def check_same_shape(video: np.ndarray, other: np.ndarray) -> None:
     if video.shape != other.shape or video.ndim != 4 or video.shape[-1] != 3:
         raise InputError(f"videos: expected two of [F, H, W, 3], found {list(video.shape)} and {list(other.shape)}")
 

@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jsurgery.config import flat
+from jsurgery.config import flatten
 from jsurgery.errors import InputError
 from jsurgery.report.charts import Chart, line_chart
-from jsurgery.report.clips import embed
-from jsurgery.report.costs import cost_table
-from jsurgery.report.page import MODELS, describe, note, versions
-from jsurgery.report.quality import quality, scores
+from jsurgery.report.flop_savings import cost_table
+from jsurgery.report.page import MODELS, clip_numbers, describe, versions
 from jsurgery.report.run_files import RunFiles, read_run
+from jsurgery.report.scores import quality, scores
 from jsurgery.report.templates import depths, render
-from jsurgery.surgery.plan import workload
+from jsurgery.report.video_player import embed
+from jsurgery.wan.cost import workload
 
 SHOWN_PROMPTS = 6
 
@@ -105,7 +105,7 @@ def clips(runs: dict[str, RunFiles]) -> tuple[list[dict[str, Any]], dict[str, st
         folders[key], labels[key], models[key] = videos / last, name, evaluation["models"][last]
     rows, _ = embed(folders, first["prompts"][:SHOWN_PROMPTS])
     for row in rows:
-        row["notes"] = {name: note(model, row["number"]) for name, model in models.items()}
+        row["notes"] = {name: clip_numbers(model, row["number"]) for name, model in models.items()}
     return rows, labels
 
 
@@ -135,7 +135,7 @@ def chart(title: str, runs: dict[str, RunFiles], metrics: str, value) -> Chart |
 
 def differences(runs: dict[str, RunFiles]) -> dict[str, list[Any]]:
     """Field -> its value in every run, of the fields that are not the same in all."""
-    configs = [dict(flat(run.config)) if run.config is not None else {} for run in runs.values()]
+    configs = [dict(flatten(run.config)) if run.config is not None else {} for run in runs.values()]
     fields = dict.fromkeys(field for config in configs for field in config)
     found = {field: [config.get(field) for config in configs] for field in fields}
     return {field: values for field, values in found.items() if len({str(v) for v in values if v is not None}) > 1}

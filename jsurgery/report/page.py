@@ -13,22 +13,22 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-import jsurgery
-from jsurgery.attention.hybrid import Rate
-from jsurgery.config import flat
-from jsurgery.cost import Workload, parameters
-from jsurgery.evaluate.video_file import write_video
+from jsurgery.config import flatten
+from jsurgery.data.video_writer import write_video
+from jsurgery.rates import Rate, rate_key, rate_name
 from jsurgery.report.charts import Chart, line_chart
-from jsurgery.report.clips import embed, side_by_side
-from jsurgery.report.costs import PUBLISHED, costs
 from jsurgery.report.fidelity import fidelity
 from jsurgery.report.first_frame import read_first_frame
-from jsurgery.report.front import trade_off
-from jsurgery.report.quality import quality, scores
+from jsurgery.report.flop_savings import costs
+from jsurgery.report.pareto_slider import trade_off
 from jsurgery.report.run_files import RunFiles, read_run
-from jsurgery.report.templates import depths, rate_key, rate_name, render
-from jsurgery.surgery.plan import workload
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.report.scores import quality, scores
+from jsurgery.report.templates import depths, render
+from jsurgery.report.video_player import embed, side_by_side
+from jsurgery.version import __version__
+from jsurgery.wan.cost import Workload, parameters, workload
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.models import PUBLISHED
 
 TINY = 100_000_000  # parameters under which a model is called tiny
 MODELS = ("teacher", "not_distilled", "distilled", "finetuned")
@@ -207,12 +207,12 @@ def clips(run: RunFiles) -> dict[str, Any] | None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         run.absent.append(f"Clips that are missing or cannot be read: {', '.join(missing[:3])}{more}.")
     for row in rows:
-        row["notes"] = {name: note(models[name], row["number"]) for name in row["models"] if name in models}
+        row["notes"] = {name: clip_numbers(models[name], row["number"]) for name in row["models"] if name in models}
     labels = {name: stages(run.config).get(name, (name.replace("_", " "),))[0] for name in names}
     return {"rows": rows, "prompts": len(prompts), "labels": labels}
 
 
-def note(model: dict[str, Any], prompt: int) -> dict[str, float]:
+def clip_numbers(model: dict[str, Any], prompt: int) -> dict[str, float]:
     """The score of a clip, where it is measured, and its distance to the teacher's."""
     found = {"distance": model["latent_rmse"][prompt]}
     if per_clip := model.get("per_clip"):
@@ -250,7 +250,7 @@ def parity(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def grouped_fields(config: ConfigDict) -> dict[str, list[tuple[str, Any]]]:
     """The config's fields by section; those outside of any come first."""
     groups: dict[str, list[tuple[str, Any]]] = {"": []}
-    for field, value in flat(config):
+    for field, value in flatten(config):
         groups.setdefault(field.rpartition(".")[0], []).append((field, value))
     return groups
 
@@ -258,4 +258,4 @@ def grouped_fields(config: ConfigDict) -> dict[str, list[tuple[str, Any]]]:
 def versions() -> dict[str, str]:
     """Of what made this page."""
     packages = {package: importlib.metadata.version(package) for package in ("jax", "flax")}
-    return {"jsurgery": jsurgery.__version__} | packages | {"python": platform.python_version()}
+    return {"jsurgery": __version__} | packages | {"python": platform.python_version()}

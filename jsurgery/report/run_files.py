@@ -8,14 +8,15 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import base, flat
+from jsurgery.config import base, flatten
+from jsurgery.data.prompts import load_prompts
 from jsurgery.errors import InputError
-from jsurgery.runtime.stages import MARKER
-from jsurgery.surgery.distilled import read_errors
+from jsurgery.runtime.stage_folder import MARKER
+from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.plan import read_plan
-from jsurgery.surgery.trace import load_prompts
-from jsurgery.wan.pipeline import model_path, transformer_folder
-from jsurgery.wan.transformer import WanConfig, read_config
+from jsurgery.wan.checkpoint import read_config
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import model_path, transformer_folder
 
 CONFIG = "config.json"
 WITHOUT = {  # file -> what a page lacks without it, the stage's folder and command
@@ -102,7 +103,7 @@ def read_run_config(run: RunFiles) -> ConfigDict | None:
         run.absent.append(f"{CONFIG} cannot be read ({error}): the config is not known.")
         return None
     config = base()
-    for name, _ in flat(config):
+    for name, _ in flatten(config):
         *sections, leaf = name.split(".")
         node = functools.reduce(getattr, sections, config)
         value = left.get(name, node[leaf])

@@ -8,8 +8,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.report.page import stages
-from jsurgery.report.quality import quality
 from jsurgery.report.run_files import RunFiles, read_run
+from jsurgery.report.scores import quality
 from jsurgery.runtime.progress import say
 
 LONGEST_PROMPT = 100  # that is repeated in a command

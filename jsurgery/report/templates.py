@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from jsurgery.attention.hybrid import Rate
+from jsurgery.rates import Rate, rate_key, rate_name
 
 HERE = pathlib.Path(__file__).parent
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -44,14 +44,6 @@ def depths(rates: Sequence[Rate]) -> dict[Rate, int]:
     ordered = sorted({1, *rates}, key=rate_key)
     last = len(ordered) - 1
     return {rate: 100 if i and i == last else 55 * i // max(1, last - 1) for i, rate in enumerate(ordered)}
-
-
-def rate_key(rate: Rate) -> float:
-    return math.inf if rate == "linear" else float(rate)
-
-
-def rate_name(rate: Rate) -> str:
-    return "softmax" if rate == 1 else "linear" if rate == "linear" else f"R{rate}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

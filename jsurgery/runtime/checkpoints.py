@@ -9,9 +9,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jsurgery.errors import InputError, refusal
+from jsurgery.errors import InputError, file_system_reason
+from jsurgery.io.hashes import MANIFEST, find_damage, write_manifest
 from jsurgery.runtime import processes
-from jsurgery.runtime.manifest import MANIFEST, damage, write_manifest
 from jsurgery.runtime.progress import say
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
 
         All its files are compared with the manifest first. Raises InputError naming those that are damaged.
         """
-        step = processes.once(self._intact)
+        step = processes.on_first(self._intact)
         if step is None:
             return 0, state
         self.saved = step
@@ -78,7 +78,7 @@ class Checkpoints:
         """Until the save under way is whole, or has failed."""
         sealing, self._sealing = self._sealing, None
         if sealing is not None:
-            processes.together(lambda: self._outcome(sealing))
+            processes.on_all(lambda: self._outcome(sealing))
 
     def close(self) -> None:
         self.wait()
@@ -94,7 +94,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (reason := refusal(error)) is None:
+            if (reason := file_system_reason(error)) is None:
                 raise
             whole = self.whole()
             left = f"the checkpoint of step {whole[-1]} is still there" if whole else "no checkpoint was written before"
@@ -125,7 +125,7 @@ class Checkpoints:
         whole, passed, told = self.whole(), list[epath.Path](), ""
         for step in reversed(whole):
             path = self.folder / str(step)
-            if not (found := damage(path)):
+            if not (found := find_damage(path)):
                 for path in passed:
                     (path / MANIFEST).unlink()
                 self._prune()

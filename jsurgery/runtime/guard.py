@@ -9,18 +9,18 @@ import numpy as np
 
 from jsurgery.errors import Diverged
 from jsurgery.runtime import processes
-from jsurgery.runtime.mesh import fetched, leaf_name
+from jsurgery.runtime.mesh import leaf_name, to_host
 from jsurgery.runtime.progress import say
 
 STACKED = ("blocks/", "query_maps/", "key_maps/")  # whose leaves have a row for every block (or converted block)
 
 
-def kept(finite: jax.Array, new: Any, old: Any) -> Any:
+def keep_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
     """The new state of a step whose numbers are finite, otherwise the old one."""
     return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
 
 
-def faults(tree: Any) -> Any:
+def non_finite(tree: Any) -> Any:
     """For every leaf whether it holds numbers that are not finite, of stacked leaves by row."""
 
     def of(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class Guard:
         if seen is None:
             return
         step, numbers, details = seen
-        values = fetched(numbers)
+        values = to_host(numbers)
         if all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values)):
             return
         self.skipped += 1
@@ -74,10 +74,10 @@ class Guard:
         say(f"{told}; passed over, {self.skipped} of at most {self.allowed}")
 
 
-def blamed(flags: Any) -> str:
+def describe_non_finite(flags: Any) -> str:
     """Names of the leaves that `faults` found, with their blocks."""
     names = []
-    for path, found in jax.tree_util.tree_leaves_with_path(fetched(flags)):
+    for path, found in jax.tree_util.tree_leaves_with_path(to_host(flags)):
         if found.any():
             rows = ", ".join(map(str, np.flatnonzero(found))) if found.ndim else ""
             names.append(f"{leaf_name(path)}" + (f" of block {rows}" if rows else ""))
@@ -95,16 +95,16 @@ def rows_with_faults(examples: Any, rows: Any) -> list[int]:
         for row, values in zip(rows, leaf, strict=True)
         if np.issubdtype(np.asarray(values).dtype, np.floating) and not np.isfinite(values).all()
     }
-    return sorted({row for found in processes.exchange(sorted(bad)) for row in found})
+    return sorted({row for found in processes.gather_messages(sorted(bad)) for row in found})
 
 
-def suspects(loss: Any, batch: int, bad_rows: list[int], params: Any, gradients: Any = None) -> str:
+def likely_causes(loss: Any, batch: int, bad_rows: list[int], params: Any, gradients: Any = None) -> str:
     """Where a loss or gradient that is not finite may come from: examples, weights; `gradients` are of `faults`."""
     told = [f"loss {float(loss):.4g} and its gradients are not all finite: batch {batch}"]
     if bad_rows:
         told[0] += f", whose examples {', '.join(map(str, bad_rows))} are not finite"
-    if weights := blamed(jax.jit(faults)(params)):
+    if weights := describe_non_finite(jax.jit(non_finite)(params)):
         told.append(f"weights {weights}")
-    if gradients is not None and (found := blamed(gradients)):
+    if gradients is not None and (found := describe_non_finite(gradients)):
         told.append(f"gradients of {found}")
     return "; ".join(told)

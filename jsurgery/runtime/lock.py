@@ -27,7 +27,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
         yield
         return
     held = contextlib.ExitStack()
-    processes.once(lambda: held.enter_context(_held(pathlib.Path(folder))))
+    processes.on_first(lambda: held.enter_context(_held(pathlib.Path(folder))))
     with held:
         yield
 

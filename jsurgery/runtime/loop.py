@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.guard import Guard
-from jsurgery.runtime.mesh import fetched
+from jsurgery.runtime.mesh import to_host
+from jsurgery.runtime.metrics import Metrics
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.profiler import Profiler
-from jsurgery.runtime.progress import Metrics, Progress
+from jsurgery.runtime.progress import Progress
 
 
 def run_steps(
@@ -54,7 +55,7 @@ def run_steps(
             guard.see(step, numbers, details)
             profiler.result = numbers
             if (step + 1) % config.log_every == 0:
-                row, progress.note = logged(fetched(numbers))
+                row, progress.note = logged(to_host(numbers))
                 log.log(step + 1, **row, **guard.metrics)
                 log.flush()
             if validate is not None and (step + 1) % config.checkpoint.every == 0:

@@ -96,7 +96,7 @@ def put_state(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(put, state, parameter_shardings(mesh, state))
 
 
-def fetched(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Whole NumPy arrays in every process; all must ask."""
 
     def whole(leaf: Any) -> np.ndarray:
@@ -111,14 +111,14 @@ def abstract_mesh(config: ConfigDict) -> AbstractMesh:
     return AbstractMesh(tuple(config[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def batch_pieces(mesh: Mesh | AbstractMesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """In how many pieces a batch lies on the mesh."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises DoesNotFit when the mesh does not divide a batch."""
-    if batch % batch_pieces(mesh):
+    if batch % batch_shards(mesh):
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in LOGICAL["batch"])
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
 
@@ -140,7 +140,7 @@ def local_rows(mesh: Mesh, batch: int) -> Sequence[int]:
     return np.unique(np.concatenate([np.arange(batch)[index] for index in slices])).tolist()
 
 
-def put_rows(mesh: Mesh, rows: Sequence[int], batch: int, examples: Any) -> Any:
+def global_batch(mesh: Mesh, rows: Sequence[int], batch: int, examples: Any) -> Any:
     """Global arrays [batch, ...] of which this process has the `rows` alone, in leaves [b, ...]."""
 
     def put(leaf: np.ndarray) -> jax.Array:
@@ -150,13 +150,13 @@ def put_rows(mesh: Mesh, rows: Sequence[int], batch: int, examples: Any) -> Any:
     return jax.tree.map(put, examples)
 
 
-def place(mesh: Mesh, module: nnx.Module) -> None:
+def shard_module(mesh: Mesh, module: nnx.Module) -> None:
     """Moves a module's parameters onto the mesh, in place."""
     state = nnx.state(module)
     nnx.update(module, put_state(mesh, state))
 
 
-def gather(module: nnx.Module) -> None:
+def gather_to_first_process(module: nnx.Module) -> None:
     """Brings parameters that are spread over several processes to process 0, in place; all must ask.
 
     Stacked parameters come row by row: no device ever holds more than a block's.
@@ -168,7 +168,7 @@ def gather(module: nnx.Module) -> None:
         rows = range(len(leaf)) if leaf.ndim > 2 else [slice(None)]
         values = np.empty(leaf.shape, leaf.dtype) if processes.is_first() else None
         for row in rows:
-            found = fetched(leaf[row])
+            found = to_host(leaf[row])
             if values is not None:
                 values[row] = found
         return leaf if values is None else values

@@ -48,9 +48,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f"found {process_id}"
         )
     elif process_id > 0:
-        find(coordinator)
+        wait_for_coordinator(coordinator)
     else:
-        address(coordinator)
+        parse_address(coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         if coordinator == "auto":
@@ -61,7 +61,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise InputError(f"--coordinator={coordinator}: {str(error).splitlines()[0]}") from None
 
 
-def address(coordinator: str) -> tuple[str, int]:
+def parse_address(coordinator: str) -> tuple[str, int]:
     """("10.0.0.1:1234") -> ("10.0.0.1", 1234)."""
     found = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
     if found is None:
@@ -69,12 +69,12 @@ def address(coordinator: str) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
-def find(coordinator: str) -> None:
+def wait_for_coordinator(coordinator: str) -> None:
     """Waits until somebody listens there: JAX, asked to join, would take the whole process down."""
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            socket.create_connection(address(coordinator), timeout=5).close()
+            socket.create_connection(parse_address(coordinator), timeout=5).close()
             return
         except (OSError, OverflowError) as error:
             if isinstance(error, socket.gaierror | OverflowError) or time.monotonic() > until:
@@ -100,7 +100,7 @@ def wait() -> None:
         barrier(key=f"jsurgery {next(_points)}", timeout_ms=FOREVER)
 
 
-def exchange(message: Any) -> list[Any]:
+def gather_messages(message: Any) -> list[Any]:
     """What every process says, a JSON value each, in their order."""
     if not several():
         return [message]
@@ -112,22 +112,22 @@ def exchange(message: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def once(work: Callable[[], T]) -> T:
+def on_first(work: Callable[[], T]) -> T:
     """Process 0 does `work`, the others wait for what it returns, a JSON value. What it raises, all raise."""
     if not several():
         return work()
     result, error = attempt(work) if is_first() else (None, None)
-    said = exchange({"result": result, "failure": failure(error)})[0]
+    said = gather_messages({"result": result, "failure": failure(error)})[0]
     raise_first(error, [said["failure"]])
     return said["result"]
 
 
-def together(work: Callable[[], T]) -> T:
+def on_all(work: Callable[[], T]) -> T:
     """Every process does `work`, which needs no others; where one fails, all do."""
     if not several():
         return work()
     result, error = attempt(work)
-    raise_first(error, exchange(failure(error)))
+    raise_first(error, gather_messages(failure(error)))
     return result  # type: ignore[return-value]
 
 

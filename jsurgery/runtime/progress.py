@@ -1,12 +1,8 @@
 """What a running stage tells: a line with rate and time left, and metrics for TensorBoard and for the report."""
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from etils import epath
 
 from jsurgery.runtime import processes
 
@@ -50,43 +46,3 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-class Metrics:
-    """Scalars of a stage: `metrics.jsonl` (one object a logged step, read by the report) and TensorBoard events.
-
-    A resumed run drops what was logged after the step that it restarts from. Of several processes the first writes.
-    """
-
-    def __init__(self, folder: epath.PathLike, resume_step: int = 0):
-        self.folder, self.board = epath.Path(folder), None
-        if not processes.is_first():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
-        self.rows = kept
-        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it then imports
-
-        self.board = SummaryWriter(str(self.folder / "tensorboard"))
-
-    def log(self, step: int, **values: Any) -> None:
-        if self.board is None:
-            return
-        row = {"step": step, **{name: float(value) for name, value in values.items()}}
-        self.rows.append(row)
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        if self.board is None:
-            return
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self.folder / "metrics.jsonl")
-        self.board.flush()
-
-
-def read_metrics(folder: epath.PathLike) -> list[dict[str, float]]:
-    path = epath.Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

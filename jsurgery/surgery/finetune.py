@@ -12,11 +12,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, padded_text
-from jsurgery.diffusion import noised
-from jsurgery.runtime.guard import rows_with_faults, suspects
+from jsurgery.diffusion import add_noise_at_random_levels
+from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
-from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
-from jsurgery.runtime.training import adamw, initial_state, trained_parameters, updated
+from jsurgery.runtime.mesh import global_batch, local_rows, make_mesh, put_state
+from jsurgery.runtime.optimizer import adamw, initial_train_state, train_step, trained_parameters
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
 
@@ -25,7 +25,7 @@ VALIDATION_BATCH = 8
 
 def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> dict[str, jax.Array]:
     """What a model is asked, and what it should answer: latents, timesteps, text and velocity."""
-    latents, timesteps, velocity = noised(batch["latents"], key, shift)
+    latents, timesteps, velocity = add_noise_at_random_levels(batch["latents"], key, shift)
     return {"latents": latents, "timesteps": timesteps, "text": batch["text"], "velocity": velocity}
 
 
@@ -71,7 +71,7 @@ def _make_update(
             return velocity_loss(nnx.merge(graph, params), reference, piece, teacher_weight)
 
         questions = noised_batch(batch, key, shift)
-        return updated(state, loss, questions, optimizer, pieces=accumulate, ema=ema)
+        return train_step(state, loss, questions, optimizer, pieces=accumulate, ema=ema)
 
     return update
 
@@ -109,7 +109,7 @@ def finetune(
             text = np.array(teacher.embed(element["captions"], config.text_length))
         dropped = np.random.default_rng([config.seed, step]).random(settings.batch) < settings.condition_dropout
         text[dropped[rows]] = blank
-        return put_rows(mesh, rows, settings.batch, {"latents": element["latents"], "text": text})
+        return global_batch(mesh, rows, settings.batch, {"latents": element["latents"], "text": text})
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -117,11 +117,11 @@ def finetune(
 
     def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
-        return suspects(values["loss"], step, bad, state["params"], faults)
+        return likely_causes(values["loss"], step, bad, state["params"], faults)
 
     params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
     state = run_steps(
-        "finetune", config, put_state(mesh, initial_state(params, optimizer, settings.ema)), one_step,
+        "finetune", config, put_state(mesh, initial_train_state(params, optimizer, settings.ema)), one_step,
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder,
         logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain, profile=profile,
     )  # fmt: skip

@@ -5,14 +5,16 @@ import dataclasses
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.hybrid import FeatureMap, HybridConfig
+from jsurgery.attention.feature_maps import FeatureMapParams
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.surgery.distilled import Maps
+from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.transformer import WanTransformer, save_transformer
+from jsurgery.wan.checkpoint import save_transformer
+from jsurgery.wan.transformer import WanTransformer
 
 
-def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps | None) -> WanTransformer:
+def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: FeatureMapPair | None) -> WanTransformer:
     """A new transformer whose blocks have the plan's rates; all other parameters are the given one's, shared.
 
     `feature_maps` are those of the plan's converted blocks (`distilled.load_maps`), leaves [converted, heads, ...].
@@ -27,7 +29,7 @@ def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Maps 
     operated = abstract_module(WanTransformer, config, dtype=transformer.dtype, remat=transformer.remat)
     nnx.update(operated, nnx.state(transformer))
     if feature_maps is not None and plan.linear_branch:
-        operated.query_maps, operated.key_maps = (FeatureMap(maps) for maps in feature_maps)
+        operated.query_maps, operated.key_maps = (FeatureMapParams(maps) for maps in feature_maps)
     return operated
 
 

@@ -1,7 +1,6 @@
 """plan: the rate of every block, from the errors, what blocks cost and a budget (the paper's eq. 9)."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +9,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import HEDGEHOG, FeatureMapConfig, HybridConfig, Rate, rate_chain
-from jsurgery.config import check_rates
-from jsurgery.cost import Hedgehog, Workload, core_flops, num_tokens
 from jsurgery.errors import InputError
-from jsurgery.files import read_json, read_object, shown
-from jsurgery.runtime.stages import write_json
-from jsurgery.surgery.distilled import read_errors
+from jsurgery.io.files import read_json, read_object, shortened, write_json
+from jsurgery.rates import Rate, check_rates, parse_block_budget
+from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.cost import core_flops, workload
+from jsurgery.wan.model_config import WanConfig
 
 PLAN_NUMBERS = ("budget_flops", "cost_flops", "teacher_flops", "share_of_teacher", "error")
 LARGEST = 1e300  # of costs and errors, of which sums are taken
 ERRORS = {"attention": "errors", "velocity": "velocity_errors"}  # of errors.json, which the planner adds up
-NAMED_BUDGET = re.compile(r"(\d+)R(\d+|linear)")
 
 
 @dataclass(frozen=True)
@@ -49,27 +45,11 @@ class BlockCosts:
         return math.fsum(self.at(rate)[block] for block, rate in enumerate(rates))
 
 
-def workload(config: ConfigDict, model: WanConfig) -> Workload:
-    """What one forward pass works on, for the cost model."""
-    hybrid, video = config.hybrid, config.video
-    phi = None
-    if hybrid.linear_branch:
-        polynomial = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
-        phi = Hedgehog() if hybrid.activation == HEDGEHOG else polynomial
-    return Workload(model, num_tokens(video.frames, video.height, video.width), config.text_length, phi)
-
-
-def named_budget(text: str) -> tuple[int, Rate] | None:
-    """("15R2") -> (15, 2)."""
-    match = NAMED_BUDGET.fullmatch(text)
-    return None if match is None else (int(match[1]), "linear" if match[2] == "linear" else int(match[2]))
-
-
 def block_costs(config: ConfigDict, model: WanConfig) -> BlockCosts:
     """The costs of `config.plan.costs`, or without such a file the FLOPs of the attention cores."""
     if config.plan.costs:
         return read_costs(config.plan.costs, model.num_layers)
-    work, named = workload(config, model), named_budget(str(config.plan.budget))
+    work, named = workload(config, model), parse_block_budget(str(config.plan.budget))
     wanted: list[Rate] = [1, *config.plan.rates, *([named[1]] if named else [])]
     rates = tuple(dict.fromkeys(wanted))
     return BlockCosts("FLOP", rates, np.tile([float(core_flops(work, rate)) for rate in rates], (model.num_layers, 1)))
@@ -111,11 +91,13 @@ def table(source: str, rows: Any, blocks: int, rates: Sequence[Rate]) -> np.ndar
     for block, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != len(rates):
             expected = f"a number for each of the rates {list(rates)}"
-            raise InputError(f"{source}[{block}]: expected {expected}, found {shown(row)}")
+            raise InputError(f"{source}[{block}]: expected {expected}, found {shortened(row)}")
         for column, value in enumerate(row):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value <= LARGEST:
-                raise InputError(f"{source}[{block}][{column}]: expected a non-negative number, found {shown(value)}")
+                raise InputError(
+                    f"{source}[{block}][{column}]: expected a non-negative number, found {shortened(value)}"
+                )
     return np.array(rows, np.float64)
 
 
@@ -130,7 +112,7 @@ def budget_cost(budget: str | float, costs: BlockCosts) -> float:
     """
     blocks = len(costs.blocks)
     if isinstance(budget, str):
-        named = named_budget(budget)
+        named = parse_block_budget(budget)
         if named is None:
             raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
         count, rate = named
@@ -145,7 +127,7 @@ def budget_cost(budget: str | float, costs: BlockCosts) -> float:
 def one_rate(config: ConfigDict) -> tuple[int, Rate]:
     """What a homogeneous plan, the paper's baseline, converts: (15, 2) for "15R2"."""
     budget, rates = config.plan.budget, tuple(config.plan.rates)
-    named = named_budget(budget) if isinstance(budget, str) else None
+    named = parse_block_budget(budget) if isinstance(budget, str) else None
     if named is None or named[1] not in rates:
         expected = f"homogeneous plans take a name like '15R2' with a rate of {rates}"
         raise InputError(f"config.plan.budget: {expected}, found {budget!r}")
@@ -156,7 +138,7 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
     """Raises InputError when no plan fits the budget: before any long work starts."""
     if config.plan.selection == "homogeneous":
         one_rate(config)
-    named, rates = named_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
+    named, rates = parse_block_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
     if named is not None and named[1] not in rates:
         known = ", ".join(map(str, sorted(rates, key=str)))
         raise InputError(f"config.plan.budget: expected one of the rates {known}, found {config.plan.budget!r}")
@@ -171,7 +153,7 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanningProblem:
     """What the planner chooses from: `errors` and `candidate_costs` are [blocks, rates]."""
 
     rates: tuple[Rate, ...]
@@ -193,7 +175,7 @@ class Problem:
         return [rate if block in converted else 1 for block in range(len(self.errors))]
 
 
-def problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> Problem:
+def read_problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> PlanningProblem:
     """Raises InputError for a rate that was not distilled, and for an error or a cost that is missing or no number."""
     found, rates = read_errors(distilled), tuple(config.plan.rates)
     column = {rate: i for i, rate in enumerate(found["rates"])}
@@ -207,7 +189,7 @@ def problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> Prob
     measured = table(f"{path}: {name}", found[name], model.num_layers, found["rates"])
     softmax = np.zeros(model.num_layers)
     errors = np.stack([softmax if rate == 1 else measured[:, column[rate]] for rate in rates], axis=1)
-    return Problem(rates, errors, block_costs(config, model))
+    return PlanningProblem(rates, errors, block_costs(config, model))
 
 
 def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> None:
@@ -216,7 +198,7 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
     Costs in FLOPs are there in any case; where they are measured, the budget in FLOPs is the same share of the
     teacher's, and `measured` has the costs themselves.
     """
-    given = problem(config, model, distilled)
+    given = read_problem(config, model, distilled)
     costs, budget = given.costs, budget_cost(config.plan.budget, given.costs)
     bound = None
     if config.plan.selection == "heterogeneous":
@@ -246,14 +228,16 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
     write_json(folder / "plan.json", result)
 
 
-def front(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> dict[str, Any]:
+def write_pareto_front(
+    config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path
+) -> dict[str, Any]:
     """Leaves `front.json` beside `plan.json`: every plan that none beats in both cost and error, and the chosen one.
 
     `chosen` stands next to the nearest plans of the front that cost less and more (None at its ends). `error_bound` is
     that of the linear relaxation at the plan's budget, `optimum` the exact least error there; a plan that reaches it is
     proven optimal. Returns the content.
     """
-    given, made = problem(config, model, distilled), read_plan(folder)
+    given, made = read_problem(config, model, distilled), read_plan(folder)
     costs, chosen = given.costs, made["rates"]
     curve = pareto_front(given.errors, given.candidate_costs)
 
@@ -303,24 +287,11 @@ def read_plan(folder: epath.Path) -> dict[str, Any]:
     found = read_object(path, "the plan of `jsurgery plan`")
     rates = found.get("rates")
     if not isinstance(rates, list) or not rates:
-        raise InputError(f"{path}: rates: expected one for each block, found {shown(rates)}")
+        raise InputError(f"{path}: rates: expected one for each block, found {shortened(rates)}")
     if odd := [rate for rate in rates if rate != "linear" and (type(rate) is not int or rate < 1)]:
-        raise InputError(f"{path}: rates: expected integers from 1 or 'linear', found {shown(odd[0])}")
+        raise InputError(f"{path}: rates: expected integers from 1 or 'linear', found {shortened(odd[0])}")
     for name in PLAN_NUMBERS:
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-            raise InputError(f"{path}: {name}: expected a non-negative number, found {shown(value)}")
+            raise InputError(f"{path}: {name}: expected a non-negative number, found {shortened(value)}")
     return found
-
-
-def hybrid_config(config: ConfigDict, rates: Sequence[Rate]) -> HybridConfig:
-    """What `operate` builds for a plan."""
-    hybrid = config.hybrid
-    return HybridConfig(
-        rates=tuple(rates),
-        chain=rate_chain(hybrid.rates),
-        lattice=hybrid.lattice,
-        stabilizer=hybrid.stabilizer,
-        linear_branch=hybrid.linear_branch,
-        feature_map=FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation),
-    )

@@ -7,37 +7,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.data import sprites
-from jsurgery.data.prompts import read_prompts
+from jsurgery.data.prompts import load_prompts
 from jsurgery.data.shards import Records, shard_path, text_array, write_shard
-from jsurgery.diffusion import schedule
-from jsurgery.errors import InputError
+from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.runtime import processes
-from jsurgery.runtime.mesh import fetched
+from jsurgery.runtime.mesh import to_host
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.pipeline import Pipeline, batched
-
-SPRITE_PROMPTS = 10_000_000  # scene numbers from here on are prompts; training clips are numbered from 0
-
-
-def load_prompts(config: ConfigDict, count: int, *, skip: int = 0) -> list[str]:
-    """`count` prompts after the first `skip`: lines of a file, or captions of the procedural set."""
-    if config.prompts == "sprites":
-        numbers = range(SPRITE_PROMPTS + skip, SPRITE_PROMPTS + skip + count)
-        return [sprites.scene_at(config.seed, i, two_sprites=config.data.two_sprites).caption for i in numbers]
-    path = epath.Path(config.prompts)
-    if not path.exists():
-        raise InputError(f"config.prompts: {config.prompts}: no such file; expected one prompt a line, or 'sprites'")
-    lines = read_prompts(config.prompts, flag="config.prompts: ")
-    if len(lines) < skip + count:
-        raise InputError(f"config.prompts: {config.prompts}: expected {skip + count} prompts, found {len(lines)}")
-    return lines[skip : skip + count]
-
-
-def kept_steps(steps: int, keep: int) -> np.ndarray:
-    """Which of the sampler's steps are kept, evenly spread, the first and noisiest always among them."""
-    return np.round(np.linspace(0, steps - 1, keep)).astype(int) if keep > 1 else np.array([0])
 
 
 def traced_prompts(config: ConfigDict) -> range:
@@ -66,15 +43,15 @@ def trace(
     text_records = (
         {"embedding": e, "prompt": text_array(p)} for e, p in zip(np.concatenate(texts), words, strict=True)
     )
-    processes.once(lambda: write_shard(shard_path(folder / "text", 0), text_records))
-    kept = kept_steps(sampler.steps, config.trace.keep_steps)
+    processes.on_first(lambda: write_shard(shard_path(folder / "text", 0), text_records))
+    kept = evenly_spaced_steps(sampler.steps, config.trace.keep_steps)
     timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]
     with config.unlocked():
         traced = config.copy_and_resolve_references()
     traced.sampler.solver = config.trace.solver
     starts = chosen[::size]
     paths = {start: shard_path(folder / "steps", number) for number, start in enumerate(starts)}
-    missing = processes.once(lambda: [start for start in starts if not paths[start].exists()])
+    missing = processes.on_first(lambda: [start for start in starts if not paths[start].exists()])
     progress = Progress("trace", len(chosen))
     with Preemption("trace") as preemption:
         for start in starts:
@@ -83,7 +60,7 @@ def trace(
                 latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
                 if start == missing[0]:
                     seen(batch[0], latents[:1])
-                latents_KxBxTxHxWxC = fetched(trajectory)[kept].astype(np.float16)
+                latents_KxBxTxHxWxC = to_host(trajectory)[kept].astype(np.float16)
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
                 steps = (
                     {
@@ -95,7 +72,7 @@ def trace(
                     for item in range(len(batch))
                     for step in range(len(kept))
                 )
-                processes.once(lambda start=start, steps=steps: write_shard(paths[start], steps))
+                processes.on_first(lambda start=start, steps=steps: write_shard(paths[start], steps))
             progress.show(start - chosen.start + len(batch))
             preemption.asked()
             preemption.leave()

@@ -9,14 +9,12 @@ from ml_collections import ConfigDict
 from jsurgery.data import sprites
 from jsurgery.data.latents import encode_sprites
 from jsurgery.runtime.lock import locked
-from jsurgery.train.autoencoder import train_vae
 from jsurgery.train.transformer import train_transformer
-from jsurgery.wan.hashes import write_hashes
-from jsurgery.wan.pipeline import model_path
-from jsurgery.wan.text_encoder import save_text_encoder
+from jsurgery.train.vae import train_vae
+from jsurgery.wan.checkpoint import load_vae, save_text_encoder, save_transformer
+from jsurgery.wan.folder_hashes import write_hashes
+from jsurgery.wan.model_folder import model_path
 from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
-from jsurgery.wan.transformer import save_transformer
-from jsurgery.wan.vae import load_vae
 
 HOLDOUT_SEED = 1  # the set of scenes that validation clips come from
 

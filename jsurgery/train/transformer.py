@@ -13,20 +13,22 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jsurgery.data.latents import batches
-from jsurgery.diffusion import noised
+from jsurgery.diffusion import add_noise_at_random_levels
 from jsurgery.errors import InputError
-from jsurgery.runtime.guard import rows_with_faults, suspects
+from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
-from jsurgery.runtime.mesh import local_rows, make_mesh, put_rows, put_state
-from jsurgery.runtime.training import initial_state, trained_parameters, updated
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts, load_text_encoder
+from jsurgery.runtime.mesh import global_batch, local_rows, make_mesh, put_state
+from jsurgery.runtime.optimizer import initial_train_state, train_step, trained_parameters
+from jsurgery.wan.checkpoint import load_text_encoder, load_transformer
+from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
+from jsurgery.wan.text_encoder import TextEncoder, encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer
+from jsurgery.wan.transformer import WanTransformer
 
 VALIDATION_BATCHES = 4
 
 
-class Teacher(nnx.Module):
+class TransformerWithTextEncoder(nnx.Module):
     """What is trained together: the transformer and the text encoder whose embeddings it reads."""
 
     def __init__(self, transformer: WanConfig, text_encoder: TextEncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
@@ -37,10 +39,12 @@ class Teacher(nnx.Module):
         return self.transformer(latents, timesteps, encode_prompts(self.text_encoder, token_ids, mask))
 
 
-def flow_matching_loss(model: Teacher, batch: dict, key: jax.Array, *, shift: float, dropout: float) -> jax.Array:
+def flow_matching_loss(
+    model: TransformerWithTextEncoder, batch: dict, key: jax.Array, *, shift: float, dropout: float
+) -> jax.Array:
     """Mean squared velocity error at noise levels spread evenly over [0, 1] and shifted; some captions are blanked."""
     key_noise, key_drop = jax.random.split(key)
-    noisy, timesteps_B, velocity = noised(batch["latents"], key_noise, shift)
+    noisy, timesteps_B, velocity = add_noise_at_random_levels(batch["latents"], key_noise, shift)
     size = len(timesteps_B)
     blank_B = jax.random.permutation(key_drop, jnp.arange(size)) < dropout * size
     token_ids = jnp.where(blank_B[:, None], batch["blank_ids"], batch["token_ids"])
@@ -80,7 +84,7 @@ def _make_optimizer(train: FrozenConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), spectral)
 
 
-def sizes(train: ConfigDict, vocabulary: int) -> tuple[WanConfig, TextEncoderConfig]:
+def model_configs(train: ConfigDict, vocabulary: int) -> tuple[WanConfig, TextEncoderConfig]:
     transformer = WanConfig(
         num_attention_heads=train.heads,
         attention_head_dim=train.head_dim,
@@ -121,7 +125,7 @@ def _make_update(
     @jax.jit
     def update(state, batch, key):
         objective = lambda params, batch: loss_of(graph, params, batch, key, shift, dropout)
-        return updated(state, objective, batch, optimizer, pieces=1, ema=ema)
+        return train_step(state, objective, batch, optimizer, pieces=1, ema=ema)
 
     return update
 
@@ -133,15 +137,17 @@ def train_transformer(
     tokenizer: Tokenizer,
     latents: epath.Path,
     init: epath.Path | None = None,
-) -> Teacher:
+) -> TransformerWithTextEncoder:
     """Trains (or goes on training) on the shards in `latents/train`; returns the averaged (EMA) model.
 
     `init` is a pipeline folder whose weights to begin with. Raises InputError when its sizes are not the config's.
     """
     train = config.train
     mesh = make_mesh(config.mesh)
-    transformer, text_encoder = sizes(train, tokenizer.vocab_size)
-    model = Teacher(transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed))
+    transformer, text_encoder = model_configs(train, tokenizer.vocab_size)
+    model = TransformerWithTextEncoder(
+        transformer, text_encoder, dtype=jnp.dtype(config.model.dtype), rngs=nnx.Rngs(config.seed)
+    )
     if init is not None:
         model.transformer = load_transformer(init / "transformer", jnp.dtype(config.model.dtype))
         model.text_encoder = load_text_encoder(init / "text_encoder")
@@ -158,7 +164,7 @@ def train_transformer(
     def tokenized(element):
         token_ids, mask = tokenizer(element["captions"], config.text_length)
         arrays = {"latents": element["latents"], "token_ids": token_ids, "mask": mask}
-        return put_rows(mesh, rows, train.batch, arrays) | {"blank_ids": blank_ids, "blank_mask": blank_mask}
+        return global_batch(mesh, rows, train.batch, arrays) | {"blank_ids": blank_ids, "blank_mask": blank_mask}
 
     update = make_update(config, optimizer, graph)
     data = batches(latents / "train", train.batch, config.seed, rows)
@@ -177,10 +183,11 @@ def train_transformer(
 
     def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
-        return suspects(values["loss"], step, bad, state["params"], faults)
+        return likely_causes(values["loss"], step, bad, state["params"], faults)
 
+    initial = put_state(mesh, initial_train_state(params, optimizer, train.ema))
     state = run_steps(
-        "train", config, put_state(mesh, initial_state(params, optimizer, train.ema)), one_step, steps=train.steps,
+        "train", config, initial, one_step, steps=train.steps,
         checkpoints=workdir / "transformer", metrics=workdir / "transformer_metrics",
         logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain,
         validate=lambda state: {"validation_loss": validate(trained_parameters(state))},

@@ -14,47 +14,17 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.files import damaged, read_object
-from jsurgery.runtime.stages import write_json
-from jsurgery.wan import hub, weights
+from jsurgery.io.files import damaged, read_object, write_json
+from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
+from jsurgery.wan import checkpoint_layouts, hub, torch_layout
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.hashes import check_hashes, write_hashes
-from jsurgery.wan.safetensors_files import LazyTensor, Tensors, open_tensors, write_shards
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig
-from jsurgery.wan.transformer import WanTransformer, read_config, write_transformer
-from jsurgery.wan.vae import VaeConfig, WanVae
-
-# transformers' name -> the original repository's.
-_TEXT_ENCODER = (
-    (r"^shared\.", "token_embedding."),
-    (r"^encoder\.final_layer_norm\.", "norm."),
-    (r"^encoder\.block\.(\d+)\.", r"blocks.\1."),
-    (r"layer\.0\.SelfAttention\.relative_attention_bias\.", "pos_embedding.embedding."),
-    (r"layer\.0\.SelfAttention\.", "attn."),
-    (r"layer\.0\.layer_norm\.", "norm1."),
-    (r"layer\.1\.layer_norm\.", "norm2."),
-    (r"layer\.1\.DenseReluDense\.wi_0\.", "ffn.gate.0."),
-    (r"layer\.1\.DenseReluDense\.wi_1\.", "ffn.fc1."),
-    (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
-)
-
-# diffusers' name -> the original repository's; `original_vae_name` adds the rule for the decoder's levels.
-_VAE = (
-    (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
-    (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
-    (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.", ".downsamples."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-)
+from jsurgery.wan.checkpoint import read_config, write_transformer
+from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
+from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
+from jsurgery.wan.text_encoder import TextEncoder
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
 
 
 def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> epath.Path:
@@ -86,12 +56,12 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
 
 
 def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
-    found = weights.transformer_layout(tensors, source)
+    found = checkpoint_layouts.transformer_layout(tensors, source)
     config = read_config(source)
     model = abstract_module(WanTransformer, config)
     # Where a hybrid's VAE and text encoder are is said in its config, too.
     more = read_object(source / "config.json") if config.hybrid else {}
-    renamed = weights.renamed_transformer(model, tensors, found, layout, source)
+    renamed = checkpoint_layouts.renamed_transformer(model, tensors, found, layout, source)
     write_transformer(renamed, config, output, layout, more=more)
 
 
@@ -131,30 +101,9 @@ def _shape(tensors: Tensors, name: str, source: epath.Path, axes: int = 2) -> tu
 
 def _renamed(module: nnx.Module, original_name, tensors: Tensors, source: epath.Path) -> Tensors:
     """The original repository's tensors under the names that an abstract module mirrors."""
-    shapes = weights.mirrored_shapes(module)
-    weights.check_fit({original_name(name): shape for name, shape in shapes.items()}, tensors, source)
+    shapes = torch_layout.mirrored_shapes(module)
+    torch_layout.check_fit({original_name(name): shape for name, shape in shapes.items()}, tensors, source)
     return {name: tensors[original_name(name)] for name in shapes}
-
-
-def original_text_encoder_name(name: str) -> str:
-    """The original repository's name of a tensor of transformers' UMT5EncoderModel."""
-    for pattern, replacement in _TEXT_ENCODER:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def original_vae_name(name: str) -> str:
-    """The original repository's name of a tensor of diffusers' AutoencoderKLWan."""
-
-    def flat(match: re.Match) -> str:
-        """The original's decoder is one list: three residual blocks and an upsampler a level."""
-        level, kind, number = match.groups()
-        return f".upsamples.{4 * int(level) + (3 if kind == 'upsamplers' else int(number))}."
-
-    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
-    for pattern, replacement in _VAE:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:

@@ -29,12 +29,14 @@ def local_path(path: str) -> str:
         return path
     import huggingface_hub
 
-    with refusals(f"{path}: no such folder, and not to be had from the Hub", f"{path}: no such folder, and the Hub"):
+    with hub_errors_as_input_errors(
+        f"{path}: no such folder, and not to be had from the Hub", f"{path}: no such folder, and the Hub"
+    ):
         return huggingface_hub.snapshot_download(named[0], revision=named[1], allow_patterns=FILES)
 
 
 @contextlib.contextmanager
-def refusals(refused: str, unreachable: str) -> Iterator[None]:
+def hub_errors_as_input_errors(refused: str, unreachable: str) -> Iterator[None]:
     """Errors of the Hub's client as InputErrors of one line, which begin with one of two texts."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, RevisionResolutionError
 

@@ -2,89 +2,31 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.diffusion import State, Velocity, guided, initial_state, sample, schedule, solver_step, step_keys
-from jsurgery.errors import InputError
-from jsurgery.files import read_object
-from jsurgery.wan import hub
-from jsurgery.wan.hashes import check_hashes
-from jsurgery.wan.rope import check_grid
-from jsurgery.wan.safetensors_files import check_tensors
-from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, load_text_encoder, read_text_encoder_config
+from jsurgery.diffusion import (
+    initial_noise,
+    initial_state,
+    sample,
+    schedule,
+    step_keys,
+)
+from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.guidance import guided_velocity, sampling_step
+from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.text_encoder import TextEncoder, encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, read_config
-from jsurgery.wan.vae import WanVae, load_vae, read_vae_config
-
-BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
-VAE_STRIDES = (4, 8, 8)
-
-
-def model_path(path: str) -> epath.Path:
-    """A model folder, or the name of a bundled one. Raises InputError when it is not there."""
-    found = epath.Path(BUNDLED.get(path) or hub.local_path(path))
-    if not path or not found.exists():
-        raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
-    return found
-
-
-def transformer_folder(path: epath.Path) -> epath.Path:
-    """The transformer of a pipeline folder, or the folder itself."""
-    return path / "transformer" if (path / "transformer").exists() else path
-
-
-def pipeline_folder(path: epath.Path) -> epath.Path:
-    """Where the VAE and the text encoder lie: beside the transformer, or where an operated model's base is."""
-    if (path / "vae").exists():
-        return path
-    file = path / "config.json"
-    base = read_object(file).get("base_pipeline") if file.exists() else None
-    if base is not None and not isinstance(base, str):
-        raise InputError(f"{file}: base_pipeline: expected a folder, a bundled name or a repository, found {base!r}")
-    if not base:
-        raise InputError(f"{path}: expected a pipeline folder (transformer/, vae/, text_encoder/, tokenizer/)")
-    return model_path(base)
-
-
-def check_pipeline(path: str) -> WanConfig:
-    """The transformer's config. Raises InputError where `load_pipeline` would, having read the weights' headers.
-
-    Where the folders have hashes, all of the weights is read once for them.
-    """
-    folder = model_path(path)
-    base = pipeline_folder(folder)
-    parts = transformer_folder(folder), base / "vae", base / "text_encoder"
-    for part in dict.fromkeys((folder, base, *parts)):
-        check_hashes(part)
-    config = read_config(transformer_folder(folder))
-    read_vae_config(base / "vae")
-    read_text_encoder_config(base / "text_encoder")
-    for part in parts:
-        check_tensors(part)
-    Tokenizer(base / "tokenizer")
-    return config
-
-
-def check_size(config: WanConfig, frames: int, height: int, width: int) -> None:
-    """Raises InputError for a video that patches do not divide or that is longer than RoPE's table on an axis."""
-    grid = config.token_grid(latent_grid(frames, height, width))
-    check_grid(grid, config.rope_max_seq_len)
-
-
-def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(T, H, W) of a video's latents."""
-    t, h, w = VAE_STRIDES
-    return (frames - 1) // t + 1, height // h, width // w
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
+from jsurgery.wan.video_size import latent_grid
 
 
 @dataclasses.dataclass
@@ -179,12 +121,6 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
     )
 
 
-def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
-    """Unit normal [B, *shape]; row b belongs to prompt number `numbers[b]` alone."""
-    key = jax.random.key(seed)
-    return jnp.stack([jax.random.normal(jax.random.fold_in(key, number), shape) for number in numbers])
-
-
 @dataclasses.dataclass(frozen=True)
 class _Sampling:
     """What a compiled sampler is specialised to."""
@@ -214,34 +150,6 @@ def _sample(transformer, text, blank, noise, key, settings: _Sampling):
         key=key,
         record=settings.record,
     )
-
-
-@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
-def sampling_step(transformer, text, blank, state: State, row, key, guidance: float, batched: bool):
-    """The next state of a solver from `state` by a row of its schedule."""
-    return solver_step(guided_velocity(transformer, text, blank, guidance, batched), state, row, key)
-
-
-def guided_velocity(
-    transformer: WanTransformer, text: jax.Array, blank: jax.Array | None, guidance: float, batched: bool
-) -> Velocity:
-    """The velocity (x, timesteps) of text [B, L, D] guided away from `blank` [1, L, D]; float32.
-
-    `batched` runs both branches as one batch of 2 B, else one after the other. Without `blank` there is one branch.
-    """
-    if blank is None:
-        return lambda x, timesteps: transformer(x, timesteps, text).astype(jnp.float32)
-    blank = jnp.broadcast_to(blank, text.shape)
-
-    def velocity(x, timesteps):
-        if batched:
-            both = transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timesteps, 2), jnp.concatenate([text, blank]))
-            conditional, unconditional = jnp.split(both, 2)
-        else:
-            conditional, unconditional = (transformer(x, timesteps, words) for words in (text, blank))
-        return guided(conditional.astype(jnp.float32), unconditional.astype(jnp.float32), guidance)
-
-    return velocity
 
 
 @nnx.jit

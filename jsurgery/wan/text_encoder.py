@@ -4,71 +4,15 @@ T5 v1.1 (Raffel et al. 2020) with a relative position bias in every layer (UniMa
 Attributes carry the tensor names of transformers' UMT5EncoderModel, so that a checkpoint is a mirror of the module.
 """
 
-import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 
-from jsurgery.errors import InputError
-from jsurgery.files import read_object
-from jsurgery.model_config import check_fields
-from jsurgery.runtime.stages import write_json
-from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.hashes import check_hashes, write_hashes
-from jsurgery.wan.safetensors_files import open_tensors, write_shards
-from jsurgery.wan.weights import load_mirrored, mirrored_tensors
-
-_FIXED_FIELDS = {
-    "architectures": ["UMT5EncoderModel"],
-    "model_type": "umt5",
-    "feed_forward_proj": "gated-gelu",
-    "is_encoder_decoder": True,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-    "tokenizer_class": "T5Tokenizer",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEncoderConfig:
-    """Sizes of a UMT5 encoder, in the field names of transformers' UMT5Config. The defaults are UMT5-XXL, Wan2.1's."""
-
-    vocab_size: int = 256384
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The config in a parsed `config.json`. Raises InputError for another architecture or a missing field."""
-        for name in ("model_type", "feed_forward_proj"):
-            if fields.get(name) != _FIXED_FIELDS[name]:
-                raise InputError(
-                    f"text encoder config: {name} must be {_FIXED_FIELDS[name]!r}, found {fields.get(name)!r}"
-                )
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in fields]
-        if missing:
-            raise InputError(f"text encoder config: missing {', '.join(missing)}")
-        config = cls(**{name: fields[name] for name in names})
-        check_fields(config, "text encoder config")
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields of a `config.json` that transformers' UMT5EncoderModel.from_pretrained reads."""
-        return _FIXED_FIELDS | dataclasses.asdict(self) | {"num_decoder_layers": self.num_layers}
+from jsurgery.wan.model_config import TextEncoderConfig
 
 
 def position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -212,37 +156,3 @@ def encode_prompts(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) 
     """Embeddings [B, L, d_model] as Wan's cross-attention takes them: zero wherever `mask` [B, L] is."""
     embeddings = encoder(token_ids, mask)
     return jnp.where(mask[:, :, None] > 0, embeddings, 0.0)
-
-
-def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
-    """Of a `text_encoder/` folder. Raises InputError, naming the file."""
-    config_file = epath.Path(path) / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
-    fields = read_object(config_file)
-    try:
-        return TextEncoderConfig.from_json(fields)
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from None
-
-
-def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
-    """The encoder in a `text_encoder/` folder (config.json, safetensors in one file or in shards with an index).
-
-    Raises InputError, naming the file, for a missing, damaged or foreign one.
-    """
-    folder = epath.Path(path)
-    check_hashes(folder)
-    config, tensors = read_text_encoder_config(folder), open_tensors(folder)
-    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
-    encoder = abstract_module(TextEncoder, config)
-    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
-    return encoder
-
-
-def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
-    """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
-    folder = epath.Path(path)
-    hashes = write_shards(folder, "model", mirrored_tensors(encoder))
-    write_json(folder / "config.json", encoder.config.to_json())
-    write_hashes(folder, hashes, "config.json")

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.wan.hashes import check_hashes, write_hashes
+from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 
 PAD, EOS = 0, 1
 UNK = 2  # of T5 and of the vocabularies made here; UMT5's own has it at 3

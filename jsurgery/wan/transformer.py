@@ -3,125 +3,33 @@
 Names follow the diffusers checkpoint where they can; `weights.py` holds the one table between the two.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from jsurgery.attention.hybrid import (
-    FORMAT_VERSION,
-    FeatureMap,
-    HybridConfig,
-    attend,
-    init_feature_maps,
-    token_order,
-)
-from jsurgery.attention.token_order import Rate, TokenOrder
-from jsurgery.errors import InputError
-from jsurgery.files import read_object
-from jsurgery.model_config import check_fields
-from jsurgery.runtime.mesh import LOGICAL, batch_pieces, check_heads, parameter_shardings, place, sharding
-from jsurgery.runtime.stages import write_json
-from jsurgery.wan import weights
-from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.hashes import check_hashes, write_hashes
+from jsurgery.attention.feature_maps import FeatureMapParams, init_feature_maps
+from jsurgery.attention.hybrid import attend, token_order
+from jsurgery.attention.token_order import TokenOrder
+from jsurgery.rates import Rate
+from jsurgery.runtime.mesh import LOGICAL, batch_shards, check_heads, shard_module, sharding
+from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import apply_rope, rope_tables
-from jsurgery.wan.safetensors_files import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
-from pallas_kernels import hybrid_attention, sharded_cross_attention, sharded_self_attention
+from pallas_kernels.api import hybrid_attention
+from pallas_kernels.sharded import sharded_cross_attention, sharded_self_attention
 
-CLASS_NAME = "WanTransformer3DModel"
-HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
-ORIGINAL_CLASS_NAME = "WanModel"
 # What the backward pass recomputes of a block.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "blocks": jax.checkpoint,
     "matmuls": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
-# Our size -> its name in the original repository's config.json, which leaves out the other sizes.
-ORIGINAL_SIZES = {
-    "dim": "dim",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-    "freq_dim": "freq_dim",
-    "ffn_dim": "ffn_dim",
-    "num_layers": "num_layers",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class WanConfig:
-    """Sizes of a Wan transformer, named as in diffusers' config.json; the defaults are Wan2.1 1.3B."""
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 8960
-    num_layers: int = 30
-    cross_attn_norm: bool = True
-    eps: float = 1e-6
-    rope_max_seq_len: int = 1024
-    hybrid: HybridConfig | None = None  # None: every block is full softmax, as published
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
-        """The config in a parsed config.json of diffusers or jsurgery; raises InputError for another architecture."""
-        kind = fields.get("_class_name")
-        if kind not in (CLASS_NAME, HYBRID_CLASS_NAME):
-            raise InputError(f"{source}: expected _class_name {CLASS_NAME} or {HYBRID_CLASS_NAME}, found {kind!r}")
-        for name, wan in (("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None)):
-            if fields.get(name, wan) != wan:
-                raise InputError(f"{source}: {name}: the text-to-video Wan2.1 has {wan!r}, found {fields[name]!r}")
-        known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
-        patch_size = known.get("patch_size", cls.patch_size)
-        known["patch_size"] = tuple(patch_size) if isinstance(patch_size, list) else patch_size
-        if kind == HYBRID_CLASS_NAME:
-            known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
-            rates, layers = known["hybrid"].rates, known.get("num_layers", cls.num_layers)
-            if len(rates) != layers:
-                raise InputError(f"{source}: hybrid.rates has {len(rates)} entries, num_layers is {layers}")
-        config = cls(**known)
-        check_fields(config, source)
-        for name in ("attention_head_dim", "freq_dim"):
-            if getattr(config, name) % 2:
-                raise InputError(f"{source}: {name}: expected an even number, found {getattr(config, name)}")
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of config.json; a hybrid has a class name of its own, so that stock diffusers refuses it."""
-        fields = dataclasses.asdict(self) | {"qk_norm": "rms_norm_across_heads", "image_dim": None}
-        fields |= {"added_kv_proj_dim": None, "pos_embed_seq_len": None}
-        hybrid = fields.pop("hybrid")
-        if hybrid is None:
-            return {"_class_name": CLASS_NAME, **fields}
-        return {"_class_name": HYBRID_CLASS_NAME, **fields, "hybrid": {"format_version": FORMAT_VERSION, **hybrid}}
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def rates(self) -> tuple:
-        return self.hybrid.rates if self.hybrid else (1,) * self.num_layers
-
-    def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens along time, height and width for latents of `latent_shape` = (T, H, W)."""
-        for name, size, patch in zip(("frames", "height", "width"), latent_shape, self.patch_size, strict=True):
-            if size % patch:
-                raise InputError(f"latents: {name} is {size}, not a multiple of the patch size {patch}")
-        return tuple(size // patch for size, patch in zip(latent_shape, self.patch_size, strict=True))  # type: ignore[return-value]
 
 
 class Linear(nnx.Linear):
@@ -286,8 +194,8 @@ class WanTransformer(nnx.Module):
         hybrid = config.hybrid
         if hybrid and hybrid.converted and hybrid.linear_branch:
             shape = len(hybrid.converted), config.num_attention_heads, config.attention_head_dim
-            self.query_maps = FeatureMap(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
-            self.key_maps = FeatureMap(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
+            self.query_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
+            self.key_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
 
     def __call__(self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array) -> jax.Array:
         hybrid = self.config.hybrid
@@ -317,7 +225,7 @@ class WanTransformer(nnx.Module):
     def spread(self, mesh: Mesh, exchange: str = "gather") -> None:
         """Moves the parameters onto the mesh, in place, and activations with them from now on."""
         self.compute_on(mesh, exchange)
-        place(mesh, self)
+        shard_module(mesh, self)
 
     def compute_on(self, mesh: Mesh, exchange: str = "gather") -> None:
         """From now on spreads activations over a mesh.
@@ -419,7 +327,7 @@ class WanTransformer(nnx.Module):
     def _sharding(self, batch: int, *dimensions: str | None) -> NamedSharding:
         """Of an array of `batch` examples; a batch that the mesh does not divide is whole everywhere."""
         assert self.mesh is not None
-        divides = batch % batch_pieces(self.mesh) == 0
+        divides = batch % batch_shards(self.mesh) == 0
         return sharding(self.mesh, "batch" if divides else None, *dimensions)
 
     def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
@@ -432,114 +340,3 @@ class WanTransformer(nnx.Module):
         (pt, ph, pw), (t, h, w) = self.config.patch_size, grid
         x = x_BxNxP.reshape(-1, t, h, w, pt, ph, pw, self.config.out_channels)
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * pt, h * ph, w * pw, self.config.out_channels)
-
-
-def read_config(path: epath.PathLike) -> WanConfig:
-    """The config of a transformer's folder or file, of any layout.
-
-    A config.json in the folder, or beside the file, is diffusers', ours or the original repository's; without one, the
-    tensors' shapes tell all but the number of heads, which is that of the published models: of 128 channels each.
-    Raises InputError when it is another architecture's or cannot be told.
-    """
-    path = epath.Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected a transformer")
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    fields = read_object(file) if file.exists() else {}
-    kind = fields.get("_class_name")
-    if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
-        return WanConfig.from_json(fields, source=str(file))
-
-    tensors = open_tensors(path)
-    layout = weights.transformer_layout(tensors, path)
-    if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
-        expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
-        raise InputError(f"{file}: expected _class_name {expected}, found {kind!r}")
-    if any(".phi_q." in name for name in tensors):
-        raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
-    sizes = weights.transformer_sizes(tensors, layout, path)
-    if kind != ORIGINAL_CLASS_NAME and not path.is_dir():
-        fields = {}  # of something else that lies beside the file
-    heads = _check_original(fields, sizes, file)
-    sizes["eps"] = fields.get("eps", WanConfig.eps)
-    dim = sizes.pop("dim")
-    if heads is None and dim % 128:
-        raise InputError(f"{path}: a width of {dim} is not heads of 128 channels; expected the heads in {file}")
-    heads = heads or dim // 128
-    return WanConfig(num_attention_heads=heads, attention_head_dim=dim // heads, **sizes)
-
-
-def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:
-    """The number of heads in the original repository's config.json, if it says and agrees with the tensors."""
-    told = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
-    for name, expected in told.items():
-        if (found := fields.get(name, expected)) != expected:
-            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {found!r}")
-    heads = fields.get("num_heads")
-    if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
-        raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")
-    return heads
-
-
-def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
-    """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
-
-    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and put one by one where they belong
-    on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
-    """
-    check_hashes(path)
-    config = read_config(path)
-    tensors = open_tensors(path)
-    model = abstract_module(WanTransformer, config, dtype=jnp.dtype(dtype))
-    if mesh is not None:
-        state = nnx.state(model)
-        placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        nnx.update(model, jax.tree.map(placed, state, parameter_shardings(mesh, state)))
-    weights.load_transformer_tensors(model, tensors, weights.transformer_layout(tensors, path), source=path)
-    return model
-
-
-def save_transformer(
-    transformer: WanTransformer,
-    path: epath.PathLike,
-    layout: str = "diffusers",
-    shard_bytes: int = SHARD_BYTES,
-    more: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes what `load_transformer` reads, in shards above `shard_bytes`; `more` also goes into config.json.
-
-    "diffusers" is a folder that diffusers reads too, unless the transformer is a hybrid; "original" a folder as the
-    original repository's, "comfyui" one file. Raises InputError for a hybrid in any but the first.
-    """
-    tensors = weights.lazy_transformer_tensors(transformer, layout)
-    write_transformer(tensors, transformer.config, path, layout, shard_bytes, more)
-
-
-def write_transformer(
-    tensors: Tensors,
-    config: WanConfig,
-    path: epath.PathLike,
-    layout: str,
-    shard_bytes: int = SHARD_BYTES,
-    more: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes tensors that are named in `layout`.
-
-    diffusers looks for its own file name whatever class config.json names, and drops the tensors that it does not know:
-    a hybrid's file has another name, which is no variant of that one either.
-    """
-    path = epath.Path(path)
-    if layout == "comfyui":
-        if config.attention_head_dim != 128:
-            raise InputError(f"{path}: ComfyUI's layout takes heads of 128 channels, found {config.attention_head_dim}")
-        write_tensors(path, tensors)
-        return
-    stem = "hybrid_wan" if config.hybrid else "diffusion_pytorch_model"
-    hashes = write_shards(path, stem, tensors, shard_bytes)
-    fields = config.to_json()
-    if layout == "original":
-        fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": "t2v", "text_len": 512, "eps": config.eps}
-        fields |= {original: getattr(config, name) for name, original in ORIGINAL_SIZES.items()}
-        fields["num_heads"] = config.num_attention_heads
-    write_json(path / "config.json", {**(more or {}), **fields})
-    write_hashes(path, hashes, "config.json")

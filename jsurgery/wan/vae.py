@@ -5,190 +5,19 @@
 need be over tiles in space. Attribute names are the parameter names of the reference, diffusers' AutoencoderKLWan.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.files import read_object
-from jsurgery.model_config import check_fields
-from jsurgery.runtime.stages import write_json
-from jsurgery.wan import weights
-from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.hashes import check_hashes, write_hashes
-from jsurgery.wan.safetensors_files import open_tensors, write_shards
-
-WAN_LATENTS_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-WAN_LATENTS_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-
-# What a config.json may also say, and the only values that are Wan2.1's.
-_FIXED_FIELDS = {
-    "attn_scales": [],
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 8,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class VaeConfig:
-    """The fields of diffusers' vae/config.json, spelt as there; defaults are Wan2.1's."""
-
-    base_dim: int = 96
-    decoder_base_dim: int | None = None  # None: base_dim
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
-    latents_std: tuple[float, ...] = WAN_LATENTS_STD
-
-    def __post_init__(self):
-        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            found = f"{len(self.latents_mean)} and {len(self.latents_std)}"
-            raise InputError(f"latents_mean, latents_std: expected z_dim = {self.z_dim} values each, found {found}")
-        if len(self.dim_mult) != 4 or len(self.temperal_downsample) != 3 or sum(self.temperal_downsample) != 2:
-            raise InputError(
-                "dim_mult, temperal_downsample: expected 4 levels and 3 steps between them, 2 of them temporal "
-                f"(stride 4, 8, 8), found {self.dim_mult} and {self.temperal_downsample}"
-            )
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """From a parsed config.json; raises InputError on an unknown field or another architecture."""
-        fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "dropout"}
-        for name, fixed in _FIXED_FIELDS.items():
-            if (value := fields.pop(name, fixed)) != fixed:
-                raise InputError(f"{name}: Wan2.1's VAE has {fixed}, found {value}")
-        if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise InputError(f"{min(unknown)}: not a field of AutoencoderKLWan's config")
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        config = cls(**values)
-        check_fields(config, "config.json")
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of a config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
-        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {"_class_name": "AutoencoderKLWan", **fields, **_FIXED_FIELDS, "dropout": 0.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Sizes of overlapping tiles and the steps between them, in pixels; the defaults are those of diffusers."""
-
-    height: int = 256
-    width: int = 256
-    stride_height: int = 192
-    stride_width: int = 192
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if value < 8 or value % 8:
-                raise InputError(f"tiling.{name}: expected a positive multiple of 8, found {value}")
-        for side in ("height", "width"):
-            size, stride = getattr(self, side), getattr(self, f"stride_{side}")
-            if stride > size:
-                raise InputError(f"tiling.stride_{side}: expected at most the tile's {side}, {size}, found {stride}")
-
-
-class FrameCache:
-    """What a network carries from one chunk of a clip to the next: the last frames that each causal convolution saw.
-
-    Convolutions and inner caches take theirs in the order in which they run; all chunks but the first are of one size.
-    """
-
-    def __init__(self, kept: list[Any] | None = None):
-        """`kept` is `left` of the chunk before; None in a clip's first chunk, which begins with its first frame."""
-        self.at_start = kept is None
-        self.left: list[Any] = []
-        self._kept = iter(kept or [])
-
-    def prepend(self, start_BxKxHxWxC: jax.Array, x_BxTxHxWxC: jax.Array) -> jax.Array:
-        """The K frames that lie before x, then x; before a clip lies `start`."""
-        before = [start_BxKxHxWxC] if self.at_start else next(self._kept)
-        joined = jnp.concatenate([*before, x_BxTxHxWxC], axis=1)
-        # Each frame is an array of its own: slices of a longer one would be copies that the compiler makes early.
-        self.left.append(jnp.split(joined[:, x_BxTxHxWxC.shape[1] :], start_BxKxHxWxC.shape[1], axis=1))
-        return joined
-
-    def frame_by_frame(
-        self, layers: Callable[[jax.Array, "FrameCache"], jax.Array], x_BxTxHxWxC: jax.Array
-    ) -> jax.Array:
-        """`layers` in a loop over the frames of x, so that intermediate values are those of one frame."""
-
-        def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], jax.Array]:
-            cache = FrameCache(kept)
-            y = layers(x_BxSxHxWxC, cache)
-            return cache.left, y
-
-        if self.at_start:
-            left, y = run(None, x_BxTxHxWxC)
-        else:
-            x_TxBx1xHxWxC = jnp.moveaxis(x_BxTxHxWxC, 1, 0)[:, :, None]
-            left, y_TxBxSxHxWxC = jax.lax.scan(run, next(self._kept), x_TxBx1xHxWxC)
-            y = jnp.concatenate(list(y_TxBxSxHxWxC), axis=1)
-        self.left.append(left)
-        return y
-
-
-def _per_channel(values: Any, x: jax.Array) -> jax.Array:
-    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-class CausalConv(nnx.Module):
-    """Convolution over [B, T, H, W, C] that sees the present and the kt - 1 frames before it; sides keep their size.
-
-    Computed as one 2-D convolution over frames whose channels hold the kt time-shifted copies: XLA's 3-D convolution on
-    CPU is several times slower, and one path for all devices keeps their results comparable.
-    """
-
-    def __init__(
-        self, in_dim: int, out_dim: int, kernel_size: tuple[int, int, int], *, time_stride: int = 1, rngs: nnx.Rngs
-    ):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*kernel_size, in_dim, out_dim)))
-        self.bias = nnx.Param(jnp.zeros(out_dim))
-        self.time_stride = time_stride
-
-    def __call__(
-        self, x_BxTxHxWxC: jax.Array, cache: FrameCache | None = None, start: jax.Array | None = None
-    ) -> jax.Array:
-        """T / time_stride frames. `start` [B, kt - time_stride, H, W, C], by default zeros, lies before the clip."""
-        kt, kh, kw, in_dim, out_dim = self.kernel.shape
-        batch, time, height, width, _ = x_BxTxHxWxC.shape
-        frames = batch * time // self.time_stride
-        if overlap := kt - self.time_stride:
-            if start is None:
-                start = jnp.zeros((batch, overlap, height, width, in_dim), x_BxTxHxWxC.dtype)
-            x_BxTxHxWxC = (cache or FrameCache()).prepend(start, x_BxTxHxWxC)
-        shifted = [x_BxTxHxWxC[:, t : t + time : self.time_stride] for t in range(kt)]
-        x_NxHxWxK = jnp.concatenate(shifted, axis=-1).reshape(frames, height, width, kt * in_dim)
-        kernel_HxWxKxO = self.kernel[...].transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * in_dim, out_dim)
-        y_NxHxWxO = jax.lax.conv_general_dilated(
-            x_NxHxWxK,
-            kernel_HxWxKxO,
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        y_BxTxHxWxO = y_NxHxWxO.reshape(batch, time // self.time_stride, height, width, out_dim)
-        return y_BxTxHxWxO + _per_channel(self.bias[...], y_BxTxHxWxO)
+from jsurgery.wan.causal_conv import CausalConv, FrameCache, per_channel
+from jsurgery.wan.model_config import VaeConfig
+from jsurgery.wan.vae_tiles import Tiling, in_tiles
 
 
 class RMSNorm(nnx.Module):
@@ -202,7 +31,7 @@ class RMSNorm(nnx.Module):
         # The floor lies under the root, so that the gradient of an all-zero vector is finite.
         square_length = jnp.sum(jnp.square(x_f32), axis=-1, keepdims=True)
         unit = x_f32 * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
-        return unit.astype(x.dtype) * _per_channel(self.gamma[...], x) * x.shape[-1] ** 0.5
+        return unit.astype(x.dtype) * per_channel(self.gamma[...], x) * x.shape[-1] ** 0.5
 
 
 class ResidualBlock(nnx.Module):
@@ -427,7 +256,7 @@ class WanVae(nnx.Module):
         """
         _check_video_shape(video_BxFxHxWx3.shape)
         whole = functools.partial(_in_chunks, encode_chunk, self, 4)
-        return _in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
+        return in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
 
     def decode_in_chunks(self, latents_BxTxHxWxC: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
         """`decode`, a latent frame at a time: float32 on the host, device memory independent of T. Not to be jitted.
@@ -435,16 +264,16 @@ class WanVae(nnx.Module):
         With a `tiling`, also tile by tile: an approximation, since tiles do not see past their edges.
         """
         whole = functools.partial(_in_chunks, decode_chunk, self, 1)
-        video = _in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
+        video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
         return np.clip(video, -1, 1, out=video)
 
     def _normalized(self, mean: jax.Array) -> jax.Array:
         config = self.config
-        return (mean - _per_channel(config.latents_mean, mean)) / _per_channel(config.latents_std, mean)
+        return (mean - per_channel(config.latents_mean, mean)) / per_channel(config.latents_std, mean)
 
     def _unnormalized(self, latents: jax.Array) -> jax.Array:
         config = self.config
-        return latents * _per_channel(config.latents_std, latents) + _per_channel(config.latents_mean, latents)
+        return latents * per_channel(config.latents_std, latents) + per_channel(config.latents_mean, latents)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -483,44 +312,6 @@ def _in_chunks(run_chunk: Callable[..., Any], vae: WanVae, size: int, x_BxTxHxWx
     return np.concatenate(finished, axis=1)
 
 
-def _in_tiles(
-    function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, tiling: Tiling | None, *, unit: int, result_unit: int
-) -> np.ndarray:
-    """`function` over tiles of x [B, T, H, W, C], each blended into those above and to the left, as diffusers does.
-
-    `unit` and `result_unit` are the pixels to a side of one place of x and of the result.
-    """
-    height, width = x.shape[2:4]
-    if tiling is None or (height * unit <= tiling.height and width * unit <= tiling.width):
-        return function(x)
-    stride_h, stride_w = tiling.stride_height // result_unit, tiling.stride_width // result_unit
-    overlap_h, overlap_w = tiling.height // result_unit - stride_h, tiling.width // result_unit - stride_w
-    above: list[np.ndarray] = []
-    finished = []
-    for top in range(0, height, tiling.stride_height // unit):
-        row: list[np.ndarray] = []
-        for column, left in enumerate(range(0, width, tiling.stride_width // unit)):
-            tile = function(x[:, :, top : top + tiling.height // unit, left : left + tiling.width // unit])
-            if above:
-                tile = _blend(above[column], tile, overlap_h, axis=2)
-            if row:
-                tile = _blend(row[-1], tile, overlap_w, axis=3)
-            row.append(tile)
-        finished.append(np.concatenate([tile[:, :, :stride_h, :stride_w] for tile in row], axis=3))
-        above = row
-    return np.concatenate(finished, axis=2)
-
-
-def _blend(before: np.ndarray, tile: np.ndarray, overlap: int, axis: int) -> np.ndarray:
-    """`tile` with its first `overlap` places along `axis` faded in from the last of `before`, which lie there too."""
-    overlap = min(overlap, before.shape[axis], tile.shape[axis])
-    share = np.linspace(0, 1, overlap, endpoint=False, dtype=np.float32)
-    share = share.reshape([-1 if i == axis else 1 for i in range(tile.ndim)])
-    fading_out = np.split(before, [before.shape[axis] - overlap], axis)[1]
-    fading_in, rest = np.split(tile, [overlap], axis)
-    return np.concatenate([(1 - share) * fading_out + share * fading_in, rest], axis)
-
-
 def _check_video_shape(shape: tuple[int, ...]) -> None:
     if len(shape) != 5 or shape[-1] != 3:
         raise InputError(f"video: expected [batch, frames, height, width, 3], found {list(shape)}")
@@ -532,37 +323,3 @@ def _check_video_shape(shape: tuple[int, ...]) -> None:
         if side % 8 or side == 0:
             nearest = 8 * max(round(side / 8), 1)
             raise InputError(f"{name}: expected a multiple of 8, found {side}; the nearest that works is {nearest}")
-
-
-def read_vae_config(path: epath.PathLike) -> VaeConfig:
-    """Of a diffusers vae/ folder. Raises InputError, naming the file."""
-    config_file = epath.Path(path) / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
-    fields = read_object(config_file, "the config of an AutoencoderKLWan as JSON")
-    try:
-        return VaeConfig.from_json(fields)
-    except TypeError as error:  # a field that should be a list
-        raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan ({error})") from error
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from error
-
-
-def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
-    """From a diffusers vae/ folder (config.json and safetensors); `dtype` is that of parameters and computation.
-
-    Raises InputError, naming the file, for a folder that is not there, incomplete, damaged, or of another architecture.
-    """
-    check_hashes(path)
-    config, tensors = read_vae_config(path), open_tensors(path)
-    vae = abstract_module(WanVae, config)
-    weights.load_mirrored(vae, tensors, dtype=dtype, source=path)
-    return vae
-
-
-def save_vae(vae: WanVae, path: epath.PathLike) -> None:
-    """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
-    path = epath.Path(path)
-    hashes = write_shards(path, "diffusion_pytorch_model", weights.mirrored_tensors(vae))
-    write_json(path / "config.json", vae.config.to_json())
-    write_hashes(path, hashes, "config.json")

@@ -7,7 +7,7 @@ import pytest
 
 from jsurgery.ablate.evidence import evaluation_stage, finetune_stage
 from jsurgery.cli import main
-from jsurgery.config import load_config
+from jsurgery.load_config import load_config
 from jsurgery.run import Run
 
 SIZES = {

@@ -14,14 +14,14 @@ from flax import nnx
 from PIL import Image
 
 from jsurgery.cli import main
-from jsurgery.config import load_config
 from jsurgery.data import encode
 from jsurgery.data.latents import batches, check_latents, padded_text
 from jsurgery.data.shards import Records, array_text
 from jsurgery.errors import InputError
-from jsurgery.wan.text_encoder import encode_prompts, load_text_encoder
+from jsurgery.load_config import load_config
+from jsurgery.wan.checkpoint import load_text_encoder, load_vae
+from jsurgery.wan.text_encoder import encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
-from jsurgery.wan.vae import load_vae
 
 FRAMES, HEIGHT, WIDTH = 5, 32, 48
 CAPTIONS = [

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from jsurgery.cli import main
-from jsurgery.config import load_config
 from jsurgery.data import synthesize
 from jsurgery.data.latents import batches, padded_text
 from jsurgery.data.shards import Records, array_text, shard_path
+from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import make_mesh
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
 

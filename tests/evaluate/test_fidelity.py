@@ -10,8 +10,8 @@ from flax import nnx
 
 from jsurgery.cli import main
 from jsurgery.evaluate import fidelity
-from jsurgery.evaluate.fidelity import CONTROL, Judges, summarize, table, velocity_numbers
-from jsurgery.wan.transformer import load_transformer, save_transformer
+from jsurgery.evaluate.fidelity import CONTROL, MetricNetworks, summarize, table, velocity_numbers
+from jsurgery.wan.checkpoint import load_transformer, save_transformer
 
 PROMPTS = ("a red circle moves left over a grey background", "a blue square stays still over a white background")
 
@@ -95,7 +95,10 @@ def test_networks_of_the_user(monkeypatch):
     video, teacher = rng.integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
     seen = SimpleNamespace(scores=lambda video, prompt: {"clip_text": video.mean() + len(prompt), "clip_frames": 0.5})
     monkeypatch.setattr(fidelity, "lpips", lambda weights, one, two: weights * np.arange(1, 1 + len(one)))
-    rows = [fidelity.video_numbers(video, teacher, prompt, Judges(np.float32(0.25), seen)) for prompt in ("a", "two")]
+    rows = [
+        fidelity.video_numbers(video, teacher, prompt, MetricNetworks(np.float32(0.25), seen))
+        for prompt in ("a", "two")
+    ]
     found = summarize([{name: np.asarray(value) for name, value in row.items()} for row in rows], np.arange(3) / 8)
     assert found["lpips"] == 0.5 and found["lpips_per_frame"] == [0.25, 0.5, 0.75]
     assert found["clip_text"] == pytest.approx(video.mean() + 2) and found["teacher_clip_text"] == pytest.approx(
@@ -105,7 +108,7 @@ def test_networks_of_the_user(monkeypatch):
     lines = table({"durations": [{"seconds": 0.375, "models": {"m": found}}]}).splitlines()
     assert lines[0].split(" | ")[3:6] == ["SSIM", "LPIPS", "drift (levels/s)"]
     assert lines[2].startswith("| teacher | 0.38 | – | – | – | – | ") and " | 0.5000 | " in lines[3]
-    bare = fidelity.video_numbers(video, teacher, "a", Judges())
+    bare = fidelity.video_numbers(video, teacher, "a", MetricNetworks())
     assert not [name for name in bare if "lpips" in name or "clip" in name]
 
 

@@ -5,14 +5,14 @@ import logging
 import jax
 import pytest
 
-from jsurgery.config import load_config
+from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime.mesh import make_mesh
-from jsurgery.surgery.distill import initial_maps
-from jsurgery.surgery.distilled import load_maps, save_maps
+from jsurgery.surgery.distillation.saved_maps import load_maps, save_maps
+from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.surgery.operate import operate, save_model
-from jsurgery.surgery.plan import hybrid_config
-from jsurgery.wan.transformer import load_transformer
+from jsurgery.wan.checkpoint import load_transformer
 
 FIELDS = {
     "video.frames": "5", "video.height": "64", "video.width": "48", "sampler.steps": "2", "trace.keep_steps": "1",

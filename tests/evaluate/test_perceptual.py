@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from jsurgery.errors import InputError
-from jsurgery.evaluate import clip, lpips
+from jsurgery.evaluate import clip_model, lpips
 
 CONVOLUTIONS = {
     "1.0": (64, 3, 11),
@@ -92,9 +92,9 @@ def test_refused_weights_and_sizes(tmp_path, alexnet):
 def reference(tmp_path_factory):
     """A CLIP model of random weights with a vocabulary of bytes and a few merges."""
     folder = tmp_path_factory.mktemp("clip")
-    characters = sorted(clip._BYTES.values())
+    characters = sorted(clip_model._BYTES.values())
     merges = [("a", "t</w>"), ("r", "e"), ("re", "d</w>"), ("c", "at</w>"), ("c", "i"), ("l", "e</w>"), ("é", "!</w>")]
-    words = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), clip.START, clip.END]
+    words = [*characters, *(c + "</w>" for c in characters), *map("".join, merges), clip_model.START, clip_model.END]
     tokenizer = CLIPTokenizer({word: i for i, word in enumerate(dict.fromkeys(words))}, merges)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ PROMPTS = ("a red cat", "A  RED\ncircle's way: 12 (left_right)!", "Café — two
 
 def test_clips_tokens_are_transformers(reference):
     folder, _, tokenizer = reference
-    mine = clip.load_clip(str(folder))
+    mine = clip_model.load_clip_model(str(folder))
     for prompt in PROMPTS:
         assert mine.tokens(prompt) == tokenizer(prompt)["input_ids"][1:-1]
     assert len(mine.tokens("cat red")) == 2  # merges are used
@@ -120,7 +120,7 @@ def test_clips_tokens_are_transformers(reference):
 
 def test_clips_scores_are_transformers(reference):
     folder, model, tokenizer = reference
-    mine = clip.load_clip(str(folder))
+    mine = clip_model.load_clip_model(str(folder))
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     video = videos(3, 45, 70)[0]
     with torch.no_grad():
@@ -140,12 +140,12 @@ def test_clips_scores_are_transformers(reference):
 
 def test_refused_folders(tmp_path, reference):
     with pytest.raises(InputError, match=r"config.json"):
-        clip.load_clip(str(tmp_path))
+        clip_model.load_clip_model(str(tmp_path))
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((reference[0] / name).read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(InputError, match="no .safetensors file"):
-        clip.load_clip(str(tmp_path))
+        clip_model.load_clip_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": None}))
     with pytest.raises(InputError, match="of a CLIPModel of transformers"):
-        clip.load_clip(str(tmp_path))
+        clip_model.load_clip_model(str(tmp_path))

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jsurgery.config import load_config
 from jsurgery.evaluate.sprites_reference import calibrate_sprites, kept, sprites_reference
 from jsurgery.evaluate.sprites_score import DIMENSIONS
+from jsurgery.load_config import load_config
 from jsurgery.wan.pipeline import load_pipeline
 
 SIZE = {"video.frames": "5", "video.height": "64", "video.width": "48"}

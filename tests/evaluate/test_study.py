@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from jsurgery.cli import main
+from jsurgery.data.video_writer import write_video
 from jsurgery.errors import InputError
-from jsurgery.evaluate.study import build_study, join, read_key, statistics, table, tally
-from jsurgery.evaluate.video_file import write_video
+from jsurgery.evaluate.study import read_key, statistics, table, tally
+from jsurgery.report.study_page import build_study, join
 from tests.browser import CHROMIUM, Browser
 
 FRAMES, FPS, SIZE = 9, 8, (40, 56)

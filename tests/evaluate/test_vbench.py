@@ -14,9 +14,9 @@ import pytest
 
 from jsurgery import sample
 from jsurgery.cli import main
+from jsurgery.data.video_writer import read_settings
 from jsurgery.errors import InputError
 from jsurgery.evaluate import vbench
-from jsurgery.evaluate.video_file import read_settings
 from jsurgery.runtime import processes
 from jsurgery.sample import sampling_config
 

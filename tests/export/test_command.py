@@ -10,11 +10,12 @@ import sys
 import pytest
 
 from jsurgery import cli
-from jsurgery.config import load_config
 from jsurgery.errors import ParityError
-from jsurgery.export.command import make_job, manifest
+from jsurgery.export.artefacts import Artefact
 from jsurgery.export.parity import check_parity, missing_samples, parity_rows
-from jsurgery.export.parts import Artefact, Job
+from jsurgery.export.parts import ExportJob
+from jsurgery.export.run_export import make_job, manifest
+from jsurgery.load_config import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEAVY = (
@@ -70,7 +71,7 @@ def test_samples_that_are_missing(tmp_path):
 def test_the_job_survives_its_file(tmp_path):
     found = job(tmp_path)
     found.write(tmp_path)
-    assert Job.read(tmp_path) == found and Job.read(tmp_path).fingerprint == found.fingerprint
+    assert ExportJob.read(tmp_path) == found and ExportJob.read(tmp_path).fingerprint == found.fingerprint
     assert job(tmp_path, group=2).fingerprint != found.fingerprint
     moved = dataclasses.replace(found, transformer="/elsewhere/model", base="/elsewhere/base")
     assert moved.fingerprint == found.fingerprint
@@ -152,7 +153,7 @@ def test_the_rest_needs_none_of_its_packages():
         for name in names:
             if not name.endswith("__main__") and not name.startswith("jsurgery.export"):
                 importlib.import_module(name)
-        import jsurgery.export.command, jsurgery.export.parity, jsurgery.export.reference
+        import jsurgery.export.run_export, jsurgery.export.parity, jsurgery.export.jax_reference
         print(len(names))
         sys.exit(cli.main(["cost", "--config=tiny"]))
     """

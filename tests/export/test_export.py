@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from jsurgery import cli
 from jsurgery.attention.hybrid import HybridConfig
-from jsurgery.config import load_config
-from jsurgery.export import command
+from jsurgery.diffusion import initial_noise
+from jsurgery.export import run_export
+from jsurgery.load_config import load_config
 from jsurgery.surgery.operate import save_model
-from jsurgery.wan.pipeline import initial_noise, load_pipeline
-from jsurgery.wan.transformer import load_transformer
+from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.wan.pipeline import load_pipeline
 
 NEEDED = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "tensorflow", "onnxscript", "onnxruntime_qnn")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]  # importing them changes JAX
@@ -151,7 +152,7 @@ def test_another_size_is_refused(exported, workdir, capsys):
 
 def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatch):
     """From the records alone: where every artefact is there, no process starts."""
-    monkeypatch.setattr(command, "work", lambda *_: pytest.fail("an artefact is made again"))
+    monkeypatch.setattr(run_export, "work", lambda *_: pytest.fail("an artefact is made again"))
     shutil.copytree(workdir, tmp_path / "run")
     record = tmp_path / "run" / "export" / "onnx" / "block_01.float32.onnx.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"relative_error": 0.5}))

@@ -9,13 +9,15 @@ import pytest
 import torch
 from flax import nnx
 
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
+from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.export import mobile_model
 from jsurgery.export.mobile_layout import PrefixSlices, TokenLayout
 from jsurgery.export.mobile_model import mobile_block, mobile_transformer
 from jsurgery.export.torch_model import load
-from jsurgery.wan.transformer import WanConfig, save_transformer
+from jsurgery.wan.checkpoint import save_transformer
+from jsurgery.wan.model_config import WanConfig
 
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 4, "text_dim": 12,

@@ -9,7 +9,7 @@ from flax import nnx
 from jsurgery.errors import InputError
 from jsurgery.export.mobile_text_encoder import load_text_encoder
 from jsurgery.export.mobile_vae import load_vae_decoder
-from jsurgery.wan import text_encoder, vae
+from jsurgery.wan import checkpoint, text_encoder
 from jsurgery.wan.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def ranks(module, *arguments):
 
 def test_text_encoder(tiny_pipeline):
     token_ids, mask = Tokenizer(tiny_pipeline / "tokenizer")(["a red circle moves left"], 11)
-    encoder = text_encoder.load_text_encoder(tiny_pipeline / "text_encoder")
+    encoder = checkpoint.load_text_encoder(tiny_pipeline / "text_encoder")
     expected = text_encoder.encode_prompts(encoder, token_ids, mask)
     module = load_text_encoder(tiny_pipeline / "text_encoder", 11)
     arguments = torch.tensor(token_ids), torch.tensor(mask, dtype=torch.float32)
@@ -39,7 +39,7 @@ def test_text_encoder(tiny_pipeline):
 @pytest.mark.parametrize("frames", [1, 3])
 def test_vae_decoder(tiny_pipeline, frames):
     latents = np.random.default_rng(0).normal(size=(frames, 3, 2, 4)).astype(np.float32)
-    graph, state = nnx.split(vae.load_vae(tiny_pipeline / "vae"))
+    graph, state = nnx.split(checkpoint.load_vae(tiny_pipeline / "vae"))
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(lambda state, latents: nnx.merge(graph, state).decode(latents))(state, latents[None])[0]
     module = load_vae_decoder(tiny_pipeline / "vae")

@@ -16,14 +16,19 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 import pallas_kernels
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
-from jsurgery.config import load_config
+from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.diffusion import initial_noise
 from jsurgery.errors import InputError
-from jsurgery.export.torch_model import FeatureMap, HybridWanTransformer3DModel, load
+from jsurgery.export.torch_attention import TorchFeatureMap
+from jsurgery.export.torch_model import HybridWanTransformer3DModel, load
+from jsurgery.load_config import load_config
 from jsurgery.surgery.operate import operate, save_model
-from jsurgery.wan.pipeline import BUNDLED, initial_noise, load_pipeline
-from jsurgery.wan.transformer import WanConfig, load_transformer, save_transformer
-from pallas_kernels import PolynomialMap
+from jsurgery.wan.checkpoint import load_transformer, save_transformer
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import BUNDLED
+from jsurgery.wan.pipeline import load_pipeline
+from pallas_kernels.feature_map import PolynomialMap
 
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 4, "text_dim": 12,
@@ -99,7 +104,7 @@ def test_feature_maps_of_every_kind(activation, degree, layers):
     kernels = tuple(draw(2, d_in, d_out) for d_in, d_out in itertools.pairwise(widths))
     biases = tuple(draw(2, d_out) for d_out in widths[1:])
     ours = PolynomialMap(kernels, biases, draw(2), degree, activation)
-    module = FeatureMap(2, 8, FeatureMapConfig(degree, layers, activation))
+    module = TorchFeatureMap(2, 8, FeatureMapConfig(degree, layers, activation))
     tensors = {"log_scale": ours.log_scale}
     for j, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
         tensors |= {f"{j}.kernel": kernel, f"{j}.bias": bias}

@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 CHILD = """if True:
     import time
-    from jsurgery.export.parent import end_with_parent
+    from jsurgery.export.child_process import end_with_parent
     end_with_parent()
     print("began", flush=True)
     time.sleep(60)

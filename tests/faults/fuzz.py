@@ -34,8 +34,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from jsurgery import config
-from jsurgery.config import base, check_video, flat, load_config
+from jsurgery.config import base, check_video, flatten
 from jsurgery.errors import InputError
+from jsurgery.load_config import load_config
 
 PATIENCE = 30
 SECRET = "outside.safetensors"  # lies beside the folder that is read, where nothing may lead
@@ -224,7 +225,7 @@ def as_json(value: Any) -> bytes:
 
 
 def tensors_of(folder: pathlib.Path) -> Any:
-    from jsurgery.wan.safetensors_files import read_tensors
+    from jsurgery.io.safetensors import read_tensors
 
     return read_tensors(folder)
 
@@ -273,10 +274,11 @@ def model_folder() -> pathlib.Path:
 
     from jsurgery.attention.hybrid import HybridConfig
     from jsurgery.data import sprites
-    from jsurgery.wan.text_encoder import TextEncoder, save_text_encoder
+    from jsurgery.wan.checkpoint import save_text_encoder, save_transformer, save_vae
+    from jsurgery.wan.text_encoder import TextEncoder
     from jsurgery.wan.tokenizer import train_tokenizer
-    from jsurgery.wan.transformer import WanTransformer, save_transformer
-    from jsurgery.wan.vae import WanVae, save_vae
+    from jsurgery.wan.transformer import WanTransformer
+    from jsurgery.wan.vae import WanVae
     from tests.conftest import TINY_TEXT_ENCODER, TINY_TRANSFORMER, TINY_VAE, random_module
 
     folder, rng = pathlib.Path(tempfile.mkdtemp()), np.random.default_rng(0)
@@ -305,9 +307,7 @@ def files_of(name: str) -> dict[str, bytes]:
 
 def component(name: str) -> Reader:
     """The config.json of a component: without hashes, which would find every change."""
-    from jsurgery.wan.text_encoder import load_text_encoder
-    from jsurgery.wan.transformer import load_transformer
-    from jsurgery.wan.vae import load_vae
+    from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 
     load = {"vae": load_vae, "text_encoder": load_text_encoder}.get(name, load_transformer)
     files = files_of(name)
@@ -323,13 +323,13 @@ def tokenizer_reader() -> Reader:
 
 
 def hashes_reader() -> Reader:
-    from jsurgery.wan.hashes import check_hashes
+    from jsurgery.wan.folder_hashes import check_hashes
 
     return Reader(files_of("tokenizer"), ("hashes.json",), check_hashes)
 
 
 def manifest_reader() -> Reader:
-    from jsurgery.runtime.manifest import MANIFEST, damage, write_manifest
+    from jsurgery.io.hashes import MANIFEST, find_damage, write_manifest
 
     folder = pathlib.Path(tempfile.mkdtemp())
     files = {"a/one": b"1" * 100, "two": b"2" * 10}
@@ -339,7 +339,7 @@ def manifest_reader() -> Reader:
     shutil.rmtree(folder)
 
     def read(folder: pathlib.Path) -> None:
-        if found := damage(epath.Path(folder)):
+        if found := find_damage(epath.Path(folder)):
             raise InputError(found[0])
 
     return Reader(files, (MANIFEST, "two"), read)
@@ -356,13 +356,14 @@ ERRORS = {
 
 
 def three_blocks() -> Any:
-    from jsurgery.wan.transformer import WanConfig
+    from jsurgery.wan.model_config import WanConfig
 
     return WanConfig(num_layers=3)
 
 
 def plan_reader() -> Reader:
-    from jsurgery.surgery.plan import hybrid_config, read_plan
+    from jsurgery.attention.hybrid import hybrid_config
+    from jsurgery.surgery.plan import read_plan
 
     read = lambda folder: hybrid_config(base(), read_plan(epath.Path(folder))["rates"])
     return Reader({"plan.json": as_json(PLAN)}, ("plan.json",), read)
@@ -371,12 +372,12 @@ def plan_reader() -> Reader:
 def errors_reader() -> Reader:
     """Up to the plan that is made of them."""
     from jsurgery.surgery.knapsack import solve
-    from jsurgery.surgery.plan import budget_cost, problem
+    from jsurgery.surgery.plan import budget_cost, read_problem
 
     settings = base()
 
     def read(folder: pathlib.Path) -> Any:
-        given = problem(settings, three_blocks(), epath.Path(folder))
+        given = read_problem(settings, three_blocks(), epath.Path(folder))
         return solve(given.errors, given.candidate_costs, budget_cost(0.6, given.costs))
 
     return Reader({"errors.json": as_json(ERRORS)}, ("errors.json",), read)
@@ -390,13 +391,13 @@ def costs_reader() -> Reader:
 
 
 def marker_reader() -> Reader:
-    from jsurgery.runtime.stages import Stage
+    from jsurgery.runtime.stage_folder import StageFolder
 
     settings = base()
-    made = Stage("", "stage", settings, fields=("seed", "video"))
+    made = StageFolder("", "stage", settings, fields=("seed", "video"))
     marker = {"stage": "stage", "format_version": 1, "complete": True, "made_with": made.made_with}
     files = {"stage/stage.json": as_json(marker)}
-    return Reader(files, tuple(files), lambda folder: Stage(folder, "stage", settings, ("seed", "video")).done())
+    return Reader(files, tuple(files), lambda folder: StageFolder(folder, "stage", settings, ("seed", "video")).done())
 
 
 def scheduler_reader() -> Reader:
@@ -409,8 +410,7 @@ def scheduler_reader() -> Reader:
 
 
 def prompts_reader() -> Reader:
-    from jsurgery.data.prompts import read_prompts
-    from jsurgery.surgery.trace import load_prompts
+    from jsurgery.data.prompts import load_prompts, read_prompts
 
     def read(folder: pathlib.Path) -> Any:
         settings = base()
@@ -424,7 +424,7 @@ def prompts_reader() -> Reader:
 def captions_reader(kind: str) -> Reader:
     """And what encode does with every clip before it decodes."""
     from jsurgery.data.shards import text_array
-    from jsurgery.data.videos import Bucket, Skipped, Wanted, find_clips, read_clip
+    from jsurgery.data.video_reader import Bucket, ClipLimits, Skipped, find_clips, read_clip
 
     rows = [
         {"path": f"{name}.mp4", "cap": caption} for name, caption in (("a", "one"), ("b", ["two", "2"]), ("c", "é"))
@@ -440,7 +440,7 @@ def captions_reader(kind: str) -> Reader:
         json.dumps(clips).encode()
         for clip in clips:
             with contextlib.suppress(Skipped):
-                read_clip(clip, Wanted([Bucket(1, 16, 16)], 16, 0.4, 1.5))
+                read_clip(clip, ClipLimits([Bucket(1, 16, 16)], 16, 0.4, 1.5))
                 text_array(clip.caption)
         return clips
 
@@ -507,7 +507,7 @@ FOUND: dict[str, list[dict[str, bytes]]] = {
 
 def configs() -> st.SearchStrategy[dict[str, str]]:
     """Overrides of one to four fields, most of them of a type and a size that the field may have."""
-    known = flat(base())
+    known = flatten(base())
     texts = st.text(max_size=20) | st.sampled_from([*map(repr, ODD), "1e999", "-0.0"])
     near = st.integers(-2, 40).map(str) | st.floats().map(repr) | st.lists(st.integers(-1, 20), max_size=4).map(repr)
     values = texts | near | st.sampled_from([value for allowed in config.CHOICES.values() for value in allowed])
@@ -518,13 +518,15 @@ def configs() -> st.SearchStrategy[dict[str, str]]:
 
 def check_config(overrides: dict[str, str]) -> str:
     """Valid, or refused in words; valid ones go through what a run derives from its config alone."""
-    from jsurgery.surgery.plan import check_budget, hybrid_config, named_budget
-    from jsurgery.wan.transformer import WanConfig
+    from jsurgery.attention.hybrid import hybrid_config
+    from jsurgery.rates import parse_block_budget
+    from jsurgery.surgery.plan import check_budget
+    from jsurgery.wan.model_config import WanConfig
 
     try:
         loaded = load_config("tiny", overrides)
         hybrid_config(loaded, [1])
-        named_budget(str(loaded.plan.budget))
+        parse_block_budget(str(loaded.plan.budget))
         check_budget(loaded, WanConfig(num_layers=6))
     except InputError as refusal:
         assert "config." in str(refusal), refusal
@@ -546,14 +548,14 @@ def shapes() -> st.SearchStrategy[tuple[Any, ...]]:
 def check_shape(shape: tuple[Any, ...]) -> str:
     """A video's size and rates to its token order: a permutation with every rate's softmax tokens first."""
     from jsurgery.attention.token_order import TokenOrder
-    from jsurgery.wan.pipeline import check_size, latent_grid
-    from jsurgery.wan.transformer import WanConfig
+    from jsurgery.wan.model_config import WanConfig
+    from jsurgery.wan.video_size import check_size, latent_grid
 
     frames, height, width, rates, lattice = shape
     try:
         check_video(frames, height, width)
         check_size(WanConfig(), frames, height, width)
-        config.check_rates("rates", rates)
+        rates.check_rates("rates", rates)
         t, h, w = WanConfig().token_grid(latent_grid(frames, height, width))
         if t * h * w > 100_000:
             return "large"

@@ -39,7 +39,7 @@ class Compilations(logging.Handler):
 def signal_at(number: int, step: int, log: str) -> None:
     import jax
 
-    from jsurgery.runtime.progress import Metrics
+    from jsurgery.runtime.metrics import Metrics
 
     write, compilations = Metrics.log, Compilations()
     jax.config.update("jax_log_compiles", True)

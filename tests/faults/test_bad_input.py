@@ -15,10 +15,10 @@ from collections.abc import Callable
 import pytest
 
 from jsurgery import cli
-from jsurgery.config import load_config
 from jsurgery.errors import InputError
+from jsurgery.io.safetensors import check_tensors, read_tensors
+from jsurgery.load_config import load_config
 from jsurgery.run import Run
-from jsurgery.wan.safetensors_files import check_tensors, read_tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = {

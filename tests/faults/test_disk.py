@@ -11,10 +11,10 @@ from etils import epath
 
 from jsurgery import cli
 from jsurgery.data.shards import Records, shard_path, write_shard
-from jsurgery.errors import InputError, refusal
+from jsurgery.errors import InputError, file_system_reason
+from jsurgery.io.files import write_json
+from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.stages import write_json
-from jsurgery.wan.safetensors_files import read_tensors, write_tensors
 
 MEGABYTE = 1 << 20
 
@@ -76,16 +76,16 @@ def test_a_full_disk_under_other_files(disk):
     write_json(marker, {"complete": False})
     with pytest.raises(Exception) as told:
         write_shard(shard_path(shards, 1), records(9))
-    assert "No space left on device" in (refusal(told.value) or ""), repr(told.value)
+    assert "No space left on device" in (file_system_reason(told.value) or ""), repr(told.value)
     with pytest.raises(OSError) as told:
         write_tensors(tensors, {"a": np.random.default_rng(0).random(MEGABYTE)})
-    assert "No space left on device" in (refusal(told.value) or "")
+    assert "No space left on device" in (file_system_reason(told.value) or "")
     with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
         while True:
             filler.write(os.urandom(4096))
     with pytest.raises(OSError) as told:
         write_json(marker, {"complete": True, "more": "x" * 100_000})
-    assert "No space left on device" in (refusal(told.value) or "")
+    assert "No space left on device" in (file_system_reason(told.value) or "")
     assert len(Records(folder / "shards")) == 1 and read_tensors(tensors)["a"].sum() == 9
     assert marker.read_text() == '{\n  "complete": false\n}\n'
 
@@ -120,4 +120,4 @@ def test_a_file_that_disappears_while_it_is_read(tmp_path):
     shard_path(tmp_path, 0).unlink()
     with pytest.raises(Exception) as told:
         [source[i] for i in range(3)]
-    assert isinstance(told.value, InputError) or refusal(told.value), repr(told.value)
+    assert isinstance(told.value, InputError) or file_system_reason(told.value), repr(told.value)

@@ -10,9 +10,9 @@ import pytest
 from etils import epath
 
 from jsurgery.errors import InputError
+from jsurgery.io.hashes import MANIFEST, find_damage
 from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.manifest import MANIFEST, damage
 
 STATE = {"a": np.arange(600, dtype=np.float32).reshape(30, 20), "b": (np.int32(3), np.ones(7, np.float32))}
 
@@ -60,7 +60,7 @@ def payload_of(files: list[pathlib.Path]) -> pathlib.Path:
 def test_one_flipped_bit_anywhere_is_found(files):
     newest, found = files
     assert len(found) > 5 and any(path.name == MANIFEST for path in found)
-    assert damage(epath.Path(newest)) == []
+    assert find_damage(epath.Path(newest)) == []
     rng = np.random.default_rng(0)
     trials = 0
     while trials < 100:
@@ -70,11 +70,11 @@ def test_one_flipped_bit_anywhere_is_found(files):
         content = path.read_bytes()
         place, bit = rng.integers(len(content)), rng.integers(8)
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
-        told = damage(epath.Path(newest))
+        told = find_damage(epath.Path(newest))
         assert told == [f"{path.relative_to(newest)} is not as it was written"], (path, place, bit)
         path.write_bytes(content)
         trials += 1
-    assert damage(epath.Path(newest)) == []
+    assert find_damage(epath.Path(newest)) == []
 
 
 def test_orbax_alone_does_not_see_it(files, monkeypatch):

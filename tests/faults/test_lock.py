@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.errors import InputError
 from jsurgery.runtime.lock import locked
-from jsurgery.runtime.stages import Stage
+from jsurgery.runtime.stage_folder import StageFolder
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
@@ -41,7 +41,7 @@ def other(tmp_path):
 
 
 def test_the_other_is_named_until_it_is_killed(tmp_path, other):
-    stage = Stage(tmp_path, "stage", ConfigDict({"seed": 0}), ["seed"])
+    stage = StageFolder(tmp_path, "stage", ConfigDict({"seed": 0}), ["seed"])
     runs = []
     with pytest.raises(InputError) as told:
         stage.run(lambda: runs.append(1))

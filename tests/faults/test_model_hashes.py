@@ -13,12 +13,13 @@ from etils import epath
 
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.runtime.stages import file_identity
+from jsurgery.io import hashes
+from jsurgery.io.hashes import HASHES, folder_fingerprint
+from jsurgery.io.safetensors import read_tensors
 from jsurgery.surgery.operate import save_model
-from jsurgery.wan.hashes import HASHES, check_hashes, write_hashes
-from jsurgery.wan.pipeline import BUNDLED, check_pipeline
-from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import load_transformer, read_config, save_transformer
+from jsurgery.wan.checkpoint import load_transformer, read_config, save_transformer
+from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.model_folder import BUNDLED, check_pipeline
 from tests.conftest import TINY_TRANSFORMER
 
 TRIALS = 100
@@ -148,9 +149,11 @@ def test_a_file_is_read_again_when_it_has_changed_and_only_then(tmp_path, monkey
     (tmp_path / "a").write_bytes(b"one")
     write_hashes(tmp_path, {}, "a")
     read = []
-    from jsurgery.wan import hashes
+    from jsurgery.wan import folder_hashes
 
-    monkeypatch.setattr(hashes, "fingerprint", lambda file, of=hashes.fingerprint: read.append(file) or of(file))
+    monkeypatch.setattr(
+        folder_hashes, "fingerprint", lambda file, of=hashes.size_and_sha256: read.append(file) or of(file)
+    )
     check_hashes(tmp_path)
     check_hashes(tmp_path)
     assert len(read) == 1
@@ -193,9 +196,9 @@ def test_the_bundled_model_is_hashed_and_sound():
 
 def test_hashes_do_not_change_which_model_it_is(model):
     """A run goes on when hashes are added to its teacher."""
-    before = file_identity(epath.Path(model))
+    before = folder_fingerprint(epath.Path(model))
     (model / "transformer" / HASHES).unlink()
-    assert file_identity(epath.Path(model)) == before
+    assert folder_fingerprint(epath.Path(model)) == before
 
 
 def test_diffusers_and_transformers_read_a_hashed_folder(model):

@@ -10,9 +10,9 @@ from flax import nnx
 from jsurgery.errors import InputError
 from jsurgery.runtime import guard
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.guard import Guard, faults
-from jsurgery.runtime.progress import read_metrics
-from jsurgery.surgery.learners import stepped
+from jsurgery.runtime.guard import Guard, non_finite
+from jsurgery.runtime.metrics import read_metrics
+from jsurgery.surgery.distillation.update import apply_gradients
 from pallas_kernels.feature_map import PolynomialMap
 from tests.faults.tiny_training import POISON, first_bad_step, saved_state, tiny_config, train, write_latents
 
@@ -87,11 +87,11 @@ def test_of_feature_maps_the_block_and_rate_are_named():
     state = {"maps": maps, "opt_state": optimizer.init(maps)}
     gradients = jax.tree.map(jnp.ones_like, maps)
     losses = jnp.ones((3, 2))
-    moved, same_losses = stepped(optimizer, state, losses, gradients)
+    moved, same_losses = apply_gradients(optimizer, state, losses, gradients)
     assert not np.array_equal(moved["maps"][0].log_scale, maps[0].log_scale) and (same_losses == 1).all()
     kernels = (gradients[1].kernels[0].at[1, 1, 2, 3, 4].set(jnp.nan),)
     bad = gradients[0], PolynomialMap(kernels, gradients[1].biases, gradients[1].log_scale, 1, "relu")
-    kept, losses = stepped(optimizer, state, losses, bad)
+    kept, losses = apply_gradients(optimizer, state, losses, bad)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(state), strict=True))
     assert np.argwhere(np.isnan(losses)).tolist() == [[1, 1]]
 
@@ -100,7 +100,10 @@ def test_faults_are_found_by_block():
     tree = {"blocks": {"kernel": np.ones((3, 2, 2))}, "head": {"kernel": np.ones((2, 2))}}
     tree["blocks"]["kernel"][2, 0, 1] = np.inf
     tree["head"]["kernel"][0, 0] = np.nan
-    assert guard.blamed(faults(jax.tree.map(jnp.asarray, tree))) == "blocks/kernel of block 2, head/kernel"
+    assert (
+        guard.describe_non_finite(non_finite(jax.tree.map(jnp.asarray, tree)))
+        == "blocks/kernel of block 2, head/kernel"
+    )
 
 
 def test_the_guard_asks_for_a_step_when_the_next_has_begun():

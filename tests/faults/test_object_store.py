@@ -9,11 +9,12 @@ from etils import epath
 from etils.epath import backend as backends
 from ml_collections import ConfigDict
 
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import MANIFEST, find_damage
 from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.manifest import MANIFEST, damage
-from jsurgery.runtime.progress import Metrics, read_metrics
-from jsurgery.runtime.stages import Stage, write_json
+from jsurgery.runtime.metrics import Metrics, read_metrics
+from jsurgery.runtime.stage_folder import StageFolder
 from tests.faults.fake_gcs import FakeGcs, Killed, install
 
 STEPS, EVERY = 4, 2
@@ -53,7 +54,7 @@ def store(monkeypatch):
 def launch() -> None:
     """A stage that trains: each step adds its number; ends with what was added up."""
     config = ConfigDict({"seed": 0})
-    stage = Stage("gs://bucket/run", "training", config, ["seed"])
+    stage = StageFolder("gs://bucket/run", "training", config, ["seed"])
 
     def train() -> None:
         with Checkpoints(stage.folder / "checkpoints", every=EVERY, keep=1) as checkpoints:
@@ -82,7 +83,7 @@ class Silent:
 def check(folder: epath.Path) -> None:
     """What claims to be complete is."""
     for manifest in [key for key in fsspec_keys(folder) if key.endswith(MANIFEST)]:
-        assert damage(epath.Path(f"gs://{manifest}").parent) == []
+        assert find_damage(epath.Path(f"gs://{manifest}").parent) == []
     if (folder / "stage.json").exists() and json.loads((folder / "stage.json").read_text())["complete"]:
         assert json.loads((folder / "result.json").read_text())["steps"] == [STEPS]
 
@@ -122,7 +123,7 @@ def test_a_marker_without_its_files_would_be_seen(store):
     launch()
     folder = epath.Path("gs://bucket/run/training/checkpoints/4")
     del store.objects["bucket/run/training/checkpoints/4/d/sum"]
-    assert damage(folder) == ["d/sum is missing"]
+    assert find_damage(folder) == ["d/sum is missing"]
 
 
 def test_an_object_store_has_no_lock(store):

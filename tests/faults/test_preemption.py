@@ -15,8 +15,8 @@ from flax import nnx
 from jsurgery import cli
 from jsurgery.data.latents import batches
 from jsurgery.errors import Interrupted, Terminated
+from jsurgery.runtime.metrics import Metrics, read_metrics
 from jsurgery.runtime.preemption import KINDS, Preemption
-from jsurgery.runtime.progress import Metrics, read_metrics
 from jsurgery.surgery import finetune
 from tests.faults.tiny_training import BATCH, SEED, saved_state, tiny_config, train, write_latents
 

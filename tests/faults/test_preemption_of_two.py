@@ -20,7 +20,7 @@ import numpy as np
 from jsurgery.config import base
 from jsurgery.errors import Interrupted, Terminated
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import fetched, make_mesh, put_state
+from jsurgery.runtime.mesh import to_host, make_mesh, put_state
 from jsurgery.runtime.preemption import Preemption
 
 config = base()
@@ -42,7 +42,7 @@ try:
             preemption.leave()
 except (Terminated, Interrupted) as error:
     said["ended"] = type(error).__name__
-said["state"] = fetched(state)["ffn_in"]["kernel"].tolist()
+said["state"] = to_host(state)["ffn_in"]["kernel"].tolist()
 print(json.dumps(said), flush=True)
 """.replace("STEPS", str(STEPS))
 

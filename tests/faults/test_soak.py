@@ -5,7 +5,7 @@
 
 import pytest
 
-from jsurgery.runtime.manifest import MANIFEST
+from jsurgery.io.hashes import MANIFEST
 from tests.faults.workdirs import Workdirs, check_whole, result
 
 

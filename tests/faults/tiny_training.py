@@ -8,14 +8,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import load_config
 from jsurgery.data.latents import batches
 from jsurgery.data.shards import shard_path, text_array, write_shard
-from jsurgery.runtime import training
+from jsurgery.load_config import load_config
+from jsurgery.runtime import optimizer
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.guard import Guard
 from jsurgery.surgery import finetune
-from jsurgery.wan.transformer import load_transformer
+from jsurgery.wan.checkpoint import load_transformer
 
 CLIPS, BATCH, SEED = 12, 2, 3
 POISON = 2e4  # a finite latent by which only a gradient becomes NaN
@@ -71,7 +71,7 @@ def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=N
     """Fine-tuning of the tiny transformer; guarded and other updates are compiled once each."""
     monkeypatch.setattr(finetune, "velocity_loss", poisoned)
     if not guarded:
-        monkeypatch.setattr(training, "kept", lambda finite, new, old: new)
+        monkeypatch.setattr(optimizer, "kept", lambda finite, new, old: new)
         monkeypatch.setattr(Guard, "see", lambda self, *seen: None)
     monkeypatch.setattr(finetune, "_make_update", compiled[guarded])
     student = load_transformer(model / "transformer")

@@ -16,17 +16,18 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import load_config
 from jsurgery.data import sprites
 from jsurgery.data.shards import Record, Records, shard_path, text_array, write_shard
-from jsurgery.evaluate.video_file import write_video
+from jsurgery.data.video_writer import write_video
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import MANIFEST, find_damage
+from jsurgery.io.safetensors import read_tensors
+from jsurgery.load_config import load_config
 from jsurgery.run import Run
-from jsurgery.runtime.manifest import MANIFEST, damage
-from jsurgery.runtime.stages import Stage, write_json
-from jsurgery.surgery.distill import initial_maps
-from jsurgery.surgery.distilled import TRAINED, save_maps
-from jsurgery.wan.pipeline import latent_grid
-from jsurgery.wan.safetensors_files import read_tensors
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.surgery.distillation.saved_maps import TRAINED, save_maps
+from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.wan.video_size import latent_grid
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
@@ -163,7 +164,7 @@ def check_whole(workdir: pathlib.Path) -> int:
             continue
         looked_at += 1
     for manifest in workdir.rglob(MANIFEST):
-        assert damage(epath.Path(manifest.parent)) == [], manifest
+        assert find_damage(epath.Path(manifest.parent)) == [], manifest
         looked_at += 1
     return looked_at
 
@@ -184,7 +185,7 @@ def make_up(config: ConfigDict, workdir: pathlib.Path) -> None:
     shape = (*latent_grid(config.video.frames, config.video.height, config.video.width), model.in_channels)
     noise = lambda *shape: rng.normal(size=shape).astype(np.float32)
 
-    def write(stage: Stage, shards: str, records: Iterator[Record]) -> None:
+    def write(stage: StageFolder, shards: str, records: Iterator[Record]) -> None:
         stage.begin()
         write_shard(shard_path(stage.folder / shards, 0), records)
         stage.end()

@@ -7,14 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from jsurgery.config import base, flat
-from jsurgery.cost import core_flops
+from jsurgery.config import base, flatten
 from jsurgery.data import sprites
+from jsurgery.data.video_writer import write_video
 from jsurgery.evaluate.sprites_score import DIMENSIONS, summarize
-from jsurgery.evaluate.video_file import write_video
-from jsurgery.report import clips
-from jsurgery.surgery.plan import workload
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.report import video_player
+from jsurgery.wan.cost import core_flops, workload
+from jsurgery.wan.model_config import WanConfig
 
 MODELS = ("teacher", "not_distilled", "distilled", "finetuned")
 RATES = (2, 4, 8, "linear")
@@ -37,7 +36,7 @@ def tiny_config(teacher):
 def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80), model=MODEL, plan=PLAN, seed=0):
     """What the stages leave, with made-up numbers and clips of blocky noise over sprites."""
     rng = np.random.default_rng(seed)
-    write(folder / "config.json", dict(flat(config)))
+    write(folder / "config.json", dict(flatten(config)))
     blocks = model.num_layers
     errors = np.sort(rng.uniform(0.02, 0.4, (blocks, 4)), axis=1)
     share = np.array([0.62, 0.41, 0.25, 0.0]) + rng.uniform(-0.05, 0.05, (blocks, 4)) * [1, 1, 1, 0]
@@ -181,7 +180,7 @@ class Page(HTMLParser):
     def videos(self):
         """Of every prompt: uint8 [F, h, w, 3], the models' clips side by side."""
         found = [data for name, data in self.data.items() if name.startswith("video-")]
-        return [clips.decode(base64.b64decode(video))[0] for video in found]
+        return [video_player.decode(base64.b64decode(video))[0] for video in found]
 
     @property
     def rows(self):

@@ -14,10 +14,10 @@ from etils import epath
 from PIL import Image
 
 from jsurgery.cli import main
-from jsurgery.config import flat
+from jsurgery.config import flatten
+from jsurgery.data.video_writer import write_video
 from jsurgery.errors import InputError
-from jsurgery.evaluate.video_file import write_video
-from jsurgery.report import clips, front
+from jsurgery.report import pareto_slider, video_player
 from jsurgery.report.charts import line_chart, linear_ticks, log_ticks, running_mean
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import parity, write_report
@@ -25,7 +25,7 @@ from jsurgery.report.run_files import read_run
 from jsurgery.report.summary import result_lines
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import block_costs
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.model_config import WanConfig
 from tests.report.made_up_run import (
     HOSTILE,
     MODEL,
@@ -118,7 +118,8 @@ def test_clips_are_those_of_the_workdir_side_by_side(config, workdir):
             left = place * row["offset"]
             shown = video[:, : row["height"], left : left + row["width"]].astype(float)
             sources = {
-                n: clips.read_clip(workdir / "evaluation" / "videos" / n / f"{number:04d}.mp4", 192)[0] for n in MODELS
+                n: video_player.read_clip(workdir / "evaluation" / "videos" / n / f"{number:04d}.mp4", 192)[0]
+                for n in MODELS
             }
             distance = {n: np.abs(shown - clip).mean() for n, clip in sources.items()}
             assert min(distance, key=distance.__getitem__) == name and distance[name] < 8
@@ -127,7 +128,7 @@ def test_clips_are_those_of_the_workdir_side_by_side(config, workdir):
 def test_the_teacher_lies_above_the_final_model_in_the_grid(config, workdir):
     report(config, workdir)
     videos = workdir / "evaluation" / "videos"
-    count, height, width, _ = clips.read_clip(videos / "teacher" / "0000.mp4", 192)[0].shape
+    count, height, width, _ = video_player.read_clip(videos / "teacher" / "0000.mp4", 192)[0].shape
     with Image.open(workdir / "comparison.gif") as grid:
         assert grid.size == (2 * width, 2 * height) and grid.n_frames == count
         grid.seek(3)
@@ -135,11 +136,11 @@ def test_the_teacher_lies_above_the_final_model_in_the_grid(config, workdir):
     for row, name in enumerate(("teacher", "finetuned")):
         for column in range(2):
             tile = shown[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            frames = {n: clips.read_clip(videos / n / f"{column:04d}.mp4", 192)[0][3] for n in MODELS}
+            frames = {n: video_player.read_clip(videos / n / f"{column:04d}.mp4", 192)[0][3] for n in MODELS}
             distance = {n: np.abs(tile - clip).mean() for n, clip in frames.items()}
             assert min(distance, key=distance.__getitem__) == name and distance[name] < 10
 
-    assert clips.side_by_side(workdir / "no" / "videos", ["teacher"], 2) is None
+    assert video_player.side_by_side(workdir / "no" / "videos", ["teacher"], 2) is None
 
 
 def test_numbers_are_those_of_the_files(config, workdir):
@@ -387,7 +388,7 @@ def test_fidelity_to_the_teacher(config, workdir):
 def test_every_budget_has_its_optimum(config, workdir):
     write_report(config, workdir)
     run = read_run(workdir, config)
-    data, chart = front.trade_off(run)
+    data, chart = pareto_slider.trade_off(run)
     assert data["whole"] and {line.label for line in chart.lines} >= {"the front", "the chosen plan", "R8 alone"}
     rates = [*config.plan.rates]
     costs = block_costs(config, MODEL)
@@ -404,20 +405,20 @@ def test_every_budget_has_its_optimum(config, workdir):
 
 def test_a_front_that_is_too_large_is_solved_budget_by_budget(config, workdir, monkeypatch):
     run = read_run(workdir, config)
-    whole, _ = front.trade_off(run)
+    whole, _ = pareto_slider.trade_off(run)
 
     def too_large(errors, costs):
         raise InputError("more than 1000000 partial plans")
 
-    monkeypatch.setattr(front, "pareto_front", too_large)
-    monkeypatch.setattr(front, "BUDGETS", 7)
-    thin, _ = front.trade_off(run)
+    monkeypatch.setattr(pareto_slider, "pareto_front", too_large)
+    monkeypatch.setattr(pareto_slider, "BUDGETS", 7)
+    thin, _ = pareto_slider.trade_off(run)
     assert not thin["whole"] and len(thin["plans"]) == 7
     for share, error in zip(thin["shares"], thin["errors"], strict=True):
         assert whole["errors"][np.searchsorted(whole["shares"], share * (1 - 1e-9))] == pytest.approx(error)
     monkeypatch.undo()
-    monkeypatch.setattr(front, "PLANS", 5)
-    thin, _ = front.trade_off(run)
+    monkeypatch.setattr(pareto_slider, "PLANS", 5)
+    thin, _ = pareto_slider.trade_off(run)
     assert not thin["whole"] and len(thin["plans"]) == 5 and thin["shares"][-1] == whole["shares"][-1]
 
 
@@ -449,7 +450,7 @@ def test_the_control_is_not_called_a_hybrid(config, workdir):
 
 def test_every_field_and_version_is_there(config, workdir):
     text = report(config, workdir).text
-    for field, value in flat(config):
+    for field, value in flatten(config):
         assert f"{field}{value}" in text.replace("\n", "")
     assert f"jax {version('jax')}" in text and f"flax {version('flax')}" in text
 
@@ -467,8 +468,8 @@ def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
         for i in range(3):
             write_video(folder / name / f"{i:04d}.mp4", rng.integers(0, 256, (9, 64, 96, 3), np.uint8), fps=8)
     full = sum(file.stat().st_size for file in folder.rglob("*.mp4"))
-    monkeypatch.setattr(clips, "PAGE_BYTES", full // 4)
-    monkeypatch.setattr(clips, "PROMPT_BYTES", full // 10)
+    monkeypatch.setattr(video_player, "PAGE_BYTES", full // 4)
+    monkeypatch.setattr(video_player, "PROMPT_BYTES", full // 10)
     page = report(config, workdir)
     sizes = [len(video) for name, video in page.data.items() if name.startswith("video-")]
     assert len(sizes) == 2  # the third prompt would have left too little for each
@@ -478,7 +479,7 @@ def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
 
 
 def test_a_page_stays_under_its_bound(config, workdir):
-    assert 4 / 3 * clips.PAGE_BYTES < 14e6  # base64 adds a third
+    assert 4 / 3 * video_player.PAGE_BYTES < 14e6  # base64 adds a third
     write_report(config, workdir)
     assert (workdir / "report.html").stat().st_size < 400_000
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from jsurgery.evaluate.video_file import write_video
+from jsurgery.data.video_writer import write_video
 from jsurgery.report.page import write_report
 from jsurgery.report.run_files import read_run
 from jsurgery.surgery.knapsack import solve

@@ -3,8 +3,8 @@
 import pytest
 
 from jsurgery.cli import main
-from jsurgery.config import load_config, split_topology
 from jsurgery.errors import InputError
+from jsurgery.load_config import load_config, split_topology
 
 SIZE = {"video.frames": "5", "video.height": "32", "video.width": "48", "hybrid.rates": "2", "plan.rates": "(1, 2)",
         "plan.budget": "1R2", "trace.prompts": "2", "trace.holdout": "1"}  # fmt: skip
@@ -79,9 +79,9 @@ def test_topologies(refused, command, code, parts):
 
 @pytest.mark.parametrize("name", ["wan_1_3b_lowres", "wan_1_3b", "wan_14b"])
 def test_the_shipped_topologies_hold_together(name):
-    from jsurgery.chips import parse_topology
-    from jsurgery.report.cost_table import find_subject
+    from jsurgery.estimate.chips import parse_topology
     from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
+    from jsurgery.wan.models import find_sizes
 
     with pytest.raises(InputError, match="expected a topology that .* knows") as raised:
         load_config(f"{name}@v4:2x2")
@@ -89,7 +89,7 @@ def test_the_shipped_topologies_hold_together(name):
         config = load_config(f"{name}@{topology}", {"model.path": ""})
         mesh = abstract_mesh(config.mesh)
         assert mesh.size == parse_topology(topology)[1]
-        check_heads(mesh, find_subject(config, f"{name}@{topology}").transformer.num_attention_heads, "gather")
+        check_heads(mesh, find_sizes(config, f"{name}@{topology}").transformer.num_attention_heads, "gather")
         for batch in (config.distill.batch, config.trace.batch, config.evaluate.batch, config.finetune.batch):
             check_batch(mesh, batch)
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import DoesNotFit
-from jsurgery.runtime.mesh import AXES, PARAMETERS, local_rows, make_mesh, parameter_shardings, put_rows
-from jsurgery.wan.transformer import WanConfig, WanTransformer
+from jsurgery.runtime.mesh import AXES, PARAMETERS, global_batch, local_rows, make_mesh, parameter_shardings
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.transformer import WanTransformer
 
 
 def test_more_devices_than_there_are():
@@ -46,7 +47,7 @@ def test_a_process_reads_the_rows_that_its_devices_hold():
     mesh = make_mesh(ConfigDict({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}))
     rows = local_rows(mesh, 6)
     assert rows == list(range(6))
-    placed = put_rows(mesh, rows, 6, {"x": np.arange(12.0).reshape(6, 2)})
+    placed = global_batch(mesh, rows, 6, {"x": np.arange(12.0).reshape(6, 2)})
     np.testing.assert_array_equal(placed["x"], np.arange(12.0).reshape(6, 2))
     with pytest.raises(DoesNotFit, match="data 2 x fsdp 2 divides, found 6 examples"):
         local_rows(AbstractMesh((2, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4), 6)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from jsurgery.cli import main
-from jsurgery.config import load_config
 from jsurgery.data.shards import Records
 from jsurgery.errors import InputError
+from jsurgery.io.safetensors import read_tensors
+from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime import processes
-from jsurgery.runtime.progress import read_metrics
-from jsurgery.wan.safetensors_files import read_tensors
+from jsurgery.runtime.metrics import read_metrics
 
 FIELDS = {
     "video.frames": "5", "video.height": "64", "video.width": "48", "sampler.steps": "3", "trace.prompts": "4",
@@ -33,7 +33,7 @@ STAGES = ("distill", "plan", "operate", "finetune")
 
 TWO = """
 import json, sys
-from jsurgery.config import load_config
+from jsurgery.load_config import load_config
 from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.runtime import processes
 
@@ -41,9 +41,9 @@ coordinator, number, workdir, fields, mesh, *stages = sys.argv[1:]
 number, fields, mesh = int(number), json.loads(fields), json.loads(mesh)
 processes.join(coordinator, 2, number)
 import numpy as np
-from jsurgery.run import begin
+from jsurgery.run import start_run
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import fetched, make_mesh, put_state
+from jsurgery.runtime.mesh import to_host, make_mesh, put_state
 
 def tell(work):
     try:
@@ -61,8 +61,8 @@ tell(lambda: processes.once(lambda: {"by": number}))
 tell(lambda: processes.once(lambda: fail(InputError("no such file"))))
 tell(lambda: processes.once(lambda: fail(ValueError("a fault"))))
 tell(lambda: processes.together(lambda: fail(InputError("no such host")) if number else "fine"))
-tell(lambda: begin(load_config("tiny", fields | {"log_every": str(1 + number)} | mesh), workdir))
-tell(lambda: begin(load_config("tiny", fields), workdir))
+tell(lambda: start_run(load_config("tiny", fields | {"log_every": str(1 + number)} | mesh), workdir))
+tell(lambda: start_run(load_config("tiny", fields), workdir))
 
 def restored():
     devices = make_mesh(load_config("tiny", mesh).mesh)
@@ -73,11 +73,11 @@ def restored():
     step, found = checkpoints.restore(put_state(devices, {"ffn_in": {"kernel": np.zeros((8, 6), np.float32)}}))
     kernel = found["ffn_in"]["kernel"]
     held = [np.asarray(shard.data).shape for shard in kernel.addressable_shards]
-    return {"step": step, "held": held, "kernel": fetched(kernel).ravel().tolist()}
+    return {"step": step, "held": held, "kernel": to_host(kernel).ravel().tolist()}
 
 tell(restored)
-begin(load_config("tiny", fields | mesh), workdir + "_traced").stage("trace")
-run = begin(load_config("tiny", fields | mesh), workdir)
+start_run(load_config("tiny", fields | mesh), workdir + "_traced").stage("trace")
+run = start_run(load_config("tiny", fields | mesh), workdir)
 for stage in stages:
     run.stage(stage)
 """
@@ -274,7 +274,7 @@ def test_nobody_listens(monkeypatch):
 def test_a_process_that_is_alone_asks_nobody():
     processes.join(None, None, None)
     assert processes.is_first() and not processes.several()
-    assert processes.exchange("hello") == ["hello"]
-    assert processes.once(lambda: 1) == processes.together(lambda: 1) == 1
+    assert processes.gather_messages("hello") == ["hello"]
+    assert processes.on_first(lambda: 1) == processes.on_all(lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):
-        processes.once(lambda: 1 / 0)
+        processes.on_first(lambda: 1 / 0)

@@ -1,4 +1,5 @@
-from jsurgery.runtime.progress import Metrics, Progress, clock, read_metrics
+from jsurgery.runtime.metrics import Metrics, read_metrics
+from jsurgery.runtime.progress import Progress, clock
 
 
 def test_metrics_survive_a_restart_without_what_came_after_it(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.model_config import WanConfig
 
 
 @pytest.fixture(scope="module")

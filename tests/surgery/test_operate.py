@@ -6,12 +6,14 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig
+from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.surgery.distilled import load_maps, save_maps
+from jsurgery.surgery.distillation.saved_maps import load_maps, save_maps
 from jsurgery.surgery.operate import operate, save_model
-from jsurgery.wan.transformer import WanConfig, load_transformer
-from pallas_kernels import init_polynomial_map
+from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.wan.model_config import WanConfig
+from pallas_kernels.feature_map import init_polynomial_map
 
 BLOCKS, HEADS, WIDTH = 4, 2, 6
 RATES = (2, 8, "linear")

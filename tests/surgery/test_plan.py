@@ -7,21 +7,20 @@ import pytest
 from etils import epath
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from jsurgery.attention.hybrid import hybrid_config
 from jsurgery.config import base
-from jsurgery.cost import core_flops
 from jsurgery.errors import InputError
 from jsurgery.surgery.plan import (
     block_costs,
     budget_cost,
     check_budget,
-    front,
-    hybrid_config,
     plan,
     read_costs,
     read_plan,
-    workload,
+    write_pareto_front,
 )
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.wan.cost import core_flops, workload
+from jsurgery.wan.model_config import WanConfig
 
 FOUR_BLOCKS = WanConfig(num_layers=4)
 WAN_1_3B = WanConfig()
@@ -258,7 +257,7 @@ def front_of(distilled, errors, rows, rates, **changes):
     config = config_with(costs=path, rates=tuple(rates), **changes)
     model, folder = WanConfig(num_layers=len(errors)), distilled.parent / "plan"
     plan(config, model, distilled, folder)
-    return front(config, model, distilled, folder)
+    return write_pareto_front(config, model, distilled, folder)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jsurgery.config import load_config
 from jsurgery.data.latents import batches, encode_sprites
+from jsurgery.load_config import load_config
+from jsurgery.runtime import optimizer
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.surgery import finetune as stage
+from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.pipeline import load_pipeline
-from jsurgery.wan.transformer import load_transformer
 
 FIELDS = {
     "video.frames": "5", "video.height": "32", "video.width": "48", "finetune.batch": "2", "finetune.ema": "0.9",
@@ -64,7 +65,7 @@ def tuned(tiny_pipeline, latents, folder, steps, monkeypatch, forgotten=0):
     student = load_transformer(tiny_pipeline / "transformer")
     stage.finetune(config, student, teacher, latents, epath.Path(folder))
     state = {"params": None, "opt_state": None, "ema": None, "step": None}
-    saved = stage.initial_state(stage.nnx.split(student)[1], stage.adamw(config.finetune), 0.9)
+    saved = optimizer.initial_train_state(stage.nnx.split(student)[1], optimizer.adamw(config.finetune), 0.9)
     with Checkpoints(epath.Path(folder) / "checkpoints", every=1, keep=9) as checkpoints:
         step, saved = checkpoints.restore(saved)
     assert step == steps == int(saved["step"]) and saved.keys() == state.keys()
@@ -102,10 +103,11 @@ from ml_collections import ConfigDict
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import base
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import AXES, make_mesh, put_rows, put_state
-from jsurgery.runtime.training import adamw, initial_state
+from jsurgery.runtime.mesh import AXES, make_mesh, global_batch, put_state
+from jsurgery.runtime.optimizer import adamw, initial_train_state
 from jsurgery.surgery.finetune import make_update
-from jsurgery.wan.transformer import WanConfig, WanTransformer
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.transformer import WanTransformer
 
 network = WanConfig(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
                     freq_dim=16, ffn_dim=32, num_layers=2, hybrid=HybridConfig(rates=(8, 8)))
@@ -122,9 +124,9 @@ for number, sizes in enumerate([(1, 4, 1, 2), (2, 2, 1, 1), (1, 1, 1, 1)]):
     model.spread(mesh)
     graph, params = nnx.split(model)
     update = make_update(config, optimizer, graph, graph)
-    placed, key = put_rows(mesh, range(4), 4, batch), jax.random.key(7)
+    placed, key = global_batch(mesh, range(4), 4, batch), jax.random.key(7)
     checkpoints = Checkpoints(sys.argv[1], every=1, keep=1)
-    state = put_state(mesh, initial_state(jax.tree.map(jnp.copy, params), optimizer, 0.9))
+    state = put_state(mesh, initial_train_state(jax.tree.map(jnp.copy, params), optimizer, 0.9))
     step, state = checkpoints.restore(state)
     if step == 0:
         for step in range(1, 4):

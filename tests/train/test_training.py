@@ -7,14 +7,13 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from jsurgery.config import load_config
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.data.sprites import all_captions
 from jsurgery.errors import InputError
+from jsurgery.load_config import load_config
 from jsurgery.train.transformer import flow_matching_loss, train_transformer
-from jsurgery.wan.text_encoder import save_text_encoder
+from jsurgery.wan.checkpoint import save_text_encoder, save_transformer
 from jsurgery.wan.tokenizer import train_tokenizer
-from jsurgery.wan.transformer import save_transformer
 
 
 def test_loss_is_zero_for_the_true_velocity_and_blanks_a_share_of_captions():

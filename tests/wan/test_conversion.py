@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from jsurgery import cli
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.wan import weights
-from jsurgery.wan.convert import convert, original_text_encoder_name, original_vae_name
-from jsurgery.wan.safetensors_files import read_tensors, write_tensors
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder, position_buckets
-from jsurgery.wan.transformer import WanConfig, save_transformer
-from jsurgery.wan.vae import VaeConfig, WanVae, load_vae
+from jsurgery.io.safetensors import read_tensors, write_tensors
+from jsurgery.wan import checkpoint_layouts, torch_layout
+from jsurgery.wan.checkpoint import load_text_encoder, load_vae, save_transformer
+from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
+from jsurgery.wan.convert import convert
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.text_encoder import TextEncoder, position_buckets
+from jsurgery.wan.vae import WanVae
 
 ONE_HEAD = WanConfig(
     num_attention_heads=1, in_channels=4, out_channels=4, text_dim=24, freq_dim=32, ffn_dim=48, num_layers=2
@@ -49,7 +51,9 @@ def test_a_transformer_around_all_layouts(tmp_path, random_transformer, capsys):
         assert cli.main(["convert", *arguments]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / output)
         previous = output
-    assert set(read_tensors(tmp_path / "diffusers")) == set(weights.transformer_tensors(random_transformer(ONE_HEAD)))
+    assert set(read_tensors(tmp_path / "diffusers")) == set(
+        checkpoint_layouts.transformer_tensors(random_transformer(ONE_HEAD))
+    )
     found = read_tensors(tmp_path / "c")
     assert all(tensor.dtype == ml_dtypes.bfloat16 for tensor in found.values())
     np.testing.assert_equal(found, tensors)
@@ -141,7 +145,7 @@ def test_bfloat16_in_a_pth_stays_bfloat16(tmp_path):
 
 
 def test_names_of_umt5_xxl():
-    shapes = weights.mirrored_shapes(nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0))))
+    shapes = torch_layout.mirrored_shapes(nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0))))
     found = {original_text_encoder_name(name): shape for name, shape in shapes.items()}
     expected = original_umt5(vocab=256384, dim=4096, heads=64, head_dim=64, ffn=10240, layers=24, buckets=32)
     assert found == expected and len(found) == 242
@@ -149,7 +153,7 @@ def test_names_of_umt5_xxl():
 
 def test_names_of_the_vae():
     """diffusers' own converter is the judge."""
-    shapes = weights.mirrored_shapes(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
+    shapes = torch_layout.mirrored_shapes(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
     original = {original_vae_name(name): name for name in shapes}
     assert len(original) == len(shapes) == 194
     assert convert_wan_vae_to_diffusers(dict(original)) == {name: name for name in shapes}

@@ -17,13 +17,16 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
-from jsurgery.attention.hybrid import FeatureMapConfig, HybridConfig, token_order
+from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.hybrid import HybridConfig, token_order
 from jsurgery.errors import InputError
+from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.surgery.operate import operate
-from jsurgery.wan import weights
-from jsurgery.wan.safetensors_files import read_tensors, write_tensors
-from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, save_transformer
-from pallas_kernels import hybrid_attention
+from jsurgery.wan import checkpoint_layouts
+from jsurgery.wan.checkpoint import load_transformer, save_transformer
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.transformer import WanTransformer
+from pallas_kernels.api import hybrid_attention
 
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 4, "text_dim": 12,
@@ -175,7 +178,7 @@ def value_and_gradients(graph, params, arguments, cotangent):
 
 
 def in_double(model):
-    tensors = weights.transformer_tensors(model).items()
+    tensors = checkpoint_layouts.transformer_tensors(model).items()
     return {name: torch.tensor(tensor, dtype=torch.float64, requires_grad=True) for name, tensor in tensors}
 
 
@@ -230,7 +233,7 @@ def test_a_model_is_equation_5_in_natural_order(build, case, grid, with_gradient
     if with_gradients:
         cotangent = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
         velocity, gradients = value_and_gradients(graph, params, arguments, cotangent)
-        gradients = weights.transformer_tensors(nnx.merge(graph, gradients))
+        gradients = checkpoint_layouts.transformer_tensors(nnx.merge(graph, gradients))
         (expected * torch.tensor(cotangent)).sum().backward()
         assert gradients.keys() == tensors.keys()
         assert gradient_error(gradients, tensors) < 1e-5
@@ -308,7 +311,7 @@ def test_a_hybrid_of_another_format_is_refused(build, tmp_path):
 
 def test_a_hybrid_has_no_original_layout(build):
     with pytest.raises(InputError, match="no original layout"):
-        weights.transformer_tensors(build(CASES["cubic"]), "original")
+        checkpoint_layouts.transformer_tensors(build(CASES["cubic"]), "original")
 
 
 def test_diffusers_does_not_take_a_hybrid_for_a_wan_transformer(build, tmp_path):

@@ -8,10 +8,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-from jsurgery.config import load_config
+from jsurgery.diffusion import initial_noise
 from jsurgery.errors import InputError
-from jsurgery.wan.pipeline import BUNDLED, check_size, guided_velocity, initial_noise, load_pipeline
-from jsurgery.wan.transformer import WanConfig
+from jsurgery.load_config import load_config
+from jsurgery.wan.guidance import guided_velocity
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import BUNDLED
+from jsurgery.wan.pipeline import load_pipeline
+from jsurgery.wan.video_size import check_size
 
 PROMPT = "a red circle moves left over a grey background"
 NEGATIVE = "a blue square"

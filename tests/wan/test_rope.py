@@ -10,9 +10,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.rope import apply_rope, rope_tables
-from jsurgery.wan.transformer import load_transformer
-from pallas_kernels import hybrid_attention
+from pallas_kernels.api import hybrid_attention
 
 
 @pytest.mark.parametrize(("head_dim", "grid"), [(128, (21, 30, 52)), (32, (5, 12, 10)), (20, (3, 7, 1))])

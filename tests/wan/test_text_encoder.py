@@ -11,16 +11,11 @@ import torch
 import transformers
 
 from jsurgery.errors import InputError
-from jsurgery.wan.text_encoder import (
-    TextEncoder,
-    TextEncoderConfig,
-    encode_prompts,
-    load_text_encoder,
-    position_buckets,
-    save_text_encoder,
-)
+from jsurgery.wan.checkpoint import load_text_encoder, save_text_encoder
+from jsurgery.wan.model_config import TextEncoderConfig
+from jsurgery.wan.text_encoder import TextEncoder, encode_prompts, position_buckets
 from jsurgery.wan.tokenizer import train_tokenizer
-from jsurgery.wan.weights import load_mirrored, mirrored_tensors
+from jsurgery.wan.torch_layout import load_mirrored, mirrored_tensors
 
 CONFIGS = [
     TextEncoderConfig(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_heads=3, num_layers=2),

@@ -11,9 +11,9 @@ from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.wan import weights
-from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import load_transformer, save_transformer
+from jsurgery.io.safetensors import read_tensors
+from jsurgery.wan import checkpoint_layouts
+from jsurgery.wan.checkpoint import load_transformer, save_transformer
 
 SIZES = {
     "small": {
@@ -86,7 +86,7 @@ def test_every_tensor_matters(tmp_path):
     for name in tensors:
         # No tensor is exempt: even a bias of keys matters, as norm and RoPE come after it.
         changed = tensors | {name: tensors[name] + 0.5 * np.sign(tensors[name])}
-        weights.load_transformer_tensors(model, changed)
+        checkpoint_layouts.load_transformer_tensors(model, changed)
         assert np.abs(velocity(model, *arguments) - expected).max() > 1e-4, name
 
 
@@ -99,7 +99,7 @@ def test_names_what_does_not_fit(tmp_path):
     tensors["extra"] = np.zeros(3)
     tensors["proj_out.bias"] = np.zeros(5)
     with pytest.raises(InputError) as error:
-        weights.load_transformer_tensors(model, tensors)
+        checkpoint_layouts.load_transformer_tensors(model, tensors)
     message = str(error.value)
     assert "missing blocks.1.attn1.to_q.weight" in message and "unexpected extra (3,)" in message
     assert "proj_out.bias should be (16,), is (5,)" in message and "\n" not in message

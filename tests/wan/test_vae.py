@@ -15,11 +15,14 @@ from flax import nnx
 
 from jsurgery.data import sprites
 from jsurgery.errors import InputError
+from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.wan import vae as vae_module
-from jsurgery.wan.pipeline import BUNDLED
-from jsurgery.wan.safetensors_files import read_tensors, write_tensors
-from jsurgery.wan.vae import RMSNorm, Tiling, VaeConfig, WanVae, load_vae, save_vae
-from jsurgery.wan.weights import load_mirrored, mirrored_tensors
+from jsurgery.wan.checkpoint import load_vae, save_vae
+from jsurgery.wan.model_config import VaeConfig
+from jsurgery.wan.model_folder import BUNDLED
+from jsurgery.wan.torch_layout import load_mirrored, mirrored_tensors
+from jsurgery.wan.vae import RMSNorm, WanVae
+from jsurgery.wan.vae_tiles import Tiling
 
 CONFIGS = {
     "wan": VaeConfig(base_dim=8, z_dim=4, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.5, 0.5, 2.0, 1.0)),

@@ -22,10 +22,12 @@ from flax import nnx
 
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.wan import weights
-from jsurgery.wan.safetensors_files import LazyTensor, open_tensors, read_tensors, write_shards, write_tensors
-from jsurgery.wan.text_encoder import TextEncoder, TextEncoderConfig
-from jsurgery.wan.transformer import WanConfig, WanTransformer, load_transformer, read_config, save_transformer
+from jsurgery.io.safetensors import LazyTensor, open_tensors, read_tensors, write_shards, write_tensors
+from jsurgery.wan import checkpoint_layouts, torch_layout
+from jsurgery.wan.checkpoint import load_transformer, read_config, save_transformer
+from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
+from jsurgery.wan.text_encoder import TextEncoder
+from jsurgery.wan.transformer import WanTransformer
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = {
@@ -95,17 +97,17 @@ def write_header(file: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> None
 def test_names_and_shapes_at_true_size(name):
     config, count, parameters = PUBLISHED[name]
     model = abstract(config)
-    found = {n: tensor.shape for n, tensor in weights.lazy_transformer_tensors(model, "original").items()}
+    found = {n: tensor.shape for n, tensor in checkpoint_layouts.lazy_transformer_tensors(model, "original").items()}
     assert found == original_shapes(config)
     assert len(found) == count
 
     with torch.device("meta"):
         reference = WanTransformer3DModel(**diffusers_fields(config))
-    found = {n: tensor.shape for n, tensor in weights.lazy_transformer_tensors(model).items()}
+    found = {n: tensor.shape for n, tensor in checkpoint_layouts.lazy_transformer_tensors(model).items()}
     assert found == {n: tuple(tensor.shape) for n, tensor in reference.state_dict().items()}
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == parameters
 
-    comfyui = weights.lazy_transformer_tensors(model, "comfyui")
+    comfyui = checkpoint_layouts.lazy_transformer_tensors(model, "comfyui")
     assert set(comfyui) == {f"model.diffusion_model.{n}" for n in original_shapes(config)}
 
 
@@ -132,7 +134,7 @@ def test_14b_traces_and_reads_every_tensor():
 
 def test_umt5_xxl_traces_and_reads_every_tensor():
     encoder = nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0)))
-    shapes = weights.mirrored_shapes(encoder)
+    shapes = torch_layout.mirrored_shapes(encoder)
     config = transformers.UMT5Config(**TextEncoderConfig().to_json())
     with torch.device("meta"):
         reference = transformers.UMT5EncoderModel(config)
@@ -196,9 +198,9 @@ def test_shards_are_diffusers_own(tmp_path, random_transformer):
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05}.safetensors"
     assert sorted(set(index["weight_map"].values())) == files
-    expected = weights.transformer_tensors(model)
+    expected = checkpoint_layouts.transformer_tensors(model)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
-    np.testing.assert_equal(weights.transformer_tensors(load_transformer(tmp_path)), expected)
+    np.testing.assert_equal(checkpoint_layouts.transformer_tensors(load_transformer(tmp_path)), expected)
     reference = WanTransformer3DModel.from_pretrained(tmp_path)
     for name, tensor in reference.state_dict().items():
         assert np.array_equal(tensor.numpy(), expected[name]), name
@@ -250,7 +252,9 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path, random_transformer):
     loaded = load_transformer(tmp_path)
     with (tmp_path / "diffusion_pytorch_model.safetensors").open("r+b") as file:
         file.write(b"\0" * file.seek(0, os.SEEK_END))
-    np.testing.assert_equal(weights.transformer_tensors(loaded), weights.transformer_tensors(model))
+    np.testing.assert_equal(
+        checkpoint_layouts.transformer_tensors(loaded), checkpoint_layouts.transformer_tensors(model)
+    )
 
 
 MEASURE = """
@@ -261,9 +265,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 from jsurgery.runtime.mesh import make_mesh, parameter_shardings
-from jsurgery.wan import weights
-from jsurgery.wan.safetensors_files import read_tensors
-from jsurgery.wan.transformer import WanTransformer, load_transformer, read_config
+from jsurgery.wan import checkpoint_layouts
+from jsurgery.io.safetensors import read_tensors
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.checkpoint import load_transformer, read_config
 
 def memory(field):
     with open("/proc/self/status") as status:
@@ -281,7 +286,7 @@ gc.collect()
 before = memory("VmRSS")
 tensors = read_tensors(path)
 model = nnx.eval_shape(lambda: WanTransformer(read_config(path), rngs=nnx.Rngs(0)))
-weights.load_transformer_tensors(model, tensors, "original")
+checkpoint_layouts.load_transformer_tensors(model, tensors, "original")
 print(memory("VmHWM") - before)
 
 sharded = load_transformer(path, mesh=make_mesh(ConfigDict({"data": 1, "fsdp": 2, "context": 1, "tensor": 2})))
@@ -452,8 +457,8 @@ def test_a_file_that_cannot_be_mapped_is_read(tmp_path):
         def __str__(self):
             return "gs://bucket/a.safetensors"
 
-    from jsurgery.wan import safetensors_files
+    from jsurgery.io import safetensors
 
     local = (tmp_path / "a.safetensors").read_bytes()
-    stored = safetensors_files._stored(Remote(), np.dtype(np.float64), (4,), len(local) - 32)  # type: ignore[arg-type]
+    stored = safetensors._stored(Remote(), np.dtype(np.float64), (4,), len(local) - 32)  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(stored), np.arange(4.0))

@@ -1,0 +1,190 @@
+"""What our JAX model says: every named tensor of an export, on traced inputs, and each part as a JAX function."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jsurgery.data.shards import Records, array_text
+from jsurgery.diffusion import initial_noise, schedule
+from jsurgery.runtime.progress import say
+from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.text_encoder import encode_prompts
+from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.transformer import WanTransformer, layer_norm
+from pallas_kernels import reference as brute_force
+
+from .mobile_layout import TokenLayout
+from .parity import missing_samples, relative_error
+from .parts import STEPS, ExportJob, Part
+
+
+class JaxParts:
+    """The parts of a job as functions of arrays, in float32. The transformer is not loaded before it is needed."""
+
+    def __init__(self, job: ExportJob):
+        self.job, self.config = job, job.config
+        self.layout = TokenLayout.of(self.config, job.latent_shape)
+        tables = rope_tables(self.layout.grid, self.config.attention_head_dim, self.config.rope_max_seq_len)
+        self.rope = tuple(table[self.layout.order.permutation] for table in tables)
+
+    @functools.cached_property
+    def model(self) -> WanTransformer:
+        return load_transformer(self.job.transformer)
+
+    def function(self, part: Part, plain: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
+        """The part; `plain` spells attention out, without loops over chunks."""
+        if part.name == "text_encoder":
+            encoder = load_text_encoder(f"{self.job.base}/text_encoder")
+            return compiled(encoder, lambda encoder, ids, mask: (encode_prompts(encoder, ids, mask),))
+        if part.name == "vae_decoder":
+            vae = load_vae(f"{self.job.base}/vae")
+            return compiled(vae, lambda vae, latents: (vae.decode(latents[None])[0],))
+        model = self.model
+        if part.name == "condition":
+            return compiled(model.condition, lambda condition, *given: condition(*given))
+        if part.name == "embed":
+            return self.embed
+        if part.name == "head":
+            return self.head
+        if part.name == "transformer":
+            return self.spelled_out if plain else self.whole
+        return functools.partial(self.blocks, numbers=part.blocks, plain=plain)
+
+    @functools.cached_property
+    def whole(self) -> Callable[..., tuple[jax.Array]]:
+        """(latents, timestep, text embeddings) -> velocity by the model itself, in its own order; compiled once."""
+        return compiled(self.model, lambda model, latents, *given: (model(latents[None], *given)[0],))
+
+    def embed(self, latents: jax.Array) -> tuple[jax.Array]:
+        patches = self.model.patchify(latents[None])
+        return (self.model.patch_embedding(patches[:, self.layout.order.permutation]),)
+
+    def head(self, x: jax.Array, time: jax.Array) -> tuple[jax.Array]:
+        model = self.model
+        shift, scale = jnp.split(model.scale_shift_table[None] + time[:, None], 2, axis=1)
+        x = model.proj_out(layer_norm(x, self.config.eps) * (1 + scale) + shift)
+        natural = np.argsort(self.layout.order.permutation)
+        return (model.unpatchify(x[:, natural], self.layout.grid)[0],)
+
+    def spelled_out(self, latents, timestep, text_embeddings) -> tuple[jax.Array]:
+        time, modulation, text = self.model.condition(timestep, text_embeddings)
+        (x,) = self.blocks(*self.embed(latents), text, modulation, range(self.config.num_layers), True)
+        return self.head(x, time)
+
+    def blocks(self, x, text, modulation, numbers, plain: bool) -> tuple[jax.Array]:
+        stacked, hybrid = nnx.state(self.model.blocks), self.config.hybrid
+        for number in numbers:
+            maps = None
+            if hybrid is not None and hybrid.linear_branch and number in hybrid.converted:
+                slot = hybrid.converted.index(number)
+                both = self.model.query_maps.maps, self.model.key_maps.maps
+                maps = jax.tree.map(lambda leaf, i=slot: leaf[i], both)
+            state = jax.tree.map(lambda leaf, i=number: leaf[i], stacked)
+            x = self.block(state, maps, x, text, modulation, self.config.rates[number], plain)
+        return (x,)
+
+    @functools.cached_property
+    def block(self) -> Callable[..., jax.Array]:
+        """(state, maps, x, text, modulation, rate, plain) -> x: compiled once a rate, not once a block."""
+        graph, hybrid = nnx.graphdef(self.model.blocks), self.config.hybrid
+        order = hybrid.token_order(self.layout.grid) if hybrid else None
+
+        @functools.partial(jax.jit, static_argnames=("rate", "plain"))
+        def block(state, maps, x, text, modulation, rate, plain):
+            rope = tuple(map(jnp.asarray, self.rope))
+            module = nnx.merge(graph, state)
+            if plain:
+                attend = functools.partial(self.attend, rate=rate, maps=maps or (None, None))
+                return module(x, text, modulation, rope, attend, self.attend)
+            attend = lambda q, k, v: self.model.attend(q, k, v, maps, rate, order)
+            return module(x, text, modulation, rope, attend)
+
+        return block
+
+    def attend(self, q, k, v, rate=1, maps=(None, None)) -> jax.Array:
+        """Attention by the O(N^2) reference; by default full softmax."""
+        kept = k.shape[1] if rate == 1 else self.layout.softmax[rate]
+        if maps[1] is None:
+            k, v = k[:, :kept], v[:, :kept]
+        stabilizer = self.config.hybrid.stabilizer if self.config.hybrid else "lse"
+        return brute_force.hybrid_attention(q, k, v, *maps, num_softmax=kept, stabilizer=stabilizer)
+
+
+def compiled(module: nnx.Module, function: Callable) -> Callable:
+    """`function(module, ...)` of arrays, compiled with the module's weights as arguments."""
+    graph, state = nnx.split(module)
+    return functools.partial(jax.jit(lambda state, *given: function(nnx.merge(graph, state), *given)), state)
+
+
+def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
+    """Writes `reference/SAMPLE/TENSOR.npy` for every tensor of the job; samples that are there are kept.
+
+    `choices` is how many samples are wanted.
+    """
+    count = int(choices[0])
+    todo = missing_samples(folder, count)
+    if not todo:
+        return
+    parts = JaxParts(job)
+    functions = {part.name: parts.function(part) for part in job.parts()}
+    given = samples(job)
+    for number in todo:
+        known = dict(given[number])
+        for part in job.parts():
+            if part.step == STEPS[2] and number:
+                continue  # nothing else reads a decoded video
+            known |= dict(zip(part.outputs, run(functions[part.name], known, part.inputs), strict=True))
+        if job.blocks_per_file:
+            (whole,) = run(parts.whole, known, ("latents", "timestep", "text_embeddings"))
+            error = relative_error(known["velocity"], whole)
+            if not error < 1e-5:
+                raise AssertionError(f"the parts differ from the whole model by {error:.1e}")
+        temporary = folder / "reference" / f"{number}.tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        for name, tensor in known.items():
+            np.save(temporary / f"{name}.npy", np.asarray(tensor))
+        temporary.replace(folder / "reference" / str(number))
+        say(f"export: reference {number + 1}/{count}")
+
+
+def run(function: Callable, known: dict[str, np.ndarray], names: tuple[str, ...]) -> list[np.ndarray]:
+    with jax.default_matmul_precision("highest"):
+        return [np.asarray(made) for made in function(*(jnp.asarray(known[name]) for name in names))]
+
+
+def samples(job: ExportJob) -> list[dict[str, np.ndarray]]:
+    """What the parts begin from: noisy latents of the trace with their timestep and prompt, else noise and prompts."""
+    shapes, rng = job.tensors(), np.random.default_rng(job.seed)
+    rows = schedule(job.sampler["solver"], job.sampler["steps"], job.sampler["shift"])
+    tokenizer = Tokenizer(f"{job.base}/tokenizer") if job.text_encoder else None
+    traced = (Records(f"{job.trace}/steps"), Records(f"{job.trace}/text")) if job.trace else None
+    shares = [0.5, *np.linspace(0, 1, job.samples - 1)]  # the first, which is compared with, in the middle of the way
+    found = []
+    for number, share in enumerate(shares):
+        if traced is not None:
+            steps, texts = traced
+            prompts = len(texts) - 1
+            kept = len(steps) // prompts
+            step = steps[(number % prompts) * kept + round(share * (kept - 1))]
+            text = texts[int(step["prompt"]) if step["conditional"] else len(texts) - 1]
+            prompt, embeddings = array_text(text["prompt"]), text["embedding"][None]
+            latents, timestep = step["latents"], step["timestep"]
+        else:
+            prompt = job.prompts[number % len(job.prompts)] if job.prompts else ""
+            embeddings = rng.normal(size=shapes["text_embeddings"].shape)
+            latents = initial_noise(job.seed, [number], shapes["latents"].shape)[0]
+            timestep = rows.timestep[round(share * (len(rows.timestep) - 1))]
+        known = {"latents": latents, "timestep": np.atleast_1d(timestep)}
+        if tokenizer is None:
+            known["text_embeddings"] = embeddings
+        else:
+            token_ids, known["mask"] = tokenizer([prompt], job.text_length)
+        known = {name: np.asarray(tensor, np.float32) for name, tensor in known.items()}
+        found.append(known if tokenizer is None else known | {"token_ids": token_ids})
+    return found

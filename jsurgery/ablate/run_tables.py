@@ -1,0 +1,76 @@
+"""ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.ablate.attention_concentration import attention_statistics
+from jsurgery.ablate.block_errors import block_errors
+from jsurgery.ablate.evidence import evidence
+from jsurgery.ablate.framewise_control import temporal_control
+from jsurgery.ablate.phi_before_rope import phi_and_rope
+from jsurgery.ablate.predicted_errors import objective
+from jsurgery.ablate.results_document import update_results
+from jsurgery.ablate.run_arms import run_arms
+from jsurgery.ablate.seed_run import SeedRun
+from jsurgery.ablate.tables import ARM_TABLES, OTHER_TABLES, TABLES
+from jsurgery.ablate.write_table import write
+from jsurgery.errors import InputError
+from jsurgery.runtime.progress import say
+
+Study = Callable[[Sequence[SeedRun]], dict[str, Any]]
+RUN: dict[str, Study] = {
+    "errors": block_errors,
+    "objective": objective,
+    "attention": attention_statistics,
+    "rope": phi_and_rope,
+    "temporal": temporal_control,
+}
+
+
+def run_tables(
+    config: ConfigDict,
+    table: str,
+    workdir: str,
+    seeds: int,
+    results: str | None = None,
+    measurements: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> None:
+    """Runs a table of `TABLES`, "all" of them, or "evidence"; leaves TABLE.json, .md and .html in the workdir.
+
+    Tables in one workdir share what their arms have in common. `results` is a Markdown document whose section for the
+    table is rewritten. `measurements` is a folder of measurements, by default in the workdir: those that it has are not
+    made again, whatever the workdir has. `shard` (I, N) of several runs at once measures every N-th seed from the I-th
+    on, and leaves the tables to a run without it.
+    """
+    folder, document = epath.Path(workdir), None if results is None else epath.Path(results)
+    if document is not None and not document.exists():
+        raise InputError(f"--results={results}: no such file")
+    first, step = shard
+    if table == "evidence" and step > 1:
+        raise InputError("--shard: expected a table of `--table=all`, found evidence")
+    if table == "evidence":
+        text = evidence(config, workdir, seeds)
+        if document is not None:
+            update_results(document, table, text)
+        return
+    shared = [SeedRun(config, folder, number, measurements) for number in range(first, seeds, step)]
+    if not shared:
+        raise InputError(f"--shard={first}/{step}: expected at most one for each of {seeds} seeds")
+    for name in TABLES if table == "all" else (table,):
+        made = RUN[name](shared) if name in RUN else run_arms(ARM_TABLES[name], shared)
+        if step > 1:
+            continue
+        subject = "tiny model" if config.model.path == "tiny_wan" else config.model.path
+        text = write({"table": name, "title": title(name), "subject": subject, **made}, folder)
+        print(text)
+        if document is not None:
+            update_results(document, name, text)
+        say(f"{name}: {folder / name}.json, .md, .html")
+
+
+def title(table: str) -> str:
+    return OTHER_TABLES[table] if table in OTHER_TABLES else ARM_TABLES[table].title

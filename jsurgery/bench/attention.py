@@ -1,0 +1,147 @@
+"""bench attention: hybrid attention at each rate beside full softmax by the best stock kernel, alternating; and, with
+plans, whole forwards of a hybrid beside the softmax model."""
+
+import dataclasses
+import importlib
+import importlib.util
+import platform
+import statistics
+from functools import partial
+from typing import Any
+
+import jax
+from etils import epath
+
+from jsurgery.bench.attention_programs import (
+    TEXT_LENGTH,
+    AttentionShape,
+    arguments,
+    at_rate,
+    forwards,
+    program,
+    torch_softmax,
+)
+from jsurgery.bench.timing import alternate
+from jsurgery.errors import InputError
+from jsurgery.io.files import write_json
+from jsurgery.io.results import check_report, processor, versions, xla_threads
+from jsurgery.rates import Rate, parse_block_budget, rate_name
+from jsurgery.runtime.progress import say
+from jsurgery.wan.model_config import WanConfig
+from pallas_kernels import stock
+from pallas_kernels.api import hybrid_attention
+
+PASSES = ("forward", "forward + backward")
+# Forward + backward counts as three forwards: what is computed again is no work done.
+FORWARDS = {"forward": 1, "forward + backward": 3}
+STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
+VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
+
+
+def bench_attention(
+    *,
+    rates: tuple[Rate, ...],
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: str | None,
+    stabilizer: str,
+    implementation: str | None,
+    runs: int,
+    backward: bool,
+    plans: tuple[str, ...] = (),
+    report: str | None = None,
+) -> None:
+    """Prints a table of `runs` measurements of every rate; with `report` also as a JSON file.
+
+    With plans, like ("15R2", "20R8"), also of whole forwards of Wan2.1 1.3B on random weights, at 480x832, 81 frames.
+
+    `dtype` None is float32 on CPU and bfloat16 elsewhere. The baseline is torch on CPU, where torch is installed, cuDNN
+    on GPU (bfloat16) and jax's `flash_attention` on TPU. The first run of each, which compiles or warms up, is not
+    counted. Memory is what a program takes on the device, arguments and results included.
+    """
+    check_report(report)
+    backend = jax.default_backend()
+    size = AttentionShape(tokens, heads, head_dim, dtype or ("float32" if backend == "cpu" else "bfloat16"), stabilizer)
+    network, video = WanConfig(), VIDEO
+    check_plans(plans, network)
+    found = {**dataclasses.asdict(size), "implementation": implementation, "passes": {}}
+    for name in PASSES if backward else PASSES[:1]:
+        say(f"bench: compiling, {name}")
+        contenders = [baseline(size, backend, name), *(ours(size, rate, implementation, name) for rate in rates)]
+        for each in contenders:
+            each |= {"flops": FORWARDS[name] * size.flops(each["rate"]), "bound": size.bound(each["rate"])}
+        found["passes"][name] = rows = measured(contenders, runs)
+        print(table(name, rows), flush=True)
+    if plans:
+        say("bench: compiling, whole forwards")
+        rows = measured(forwards(plans, network, video, size.dtype, stabilizer), runs)
+        found["forward_of_a_model"] = {"video": list(video), "text_length": TEXT_LENGTH, "rows": rows}
+        print(table("whole forward", rows), flush=True)
+    device = jax.devices()[0]
+    found["machine"] = {
+        "name": platform.node(),
+        "device": processor() if backend == "cpu" else f"{jax.device_count()} x {device.device_kind}",
+        "system": platform.platform(),
+        "threads": xla_threads() if backend == "cpu" else None,
+    }
+    found["versions"] = versions(("jsurgery", "jax", "jaxlib", "torch"))
+    threads = f", {found['machine']['threads']} threads" if backend == "cpu" else ""
+    print(f"{found['machine']['name']}: {found['machine']['device']}{threads}; {size.dtype}, stabilizer {stabilizer}")
+    if report is not None:
+        write_json(epath.Path(report), found)
+
+
+def ours(size: AttentionShape, rate: Rate, implementation: str | None, passes: str) -> dict[str, Any]:
+    """A rate, the program that runs it, and its memory. Raises InputError on what the implementation does not take."""
+    attend = at_rate(hybrid_attention, size, rate, implementation=implementation)
+    try:
+        return {"name": rate_name(rate), "rate": rate, **program(attend, arguments(size, rate), passes)}
+    except NotImplementedError as error:
+        raise InputError(f"--implementation={implementation}: {error}") from None
+
+
+def baseline(size: AttentionShape, backend: str, passes: str) -> dict[str, Any]:
+    """Full softmax by the best stock kernel of the platform."""
+    if backend == "cpu" and importlib.util.find_spec("torch") is not None:
+        return {"name": "torch", "rate": 1, "memory_bytes": None, "run": torch_softmax(size, passes)}
+    name = STOCK.get(backend, "jax.nn") if backend != "cpu" and size.dtype == "bfloat16" else "jax.nn"
+    attend = partial(stock.hybrid_attention, num_softmax=size.tokens, platform=backend)
+    return {"name": name, "rate": 1, **program(attend, arguments(size, 1), passes)}
+
+
+def check_plans(plans: tuple[str, ...], network: WanConfig) -> None:
+    for plan in plans:
+        found = parse_block_budget(plan)
+        if found is None or found[0] > network.num_layers:
+            raise InputError(f"--plans: expected like 15R2, at most {network.num_layers} blocks, found {plan!r}")
+
+
+def measured(contenders: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
+    """`row`s of contenders, the first of which is the baseline."""
+    seconds = alternate([contender.pop("run") for contender in contenders], runs)
+    base = statistics.median(seconds[0])
+    return [row(base, *pair) for pair in zip(contenders, seconds, strict=True)]
+
+
+def row(baseline_s: float, contender: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return contender | {
+        "seconds": seconds,
+        "median_s": median,
+        "spread_s": [min(seconds), max(seconds)],
+        "speedup": baseline_s / median,
+        "share_of_bound": baseline_s / median / contender["bound"],
+        "tflops_per_s": contender["flops"] / median / 1e12,
+    }
+
+
+def table(passes: str, rows: list[dict[str, Any]]) -> str:
+    head = f"{passes:20}{'median s':>10}{'spread':>20}{'speed-up':>10}{'bound':>8}{'share':>7}{'TFLOP/s':>10}{'GB':>7}"
+    lines = [
+        f"{each['name']:20}{each['median_s']:10.4g}{'{:.4g} to {:.4g}'.format(*each['spread_s']):>20}"
+        f"{each['speedup']:9.2f}x{each['bound']:7.2f}x{each['share_of_bound']:7.0%}{each['tflops_per_s']:10.4g}"
+        + (f"{each['memory_bytes'] / 1e9:7.2f}" if each["memory_bytes"] is not None else f"{'-':>7}")
+        for each in rows
+    ]
+    return "\n".join([head, *lines])

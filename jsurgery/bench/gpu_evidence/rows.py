@@ -1,0 +1,175 @@
+"""The rows of the evidence, the most valuable first, at the sizes of a GPU or at toy sizes. Imports nothing large."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from jsurgery.rates import Rate, rate_name
+
+PASSES = ("forward", "forward + backward")
+KERNELS, ATTENTION, FORWARD, DISTILLATION = "kernels", "attention", "whole forward", "distillation step"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+      seconds: what it may cost, compilation included: it is not begun with less time left.
+      tokens: N of an attention layer or kernel test.
+      video: frames, height, width of a model's video.
+      implementation: of attention: of `pallas_kernels`, "cudnn", or "torch" and its backend.
+    """
+
+    group: str
+    name: str
+    seconds: float
+    tokens: int | None = None
+    rate: Rate | None = None
+    passes: str | None = None
+    implementation: str | None = None
+    video: tuple[int, int, int] | None = None
+    head_dim: int | None = None
+    stabilizer: str = "lse"
+    masked: bool = False
+
+    def shown(self) -> dict[str, Any]:
+        """What tells the row from others, for the JSON file."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields.pop("seconds")
+        if "passes" in fields:
+            fields["pass"] = fields.pop("passes")
+        return fields
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+    """Sizes of all rows: `FULL` or `TOY`.
+
+    Attributes:
+      tokens: of attention layers, the most valuable first.
+      videos: frames, height and width, the most valuable first.
+      model: a size of `jsurgery.bench.transformer`, of random weights.
+      allowance: seconds by group, see `Row`; "flex": of torch's flex attention, which torch compiles.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dtype: str
+    model: str
+    videos: tuple[tuple[int, int, int], ...]
+    plans: tuple[str, ...]
+    text_length: int
+    runs: int
+    allowance: dict[str, float]
+
+    def shown(self) -> dict[str, Any]:
+        """What all rows have in common."""
+        common = ("heads", "head_dim", "dtype", "model", "text_length", "runs")
+        return {"sizes": self.name, "batch": 1} | {name: getattr(self, name) for name in common}
+
+
+# What the allowances are for: XLA and Triton compile a layer in seconds and a model in less than a minute.
+FULL = Scale(
+    name="full",
+    tokens=(32_760, 12_600, 75_600),  # 81 frames of 480x832 and of 320x480; of 720x1280
+    heads=12,
+    head_dim=128,
+    dtype="bfloat16",
+    model="1.3b",
+    videos=((81, 480, 832), (81, 320, 480)),
+    plans=("15R2", "20R8", "30R8"),
+    text_length=512,
+    runs=5,
+    allowance={KERNELS: 20, "forward": 8, "forward + backward": 15, "flex": 30, FORWARD: 40, DISTILLATION: 75},
+)
+TOY = Scale(
+    name="toy",
+    tokens=(48,),
+    heads=2,
+    head_dim=16,
+    dtype="float32",
+    model="tiny",
+    videos=((5, 32, 48),),
+    plans=("1R2", "1R8", "2R8"),
+    text_length=8,
+    runs=2,
+    allowance={KERNELS: 10, "forward": 2, "forward + backward": 5, "flex": 5, FORWARD: 10, DISTILLATION: 15},
+)
+
+
+def all_rows(scale: Scale) -> list[Row]:
+    """Two kernel tests, without which no speed counts; all of the first size; the other tests; the other sizes.
+
+    Flex attention comes last of its size: torch compiles it for half a minute, and cuDNN is the faster baseline.
+    """
+    tests, video = kernel_tests(scale), scale.videos[0]
+    rows = [*tests[:2], *attention(scale, scale.tokens[0]), *forwards(scale, video), distillation(scale, video)]
+    rows += [*tests[2:], *flex(scale, scale.tokens[0])]
+    for tokens, video in itertools.zip_longest(scale.tokens[1:], scale.videos[1:]):
+        rows += [*attention(scale, tokens), *([distillation(scale, video)] if video else []), *flex(scale, tokens)]
+    return rows
+
+
+def kernel_tests(scale: Scale) -> list[Row]:
+    """Odd lengths, so that blocks are cut; several chunks of the state; heads of 64 and of 128 channels."""
+    full = scale.name == "full"
+    wide, narrow = (scale.head_dim, 64) if full else (scale.head_dim, scale.head_dim)
+    short, long = (1001, 5003) if full else (21, 37)
+    problems: list[tuple[int, Rate, int, str, bool]] = [
+        (short, 8, wide, "lse", False),
+        (short, 8, wide, "max", True),
+        (short, 1, wide, "lse", True),
+        (short, "linear", wide, "max", False),
+        (long, 2, wide, "lse", True),
+        (long, 4, narrow, "max", False),
+    ]
+    problems = problems if full else problems[1:2]
+    rows = [problem_row(scale, "gpu", *problem) for problem in problems]
+    return [*rows, problem_row(scale, "stock", short, 8, wide, "lse", False)]
+
+
+def problem_row(
+    scale: Scale, implementation: str, tokens: int, rate: Rate, head_dim: int, stabilizer: str, masked: bool
+) -> Row:
+    name = f"{implementation}, {rate_name(rate)}, {stabilizer}, {head_dim} channels" + (", masked" * masked)
+    return Row(
+        KERNELS,
+        name,
+        scale.allowance[KERNELS],
+        tokens,
+        rate,
+        PASSES[1],
+        implementation,
+        head_dim=head_dim,
+        stabilizer=stabilizer,
+        masked=masked,
+    )
+
+
+def attention(scale: Scale, tokens: int) -> list[Row]:
+    """Every rate around the platform's softmax and by our kernels, and full softmax by others: forward, then both."""
+    contenders: list[tuple[str, Rate, str]] = [("cuDNN softmax (JAX)", 1, "cudnn")]
+    contenders += [(f"{rate_name(rate)}, stock softmax", rate, "stock") for rate in (2, 4, 8)]
+    contenders += [("linear, XLA", "linear", "stock")]
+    contenders += [(f"{rate_name(rate)}, our kernels", rate, "gpu") for rate in (1, 2, 4, 8, "linear")]
+    contenders += [("torch flash", 1, "torch flash"), ("torch cuDNN", 1, "torch cudnn")]
+    return [
+        Row(ATTENTION, name, scale.allowance[passes], tokens, rate, passes, implementation)
+        for passes in PASSES
+        for name, rate, implementation in contenders
+    ]
+
+
+def flex(scale: Scale, tokens: int) -> list[Row]:
+    return [Row(ATTENTION, "torch flex", scale.allowance["flex"], tokens, 1, passes, "torch flex") for passes in PASSES]
+
+
+def forwards(scale: Scale, video: tuple[int, int, int]) -> list[Row]:
+    return [Row(FORWARD, plan, scale.allowance[FORWARD], video=video) for plan in ("softmax", *scale.plans)]
+
+
+def distillation(scale: Scale, video: tuple[int, int, int]) -> Row:
+    return Row(DISTILLATION, "all blocks, all rates", scale.allowance[DISTILLATION], video=video)

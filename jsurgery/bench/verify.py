@@ -1,0 +1,166 @@
+"""verify: a checkpoint against diffusers and transformers, one component after the other, on the user's machine.
+
+torch and those libraries are imported here (and for `bench`), and nowhere else in the package but in `export`.
+"""
+
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from jsurgery.bench.torch_reference import (
+    REFERENCE,
+    channels_first,
+    channels_last,
+    need_reference,
+    reference_transformer,
+    reference_velocity,
+)
+from jsurgery.config import check_video
+from jsurgery.data import sprites
+from jsurgery.errors import ParityError
+from jsurgery.io.hashes import folder_fingerprint
+from jsurgery.io.results import check_report, publish, relative_error, versions
+from jsurgery.runtime.progress import say
+from jsurgery.sample import sampling_config
+from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.text_encoder import encode_prompts
+from jsurgery.wan.tokenizer import Tokenizer, clean_prompt
+from jsurgery.wan.video_size import check_size, latent_grid
+
+# Relative errors |ours - theirs| / |theirs| that float32 explains at any published size; of token ids, the share that
+# differs.
+BOUNDS = {"token ids": 0.0, "text embeddings": 1e-4, "VAE encode": 1e-4, "VAE decode": 1e-4, "velocity": 1e-4}
+PROMPTS = (
+    "a red circle moves left over a grey background",
+    "Two cats &amp; a dog   box on a spotlighted stage,\ncinematic, 4k",
+    "一只猫在雨中奔跑",
+)
+TIMESTEPS = (999.0, 750.0, 500.0, 250.0, 20.0)
+
+
+def verify(model: str, frames: int, height: int, width: int, report: str | None = None) -> None:
+    """Compares text embeddings, the VAE's two ways and velocities of a video size; prints the result as JSON.
+
+    With `report` that JSON is also a file. A hybrid's velocities are compared with `jsurgery.export.torch_model`.
+    One component is in memory at a time, ours or the reference's, in float32; ours runs where JAX runs, the reference
+    on the CPU. Raises InputError where a library or a weight file is missing, and at the end ParityError where an error
+    is over its bound.
+    """
+    check_report(report)
+    need_reference()
+    check_video(frames, height, width, prefix="--")
+    network = check_pipeline(model)
+    check_size(network, frames, height, width)
+    length = sampling_config(None, {"model.path": model}).text_length
+    folder = model_path(model)
+    base = pipeline_folder(folder)
+    parts = {"transformer": transformer_folder(folder)}
+    parts |= {name: base / name for name in ("text_encoder", "tokenizer", "vae")}
+    latent_shape = *latent_grid(frames, height, width), network.in_channels
+    found = {
+        "model": folder.name if epath.Path(model).exists() else model,
+        "hybrid": network.hybrid is not None,
+        "video": {"frames": frames, "height": height, "width": width},
+        "text_length": length,
+        "weights": {name: folder_fingerprint(path) for name, path in parts.items()},
+        "versions": versions(("jsurgery", "jax", "jaxlib", "flax", *REFERENCE)),
+        "devices": {"jsurgery": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "reference": "cpu"},
+        "system": f"Python {platform.python_version()}, {platform.platform()}",
+    }
+
+    with jax.default_matmul_precision("highest"):
+        errors, text = text_errors(base, length)
+        errors |= vae_errors(base / "vae", frames, height, width)
+        errors |= velocity_errors(parts["transformer"], network, latent_shape, text[:1])
+
+    checks = [
+        {
+            "check": name,
+            "error": error if math.isfinite(error) else None,  # JSON has no word for the others
+            "bound": bound,
+            "passed": error <= bound,
+        }
+        for name, error in errors.items()
+        for bound in [BOUNDS[name.partition(" at ")[0]]]
+    ]
+    breached = [check for check in checks if not check["passed"]]
+    publish(found | {"checks": checks, "passed": not breached}, report)
+    if breached:
+        listed = ", ".join(f"{check['check']} {check['error']} (bound {check['bound']})" for check in breached)
+        raise ParityError(f"{model}: {len(breached)} of {len(checks)} checks are over their bound: {listed}")
+
+
+def text_errors(base: epath.Path, length: int) -> tuple[dict[str, float], np.ndarray]:
+    """Errors of the tokenizer and the text encoder in a pipeline folder; the reference's embeddings [P, L, D]."""
+    say("verify: text encoder")
+    token_ids, mask = Tokenizer(base / "tokenizer")(PROMPTS, length)
+    embed: Any = nnx.jit(encode_prompts)
+    ours = np.asarray(embed(load_text_encoder(base / "text_encoder"), token_ids, mask))
+    gc.collect()
+
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+    cleaned = [clean_prompt(prompt) for prompt in PROMPTS]
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
+    expected_ids = tokenizer(cleaned, **options)["input_ids"]
+    encoder = transformers.UMT5EncoderModel.from_pretrained(base / "text_encoder", dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = encoder(torch.tensor(token_ids), torch.tensor(mask)).last_hidden_state.numpy() * mask[:, :, None]
+    differing = float(np.mean(token_ids != expected_ids))
+    return {"token ids": differing, "text embeddings": relative_error(ours, theirs)}, theirs
+
+
+def vae_errors(folder: epath.Path, frames: int, height: int, width: int) -> dict[str, float]:
+    """Errors of encoding one clip of sprites and of decoding what came of it."""
+    say("verify: VAE")
+    video = sprites.to_float(sprites.render(sprites.scene_at(0, 0), frames, height, width))[None]
+    vae = load_vae(folder)
+    latents = vae.encode_in_chunks(video)
+    decoded = vae.decode_in_chunks(latents)
+    del vae
+    gc.collect()
+
+    import torch
+
+    diffusers: Any = importlib.import_module("diffusers")
+    reference = diffusers.AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    mean, std = (np.array(reference.config[name], np.float32) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        z = channels_last(reference.encode(channels_first(video)).latent_dist.mode())
+        expected = channels_last(reference.decode(channels_first(latents * std + mean)).sample.clamp(-1, 1))
+    return {
+        "VAE encode": relative_error(latents, (z - mean) / std),
+        "VAE decode": relative_error(decoded, expected),
+    }
+
+
+def velocity_errors(
+    folder: epath.Path, network: WanConfig, latent_shape: tuple[int, ...], text_1xLxD: np.ndarray
+) -> dict[str, float]:
+    """Errors of velocities at several timesteps, for latents of `latent_shape` = (T, H, W, C)."""
+    say("verify: transformer")
+    noise = np.random.default_rng(0).normal(size=(1, *latent_shape)).astype(np.float32)
+    inputs = [(noise, np.array([timestep], np.float32), text_1xLxD) for timestep in TIMESTEPS]
+    model, run = load_transformer(folder), nnx.jit(lambda model, *inputs: model(*inputs))
+    ours = [np.asarray(run(model, *each)) for each in inputs]
+    del model
+    gc.collect()
+
+    module = reference_transformer(folder, network)
+    errors = {}
+    for timestep, each, velocity in zip(TIMESTEPS, inputs, ours, strict=True):
+        errors[f"velocity at {timestep:g}"] = relative_error(velocity, reference_velocity(module, *each))
+    return errors

@@ -1,0 +1,37 @@
+"""Training data: encode reads videos, synthesize lets a teacher make them."""
+
+from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
+
+
+def add(commands: Commands) -> None:
+    text = "videos with captions to the latents and text embeddings that finetune reads"
+    command = commands.add("encode", run_encode, text)
+    text = "a folder with .txt captions, or .jsonl, .json, .csv, .parquet"
+    command.add_argument("--videos", required=True, help=text)
+    command.add_argument("--root", metavar="FOLDER", help="where an index's paths begin (default: the index's folder)")
+    command.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
+    add_processes(command)
+
+    command = commands.add(
+        "synthesize", run_synthesize, "clips that a teacher makes of prompts, as encode would leave them"
+    )
+    command.add_argument("--prompts_file", required=True, help="one prompt a line")
+    command.add_argument("--workdir", required=True, help="gets synthesized/; running it again resumes")
+    add_processes(command)
+
+
+def run_encode(options: Options, overrides: Overrides) -> None:
+    config = read_config(options, overrides)
+    join_processes(options)
+    from jsurgery.data.encode import encode_videos
+
+    print(encode_videos(config, options.videos, options.root, options.workdir))
+
+
+def run_synthesize(options: Options, overrides: Overrides) -> None:
+    config = read_config(options, overrides)
+    join_processes(options)
+    from jsurgery.data.prompts import read_prompts
+    from jsurgery.data.synthesize import synthesize_clips
+
+    print(synthesize_clips(config, read_prompts(options.prompts_file), options.workdir))

@@ -1,0 +1,95 @@
+"""What a model or a stage will need, without running it: cost, compile, roofline."""
+
+import pathlib
+
+from jsurgery.commands.options import (
+    VIDEO_FIELDS,
+    Commands,
+    Options,
+    Overrides,
+    add_fields,
+    add_json,
+    given_fields,
+    positive,
+)
+from jsurgery.errors import InputError
+from jsurgery.load_config import load_config, split_topology
+
+
+def add(commands: Commands) -> None:
+    text = "parameters, FLOPs and bytes of a block and of the network; needs no weights"
+    command = commands.add("cost", run_cost, text)
+    add_fields(command, VIDEO_FIELDS)
+    command.add_argument("--plan", help="a name like 15R2, or a plan.json (default: an operated model's own)")
+    command.add_argument("--feature_map", choices=["polynomial", "hedgehog"], default="polynomial")
+    add_json(command)
+    command.add_argument("--figure", metavar="DIR", help="also leave cost.html here")
+
+    text = "a stage's step for TPUs that are not there: does it fit, what moves"
+    command = commands.add("compile", run_compile, text)
+    command.add_argument("--stage", required=True, choices=["distill", "finetune", "sample", "train"])
+    command.add_argument("--topology", help="like v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
+    command.add_argument("--num_slices", type=positive, default=1)
+    add_json(command)
+
+    text = "an estimate of a whole surgery's step times and chip-hours on a TPU topology"
+    command = commands.add("roofline", run_roofline, text)
+    command.add_argument("--topology", help="like v6e:4x4 (default: that of --config=NAME@TOPOLOGY)")
+    text = "share of the peak rates to expect (default: 0.4)"
+    command.add_argument("--efficiency", type=float, default=0.4, help=text)
+    text = "also the synthesis of so many training clips, apart"
+    command.add_argument("--clips", type=positive, default=0, help=text)
+    text = "of `compile --json`: what is exchanged"
+    command.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help=text)
+    add_json(command)
+
+
+def run_cost(options: Options, overrides: Overrides) -> None:
+    config = load_config(options.config, overrides | given_fields(options, VIDEO_FIELDS))
+    from etils import epath
+
+    from jsurgery.estimate.cost_table import as_text, count_cost
+    from jsurgery.io.files import read_object, write_json
+    from jsurgery.io.results import check_report
+    from jsurgery.report.cost_page import write_cost_page
+
+    check_report(options.json)
+    costs = count_cost(config, options.config, options.plan, options.feature_map)
+    print(as_text(costs), flush=True)
+    if options.json is not None:
+        write_json(epath.Path(options.json), costs)
+    if options.figure is not None:
+        front = pathlib.Path(options.plan or "").parent / "front.json"  # beside a plan.json
+        found = read_object(front) if pathlib.Path(options.plan or "").is_file() and front.exists() else None
+        print(write_cost_page(epath.Path(options.figure), costs, found))
+
+
+def run_compile(options: Options, overrides: Overrides) -> None:
+    config = load_config(options.config, overrides)
+    topology = topology_of(options)
+    from jsurgery.estimate.compile_ahead import compile_stage
+
+    compile_stage(config, options.config, options.stage, topology, slices=options.num_slices, report=options.json)
+
+
+def run_roofline(options: Options, overrides: Overrides) -> None:
+    config = load_config(options.config, overrides)
+    topology = topology_of(options)
+    from jsurgery.estimate.roofline import roofline
+
+    roofline(
+        config,
+        options.config,
+        topology,
+        efficiency=options.efficiency,
+        clips=options.clips,
+        compiled=options.compiled,
+        report=options.json,
+    )
+
+
+def topology_of(options: Options) -> str:
+    topology = options.topology or split_topology(options.config)[1]
+    if not topology:
+        raise InputError("--topology: expected one like v5e:4x4, or --config=NAME@TOPOLOGY")
+    return topology

@@ -1,0 +1,75 @@
+"""export: a model folder in the formats that phones run."""
+
+import importlib
+
+from jsurgery.commands.options import (
+    VIDEO_FIELDS,
+    Commands,
+    Options,
+    Overrides,
+    add_fields,
+    given_fields,
+    positive,
+    positives,
+    read_config,
+    some_of,
+)
+
+FORMATS, PRECISIONS, CHIPS = "tflite,savedmodel,onnx,qnn", "float32,fp16,int8,int4,w8a16", "SM8750,SM8650"
+AI_HUB_RUNTIMES = ("qnn_context_binary", "qnn_dlc", "precompiled_qnn_onnx", "onnx", "tflite")
+
+
+def add(commands: Commands) -> None:
+    text = "a model folder to TFLite, ONNX and Qualcomm's NPU, with parity.json"
+    command = commands.add("export", run_export, text)
+    command.add_argument("--workdir", required=True, help="gets export/; running it again makes what is missing")
+    command.add_argument("--model", help="a model folder or a bundled name (default: the workdir's model/)")
+    command.add_argument("--formats", type=some_of(FORMATS), default=FORMATS, help=f"default: {FORMATS}")
+    text = f"of TFLite: {PRECISIONS}"
+    command.add_argument("--precision", type=some_of(PRECISIONS), default="float32,fp16", help=text)
+    command.add_argument("--chips", type=some_of(CHIPS), default="SM8750", help=f"of qnn: {CHIPS}")
+    command.add_argument("--blocks_per_file", type=positive, default=1, help="default: 1")
+    command.add_argument("--one_file", action="store_true", help="the transformer in one file, not in parts")
+    text = "also judge N sprites videos by the exported parts"
+    command.add_argument("--score", type=positive, metavar="N", help=text)
+    add_fields(command, VIDEO_FIELDS)
+
+    text = "also compile, profile and run on a phone of Qualcomm AI Hub"
+    command.add_argument("--ai_hub", metavar="DEVICE", help=text)
+    command.add_argument("--ai_hub_runtime", choices=AI_HUB_RUNTIMES, default=AI_HUB_RUNTIMES[0])
+    command.add_argument("--ai_hub_compile_options", default="", help="of compile jobs, such as --truncate_64bit_io")
+    command.add_argument("--ai_hub_options", default="", help="of profile and inference jobs")
+    command.add_argument("--ai_hub_link", action="store_true", help="also one binary of all parts; needs qnn_dlc")
+
+    command.add_argument("--ddr_table", action="store_true", help="instead: memory traffic a block, by the compiler")
+    text = "of the table (default: 81,101,121,141)"
+    command.add_argument("--ddr_frames", type=positives, default=(), help=text)
+    text = "of the table: queries or keys at a time (default: 512)"
+    command.add_argument("--ddr_tile", type=positive, help=text)
+
+
+def run_export(options: Options, overrides: Overrides) -> None:
+    config = read_config(options, overrides | given_fields(options, VIDEO_FIELDS))
+    exporting = importlib.import_module("jsurgery.export.run_export")
+
+    if options.ddr_table:
+        tile = options.ddr_tile or 0
+        exporting.ddr_table(config, options.workdir, options.chips, frames=options.ddr_frames, tile=tile)
+        return
+    hub = None
+    if options.ai_hub:
+        names = ("ai_hub", "ai_hub_runtime", "ai_hub_compile_options", "ai_hub_options")
+        hub = [getattr(options, name) for name in names] + ["link" if options.ai_hub_link else ""]
+    print(
+        exporting.export(
+            config,
+            options.workdir,
+            model=options.model,
+            formats=options.formats,
+            precisions=options.precision,
+            chips=options.chips,
+            blocks_per_file=0 if options.one_file else options.blocks_per_file,
+            score=options.score or 0,
+            ai_hub=hub,
+        )
+    )

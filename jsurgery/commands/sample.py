@@ -1,0 +1,23 @@
+"""sample: prompts to videos."""
+
+from jsurgery.commands.options import SAMPLE_FIELDS, Commands, Options, Overrides, add_fields, read_sampling_config
+
+
+def add(commands: Commands) -> None:
+    command = commands.add("sample", run_sample, "prompts to videos", config=None)
+    prompts = command.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt")
+    prompts.add_argument("--prompts_file", help="one prompt a line; running it again makes the videos still missing")
+    command.add_argument("--output", help=".mp4, .gif or .png (default: out.mp4); with --prompts_file a folder of mp4")
+    add_fields(command, SAMPLE_FIELDS)
+
+
+def run_sample(options: Options, overrides: Overrides) -> None:
+    config = read_sampling_config(options, overrides)
+    from jsurgery.data.prompts import read_prompts
+    from jsurgery.sample import sample_videos
+
+    single = options.prompts_file is None
+    prompts = [options.prompt] if single else read_prompts(options.prompts_file)
+    for file in sample_videos(config, prompts, options.output or ("out.mp4" if single else "samples"), single):
+        print(file, flush=True)

@@ -1,0 +1,333 @@
+"""Clips: finding them with their captions, and decoding them to a size, a length and a rate. No JAX here."""
+
+import collections
+import csv
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeVar
+
+import av
+import av.error
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from jsurgery.errors import InputError
+
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # what a plain folder is searched for
+CAPTION_COLUMNS = ("cap", "caption", "text")
+Item = TypeVar("Item")
+
+
+class Clip(NamedTuple):
+    path: str
+    caption: str
+    problem: str = ""  # why it cannot be used, as far as the index tells
+
+
+class Bucket(NamedTuple):
+    """A size and length that clips are brought to."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+class ClipLimits(NamedTuple):
+    """What clips are brought to, and the limits of bringing them there."""
+
+    buckets: Sequence[Bucket]
+    fps: int
+    max_crop: float  # share of a frame that may be cut off
+    max_upscale: float  # how many times larger a frame may become to a side
+
+
+class Skipped(Exception):
+    """A clip that is left out. The message is the reason."""
+
+
+def find_clips(videos: str, root: str | None = None) -> list[Clip]:
+    """The clips of a folder (each with its caption in a .txt beside it) or of an index (.jsonl, .json, .csv, .parquet).
+
+    A row of an index has `path`, relative to `root` (default: the folder of the index), and `cap`, `caption` or `text`;
+    of a list of captions the first counts. Paths that lead out of `root` become clips with a problem.
+    Raises InputError, naming file and row, for an index that cannot be read.
+    """
+    source = epath.Path(videos)
+    if not source.exists():
+        raise InputError(f"--videos={videos}: no such file or folder")
+    if source.is_dir():
+        paths = [path for path in _walk(source) if path.suffix.lower() in SUFFIXES]
+        clips = [_clip(path, _read_caption(path.with_suffix(".txt"))) for path in paths]
+    else:
+        folder = (source.parent if root is None else epath.Path(root)).resolve()
+        clips = [_indexed_clip(source, number, row, folder) for number, row in enumerate(_read_rows(source), 1)]
+    if not clips:
+        raise InputError(f"--videos={videos}: expected clips ({', '.join(SUFFIXES)}) or an index of them, found none")
+    return clips
+
+
+def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[epath.Path]:
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if path.resolve() not in above:  # links in a circle
+                yield from _walk(path, above)
+        else:
+            yield path
+
+
+def _read_caption(path: epath.Path) -> str:
+    return path.read_bytes().decode("utf-8-sig", errors="replace") if path.exists() else ""
+
+
+def _clip(path: epath.Path, caption: Any, problem: str = "") -> Clip:
+    if isinstance(caption, list | tuple):
+        caption = caption[0] if caption else ""
+    caption = caption.strip() if isinstance(caption, str) else ""
+    if caption and not problem and caption != caption.encode(errors="replace").decode():
+        problem = "caption is not UTF-8"
+    return Clip(str(path), caption, problem or ("" if caption else "no caption"))
+
+
+def _indexed_clip(index: epath.Path, number: int, row: Any, folder: epath.Path) -> Clip:
+    name = row.get("path") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{index}: row {number}: expected a `path` and a `cap`, found {str(row)[:80]!r}")
+    caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
+    try:
+        path = (folder / name).resolve()
+        name.encode()
+    except (ValueError, OSError, RuntimeError) as error:  # null bytes, half a character, links in a circle
+        return _clip(folder / repr(name), caption, f"no path: {error}")
+    return _clip(path, caption, "" if path.is_relative_to(folder) else f"outside of {folder}")
+
+
+def _read_rows(index: epath.Path) -> list[Any]:
+    if index.suffix == ".parquet":
+        return _read_parquet(index)
+    if index.suffix not in (".jsonl", ".json", ".csv"):
+        raise InputError(f"--videos={index}: expected a folder, .jsonl, .json, .csv or .parquet")
+    try:
+        text = index.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index}: expected text in UTF-8 ({error})") from None
+    if index.suffix == ".csv":
+        try:
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            raise InputError(f"{index}: expected CSV with a header line ({error})") from None
+    # Not splitlines: JSON may hold U+2028 as it is.
+    lines = [line for line in text.split("\n") if line.strip()] if index.suffix == ".jsonl" else [text]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{index}: row {number}: expected JSON ({error})") from None
+    if index.suffix == ".jsonl":
+        return rows
+    if not isinstance(rows[0], list):
+        raise InputError(f"{index}: expected a JSON list, found {str(rows[0])[:80]!r}")
+    return rows[0]
+
+
+def _read_parquet(index: epath.Path) -> list[Any]:
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            f"--videos={index}: reading parquet needs pyarrow: `pip install 'jsurgery[parquet]'`"
+        ) from None
+    try:
+        with index.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            return table.read([c for c in ("path", *CAPTION_COLUMNS) if c in table.schema_arrow.names]).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{index}: expected a parquet file ({error})") from None
+
+
+def buckets_of(video: Any, several: bool) -> list[Bucket]:
+    """The bucket of `video` (frames, height, width); with `several` also half and a quarter of its length, each also
+    upright and as a square of about as many pixels."""
+    target = Bucket(video.frames, video.height, video.width)
+    if not several:
+        return [target]
+    side = max(16, 16 * round((target.height * target.width) ** 0.5 / 16))
+    sizes = [(target.height, target.width), (target.width, target.height), (side, side)]
+    groups = (target.frames - 1) // 4
+    lengths = [target.frames, *(4 * (groups >> halvings) + 1 for halvings in (1, 2) if groups >> halvings)]
+    return list(dict.fromkeys(Bucket(frames, *size) for frames in lengths for size in sizes))
+
+
+def read_clip(clip: Clip, wanted: ClipLimits) -> np.ndarray:
+    """The clip from its start, uint8 [F, H, W, 3], in the bucket of the nearest aspect and, of these, the longest.
+
+    Frames are upright, scaled to cover the bucket and cut at the centre. Raises Skipped for a clip that fits no bucket
+    within the limits and for all that is not a sound video.
+    """
+    if clip.problem:
+        raise Skipped(clip.problem)
+    try:
+        # No protocol is allowed: what calls itself a video may be a playlist that names other files.
+        with (
+            epath.Path(clip.path).open("rb") as file,
+            av.open(file, options={"protocol_whitelist": "none"}) as container,
+        ):
+            if not container.streams.video:
+                raise Skipped("no video stream")
+            return _to_bucket(container, wanted)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Skipped(" ".join(f"{type(error).__name__}: {reason}".split())) from None
+
+
+def _to_bucket(container: Any, wanted: ClipLimits) -> np.ndarray:
+    stored_aspect = float(container.streams.video[0].sample_aspect_ratio or 1)
+    longest = max(bucket.frames for bucket in wanted.buckets)
+    size, frames, shown, fitted = None, [], None, None
+    for frame in nearest_frames(timed_frames(container), wanted.fps, longest):
+        if frame is not shown:  # a slow video's frame stands for several
+            shown, turns = frame, round(frame.rotation / 90) % 4
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+            pixel_aspect = 1 / stored_aspect if turns % 2 else stored_aspect
+            size = size or choose_size(pixels.shape[0], pixels.shape[1], wanted, pixel_aspect)
+            fitted = fit(pixels, *size, pixel_aspect)
+        frames.append(fitted)
+    if size is None:
+        raise Skipped("no frames")
+    lengths = [bucket.frames for bucket in wanted.buckets if bucket[1:] == size]
+    if len(frames) < min(lengths):
+        raise Skipped(f"{len(frames)} frames at {wanted.fps} a second, expected {min(lengths)}")
+    return np.stack(frames[: max(length for length in lengths if length <= len(frames))])
+
+
+def choose_size(height: int, width: int, wanted: ClipLimits, pixel_aspect: float = 1.0) -> tuple[int, int]:
+    """(height, width) of the bucket that keeps most of a frame. Raises Skipped beyond the limits."""
+
+    def kept(size: tuple[int, int]) -> float:
+        left, top, right, bottom = crop_box(height, width, *size, pixel_aspect)
+        return (right - left) * (bottom - top) / (height * width)
+
+    size = max(((bucket.height, bucket.width) for bucket in wanted.buckets), key=kept)
+    if 1 - kept(size) > wanted.max_crop:
+        raise Skipped(f"{width}x{height}: {1 - kept(size):.0%} of each frame would be cut off")
+    _, top, _, bottom = crop_box(height, width, *size, pixel_aspect)
+    if size[0] > (bottom - top) * wanted.max_upscale * (1 + 1e-9):
+        raise Skipped(f"{width}x{height}: too small for {size[1]}x{size[0]}")
+    return size
+
+
+def timed_frames(container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """(seconds since the first frame, frame) in order; a frame that is not later than the one before is dropped."""
+    first = last = None
+    for frame in container.decode(video=0):
+        if frame.is_corrupt:
+            raise Skipped("damaged frames")
+        if frame.pts is None:
+            raise Skipped("frames without timestamps")
+        time = frame.pts * frame.time_base
+        first = time if first is None else first
+        if last is None or time > last:
+            yield time - first, frame
+            last = time
+
+
+def nearest_frames(timed: Iterable[tuple[Fraction, Item]], fps: int, count: int) -> Iterator[Item]:
+    """At most `count` frames: number i is the one nearest to i / fps, of two the earlier; stops where the video ends.
+
+    The last frame is taken to stand as long as the one before it.
+    """
+    number, before, gap = 0, None, Fraction(0)
+    for time, frame in timed:
+        if before is not None:
+            gap = time - before[0]
+            while number < count and Fraction(number, fps) <= before[0] + gap / 2:
+                yield before[1]
+                number += 1
+        if number == count:
+            return
+        before = time, frame
+    while before is not None and number < count and Fraction(number, fps) <= before[0] + gap / 2:
+        yield before[1]
+        number += 1
+
+
+def crop_box(
+    height: int, width: int, to_height: int, to_width: int, pixel_aspect: float = 1.0
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the largest centred part of a frame that has the aspect of the target.
+
+    It begins at a whole pixel, so that a frame that is only cut is not blurred.
+    """
+    scale = max(to_height / height, to_width / (width * pixel_aspect))
+    box_height, box_width = to_height / scale, to_width / (scale * pixel_aspect)
+    left, top = max(0.0, (width - box_width) // 2), max(0.0, (height - box_height) // 2)
+    return left, top, min(float(width), left + box_width), min(float(height), top + box_height)
+
+
+def fit(frame_HxWx3: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
+    """A frame cut at the centre to the target's aspect and resized, bicubic, averaging where it shrinks."""
+    box = crop_box(frame_HxWx3.shape[0], frame_HxWx3.shape[1], height, width, pixel_aspect)
+    image = Image.fromarray(np.ascontiguousarray(frame_HxWx3))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def decode_in_processes(
+    work: Callable[[Item], np.ndarray], items: Iterable[Item], workers: int
+) -> Generator[np.ndarray | Skipped, None, None]:
+    """`work` of each item, in order, or why it was skipped; `workers` processes are at most two items each ahead.
+
+    An item whose process dies is tried once more alone, then skipped; the others go on in new processes.
+    """
+    left, alone = collections.deque(items), False
+    context = multiprocessing.get_context("spawn")  # a forked JAX may hang
+    while left:
+        ahead = 1 if alone else 2 * workers
+        pool = ProcessPoolExecutor(1 if alone else workers, mp_context=context, initializer=_end_with_parent)
+        try:
+            results = collections.deque(pool.submit(work, item) for item in itertools.islice(left, ahead))
+            while results:
+                try:
+                    result = results.popleft().result()
+                except Skipped as reason:
+                    result = reason
+                except BrokenProcessPool:
+                    if not alone:
+                        raise
+                    result = Skipped("the decoder crashed")
+                left.popleft()
+                yield result
+                if not alone and len(left) >= ahead:
+                    results.append(pool.submit(work, left[ahead - 1]))
+            alone = False
+        except BrokenProcessPool:
+            alone = True
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Pool processes outlive a parent that is killed, unless they watch it; what a terminal interrupts, it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

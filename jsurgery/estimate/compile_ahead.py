@@ -1,0 +1,281 @@
+"""compile: a stage's step, ahead of time, for TPUs that this machine does not have. What fits, and what moves.
+
+Everything here is the compiler's word, not a measurement.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.diffusion import State, schedule, velocities_per_step
+from jsurgery.errors import DoesNotFit, InputError
+from jsurgery.estimate.chips import GIB, Chip, parse_topology
+from jsurgery.estimate.hlo import collectives, largest_buffers
+from jsurgery.io.files import write_json
+from jsurgery.io.results import check_report, peak_bytes
+from jsurgery.rates import Rate, parse_block_budget
+from jsurgery.runtime.mesh import AXES, check_batch, make_mesh, parameter_shardings, sharding
+from jsurgery.runtime.optimizer import adamw, initial_train_state
+from jsurgery.runtime.progress import say
+from jsurgery.surgery import finetune
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec
+from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
+from jsurgery.surgery.distillation.while_sampling import make_sampling_update
+from jsurgery.train import transformer as training
+from jsurgery.wan.cost import distillation_flops, model_flops, workload
+from jsurgery.wan.guidance import sampling_step
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.models import find_sizes
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.video_size import latent_grid
+from pallas_kernels import estimate
+
+SHOWN_BUFFERS = 8
+
+
+def compile_stage(
+    config: ConfigDict, config_name: str, stage: str, topology: str, *, slices: int = 1, report: str | None = None
+) -> None:
+    """Compiles one step of a stage for a topology like "v5e:4x4" and prints, or also writes as JSON, what it takes.
+
+    Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory; it then has
+    printed the largest buffers.
+    """
+    check_report(report)
+    network = trained_sizes(config) if stage == "train" else find_sizes(config, config_name).transformer
+    chip, devices = chip_and_devices(topology, slices)
+    wanted = math.prod(config.mesh[axis] for axis in AXES)
+    if wanted != len(devices):
+        sizes = " x ".join(f"{axis} {config.mesh[axis]}" for axis in AXES)
+        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {topology} has {len(devices)}")
+    mesh = make_mesh(config.mesh, devices)
+    say(f"compile: {stage} on {topology}")
+    start = time.perf_counter()
+    program = lowered(config, network, stage, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = program.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            status, _, complaint = str(error).partition(": ")
+            if status != "RESOURCE_EXHAUSTED":
+                raise
+            print(buffers_as_text(folder), flush=True)
+            raise DoesNotFit(f"{stage} on {topology}: {complaint}") from None
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
+    flops = step_flops(config, network, stage) / len(devices)
+    moved = collectives(compiled.as_text())
+    found = {
+        "stage": stage,
+        "topology": topology,
+        "slices": slices,
+        "mesh": {axis: config.mesh[axis] for axis in AXES},
+        "memory_bytes": parts | {"peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]},
+        "capacity_bytes": chip.memory,
+        "flops_per_device": flops,
+        "least_seconds": flops / chip.flops,
+        "collectives": moved,
+        "compile_seconds": seconds,
+        "compile_peak_bytes": peak_bytes(),
+        "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
+    }
+    print(as_text(found), flush=True)
+    if report is not None:
+        write_json(epath.Path(report), found)
+
+
+def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
+    """The chip and the devices of a topology. Raises InputError for one that libtpu does not know."""
+    chip, _ = parse_topology(topology)
+    single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
+    try:
+        options = single | ({"num_slices": slices} if slices > 1 else {})
+        return chip, estimate.topology(topology, **options)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None
+
+
+def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> Any:
+    stages = {
+        "distill": lowered_distill,
+        "finetune": lowered_finetune,
+        "sample": lowered_sample,
+        "train": lowered_train,
+    }
+    return stages[stage](config, network, mesh)
+
+
+def trained_sizes(config: ConfigDict) -> WanConfig:
+    """The transformer that `train` makes."""
+    return training.model_configs(config.train, config.train.vocabulary)[0]
+
+
+def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
+    """A plan of the budget's kind before there are errors: the first blocks at the named rate."""
+    named = parse_block_budget(str(config.plan.budget))
+    if named is None:
+        raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
+    count, rate = named
+    if count > blocks:
+        raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
+    return (rate,) * count + (1,) * (blocks - count)
+
+
+def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
+    """The graph and the parameters' shapes, placed."""
+    build = lambda: WanTransformer(
+        network, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, rngs=nnx.Rngs(0)
+    )
+    model = nnx.eval_shape(build)
+    model.compute_on(mesh, config.mesh.exchange)
+    graph, params = nnx.split(model)
+    return graph, with_shardings(params, parameter_shardings(mesh, params))
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings: one for all leaves, or one for each."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.tree.map(struct, shapes, shardings)
+
+
+def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
+    """Latents, text and timesteps of a batch."""
+    check_batch(mesh, batch)
+    video = config.video
+    grid = latent_grid(video.frames, video.height, video.width)
+    shapes = (
+        jax.ShapeDtypeStruct((batch, *grid, network.in_channels), jnp.float32),
+        jax.ShapeDtypeStruct((batch, config.text_length, network.text_dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.float32),
+    )
+    return with_shardings(shapes, sharding(mesh, "batch"))
+
+
+def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    graph, params = abstract_model(config, network, mesh)
+    teacher: Any = nnx.merge(graph, params)
+    optimizer = make_optimizer(config)
+    maps = jax.eval_shape(lambda: initial_maps(config, teacher))
+    state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
+    latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
+    batch = {"latents": latents, "text": text, "timestep": timesteps}
+    state, setup = with_shardings(state, parameter_shardings(mesh, state)), DistillSpec.of(config)
+    if config.distill.mode == "traces":
+        return make_update(optimizer, graph, setup).lower(state, params, batch)
+    whole, sampler = sharding(mesh), config.sampler
+    update = make_sampling_update(optimizer, graph, setup, sampler.guidance, whole)
+    blank = None if sampler.guidance == 1 else text
+    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    trajectory = State(*[with_shardings(latents, whole)] * 4)
+    return update.lower(state, params, trajectory, text, blank, schedule_row(config, mesh), key)
+
+
+def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    teacher_graph, teacher_params = abstract_model(config, network, mesh)
+    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
+    optimizer = adamw(config.finetune)
+    state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, config.finetune.ema), params)
+    latents, text, _ = inputs(config, network, mesh, config.finetune.batch)
+    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
+    update = finetune.make_update(config, optimizer, graph, teacher_graph)
+    state = with_shardings(state, parameter_shardings(mesh, state))
+    return update.lower(state, teacher_params, {"latents": latents, "text": text}, key)
+
+
+def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
+    latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
+    blank = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
+    sampler, row = config.sampler, schedule_row(config, mesh)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(params, text, blank, state, row):
+        model = nnx.merge(graph, params)
+        return sampling_step(model, text, blank, state, row, None, sampler.guidance, sampler.guidance_batched)
+
+    return step.lower(params, text, blank, State(*[latents] * 4), row)
+
+
+def schedule_row(config: ConfigDict, mesh: Mesh) -> Any:
+    sampler = config.sampler
+    row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
+    return with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
+
+
+def lowered_train(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
+    train, dtype = config.train, jnp.dtype(config.model.dtype)
+    _, text_encoder = training.model_configs(train, train.vocabulary)
+    build = lambda: training.TransformerWithTextEncoder(network, text_encoder, dtype=dtype, rngs=nnx.Rngs(0))
+    teacher = nnx.eval_shape(build)
+    teacher.transformer.compute_on(mesh, config.mesh.exchange)
+    graph, params = nnx.split(teacher)
+    optimizer = training.make_optimizer(train)
+    state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, train.ema), params)
+    latents, _, _ = inputs(config, network, mesh, train.batch)
+    words = lambda batch, dtype: jax.ShapeDtypeStruct((batch, config.text_length), dtype)
+    texts = {"token_ids": words(train.batch, jnp.int32), "mask": words(train.batch, jnp.int32)}
+    blank = {"blank_ids": words(1, jnp.int32), "blank_mask": words(1, jnp.int32)}
+    batch = (
+        {"latents": latents} | with_shardings(texts, sharding(mesh, "batch")) | with_shardings(blank, sharding(mesh))
+    )
+    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
+    state = with_shardings(state, parameter_shardings(mesh, state))
+    return training.make_update(config, optimizer, graph).lower(state, batch, key)
+
+
+def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
+    """FLOPs of one step on all devices, by the cost model; what remat recomputes counts."""
+    work = dataclasses.replace(workload(config, network), config=network)
+    if stage == "distill":
+        velocities = velocities_per_step(config.sampler.guidance) if config.distill.mode == "sampling" else 1
+        return config.distill.batch * velocities * distillation_flops(work, config.hybrid.rates)
+    if stage == "train":
+        return 3 * config.train.batch * model_flops(work, (1,) * network.num_layers)
+    forward = model_flops(work, planned_rates(config, network.num_layers))
+    if stage == "sample":
+        return config.evaluate.batch * forward * velocities_per_step(config.sampler.guidance)
+    times = 3 + (config.model.remat != "none")
+    if config.finetune.teacher_weight > 0:
+        times += model_flops(work, (1,) * network.num_layers) / forward
+    return config.finetune.batch * forward * times
+
+
+def buffers_as_text(folder: str) -> str:
+    """The largest buffers of a device, by the compiler's report of a program that does not fit."""
+    reports = [path.read_text() for path in epath.Path(folder).glob("*memory-usage-report.txt")]
+    found = largest_buffers(max(reports, key=len, default=""), SHOWN_BUFFERS)
+    rows = [f"  {size / GIB:8.2f} GiB  {shapes}" for size, shapes in found]
+    return "\n".join(["the largest buffers of a device, and what takes turns in each:", *rows])
+
+
+def as_text(found: dict[str, Any]) -> str:
+    memory, moved = found["memory_bytes"], found["collectives"]
+    lines = [
+        f"{found['stage']} on {found['topology']}: static estimate of the TPU compiler, FLOPs by the cost model",
+        f"memory a device: {memory['peak'] / GIB:.2f} of {found['capacity_bytes'] / GIB:.0f} GiB (arguments "
+        f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
+        f"FLOPs a device: {found['flops_per_device'] / 1e12:.3g} T, at the peak rate {found['least_seconds']:.3g} s",
+        *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.4g} GiB" for kind, one in moved.items()),
+        f"compiled in {found['compile_seconds']:.0f} s and {found['compile_peak_bytes'] / GIB:.1f} GiB",
+    ]
+    return "\n".join(lines)

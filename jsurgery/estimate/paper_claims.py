@@ -1,0 +1,50 @@
+"""What the paper says that attention surgery saves, beside what the cost model counts."""
+
+from typing import Any
+
+from jsurgery.rates import Rate
+from jsurgery.wan.cost import Workload, block_flops, feature_map_cost, savings, share
+from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.video_size import num_tokens
+
+TABLE_7 = ((2, 2, 1.2, 30), (3, 2, 2.4, 60), (4, 2, 3.9, 70), (6, 3, 15.4, 387))  # degree, layers, M, GFLOP as printed
+
+
+def paper_claims() -> list[dict[str, Any]]:
+    """The paper's numbers beside this model's count, for Wan2.1 1.3B: rows of claim, printed, counted, note."""
+    wan = PUBLISHED["Wan2.1 1.3B"]
+    low, high, long = (Workload(wan, num_tokens(*size)) for size in ((81, 320, 480), (81, 480, 832), (121, 320, 480)))
+    rows = []
+
+    def claim(text: str, printed: str, counted: str, note: str = "") -> None:
+        rows.append({"claim": text, "printed": printed, "counted": counted, "note": note})
+
+    for degree, layers, millions, giga in TABLE_7:
+        found = feature_map_cost(degree, layers, wan.num_attention_heads, wan.attention_head_dim, low.tokens)
+        counted = f"{found.parameters / 1e6:.1f} M, {found.flops / 1e9:.1f} GFLOP"
+        note = "" if abs(found.flops / 1e9 - giga) < 1 else "a slip of the paper: its own parameter count gives ours"
+        claim(f"Table 7: degree {degree}, {layers} layers", f"{millions} M, {giga} GFLOP", counted, note)
+    claim("self-attention's share of a block at 480x832", "more than 76 %", percent(share(block_flops(high, 1))))
+
+    def saved(work: Workload, count: int, rate: Rate) -> dict[str, float]:
+        return savings(work, [rate] * count + [1] * (wan.num_layers - count))
+
+    claim("“up to 40 %”: 15R8 at 320x480, cores", "up to 40 %", percent(saved(low, 15, 8)["core"]), "three readings")
+    claim("“up to 40 %”: 25R2 at 480x832, cores", "up to 40 %", percent(saved(high, 25, 2)["core"]))
+    claim("“up to 40 %”: 20R8 at 480x832, network", "up to 40 %", percent(saved(high, 20, 8)["network"]))
+    claim("15R2 at 480x832, cores", "not printed", percent(saved(high, 15, 2)["core"]))
+    claim("15R2 at 480x832, blocks", "not printed", percent(saved(high, 15, 2)["blocks"]))
+    before, after = block_flops(long, 1), block_flops(long, 8)
+    ratios = (
+        ("core", before.core / after.core),
+        ("attention with projections", (before.core + before.projections) / (after.core + after.projections)),
+        ("the whole block", before.total / after.total),
+    )
+    for name, ratio in ratios:
+        note = "the core alone comes near the printed number" if name == "core" else ""
+        claim(f"“6x faster per block” at 121 frames, R8: {name}", "6x", f"{ratio:.2f}x", note)
+    return rows
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.1f} %"

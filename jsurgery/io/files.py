@@ -1,0 +1,78 @@
+"""Files that may not be what they should be: read with care, and what is wrong with them in one line."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jsurgery.errors import InputError
+
+POINTER, PAGE, PICKLE = "a git-LFS pointer; run `git lfs pull`", "an HTML or XML page", "a pickle"
+
+
+def describe_foreign_file(start: bytes, size: int) -> str | None:
+    """What a file of `size` bytes that begins with `start` is instead of what was expected, if that can be told."""
+    text = start[:200].lstrip().lower()
+    if not size:
+        return "an empty file"
+    if text.startswith(b"version https://git-lfs"):
+        return POINTER
+    if text.startswith(b"<"):
+        return f"{PAGE}, perhaps a download that needed a login"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return f"{PICKLE}, as torch.save writes, which was not unpickled"
+    return None
+
+
+def damaged(
+    file: epath.PathLike, start: bytes, size: int, fault: object, expected: str = "a safetensors file"
+) -> InputError:
+    """The error for a file that begins with `start` and is not what was expected, with the likely cause."""
+    kind = describe_foreign_file(start, size)
+    cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
+    return InputError(f"{file}: not {expected}: {cause if kind is None else f'it is {kind}'}")
+
+
+def read_json(path: epath.PathLike, expected: str = "JSON") -> Any:
+    """The content of a JSON file. Raises InputError, with the likely cause, where it is missing or no JSON."""
+    path = epath.Path(path)
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise InputError(f"{path}: expected {expected}, found {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        found = describe_foreign_file(content[:200], len(content)) or f"{error}"
+        raise InputError(f"{path}: expected {expected}, found {found}") from None
+
+
+def read_object(path: epath.PathLike, expected: str = "JSON") -> dict[str, Any]:
+    """The object in a JSON file; otherwise like `read_json`."""
+    found = read_json(path, expected)
+    if not isinstance(found, dict):
+        expected = "a JSON object" if expected == "JSON" else expected
+        raise InputError(f"{path}: expected {expected}, found {shortened(found)}")
+    return found
+
+
+def shortened(value: Any, length: int = 80) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def save_array(path: epath.Path, array: np.ndarray) -> None:
+    """Under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        np.save(stream, array)
+    temporary.replace(path)
+
+
+def write_json(path: epath.Path, content: Any, indent: int | None = 2) -> None:
+    """Writes under a temporary name, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
+    temporary.replace(path)

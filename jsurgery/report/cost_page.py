@@ -1,0 +1,150 @@
+"""Pages of figures about cost: one block over duration and rate, and the plans that no other plan beats."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from jsurgery.io.results import si_prefix
+from jsurgery.rates import rate_name
+from jsurgery.report.charts import POINTS, Chart, line_chart
+from jsurgery.report.templates import render
+from jsurgery.wan.cost import PARTS
+
+SIDES = {
+    "core": "Core attention, TFLOP over frames",
+    "attention": "Attention with projections",
+    "block": "Whole block",
+}
+
+
+def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str, Any] | None) -> epath.Path:
+    """`cost.html`: what `jsurgery cost` counted, the paper's Fig. 2, and with a front its Fig. 6's trade-off."""
+    video = result["video"]
+    prefix, scale = si_prefix(result["block"]["1"]["flops"]["total"] / 100)
+    sections = [
+        {
+            "title": "One block by duration",
+            "text": "TFLOP of one block over frames at 320 × 480, as in the paper’s Fig. 2: what surgery changes, what "
+            "stands beside it in the attention layer, and all of the block.",
+            "charts": duration_charts(result["durations"]),
+        },
+        {
+            "title": "One block by part",
+            "text": f"{prefix}FLOP at {video['frames']} frames of {video['height']} × {video['width']}, "
+            f"{result['tokens']:,} tokens. One multiply-add is two FLOPs.",
+            "table": {
+                "head": ["rate", *(part.replace("_", " ") for part in PARTS)],
+                "rows": [
+                    [rate_name(rate), *(f"{found['flops'][part] / scale:,.1f}" for part in PARTS)]
+                    for rate, found in result["block"].items()
+                ],
+            },
+        },
+        {
+            "title": "The network by number of converted blocks",
+            "text": "Percent of the teacher’s FLOPs in one forward pass: the cost axis of the paper’s Fig. 6.",
+            "charts": [conversion_chart(result["conversions"])],
+        },
+    ]
+    if front is not None:
+        sections.append(front_section(front))
+    sections.append(
+        {
+            "title": "Beside the paper",
+            "text": "Wan2.1 1.3B, counted, whatever model this page is about. The paper’s slips are named: Table 7’s "
+            "70 GFLOP contradicts its own 3.9 M parameters, which make it 99.4.",
+            "table": {
+                "head": ["claim", "printed", "counted", ""],
+                "rows": [list(row.values()) for row in result["paper"]],
+            },
+        }
+    )
+    return write_page(folder / "cost.html", f"What {result['model']} costs", sections)
+
+
+def write_front_page(folder: epath.Path, front: dict[str, Any]) -> epath.Path:
+    """`front.html`: the front of `jsurgery plan --front`, with the chosen plan between its neighbours."""
+    return write_page(folder / "front.html", "Cost against error", [front_section(front)])
+
+
+def front_section(front: dict[str, Any]) -> dict[str, Any]:
+    chosen = front["chosen"]
+    if chosen["proven_optimal"]:
+        verdict = "The chosen plan is proven optimal: no plan that costs as little has a smaller error."
+    else:
+        verdict = f"The chosen plan is not optimal: its cost allows a total error of {chosen['optimum']:.4g}."
+    rates = ", ".join(map(str, front["candidates"]))
+    head = ["", f"cost, {front['unit']}", "of the teacher", "error", "rates"]
+    return {
+        "title": "The Pareto front",
+        "text": f"Plans of rates {rates} that no other plan beats in both cost and estimated error, the trade-off of "
+        f"the paper’s Fig. 6: {len(front['plans'])}. Beside them those that convert blocks at one rate. {verdict} "
+        f"Mixing plans could not go below {chosen['error_bound']:.4g}.",
+        "charts": [front_chart(front)],
+        "front": True,
+        "table": {"head": head, "rows": neighbours(front)},
+    }
+
+
+def neighbours(front: dict[str, Any]) -> list[list[str]]:
+    """Rows of text: the chosen plan between the nearest on the front that cost less and more."""
+    chosen = front["chosen"]
+    plans = {"next cheaper": chosen["cheaper"], "chosen": chosen, "next dearer": chosen["dearer"]}
+    return [
+        [
+            name,
+            f"{found['cost']:.4g}",
+            f"{100 * found['share_of_teacher']:.2f} %",
+            f"{found['error']:.5g}",
+            " ".join(map(str, found["rates"])),
+        ]
+        for name, found in plans.items()
+        if found is not None
+    ]
+
+
+def duration_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
+    rates = {rate: rate_name(rate) for rate in rows[0]["core"]}
+    charts = []
+    for side, title in SIDES.items():
+        points = [{"step": row["frames"], **{rate: row[side][rate] / 1e12 for rate in rates}} for row in rows]
+        charts.append(line_chart(title, points, rates))
+    return charts
+
+
+def conversion_chart(conversions: dict[str, list[float]]) -> Chart | None:
+    blocks = len(next(iter(conversions.values())))
+    points = [{"step": n, **{rate: 100 * shares[n] for rate, shares in conversions.items()}} for n in range(blocks)]
+    title = "Percent of the teacher’s FLOPs, over converted blocks"
+    return line_chart(title, points, {rate: rate_name(rate) for rate in conversions})
+
+
+def front_chart(front: dict[str, Any]) -> Chart | None:
+    """Error over cost in percent of the teacher; the front is thinned to what a chart draws, the rest is whole.
+
+    None where all plans cost the same.
+    """
+
+    def point(name: str, found: dict[str, Any]) -> dict[str, float]:
+        return {"step": 100 * found["share_of_teacher"], name: found["error"]}
+
+    points = [point("chosen", front["chosen"])]
+    for rate, plans in front["homogeneous"].items():
+        points += [point(rate, found) for found in plans]
+    plans, room = front["plans"], max(2, POINTS - len(points))
+    kept = sorted({round(i * (len(plans) - 1) / (room - 1)) for i in range(room)})
+    points += [point("front", plans[i]) for i in kept]
+    names = {rate: f"{rate_name(rate)} alone" for rate in front["homogeneous"]}
+    names |= {"front": "the front", "chosen": "the chosen plan"}
+    if len({point["step"] for point in points}) == 1:
+        return None
+    title = "Total error over attention cost, percent of the teacher’s"
+    return line_chart(title, sorted(points, key=lambda point: point["step"]), names)
+
+
+def write_page(path: epath.Path, title: str, sections: Sequence[dict[str, Any]]) -> epath.Path:
+    page = render("cost.html.jinja", title=title, sections=sections)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    return path

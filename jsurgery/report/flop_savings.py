@@ -1,0 +1,86 @@
+"""What a run saves, in FLOPs: by part of a block, and over the length of a video."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jsurgery.io.results import si_prefix
+from jsurgery.rates import Rate, rate_key
+from jsurgery.report.charts import Chart, line_chart
+from jsurgery.wan.cost import Workload, block_flops, core_flops, model_flops
+from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.video_size import num_tokens
+
+FULL_SIZE = {"frames": 81, "height": 480, "width": 832}  # what savings are also computed for, with Wan2.1 1.3B
+UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
+PARTS = ("core", "projections", "cross_attention", "ffn", "total")
+LENGTHS = np.linspace(1, 4, 13)  # of a video, in those of the run
+
+
+def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dict[str, Any]]:
+    """`cost_table` of this model; then, if that is another, of Wan2.1 1.3B at full size with the same mix of rates.
+
+    Beside each its `duration_charts`.
+    """
+    subjects = [(work, config.video.to_dict(), False)]
+    tokens = num_tokens(FULL_SIZE["frames"], FULL_SIZE["height"], FULL_SIZE["width"])
+    full = Workload(PUBLISHED["Wan2.1 1.3B"], tokens, feature_map=work.feature_map)
+    if (full.config, full.tokens) != (dataclasses.replace(work.config, hybrid=None), work.tokens):
+        subjects.append((full, FULL_SIZE, True))
+    return [
+        {
+            "full_size": is_full,
+            "size": size,
+            "charts": duration_charts(subject, rates, size),
+            **cost_table(subject, rates),
+        }
+        for subject, size, is_full in subjects
+    ]
+
+
+def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
+    """FLOPs by part: a block at each rate, the plan's mean block, what it saves; and those of a whole forward pass."""
+    used = sorted({1, *rates}, key=rate_key)
+    by_rate = {rate: {part: getattr(block_flops(work, rate), part) for part in PARTS} for rate in used}
+    mean = {part: sum(by_rate[rate][part] for rate in rates) / len(rates) for part in PARTS}
+    blocks = work.config.num_layers
+    teacher, hybrid = model_flops(work, [1] * blocks), model_flops(work, []) + blocks * mean["total"]
+    unit, scale = next(unit for unit in UNITS if by_rate[1]["total"] > unit[1] / 10)
+    return {
+        "unit": unit,
+        "scale": scale,
+        "tokens": work.tokens,
+        "by_rate": by_rate,
+        "blocks_at": {rate: list(rates).count(rate) for rate in used},
+        "teacher": by_rate[1],
+        "plan": mean,
+        "saved": {part: 1 - mean[part] / by_rate[1][part] for part in PARTS},
+        "forward": {"teacher": teacher, "plan": hybrid, "saved": 1 - hybrid / teacher},
+    }
+
+
+def duration_charts(work: Workload, rates: Sequence[Rate], size: dict[str, int]) -> list[Chart | None]:
+    """FLOPs of one forward pass over frames, of the teacher and of a mix of rates: of attention, and in all."""
+    frames = sorted({4 * round(size["frames"] * length / 4) + 1 for length in LENGTHS})
+    works = [dataclasses.replace(work, tokens=num_tokens(n, size["height"], size["width"])) for n in frames]
+    blocks = work.config.num_layers
+
+    def cores(work: Workload, rates: Sequence[Rate]) -> float:
+        return blocks * sum(core_flops(work, rate) for rate in rates) / len(rates)
+
+    def forward(work: Workload, rates: Sequence[Rate]) -> float:
+        return model_flops(work, []) + blocks * sum(block_flops(work, rate).total for rate in rates) / len(rates)
+
+    charts = []
+    for title, flops in {"Attention cores": cores, "The whole forward pass": forward}.items():
+        prefix, scale = si_prefix(flops(works[-1], [1]))
+        rows = [
+            {"step": n, "teacher": flops(work, [1]) / scale, "plan": flops(work, rates) / scale}
+            for n, work in zip(frames, works, strict=True)
+        ]
+        names = {"teacher": "teacher", "plan": "this plan"}
+        charts.append(line_chart(f"{title}, {prefix}FLOP over frames", rows, names, from_zero=True))
+    return charts

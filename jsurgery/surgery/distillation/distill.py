@@ -1,0 +1,166 @@
+"""distill: feature maps of every block at every rate, in one pass of the teacher over its traces, or as it samples."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jsurgery.errors import InputError
+from jsurgery.io.files import write_json
+from jsurgery.runtime import processes
+from jsurgery.runtime.loop import run_steps
+from jsurgery.runtime.mesh import batch_shards, global_batch, local_rows, make_mesh, put_state, to_host
+from jsurgery.runtime.progress import Progress
+from jsurgery.surgery.distillation.replay import Replay
+from jsurgery.surgery.distillation.saved_maps import INITIAL, TRAINED, FeatureMapPair, save_maps
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, measure_heads
+from jsurgery.surgery.distillation.update import initial_maps, make_optimizer
+from jsurgery.surgery.distillation.while_sampling import WhileSampling
+from jsurgery.surgery.plan_forward import velocity_errors
+from jsurgery.surgery.trace import TraceSteps
+from jsurgery.wan.transformer import WanTransformer
+from pallas_kernels.reference import EPSILON
+
+LARGEST_LOG_SCALE = 20.0
+
+
+def distill(
+    config: ConfigDict,
+    teacher: WanTransformer,
+    traces: epath.Path,
+    folder: epath.Path,
+    *,
+    rope: str = "after",
+    profile: epath.Path | None = None,
+) -> None:
+    """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`.
+
+    errors.json names their blocks: all, or those of `config.distill.blocks`. With `rope` "before", phi sees queries and
+    keys that are not turned by RoPE: to be measured, for no model takes such maps, so that there is no velocity either.
+    `profile` gets the trace of `config.profile` steps.
+    """
+    settings, setup = config.distill, dataclasses.replace(DistillSpec.of(config), rope=rope)
+    blocks = setup.blocks or range(teacher.config.num_layers)
+    mesh = make_mesh(config.mesh)
+    teacher.spread(mesh, config.mesh.exchange)
+    held_out = TraceSteps(traces, range(config.trace.prompts - config.trace.holdout, config.trace.prompts))
+    learner = MODES[settings.mode](config, teacher, mesh, traces, setup)
+
+    maps = put_state(mesh, initial_maps(config, teacher))
+    if settings.calibrate:
+        maps = calibrate(teacher, learner.calibration(), maps, setup)
+    initial = to_host(maps)
+    processes.on_first(lambda: save_maps(folder / INITIAL, initial, setup.rates, blocks))
+
+    def update(state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array, None]:
+        return *learner(state, step), None
+
+    def logged(losses: np.ndarray) -> tuple[dict[str, Any], str]:
+        by_rate = losses.mean(axis=0)
+        return {f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)}, f"loss {by_rate.mean():.4f}"
+
+    def explain(step: int, losses: np.ndarray, *_: Any) -> str:
+        found = [f"block {blocks[i]} at rate {setup.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
+        return f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.source(step)}"
+
+    opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
+    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.under_way()
+    state = run_steps(
+        "distill", config, put_state(mesh, fresh), update, steps=settings.steps, checkpoints=folder / "checkpoints",
+        metrics=folder, logged=logged, explain=explain, profile=profile,
+    )  # fmt: skip
+    trained = to_host(state["maps"])
+    processes.on_first(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
+    found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup)
+    if settings.velocity_steps and rope == "after":
+        found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], setup, settings.velocity_steps)
+    processes.on_first(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
+
+
+def calibrate(teacher: WanTransformer, batches: list[dict], maps: FeatureMapPair, setup: DistillSpec) -> FeatureMapPair:
+    """Scales the key maps so that each head's mean linear mass is what the teacher's own attention gives those keys."""
+    found = [measure_heads(teacher, batch, maps, setup) for batch in batches]
+    mass, wanted = (sum(stats[name] for stats in found) for name in ("mass", "wanted_mass"))
+    log_scale = jnp.log(jnp.maximum(wanted, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
+    # A linear key may score 88 above the stabiliser, and its mass is then infinite in float32.
+    log_scale = jnp.clip(log_scale, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
+    return maps[0], dataclasses.replace(maps[1], log_scale=maps[1].log_scale + log_scale)
+
+
+def held_out_errors(
+    teacher: WanTransformer,
+    mesh: Mesh,
+    held_out: TraceSteps,
+    initial: FeatureMapPair,
+    trained: FeatureMapPair,
+    setup: DistillSpec,
+) -> dict[str, Any]:
+    """Relative L1 error of the attention output per block and rate over held-out steps, before and after training.
+
+    Steps are taken in batches of what the mesh holds at once; those that fill no batch are left out.
+    """
+    size = batch_shards(mesh)
+    batches = len(held_out) // size
+    if not batches:
+        raise InputError(f"config.trace.holdout: {len(held_out)} steps; expected at least {size}, one a batch shard")
+
+    def totals(maps, name):
+        found, progress = [], Progress(name, batches)
+        for number in progress.over(range(batches)):
+            batch = held_out_batch(mesh, held_out, range(number * size, (number + 1) * size))
+            found.append(to_host(measure_heads(teacher, batch, maps, setup)))
+        return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
+
+    before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
+    errors = lambda stats: (stats["error"].sum(axis=(0, 3)) / stats["size"].sum(axis=(0, 3))).tolist()
+    return {
+        "rates": list(setup.rates),
+        "errors": errors(after),
+        "initial_errors": errors(before),
+        "softmax_share": after["share"].mean(axis=(0, 3)).tolist(),
+        "teacher_softmax_share": after["teacher_share"].mean(axis=(0, 3)).tolist(),
+        "samples": batches * size,
+    }
+
+
+def velocity_errors_of_blocks(
+    teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, maps: FeatureMapPair, setup: DistillSpec, steps: int
+) -> dict[str, Any]:
+    """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
+
+    Squares add up over blocks as far as these err independently, and of the errors that were tried they rank plans of
+    one cost best (`jsurgery ablate --table=objective`). Over `steps` of the held-out ones, evenly spread, in batches of
+    what the mesh holds at once.
+    """
+    size, layers = batch_shards(mesh), teacher.config.num_layers
+    blocks = np.arange(layers) if setup.blocks is None else np.array(setup.blocks)
+    # A block that was not distilled reads the maps of some other, to no effect.
+    slots = np.searchsorted(blocks, np.arange(layers)).clip(max=len(blocks) - 1)
+    maps = jax.tree.map(lambda leaf: leaf[slots], maps)
+    count = max(1, min(steps, len(held_out)) // size)
+    chosen = np.linspace(0, len(held_out) - 1, count * size).round().astype(int).reshape(count, size)
+    plans_BxRxL = np.zeros((len(blocks), len(setup.rates), layers), int)
+    plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(setup.rates) + 1)
+    found, progress = [], Progress("velocity errors", count * len(blocks))
+    for number in progress.over(range(count * len(blocks))):
+        batch = held_out_batch(mesh, held_out, chosen[number // len(blocks)])
+        plans_RxL = jnp.asarray(plans_BxRxL[number % len(blocks)])
+        found.append(to_host(velocity_errors(teacher, batch, maps, plans_RxL, setup))["squared"])
+    errors_BxR = np.mean(np.asarray(found, np.float64).reshape(count, len(blocks), -1), axis=0)
+    return {"velocity_errors": errors_BxR.tolist(), "velocity_samples": count * size}
+
+
+def held_out_batch(mesh: Mesh, held_out: TraceSteps, numbers: Sequence[int]) -> dict[str, jax.Array]:
+    """A batch of held-out steps, spread over the mesh."""
+    rows = local_rows(mesh, len(numbers))
+    steps = [held_out[numbers[row]] for row in rows]
+    return global_batch(mesh, rows, len(numbers), jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
+
+
+MODES = {"traces": Replay, "sampling": WhileSampling}

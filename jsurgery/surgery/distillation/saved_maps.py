@@ -1,0 +1,76 @@
+"""What distillation leaves for the stages after it: feature maps and the errors that they still make, as files."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jsurgery.attention.feature_maps import FeatureMapConfig, LearnedMap, build_feature_map
+from jsurgery.errors import InputError
+from jsurgery.io.files import read_object, shortened
+from jsurgery.io.safetensors import read_tensors, write_tensors
+from jsurgery.rates import Rate, check_rates
+
+INITIAL, TRAINED = "initial.safetensors", "feature_maps.safetensors"
+# Of queries and of keys, leaves [blocks, rates, heads, ...]; blocks are those of `config.distill.blocks`.
+FeatureMapPair = tuple[LearnedMap, LearnedMap]
+
+
+def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> None:
+    """Tensors named blocks.I.rate_R.phi_q.LEAF, one map a rate and block of `blocks`."""
+    tensors = {}
+    for side, stacked in zip(("phi_q", "phi_k"), maps, strict=True):
+        for leaf_name, leaf in _leaves(stacked):
+            array = np.asarray(leaf)
+            for of_block, block in zip(array, blocks, strict=True):
+                for of_rate, rate in zip(of_block, rates, strict=True):
+                    tensors[f"blocks.{block}.rate_{rate}.{side}.{leaf_name}"] = of_rate
+    phi = maps[0]
+    write_tensors(
+        path,
+        tensors,
+        metadata={"degree": str(phi.degree), "layers": str(len(phi.kernels)), "activation": phi.activation},
+    )
+
+
+def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) -> FeatureMapPair | None:
+    """The maps of the blocks that `plan` converts, leaves [converted, heads, ...]; None when there are none."""
+    tensors = read_tensors(path)
+    chosen = [(block, rate) for block, rate in enumerate(plan) if rate != 1]
+    if not chosen:
+        return None
+
+    def stacked(side: str, leaf: str) -> jax.Array:
+        names = [f"blocks.{block}.rate_{rate}.{side}.{leaf}" for block, rate in chosen]
+        if missing := [name for name in names if name not in tensors]:
+            raise InputError(f"{path}: holds no {missing[0]}; was its rate distilled?")
+        return jnp.asarray(np.stack([tensors[name] for name in names]))
+
+    query_maps, key_maps = (build_feature_map(config, functools.partial(stacked, side)) for side in ("phi_q", "phi_k"))
+    return query_maps, key_maps
+
+
+def _leaves(maps: LearnedMap) -> list[tuple[str, jax.Array]]:
+    layers = [(f"kernels.{j}", leaf) for j, leaf in enumerate(maps.kernels)]
+    layers += [(f"biases.{j}", leaf) for j, leaf in enumerate(maps.biases)]
+    return [*layers, ("log_scale", maps.log_scale)]
+
+
+def read_errors(folder: epath.Path) -> dict[str, Any]:
+    path = folder / "errors.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; run `jsurgery distill` first")
+    found = read_object(path, "the errors of `jsurgery distill`")
+    rates, rows, blocks = found.get("rates"), found.get("errors"), found.get("blocks", [])
+    if not isinstance(rates, list):
+        raise InputError(f"{path}: rates: expected those distilled, found {shortened(rates)}")
+    check_rates(f"{path}: rates", rates)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: errors: expected a row for each block, found {shortened(rows)}")
+    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+        raise InputError(f"{path}: blocks: expected their numbers, found {shortened(blocks)}")
+    return found

@@ -1,0 +1,141 @@
+"""One forward of the teacher in which every head of every block teaches its feature maps, at all rates at once.
+
+In every block, the softmax over the nested token zones is computed once and merged into the softmax branch of every
+rate (and into the teacher's own output); the feature maps get their gradients on the spot from the queries, keys and
+values that pass by. Nothing but gradients leaves a block.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import token_order
+from jsurgery.config import block_numbers
+from jsurgery.rates import Rate, rate_chain
+from jsurgery.runtime.mesh import LOGICAL, batch_shards, sharding
+from jsurgery.surgery.distillation.losses import LOSSES, HeadActivations, TokenShards, head_statistics, nested_softmax
+from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
+from jsurgery.wan.rope import rope_tables
+from jsurgery.wan.transformer import WanTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSpec:
+    """What is distilled: static, hence hashable."""
+
+    rates: tuple[Rate, ...]
+    chain: tuple[int, ...]
+    lattice: str
+    stabilizer: str
+    loss: str
+    blocks: tuple[int, ...] | None = None  # None: all
+    rope: str = "after"  # what phi sees: queries and keys "before" RoPE or after it
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "DistillSpec":
+        hybrid, settings = config.hybrid, config.distill
+        rates, blocks = tuple(hybrid.rates), block_numbers(settings.blocks)
+        return cls(rates, rate_chain(rates), hybrid.lattice, hybrid.stabilizer, settings.loss, blocks)
+
+
+def run_heads(
+    teacher: WanTransformer,
+    batch: dict[str, jax.Array],
+    maps: FeatureMapPair,
+    setup: DistillSpec,
+    visit,
+    whole: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the setup's blocks.
+
+    Returns the teacher's velocity, which blocks after the setup's last are part of only if it is asked for `whole`, and
+    the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so `visit`
+    returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
+    """
+    mesh, axis = teacher.mesh, LOGICAL["sequence"]
+    grid = teacher.config.token_grid(batch["latents"].shape[1:4])
+    order = token_order(grid, setup.chain, setup.lattice, teacher.shards)
+    tokens = TokenShards(order, axis if teacher.shards > 1 else None, 1 if mesh is None else batch_shards(mesh))
+
+    cos, sin = rope_tables(grid, teacher.config.attention_head_dim, teacher.config.rope_max_seq_len)
+    angles = cos[order.permutation], -sin[order.permutation]
+
+    def head(inputs, chosen):
+        (q, k, v), maps_R = inputs
+        turn_back = (tokens.own(angles[0]), tokens.own(angles[1])) if setup.rope == "before" else None
+        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, setup.rates))(q, k, v)
+        records = []
+        for index, rate in enumerate(setup.rates):
+            one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
+            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, setup.stabilizer, turn_back)
+            records.append(compute_or_zeros(chosen, functools.partial(visit, one_head, at)))
+        return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
+
+    def attention(q, k, v, layer):
+        chosen, maps_RxH = layer
+        heads_first = tuple(x.transpose(2, 0, 1, 3).astype(jnp.float32) for x in (q, k, v))
+        inputs = heads_first, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), maps_RxH)
+        y, records = jax.lax.map(lambda inputs: head(inputs, chosen), inputs)
+        return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
+
+    def added_up(q, k, v, layer):
+        y, records = attention(q, k, v, layer)
+        return y, jax.lax.psum(records, (*LOGICAL["batch"], axis))
+
+    visiting = attention
+    if mesh is not None:
+        spread, by_head = sharding(mesh, "batch", "sequence", "heads").spec, sharding(mesh, None, "heads").spec
+        layer = sharding(mesh).spec, by_head
+        specs = {"in_specs": (spread, spread, spread, layer), "out_specs": (spread, by_head)}
+        visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
+    inputs = batch["latents"], batch["timestep"], batch["text"]
+    if setup.blocks is None:
+        return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)
+    blocks, every = np.array(setup.blocks), np.arange(teacher.config.num_layers)
+    # A block that is not chosen reads the maps of some other, to no effect.
+    slots = np.searchsorted(blocks, every).clip(max=len(blocks) - 1)
+    layers = jnp.asarray(np.isin(every, blocks)), jax.tree.map(lambda leaf: leaf[slots], maps)
+    until = None if whole else blocks[-1] + 1
+    velocity, records = teacher.apply_blocks(*inputs, visiting, layers, order=order, until=until)
+    return velocity, jax.tree.map(lambda leaf: leaf[blocks], records)
+
+
+def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
+    """What `work` returns, or zeros where it is not `chosen` and not done; None: always."""
+    if chosen is None:
+        return work()
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work))
+    return jax.lax.cond(chosen, work, zeros)
+
+
+@functools.partial(nnx.jit, static_argnames="setup")
+def measure_heads(teacher, batch, maps, setup: DistillSpec) -> dict[str, jax.Array]:
+    """`statistics`, leaves [blocks, rates, heads]."""
+    return run_heads(teacher, batch, maps, setup, head_statistics)[1]
+
+
+def loss_gradients(
+    teacher, batch, maps, setup: DistillSpec, whole: bool = False
+) -> tuple[jax.Array, jax.Array, FeatureMapPair]:
+    """The velocity (see `visit_heads`), losses [blocks, rates] and the gradients of `maps`, each from its own block,
+    rate and head alone."""
+
+    def visit(maps, at: HeadActivations):
+        loss, gradients = jax.value_and_grad(LOSSES[setup.loss])(maps, at)
+        return loss, jax.tree.map(lambda leaf: leaf[0], gradients)
+
+    velocity, (losses, gradients) = run_heads(teacher, batch, maps, setup, visit, whole)
+    return velocity, losses.mean(axis=2), gradients
+
+
+@functools.partial(nnx.jit, static_argnames="setup")
+def losses_and_gradients(teacher, batch, maps, setup: DistillSpec) -> tuple[jax.Array, FeatureMapPair]:
+    """Those of `learn`."""
+    return loss_gradients(teacher, batch, maps, setup)[1:]

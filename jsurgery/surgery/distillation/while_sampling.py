@@ -1,0 +1,160 @@
+"""Trajectories that the teacher samples while feature maps learn from its forwards: several, a step of each in turn."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jsurgery.data.shards import Records
+from jsurgery.diffusion import (
+    Schedule,
+    State,
+    evenly_spaced_steps,
+    initial_noise,
+    initial_state,
+    schedule,
+    solver_step,
+    step_keys,
+)
+from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding
+from jsurgery.surgery.distillation.replay import CALIBRATION_BATCHES
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
+from jsurgery.surgery.distillation.update import apply_gradients, make_optimizer
+from jsurgery.wan.guidance import answer, question, sampling_step
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.video_size import latent_grid
+
+
+def round_robin(steps: int, slots: int) -> Iterator[tuple[int, int, int]]:
+    """(slot, number of its batch of prompts, step of the sampler), endlessly.
+
+    A round is one step of every slot. Slots begin a share of a trajectory apart, and anew when theirs ends, so that a
+    round sees noise levels from all over the schedule.
+    """
+    numbers, batch = itertools.count(), {}
+    for number in itertools.count():
+        for slot in range(slots):
+            waited = number - slot * steps // slots
+            if waited >= 0:
+                if waited % steps == 0:
+                    batch[slot] = next(numbers)
+                yield slot, batch[slot], waited % steps
+
+
+class Trajectories:
+    """Batches of training prompts on their way from noise to latents, by the solver of `trace`.
+
+    Batch n holds the next `distill.batch` of the first `prompts` prompts; when these are through they come again, with
+    other noise. The first time, prompt i has the noise that `trace` gives it.
+    """
+
+    def __init__(self, config: ConfigDict, texts: epath.Path, prompts: int, shape: tuple[int, ...], mesh: Mesh):
+        self.config, self.texts, self.prompts = config, Records(texts), prompts
+        self.shape, self.mesh, self.batch = shape, mesh, config.distill.batch
+        self.rows, self.guidance = local_rows(mesh, self.batch), config.sampler.guidance
+        self.schedule = schedule(config.trace.solver, config.sampler.steps, config.sampler.shift)
+
+    def text(self, number: int) -> tuple[jax.Array, jax.Array | None]:
+        """Embeddings [B, L, D] of a batch's prompts, and the negative prompt's as often unless guidance is 1."""
+        embeddings = self._spread([(number * self.batch + row) % self.prompts for row in self.rows])
+        return embeddings, None if self.guidance == 1 else self._spread([len(self.texts) - 1] * len(self.rows))
+
+    def _spread(self, numbers: Sequence[int]) -> jax.Array:
+        embeddings = np.stack([self.texts[number]["embedding"] for number in numbers])
+        return global_batch(self.mesh, self.rows, self.batch, embeddings)
+
+    def begin(self, number: int) -> State:
+        """A batch's noise, whole on every device: so the state of a trajectory is kept between its steps."""
+        times, prompts = np.divmod(number * self.batch + np.arange(self.batch), self.prompts)
+        noise = initial_noise(self.config.seed, (prompts + times * self.config.trace.prompts).tolist(), self.shape)
+        return put_state(self.mesh, jax.tree.map(np.asarray, initial_state(noise)))
+
+    def step(self, number: int, position: int) -> tuple[Schedule, jax.Array | None]:
+        """A row of the schedule, and the key of its fresh noise if it takes any."""
+        keys = step_keys(self.schedule, jax.random.fold_in(jax.random.key(self.config.seed), number * self.batch))
+        row = jax.tree.map(np.float32, self.schedule.row(position))
+        return row, None if keys is None else keys[position]
+
+    def questions(self, teacher: WanTransformer, count: int) -> list[dict[str, jax.Array]]:
+        """What the first batch asks at `count` noise levels from first to last, maps apart."""
+        state, (text, blank), asked = self.begin(0), self.text(0), []
+        kept = set(evenly_spaced_steps(len(self.schedule.sigma), count).tolist())
+        for position in range(max(kept) + 1):
+            row, key = self.step(0, position)
+            if position in kept:
+                timesteps = jnp.full(self.batch, row.timestep)
+                asked.append(question(jnp.copy(state.x), timesteps, text, blank))
+            state = sampling_step(teacher, text, blank, state, row, key, self.guidance, True)
+        return asked
+
+
+@functools.lru_cache(maxsize=8)
+def make_sampling_update(
+    optimizer: optax.GradientTransformation,
+    graph: nnx.GraphDef,
+    setup: DistillSpec,
+    guidance: float,
+    where: NamedSharding,
+) -> Any:
+    """The same step inside a step of the sampler: (state, teacher's parameters, trajectory, text, negative text, row of
+    the schedule, key) -> (state, trajectory, losses). The trajectory's state is kept `where`."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 2))
+    def update(state, teacher_params, trajectory, text, blank, row, key):
+        teacher, learnt = nnx.merge(graph, teacher_params), []
+
+        def velocity(x, timesteps_B):
+            asked = question(x, timesteps_B, text, blank)
+            velocity, *found = loss_gradients(teacher, asked, state["maps"], setup, whole=True)
+            learnt.append(found)
+            return answer(velocity.astype(jnp.float32), guidance)
+
+        trajectory = jax.lax.with_sharding_constraint(solver_step(velocity, trajectory, row, key), where)
+        ((losses, gradients),) = learnt
+        state, losses = apply_gradients(optimizer, state, losses, gradients)
+        return state, trajectory, losses
+
+    return update
+
+
+class WhileSampling:
+    """Learning inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
+
+    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, setup: DistillSpec):
+        settings, sampler, video = config.distill, config.sampler, config.video
+        shape = *latent_grid(video.frames, video.height, video.width), teacher.config.in_channels
+        prompts = config.trace.prompts - config.trace.holdout
+        self.teacher, self.slots = teacher, settings.trajectories
+        self.trajectories = Trajectories(config, traces / "text", prompts, shape, mesh)
+        self.turns = list(itertools.islice(round_robin(sampler.steps, self.slots), settings.steps))
+        graph, self.teacher_params = nnx.split(teacher)
+        self.update = make_sampling_update(make_optimizer(config), graph, setup, sampler.guidance, sharding(mesh))
+
+    def calibration(self) -> list[dict[str, jax.Array]]:
+        return self.trajectories.questions(self.teacher, CALIBRATION_BATCHES)
+
+    def under_way(self) -> dict[str, Any]:
+        """The trajectories, as far as they have come."""
+        return {"trajectories": [self.trajectories.begin(slot) for slot in range(self.slots)]}
+
+    def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
+        slot, number, position = self.turns[step]
+        learnt, trajectories = {name: state[name] for name in ("maps", "opt_state")}, list(state["trajectories"])
+        trajectory = trajectories[slot] if position else self.trajectories.begin(number)
+        asked = *self.trajectories.text(number), *self.trajectories.step(number, position)
+        learnt, trajectories[slot], losses = self.update(learnt, self.teacher_params, trajectory, *asked)
+        return learnt | {"trajectories": trajectories}, losses
+
+    def source(self, step: int) -> str:
+        """What a step learns from."""
+        _, number, position = self.turns[step]
+        return f"batch {number} of prompts at step {position} of the sampler"

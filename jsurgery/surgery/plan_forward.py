@@ -1,0 +1,82 @@
+"""A forward pass whose plan is data: one compilation serves every plan of a model's blocks."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jsurgery.attention.hybrid import token_order
+from jsurgery.rates import Rate
+from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec
+from jsurgery.wan.transformer import WanTransformer
+
+
+def plan_forward(
+    model: WanTransformer,
+    batch: dict[str, jax.Array],
+    maps: FeatureMapPair,
+    choice_L: jax.Array,
+    setup: DistillSpec,
+    *,
+    shares: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Velocity [B, T, H, W, C] and, with `shares`, the softmax branch's mean share of each block's denominator [L].
+
+    `maps` have leaves [blocks, rates, heads, ...]; `choice_L` is 0 for softmax, i + 1 for `setup.rates[i]`.
+    """
+    grid = model.config.token_grid(batch["latents"].shape[1:4])
+    order = token_order(grid, setup.chain, setup.lattice, model.shards)
+
+    def at(rate: Rate):
+        """Attention at a rate; the share is attention to values of 1 at the softmax keys alone."""
+
+        def attention(q, k, v, maps_R):
+            pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[setup.rates.index(rate)], maps_R)
+            y = model.attend(q, k, v, pair, rate, order, setup.stabilizer)
+            if not shares:
+                return y, None
+            softmax_key_N = jnp.arange(k.shape[1]) < order.num_softmax(rate)
+            ones = jnp.broadcast_to(softmax_key_N[None, :, None, None], v.shape).astype(v.dtype)
+            return y, model.attend(q, k, ones, pair, rate, order, setup.stabilizer)[..., 0].mean()
+
+        return attention
+
+    branches = [at(rate) for rate in (1, *setup.rates)]
+
+    def planned(q, k, v, layer):
+        choice, maps_R = layer
+        return lax.switch(choice, branches, q, k, v, maps_R)
+
+    inputs = batch["latents"], batch["timestep"], batch["text"]
+    return model.apply_blocks(*inputs, planned, (choice_L, maps), order=order)
+
+
+@functools.partial(nnx.jit, static_argnames="setup")
+def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, setup: DistillSpec) -> Any:
+    """[L], of a model whose blocks are all at the one rate of `setup`."""
+    return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), setup, shares=True)[1]
+
+
+@functools.partial(nnx.jit, static_argnames="setup")
+def velocity_errors(
+    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, setup: DistillSpec
+) -> dict[str, Any]:
+    """Of every plan against the softmax model, relative errors of the velocity: "l1" and "squared", each [P].
+
+    "squared" is the mean over the batch of relative squared errors, which add up over blocks as far as their errors are
+    uncorrelated.
+    """
+    teacher = plan_forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), setup)[0]
+
+    def errors(choice_L):
+        difference = plan_forward(model, batch, maps, choice_L, setup)[0] - teacher
+        of_each = tuple(range(1, teacher.ndim))
+        squared_B = (difference**2).sum(of_each) / (teacher**2).sum(of_each)
+        return jnp.abs(difference).sum() / jnp.abs(teacher).sum(), squared_B.mean()
+
+    l1_P, squared_P = lax.map(errors, plans_PxL)
+    return {"l1": l1_P, "squared": squared_P}

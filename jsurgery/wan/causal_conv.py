@@ -1,0 +1,91 @@
+"""Convolutions over time that see no later frame, and the frames that one chunk leaves for the next."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class FrameCache:
+    """What a network carries from one chunk of a clip to the next: the last frames that each causal convolution saw.
+
+    Convolutions and inner caches take theirs in the order in which they run; all chunks but the first are of one size.
+    """
+
+    def __init__(self, kept: list[Any] | None = None):
+        """`kept` is `left` of the chunk before; None in a clip's first chunk, which begins with its first frame."""
+        self.at_start = kept is None
+        self.left: list[Any] = []
+        self._kept = iter(kept or [])
+
+    def prepend(self, start_BxKxHxWxC: jax.Array, x_BxTxHxWxC: jax.Array) -> jax.Array:
+        """The K frames that lie before x, then x; before a clip lies `start`."""
+        before = [start_BxKxHxWxC] if self.at_start else next(self._kept)
+        joined = jnp.concatenate([*before, x_BxTxHxWxC], axis=1)
+        # Each frame is an array of its own: slices of a longer one would be copies that the compiler makes early.
+        self.left.append(jnp.split(joined[:, x_BxTxHxWxC.shape[1] :], start_BxKxHxWxC.shape[1], axis=1))
+        return joined
+
+    def frame_by_frame(
+        self, layers: Callable[[jax.Array, "FrameCache"], jax.Array], x_BxTxHxWxC: jax.Array
+    ) -> jax.Array:
+        """`layers` in a loop over the frames of x, so that intermediate values are those of one frame."""
+
+        def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], jax.Array]:
+            cache = FrameCache(kept)
+            y = layers(x_BxSxHxWxC, cache)
+            return cache.left, y
+
+        if self.at_start:
+            left, y = run(None, x_BxTxHxWxC)
+        else:
+            x_TxBx1xHxWxC = jnp.moveaxis(x_BxTxHxWxC, 1, 0)[:, :, None]
+            left, y_TxBxSxHxWxC = jax.lax.scan(run, next(self._kept), x_TxBx1xHxWxC)
+            y = jnp.concatenate(list(y_TxBxSxHxWxC), axis=1)
+        self.left.append(left)
+        return y
+
+
+def per_channel(values: Any, x: jax.Array) -> jax.Array:
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class CausalConv(nnx.Module):
+    """Convolution over [B, T, H, W, C] that sees the present and the kt - 1 frames before it; sides keep their size.
+
+    Computed as one 2-D convolution over frames whose channels hold the kt time-shifted copies: XLA's 3-D convolution on
+    CPU is several times slower, and one path for all devices keeps their results comparable.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel_size: tuple[int, int, int], *, time_stride: int = 1, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (*kernel_size, in_dim, out_dim)))
+        self.bias = nnx.Param(jnp.zeros(out_dim))
+        self.time_stride = time_stride
+
+    def __call__(
+        self, x_BxTxHxWxC: jax.Array, cache: FrameCache | None = None, start: jax.Array | None = None
+    ) -> jax.Array:
+        """T / time_stride frames. `start` [B, kt - time_stride, H, W, C], by default zeros, lies before the clip."""
+        kt, kh, kw, in_dim, out_dim = self.kernel.shape
+        batch, time, height, width, _ = x_BxTxHxWxC.shape
+        frames = batch * time // self.time_stride
+        if overlap := kt - self.time_stride:
+            if start is None:
+                start = jnp.zeros((batch, overlap, height, width, in_dim), x_BxTxHxWxC.dtype)
+            x_BxTxHxWxC = (cache or FrameCache()).prepend(start, x_BxTxHxWxC)
+        shifted = [x_BxTxHxWxC[:, t : t + time : self.time_stride] for t in range(kt)]
+        x_NxHxWxK = jnp.concatenate(shifted, axis=-1).reshape(frames, height, width, kt * in_dim)
+        kernel_HxWxKxO = self.kernel[...].transpose(1, 2, 0, 3, 4).reshape(kh, kw, kt * in_dim, out_dim)
+        y_NxHxWxO = jax.lax.conv_general_dilated(
+            x_NxHxWxK,
+            kernel_HxWxKxO,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y_BxTxHxWxO = y_NxHxWxO.reshape(batch, time // self.time_stride, height, width, out_dim)
+        return y_BxTxHxWxO + per_channel(self.bias[...], y_BxTxHxWxO)

@@ -1,0 +1,186 @@
+"""Reads and writes the three models of a Wan pipeline: the transformer, the VAE and the text encoder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from jsurgery.errors import InputError
+from jsurgery.io.files import read_object, write_json
+from jsurgery.io.safetensors import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
+from jsurgery.runtime.mesh import parameter_shardings
+from jsurgery.wan import checkpoint_layouts, torch_layout
+from jsurgery.wan.abstract_module import abstract_module
+from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.model_config import (
+    CLASS_NAME,
+    HYBRID_CLASS_NAME,
+    ORIGINAL_CLASS_NAME,
+    ORIGINAL_SIZES,
+    WanConfig,
+    read_text_encoder_config,
+    read_vae_config,
+)
+from jsurgery.wan.text_encoder import TextEncoder
+from jsurgery.wan.torch_layout import load_mirrored, mirrored_tensors
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
+
+
+def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
+    """The encoder in a `text_encoder/` folder (config.json, safetensors in one file or in shards with an index).
+
+    Raises InputError, naming the file, for a missing, damaged or foreign one.
+    """
+    folder = epath.Path(path)
+    check_hashes(folder)
+    config, tensors = read_text_encoder_config(folder), open_tensors(folder)
+    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+    encoder = abstract_module(TextEncoder, config)
+    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
+    return encoder
+
+
+def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
+    """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
+    folder = epath.Path(path)
+    hashes = write_shards(folder, "model", mirrored_tensors(encoder))
+    write_json(folder / "config.json", encoder.config.to_json())
+    write_hashes(folder, hashes, "config.json")
+
+
+def read_config(path: epath.PathLike) -> WanConfig:
+    """The config of a transformer's folder or file, of any layout.
+
+    A config.json in the folder, or beside the file, is diffusers', ours or the original repository's; without one, the
+    tensors' shapes tell all but the number of heads, which is that of the published models: of 128 channels each.
+    Raises InputError when it is another architecture's or cannot be told.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected a transformer")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    fields = read_object(file) if file.exists() else {}
+    kind = fields.get("_class_name")
+    if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
+        return WanConfig.from_json(fields, source=str(file))
+
+    tensors = open_tensors(path)
+    layout = checkpoint_layouts.transformer_layout(tensors, path)
+    if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
+        expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
+        raise InputError(f"{file}: expected _class_name {expected}, found {kind!r}")
+    if any(".phi_q." in name for name in tensors):
+        raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
+    sizes = checkpoint_layouts.transformer_sizes(tensors, layout, path)
+    if kind != ORIGINAL_CLASS_NAME and not path.is_dir():
+        fields = {}  # of something else that lies beside the file
+    heads = _check_original(fields, sizes, file)
+    sizes["eps"] = fields.get("eps", WanConfig.eps)
+    dim = sizes.pop("dim")
+    if heads is None and dim % 128:
+        raise InputError(f"{path}: a width of {dim} is not heads of 128 channels; expected the heads in {file}")
+    heads = heads or dim // 128
+    return WanConfig(num_attention_heads=heads, attention_head_dim=dim // heads, **sizes)
+
+
+def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:
+    """The number of heads in the original repository's config.json, if it says and agrees with the tensors."""
+    told = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
+    for name, expected in told.items():
+        if (found := fields.get(name, expected)) != expected:
+            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {found!r}")
+    heads = fields.get("num_heads")
+    if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
+        raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")
+    return heads
+
+
+def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
+    """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
+
+    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and put one by one where they belong
+    on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
+    """
+    check_hashes(path)
+    config = read_config(path)
+    tensors = open_tensors(path)
+    model = abstract_module(WanTransformer, config, dtype=jnp.dtype(dtype))
+    if mesh is not None:
+        state = nnx.state(model)
+        placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        nnx.update(model, jax.tree.map(placed, state, parameter_shardings(mesh, state)))
+    checkpoint_layouts.load_transformer_tensors(
+        model, tensors, checkpoint_layouts.transformer_layout(tensors, path), source=path
+    )
+    return model
+
+
+def save_transformer(
+    transformer: WanTransformer,
+    path: epath.PathLike,
+    layout: str = "diffusers",
+    shard_bytes: int = SHARD_BYTES,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes what `load_transformer` reads, in shards above `shard_bytes`; `more` also goes into config.json.
+
+    "diffusers" is a folder that diffusers reads too, unless the transformer is a hybrid; "original" a folder as the
+    original repository's, "comfyui" one file. Raises InputError for a hybrid in any but the first.
+    """
+    tensors = checkpoint_layouts.lazy_transformer_tensors(transformer, layout)
+    write_transformer(tensors, transformer.config, path, layout, shard_bytes, more)
+
+
+def write_transformer(
+    tensors: Tensors,
+    config: WanConfig,
+    path: epath.PathLike,
+    layout: str,
+    shard_bytes: int = SHARD_BYTES,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes tensors that are named in `layout`.
+
+    diffusers looks for its own file name whatever class config.json names, and drops the tensors that it does not know:
+    a hybrid's file has another name, which is no variant of that one either.
+    """
+    path = epath.Path(path)
+    if layout == "comfyui":
+        if config.attention_head_dim != 128:
+            raise InputError(f"{path}: ComfyUI's layout takes heads of 128 channels, found {config.attention_head_dim}")
+        write_tensors(path, tensors)
+        return
+    stem = "hybrid_wan" if config.hybrid else "diffusion_pytorch_model"
+    hashes = write_shards(path, stem, tensors, shard_bytes)
+    fields = config.to_json()
+    if layout == "original":
+        fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": "t2v", "text_len": 512, "eps": config.eps}
+        fields |= {original: getattr(config, name) for name, original in ORIGINAL_SIZES.items()}
+        fields["num_heads"] = config.num_attention_heads
+    write_json(path / "config.json", {**(more or {}), **fields})
+    write_hashes(path, hashes, "config.json")
+
+
+def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
+    """From a diffusers vae/ folder (config.json and safetensors); `dtype` is that of parameters and computation.
+
+    Raises InputError, naming the file, for a folder that is not there, incomplete, damaged, or of another architecture.
+    """
+    check_hashes(path)
+    config, tensors = read_vae_config(path), open_tensors(path)
+    vae = abstract_module(WanVae, config)
+    torch_layout.load_mirrored(vae, tensors, dtype=dtype, source=path)
+    return vae
+
+
+def save_vae(vae: WanVae, path: epath.PathLike) -> None:
+    """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
+    path = epath.Path(path)
+    hashes = write_shards(path, "diffusion_pytorch_model", torch_layout.mirrored_tensors(vae))
+    write_json(path / "config.json", vae.config.to_json())
+    write_hashes(path, hashes, "config.json")

@@ -1,0 +1,283 @@
+"""Parameters, FLOPs and bytes of a Wan network with softmax or hybrid self-attention.
+
+One multiply-add is 2 FLOP; softmax, norms, activations and modulation are not counted. "core" is attention with phi and
+without the projections. Batch 1, one forward pass. Beside the transformer stand its text encoder and its VAE.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from ml_collections import ConfigDict
+
+from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig
+from jsurgery.errors import InputError
+from jsurgery.rates import Rate
+from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
+from jsurgery.wan.video_size import num_tokens
+
+
+@dataclass(frozen=True)
+class Hedgehog:
+    """The feature map softmax([Wx, -Wx]) of HedgeHog (arXiv 2402.04347): one layer without biases, 2 D features."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network at work on one video.
+
+    Attributes:
+      config: the network's sizes; its own plan, if it has one, is ignored.
+      tokens: N, video tokens (`num_tokens`).
+      text_len: text tokens, padding included.
+      feature_map: phi of hybrid blocks; None: they have no linear branch.
+    """
+
+    config: WanConfig
+    tokens: int
+    text_len: int = 512
+    feature_map: FeatureMapConfig | Hedgehog | None = field(default_factory=FeatureMapConfig)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """FLOPs or bytes of the parts of one block."""
+
+    core: int
+    projections: int
+    cross_attention: int
+    ffn: int
+
+    @property
+    def total(self) -> int:
+        return self.core + self.projections + self.cross_attention + self.ffn
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, FLOPs, and the least bytes moved to and from memory."""
+
+    parameters: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Self) -> "Cost":
+        return Cost(self.parameters + other.parameters, self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class FeatureMapCost:
+    """Parameters and FLOPs of one feature map; a hybrid block has two."""
+
+    parameters: int
+    flops: int
+
+
+def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens: int) -> FeatureMapCost:
+    """One map phi of eq. 8 on `tokens` tokens, biases included: Table 7 of the paper.
+
+    Table 7 gives 70 GFLOP for degree 4, 2 layers and 12600 tokens; its own parameter count, and this, make it 99.4.
+    """
+    parameters = map_parameters(FeatureMapConfig(degree, layers), heads, head_dim)
+    return FeatureMapCost(parameters, 2 * parameters * tokens)
+
+
+def map_parameters(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+    """Kernels and biases of one map; the calibrated scale of each head is not among them."""
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    biases = 0 if isinstance(feature_map, Hedgehog) else heads * layers * width
+    return _feature_map_weights(feature_map, heads, head_dim) + biases
+
+
+def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | Hedgehog | None, rates: Iterable[Rate]) -> int:
+    """What surgery adds to a network: two maps for each converted block, with one calibrated scale per head."""
+    if feature_map is None:
+        return 0
+    one = map_parameters(feature_map, config.num_attention_heads, config.attention_head_dim)
+    return 2 * sum(rate != 1 for rate in rates) * (one + config.num_attention_heads)
+
+
+def core_flops(workload: Workload, rate: Rate) -> int:
+    """Self-attention of one block at rate 1 (softmax), 2, 4, ... or "linear" (eq. 5), without projections.
+
+    Softmax runs over ceil(N / rate) keys. phi_q runs on all N tokens, phi_k on the linear tokens alone, both counted
+    without biases; the linear tokens make the state sum phi_k^T v and the normaliser sum phi_k, all tokens read both.
+    """
+    tokens, config = workload.tokens, workload.config
+    linear = tokens - _softmax_tokens(tokens, rate)
+    flops = 4 * tokens * (tokens - linear) * config.dim
+    if linear and workload.feature_map:
+        features = config.num_attention_heads * num_features(workload.feature_map, config.attention_head_dim)
+        phi = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, config.attention_head_dim)
+        state = 2 * features * config.attention_head_dim
+        flops += tokens * (phi + state + 2 * features) + linear * (phi + state + features)
+    return flops
+
+
+def block_flops(workload: Workload, rate: Rate) -> BlockCost:
+    """FLOPs of one block, by part."""
+    dim, tokens, text_len = workload.config.dim, workload.tokens, workload.text_len
+    return BlockCost(
+        core=core_flops(workload, rate),
+        projections=8 * tokens * dim**2,
+        cross_attention=4 * (tokens + text_len) * dim**2 + 4 * tokens * text_len * dim,
+        ffn=4 * tokens * dim * workload.config.ffn_dim,
+    )
+
+
+def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
+    """FLOPs of one forward pass with these rates, one per block: blocks, embeddings and head."""
+    return embeddings_cost(workload).flops + sum(block_flops(workload, rate).total for rate in rates)
+
+
+def distillation_flops(workload: Workload, rates: Iterable[Rate]) -> int:
+    """FLOPs of one step on one example that distils every block at all these rates.
+
+    The teacher runs once; the linear branch of each rate runs forward and, at twice that, backward. Softmax is shared
+    with the teacher and has no gradient.
+    """
+    tokens, config = workload.tokens, workload.config
+    softmax = lambda rate: 4 * tokens * _softmax_tokens(tokens, rate) * config.dim
+    branches = sum(core_flops(workload, rate) - softmax(rate) for rate in rates)
+    return model_flops(workload, (1,) * config.num_layers) + 3 * config.num_layers * branches
+
+
+def model_bytes(workload: Workload, rates: Iterable[Rate], bytes_per_value: int = 2) -> int:
+    """Least memory traffic of one forward pass (`block_bytes`)."""
+    blocks = sum(block_bytes(workload, rate, bytes_per_value).total for rate in rates)
+    return embeddings_cost(workload, bytes_per_value).bytes + blocks
+
+
+def embeddings_cost(workload: Workload, bytes_per_value: int = 2) -> Cost:
+    """All of a network that is not in its blocks: patches, timestep and text brought to the width, and the head."""
+    config, dim, patch = workload.config, workload.config.dim, math.prod(workload.config.patch_size)
+    layers = (
+        (workload.tokens, patch * config.in_channels, dim),
+        (workload.text_len, config.text_dim, dim),
+        (workload.text_len, dim, dim),
+        (1, config.freq_dim, dim),
+        (1, dim, dim),
+        (1, dim, 6 * dim),
+        (workload.tokens, dim, patch * config.out_channels),
+    )
+    head_modulation = Cost(parameters=2 * dim)
+    return sum((_linear(*layer, bytes_per_value) for layer in layers), head_modulation)
+
+
+def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> BlockCost:
+    """Least memory traffic of one block, by part: weights, inputs and outputs of every product move once.
+
+    Scores, features and all elementwise work stay on the chip; the linear branch's state is written once and read once.
+    """
+    config, tokens, text_len = workload.config, workload.tokens, workload.text_len
+    dim, head_dim = config.dim, config.attention_head_dim
+    core = 4 * tokens * dim
+    if _softmax_tokens(tokens, rate) < tokens and workload.feature_map:
+        heads, features = config.num_attention_heads, num_features(workload.feature_map, head_dim)
+        core += 2 * _feature_map_weights(workload.feature_map, heads, head_dim) + 2 * heads * features * (head_dim + 1)
+    values = BlockCost(
+        core=core,
+        projections=4 * dim**2 + 6 * tokens * dim,
+        cross_attention=4 * dim**2 + (6 * tokens + 5 * text_len) * dim,
+        ffn=2 * dim * config.ffn_dim + 2 * tokens * (dim + config.ffn_dim),
+    )
+    return BlockCost(*(bytes_per_value * count for count in vars(values).values()))
+
+
+def parameters(config: WanConfig) -> int:
+    """Parameters of a network, the feature maps of its hybrid blocks included."""
+    hybrid = config.hybrid
+    maps: FeatureMapConfig | Hedgehog | None = hybrid.feature_map if hybrid and hybrid.linear_branch else None
+    if isinstance(maps, FeatureMapConfig) and maps.activation == HEDGEHOG:
+        maps = Hedgehog()
+    outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
+    return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
+
+
+def block_parameters(config: WanConfig) -> int:
+    """Parameters of one block as published, without feature maps."""
+    dim = config.dim
+    attention = 4 * (dim * dim + dim) + 2 * dim
+    feed_forward = 2 * dim * config.ffn_dim + config.ffn_dim + dim
+    modulation = 6 * dim
+    cross_norm = 2 * dim if config.cross_attn_norm else 0
+    return 2 * attention + feed_forward + modulation + cross_norm
+
+
+def text_encoder_cost(config: TextEncoderConfig, tokens: int, bytes_per_value: int = 4) -> Cost:
+    """One prompt of `tokens` tokens, padding included. Of the vocabulary only the rows that are looked up move."""
+    inner, lookup = config.num_heads * config.d_kv, Cost(config.vocab_size * config.d_model)
+    attention = _attention(1, tokens, inner, bytes_per_value) + Cost(
+        config.relative_attention_num_buckets * config.num_heads
+    )
+    layers = [(config.d_model, inner)] * 3 + [(inner, config.d_model)]
+    layers += [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
+    one = sum((_linear(tokens, *layer, bytes_per_value, bias=False) for layer in layers), attention)
+    one += Cost(2 * config.d_model)
+    return sum([one] * config.num_layers, lookup + Cost(config.d_model))
+
+
+def _linear(rows: int, inputs: int, outputs: int, bytes_per_value: int, bias: bool = True) -> Cost:
+    moved = bytes_per_value * (inputs * outputs + rows * (inputs + outputs))
+    return Cost(inputs * outputs + bias * outputs, 2 * rows * inputs * outputs, moved)
+
+
+def _attention(batch: int, tokens: int, dim: int, bytes_per_value: int) -> Cost:
+    """Softmax attention of all heads together, without projections."""
+    return Cost(0, 4 * batch * tokens**2 * dim, bytes_per_value * 4 * batch * tokens * dim)
+
+
+def _softmax_tokens(tokens: int, rate: Rate) -> int:
+    if rate == "linear":
+        return 0
+    if isinstance(rate, str) or rate < 1:
+        raise InputError(f"rate: expected an integer of at least 1 or 'linear', found {rate!r}")
+    return -(-tokens // rate)
+
+
+def num_features(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> int:
+    """Features per head that a map leaves."""
+    return 2 * head_dim if isinstance(feature_map, Hedgehog) else feature_map.degree * head_dim
+
+
+def _feature_map_shape(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> tuple[int, int]:
+    """Width and number of the layers of a head's network."""
+    if isinstance(feature_map, Hedgehog):
+        return head_dim, 1
+    return num_features(feature_map, head_dim), feature_map.layers
+
+
+def _feature_map_weights(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    return heads * (head_dim * width + (layers - 1) * width**2)
+
+
+PARTS = ("core", "projections", "cross_attention", "ffn", "total")
+
+
+def share(found: BlockCost) -> float:
+    """Of self-attention with its projections in a block."""
+    return (found.core + found.projections) / found.total
+
+
+def savings(work: Workload, rates: Sequence[Rate]) -> dict[str, float]:
+    """Shares of the teacher's FLOPs that a plan saves: of attention cores, of blocks, of the whole network."""
+    blocks = len(rates)
+    core = sum(core_flops(work, rate) for rate in rates) / (blocks * core_flops(work, 1))
+    block = sum(block_flops(work, rate).total for rate in rates) / (blocks * block_flops(work, 1).total)
+    return {
+        "core": 1 - core,
+        "blocks": 1 - block,
+        "network": 1 - model_flops(work, rates) / model_flops(work, [1] * blocks),
+    }
+
+
+def workload(config: ConfigDict, model: WanConfig) -> Workload:
+    """What one forward pass works on, for the cost model."""
+    hybrid, video = config.hybrid, config.video
+    phi = None
+    if hybrid.linear_branch:
+        polynomial = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
+        phi = Hedgehog() if hybrid.activation == HEDGEHOG else polynomial
+    return Workload(model, num_tokens(video.frames, video.height, video.width), config.text_length, phi)

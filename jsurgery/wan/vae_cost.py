@@ -1,0 +1,87 @@
+"""FLOPs and parameters of the VAE, by a walk through its layers."""
+
+import math
+
+from jsurgery.wan.cost import Cost, _attention
+from jsurgery.wan.model_config import VaeConfig
+
+
+def vae_cost(config: VaeConfig, frames: int, height: int, width: int, bytes_per_value: int = 4) -> tuple[Cost, Cost]:
+    """Encoding and decoding one video; the padding of convolutions counts as if it were pixels."""
+    encoder = _VaeWalk(frames, height, width, bytes_per_value)
+    dim = config.base_dim
+    encoder.conv(3, dim, (3, 3, 3))
+    for level, multiplier in enumerate(config.dim_mult):
+        for _ in range(config.num_res_blocks):
+            encoder.residual(dim, config.base_dim * multiplier)
+            dim = config.base_dim * multiplier
+        if level < len(config.temperal_downsample):
+            encoder.downsample(dim, config.temperal_downsample[level])
+    encoder.middle(dim)
+    encoder.norm(dim)
+    encoder.conv(dim, 2 * config.z_dim, (3, 3, 3))
+    encoder.conv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+
+    decoder = _VaeWalk(encoder.frames, encoder.height, encoder.width, bytes_per_value)
+    widths = [(config.decoder_base_dim or config.base_dim) * multiplier for multiplier in reversed(config.dim_mult)]
+    decoder.conv(config.z_dim, config.z_dim, (1, 1, 1))
+    decoder.conv(config.z_dim, widths[0], (3, 3, 3))
+    decoder.middle(widths[0])
+    dim = widths[0]
+    for outputs, temporal in zip(widths, (*reversed(config.temperal_downsample), None), strict=True):
+        for inputs in (dim, *[outputs] * config.num_res_blocks):
+            decoder.residual(inputs, outputs)
+        if temporal is not None:
+            decoder.upsample(outputs, temporal)
+        dim = outputs // 2
+    decoder.norm(widths[-1])
+    decoder.conv(widths[-1], 3, (3, 3, 3))
+    return encoder.cost, decoder.cost
+
+
+class _VaeWalk:
+    """Sums up what layers cost at the size that a video has reached."""
+
+    def __init__(self, frames: int, height: int, width: int, bytes_per_value: int):
+        self.frames, self.height, self.width, self.bytes_per_value = frames, height, width, bytes_per_value
+        self.cost = Cost()
+
+    def conv(self, inputs: int, outputs: int, kernel: tuple[int, int, int], frames: int | None = None) -> None:
+        """A convolution that makes `frames` frames, by default all, of the present size."""
+        pixels, taps = (self.frames if frames is None else frames) * self.height * self.width, math.prod(kernel)
+        parameters = taps * inputs * outputs + outputs
+        moved = self.bytes_per_value * (parameters + pixels * (inputs + outputs))
+        self.cost += Cost(parameters, 2 * pixels * taps * inputs * outputs, moved)
+
+    def norm(self, dim: int) -> None:
+        self.cost += Cost(dim)
+
+    def residual(self, inputs: int, outputs: int) -> None:
+        self.norm(inputs)
+        self.conv(inputs, outputs, (3, 3, 3))
+        self.norm(outputs)
+        self.conv(outputs, outputs, (3, 3, 3))
+        if inputs != outputs:
+            self.conv(inputs, outputs, (1, 1, 1))
+
+    def middle(self, dim: int) -> None:
+        self.residual(dim, dim)
+        self.norm(dim)
+        self.conv(dim, 3 * dim, (1, 1, 1))
+        self.cost += _attention(self.frames, self.height * self.width, dim, self.bytes_per_value)
+        self.conv(dim, dim, (1, 1, 1))
+        self.residual(dim, dim)
+
+    def downsample(self, dim: int, temporal: bool) -> None:
+        self.height, self.width = self.height // 2, self.width // 2
+        self.conv(dim, dim, (1, 3, 3))
+        if temporal:  # a clip's first frame passes by
+            self.frames = (self.frames - 1) // 2 + 1
+            self.conv(dim, dim, (3, 1, 1), self.frames - 1)
+
+    def upsample(self, dim: int, temporal: bool) -> None:
+        if temporal:
+            self.conv(dim, 2 * dim, (3, 1, 1), self.frames - 1)
+            self.frames = 2 * self.frames - 1
+        self.height, self.width = 2 * self.height, 2 * self.width
+        self.conv(dim, dim // 2, (1, 3, 3))

@@ -1,0 +1,294 @@
+"""The declared sweeps: their arms, what they share, and their tables, with nothing computed."""
+
+import dataclasses
+import json
+import pathlib
+import types
+import zlib
+
+import numpy as np
+import pytest
+from etils import epath
+
+from jsurgery.ablate import run_tables as ablate_module
+from jsurgery.ablate import seed_run as seed_module
+from jsurgery.ablate.run_arms import items_over_steps, run_arms
+from jsurgery.ablate.run_tables import RUN, run_tables, title
+from jsurgery.ablate.seed_run import SeedRun, arm_config, measured_steps, prompt_ranges
+from jsurgery.ablate.tables import ARM_TABLES, MAPS, OTHER_TABLES, TABLES, Arm, scaled
+from jsurgery.ablate.write_table import grids, markdown
+from jsurgery.config import base, flatten
+from jsurgery.errors import Diverged, InputError
+from jsurgery.evaluate import sprites_score
+from jsurgery.load_config import load_config
+
+BLOCKS = 6
+FIELDS = {field for field, _ in flatten(base())}
+MEASURES = {"attention", "velocity", "samples", "shares"}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config("tiny_ablations")
+
+
+@pytest.mark.parametrize(
+    "blocks, layers, expected",
+    [("20R8", 6, "4R8"), ("25R4", 6, "5R4"), ("15Rlinear", 30, "15Rlinear"), ("15R2", 2, "1R2"), ("10R8", 1, "1R8")],
+)
+def test_budgets_scale_with_depth(blocks, layers, expected):
+    assert scaled(blocks, layers) == expected
+
+
+@pytest.mark.parametrize("name", ARM_TABLES)
+def test_a_sweep_is_well_formed(name, config):
+    sweep = ARM_TABLES[name]
+    names = [arm.name for arm in sweep.arms]
+    assert len(set(names)) == len(names) > 1 and set(sweep.measures) <= MEASURES
+    assert all(a in names and b in names and a != b for a, b in sweep.contrasts)
+    kinds = [[arm.blocks, arm.selection, arm.maps, arm.finetuned, dict(arm.changes)] for arm in sweep.arms]
+    assert all(kind not in kinds[:at] for at, kind in enumerate(kinds))
+    for arm in sweep.arms:
+        assert arm.maps in MAPS and set(arm.changes) <= FIELDS
+        assert all(field.startswith(("hybrid.", "distill.", "plan.errors")) for field in arm.changes)
+        made = arm_config(config, arm, BLOCKS)  # validates
+        assert made.plan.budget == scaled(arm.blocks, BLOCKS) and made.seed == config.seed
+        for field, value in arm.changes.items():
+            assert dict(flatten(made))[field] == value != dict(flatten(config))[field]
+    assert not sweep.arms[0].finetuned or measured_steps(config) == (20, 40)
+
+
+def test_every_table_has_a_name_and_a_way_to_run():
+    assert set(RUN) == set(OTHER_TABLES) and set(TABLES) == {*OTHER_TABLES, *ARM_TABLES}
+    assert all(title(name) for name in TABLES)
+
+
+def test_the_document_has_a_place_for_every_table():
+    document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for name in (*TABLES, "evidence"):
+        before, _, after = document.partition(f"<!-- begin {name} -->")
+        assert after.count(f"<!-- end {name} -->") == 1 and f"<!-- end {name} -->" not in before
+
+
+def test_the_paper_s_numbers():
+    """Means that the source prints, or that follow from it: heterogeneous wins every budget of Table 5."""
+    totals = {arm.name: arm.paper["Total"] for arm in ARM_TABLES["budgets"].arms if arm.paper}
+    printed = [pair for pair in ARM_TABLES["budgets"].contrasts if totals.keys() >= set(pair)]
+    assert len(printed) == 4 and all(totals[a] > totals[b] for a, b in printed)
+    loss = {arm.name: arm.paper for arm in ARM_TABLES["loss"].arms}
+    assert loss["15R8, attention loss"]["Total"] > loss["15R8, value loss"]["Total"]  # named as a slip
+    assert all(loss[a]["Dynamic degree"] > loss[b]["Dynamic degree"] for a, b in ARM_TABLES["loss"].contrasts)
+    assert [arm.paper["GFLOP"] for arm in ARM_TABLES["feature_map"].arms] == [387, 70, 60, 30]
+
+
+@pytest.fixture
+def seeds(config, tmp_path, monkeypatch):
+    """Seeds whose work is counted and faked: no model is loaded."""
+    count = {"trace": 0, "latents": 0, "distill": 0, "finetune": 0}
+
+    def faked(kind, work):
+        def run(*arguments, **_):
+            count[kind] += 1
+            return work(*arguments)
+
+        return run
+
+    def distill(config, teacher, traces, folder):
+        rates = list(config.hybrid.rates)
+        rng = np.random.default_rng(zlib.crc32(str(flatten(config.hybrid)).encode()))
+        table = np.sort(rng.random((BLOCKS, len(rates))), axis=1).tolist()
+        names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors")
+        (folder / "errors.json").write_text(json.dumps({"rates": rates, **{name: table for name in names}}))
+
+    def save_model(model, folder, base):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+
+    def measure_models(config, pipeline, models, latents, folder, shares):
+        score = {name: {"chance": 0.5, "upper": 1.0} for name in (*sprites_score.DIMENSIONS, "total")}
+        found = {}
+        for name, load in models.items():
+            if not (file := folder / f"{name}.json").exists():
+                load()
+                file.write_text("{}")
+            share = shares.get(name, range(config.evaluate.prompts))
+            clips = {name: [number / config.evaluate.prompts for number in share] for name in sprites_score.DIMENSIONS}
+            found[name] = {"validation_loss": 1.0, "latent_rmse": [0.5] * len(share), "per_clip": clips, "score": score}
+        return found
+
+    monkeypatch.setattr(seed_module, "distill", faked("distill", distill))
+    monkeypatch.setattr(seed_module, "finetune", faked("finetune", lambda *_: None))
+    for name, work in {"save_model": save_model, "measure_models": measure_models}.items():
+        monkeypatch.setattr(seed_module, name, work)
+    for name in ("load_maps", "operate", "load_transformer"):
+        monkeypatch.setattr(seed_module, name, lambda *_, **__: None)
+    monkeypatch.setattr(SeedRun, "_velocity", lambda self, model: {"velocity_error": [0.25, 0.5]})
+    monkeypatch.setattr(SeedRun, "_shares", lambda self, model: {"softmax_share": [0.5] * BLOCKS})
+
+    def make(number=0, workdir="run"):
+        made = SeedRun(config, epath.Path(tmp_path / workdir), number, tmp_path / "measurements")
+        vars(made.run)["pipeline"] = types.SimpleNamespace(transformer=None)
+        made.run.run_trace = lambda: made.run.trace.run(faked("trace", lambda: None))
+        made.run.encode_latents = faked("latents", lambda: None)
+        return made
+
+    return make, count
+
+
+def test_arms_share_what_they_have_in_common(seeds):
+    make, count = seeds
+    made = make()
+    for name in ("front", "distillation", "budgets", "loss", "linear_branch", "shares"):
+        run_arms(ARM_TABLES[name], [made])
+    assert count["trace"] == count["latents"] == 1 and count["distill"] == 2  # the value loss and the attention loss
+    finetuned = {path.name for path in (made.run.workdir).glob("finetune_*")}
+    # Nine of Fig. 6; linear with and without, 20R8 without distillation; two of the attention loss; the plans of
+    # Table 5 that differ from a homogeneous one; without a linear branch; 30 blocks at three rates.
+    plans = {tuple(made.operation(arm).plan["rates"]) for arm in ARM_TABLES["budgets"].arms}
+    homogeneous = {tuple(made.operation(arm).plan["rates"]) for arm in ARM_TABLES["front"].arms}
+    assert len(finetuned) == 9 + 3 + 2 + len(plans - homogeneous) + 2 + 3
+    assert count["finetune"] == 2 * len(finetuned)
+    before = dict(count)
+    again = make()
+    for name in ("loss", "shares", "front"):
+        run_arms(ARM_TABLES[name], [again])
+    assert count == before
+
+
+def test_measurements_are_enough(seeds):
+    """In another workdir, with the measurements of the first, nothing is made but what a new arm needs."""
+    make, count = seeds
+    tables = [run_arms(ARM_TABLES[name], [make()]) for name in ("loss", "distillation")]
+    before = dict(count)
+    other = make(workdir="other")
+    assert [run_arms(ARM_TABLES[name], [other]) for name in ("loss", "distillation")] == tables
+    assert count == before and not other.run.workdir.exists()
+    run_arms(ARM_TABLES["linear_branch"], [other])
+    made = {kind: count[kind] - before[kind] for kind in count}
+    # 20R8 and 30R8 without a linear branch, which needs no maps, and 30R8 with it: one distillation.
+    assert made == {"trace": 1, "latents": 1, "distill": 1, "finetune": 6}
+
+
+def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
+    seed = seeds[0]()
+    models = seed.models(seed.operation(ARM_TABLES["loss"].arms[0]))
+    prompts = {step: model.prompts for step, model in models.items()}
+    steps = {step: {"total": list(map(float, share)), "velocity_error": [step]} for step, share in prompts.items()}
+    assert items_over_steps(steps, "total").tolist() == list(range(config.evaluate.prompts))
+    assert items_over_steps(steps, "velocity_error").tolist() == [30]
+    assert [list(share) for share in prompt_ranges(5, 2)] == [[0, 1], [2, 3, 4]]
+
+
+def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
+    make, count = seeds
+    made = make()
+    for sweep in ARM_TABLES.values():
+        for arm in sweep.arms:
+            made.operation(arm)
+    # As configured; the attention loss; three more maps of Table 7; max; staggered; HedgeHog; nine more kinds of phi.
+    assert count["distill"] == 1 + 1 + 3 + 1 + 1 + 1 + 9
+
+
+@pytest.mark.parametrize("name", ARM_TABLES)
+def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
+    sweep = ARM_TABLES[name]
+    found = run_arms(sweep, [seeds[0](0), seeds[0](1)])
+    arms = [arm.name for arm in sweep.arms]
+    assert list(found["rows"]) == (["teacher", *arms] if "samples" in sweep.measures else arms)
+    for arm in arms:
+        row = found["rows"][arm]
+        assert ("total" in row) == ("samples" in sweep.measures)
+        assert ("velocity_error" in row) == ("velocity" in sweep.measures)
+        assert ("error R8" in row) == ("attention" in sweep.measures)
+        assert row["velocity_error"] == (0.375, 0.0)
+    assert list(found["contrasts"]) == [f"{a} − {b}" for a, b in sweep.contrasts]
+    for contrast in found["contrasts"].values():
+        assert contrast["velocity_error"]["difference"] == 0 and contrast["velocity_error"]["items"] == 4
+    (_, head, body), *rest = grids({"table": name, "subject": "tiny model", **found})
+    assert head[0] == "tiny model" and [row[0] for row in body] == list(found["rows"])
+    assert all(len(row) == len(head) for row in body) and len(rest) == bool(sweep.contrasts)
+    printed = [name for name in head if name.startswith("paper: ")]
+    assert printed == [f"paper: {c}" for c in (sweep.arms[0].paper if sweep.arms[0].paper else {})]
+    assert "2 seeds" in markdown({"table": name, "subject": "tiny model", **found})
+
+
+def test_arms_that_diverge_are_told_and_not_tried_again(seeds, monkeypatch):
+    """On one seed of two they are missing from the whole table, and from its comparisons."""
+    make, count = seeds
+    distill = seed_module.distill
+
+    def diverges(config, *arguments):
+        if config.hybrid.activation == "exp" and config.seed == 1:
+            count["distill"] += 1
+            raise Diverged("distill: step 1: loss inf")
+        distill(config, *arguments)
+
+    monkeypatch.setattr(seed_module, "distill", diverges)
+    sweep = ARM_TABLES["phi"]
+    found = run_arms(sweep, [make(0), make(1)])
+    arms = [arm.name for arm in sweep.arms if "exp" not in arm.name]
+    assert list(found["rows"]) == arms and len(found["contrasts"]) == len(arms) - 1 == len(sweep.contrasts) - 2
+    note = "Without exp, raw, whose distillation diverged on seed 1: distill: step 1: loss inf."
+    assert len(found["notes"]) == 2 and note in markdown({"table": "phi", "subject": "tiny model", **found})
+    before = dict(count)
+    assert run_arms(sweep, [make(0, "other"), make(1, "other")]) == found and count == before
+
+    tolerant = make(1)
+    tolerant.config = seed_module.changed(tolerant.config, {"max_skipped": 3})
+    with pytest.raises(Diverged):
+        tolerant.operation(next(arm for arm in sweep.arms if "exp" in arm.name))
+    assert count["distill"] == before["distill"] + 1  # more steps may be passed over: worth another try
+
+    only = dataclasses.replace(sweep, arms=tuple(arm for arm in sweep.arms if "exp" in arm.name))
+    with pytest.raises(Diverged, match="loss inf"):
+        run_arms(only, [make(1)])
+
+
+def test_less_of_the_network_costs_less(seeds):
+    rows = run_arms(ARM_TABLES["front"], [seeds[0]()])["rows"]
+    share = {arm: row["attention_flops"] for arm, row in rows.items() if arm != "teacher"}
+    assert share["25R8"] < share["20R8"] < share["15R8"] < share["15R2"] < 1
+    branch = run_arms(ARM_TABLES["linear_branch"], [seeds[0]()])["rows"]
+    bare, whole = (
+        branch[f"20R8, {text}"]["attention_flops"] for text in ("softmax tokens alone", "with the linear branch")
+    )
+    assert bare == pytest.approx((2 + 4 / 8) / 6) and bare < whole == share["20R8"]
+
+
+def test_what_cannot_be_measured_on_the_way_is_refused(config):
+    for change, message in (
+        ({"finetune.schedule": "cosine"}, "config.finetune.schedule: ablations measure on the way"),
+        ({"finetune.steps": 0}, "config.finetune.steps: ablations fine-tune"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measured_steps(seed_module.changed(config, change))
+    with pytest.raises(InputError, match="rate 4 is not among config.hybrid.rates"):
+        arm_config(
+            seed_module.changed(config, {"hybrid.rates": (2, 8), "plan.rates": (1, 2)}), Arm("a", "20R4"), BLOCKS
+        )
+    with pytest.raises(InputError, match="config.hybrid.degree: HedgeHog has 1, found 2"):
+        seed_module.changed(config, {"hybrid.activation": "hedgehog"})
+
+
+def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
+    measured = []
+
+    class Numbered:
+        def __init__(self, config, folder, number, measurements):
+            self.number = number
+
+    monkeypatch.setattr(ablate_module, "Seed", Numbered)
+    monkeypatch.setitem(RUN, "errors", lambda seeds: measured.append([seed.number for seed in seeds]))
+    for shard in ((0, 2), (1, 2)):
+        run_tables(config, "errors", str(tmp_path), 3, shard=shard)
+    assert measured == [[0, 2], [1]] and not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="--shard=3/4: expected at most one for each of 3 seeds"):
+        run_tables(config, "errors", str(tmp_path), 3, shard=(3, 4))
+    with pytest.raises(InputError, match="--shard: .* found evidence"):
+        run_tables(config, "evidence", str(tmp_path), 3, shard=(0, 2))
+
+
+def test_a_document_that_is_not_there_is_refused_before_any_work(config, tmp_path):
+    with pytest.raises(InputError, match="--results=.*none.md: no such file"):
+        run_tables(config, "errors", str(tmp_path / "run"), 1, str(tmp_path / "none.md"))
+    assert not (tmp_path / "run").exists()

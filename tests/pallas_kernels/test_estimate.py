@@ -1,0 +1,188 @@
+"""Static estimates: steps and sections counted from the program, cycles from the TPU compiler, which needs no TPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, gradients, of_rows, step
+from pallas_kernels import tpu, tpu_forward
+from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
+from tests.conftest import needs_libtpu
+
+STEPS, ROWS = 8, 512
+PRODUCTS_A_CYCLE = 918e12 / 2 / 1.75e9  # of a v6e: half of its FLOP/s, at its clock
+
+
+def squares(condition, x, name: str | None = "squares"):
+    """x @ x @ x of every block, at the steps where `condition` holds; its other section runs in the last step."""
+
+    def kernel(x_ref, y_ref):
+        i = pl.program_id(0)
+        y_ref[...] = x_ref[...]
+
+        @pl.when(condition(i))
+        def _():
+            a = x_ref[...]
+            for _ in range(4):
+                a = jnp.dot(a, x_ref[...], preferred_element_type=jnp.float32).astype(a.dtype)
+            y_ref[...] = a
+
+        @pl.when(i == STEPS - 1)
+        def _():
+            y_ref[...] += 1
+
+    block = pl.BlockSpec((ROWS, ROWS), lambda i: (i, 0))
+    return pl.pallas_call(kernel, grid=(STEPS,), in_specs=[block], out_specs=block, out_shape=jax.typeof(x), name=name)(
+        x
+    )
+
+
+def first(i):
+    return i == 0
+
+
+def half(i):
+    return (i % 2 == 0) & (i < STEPS)
+
+
+def always(i):
+    return i >= 0
+
+
+X = jax.ShapeDtypeStruct((STEPS * ROWS, ROWS), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("condition", "share"), [(first, 1 / 8), (half, 1 / 2), (always, 1)])
+def test_the_share_of_the_steps_that_run_a_section(condition, share):
+    jaxpr = jax.make_jaxpr(functools.partial(squares, condition))(X).jaxpr
+    assert kernels_of(jaxpr) == {"squares": [Kernel(STEPS, (share, 1 / 8))]}
+
+
+def test_a_condition_on_data_counts_in_every_step():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+        @pl.when(x_ref[0, 0] > 0)
+        def _():
+            y_ref[...] += 1
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32), grid=(2, 3), name="data")
+    jaxpr = jax.make_jaxpr(call)(jax.ShapeDtypeStruct((8, 128), jnp.float32)).jaxpr
+    assert kernels_of(jaxpr) == {"data": [Kernel(6, (1.0,))]}
+
+
+def test_kernels_without_a_name_have_their_scopes():
+    @jax.jit
+    def function(x):
+        with jax.named_scope("outer"), jax.named_scope("inner"):
+            y = squares(first, x, name=None)
+        return squares(first, y, name=None)
+
+    found = kernels_of(jax.make_jaxpr(function)(X).jaxpr)
+    assert found == {name: [Kernel(STEPS, (1 / 8, 1 / 8))] for name in ("inner", "function")}
+
+
+def test_kernels_of_a_gradient():
+    """300 tokens of two heads, 150 of which keep softmax, in blocks of 128 (3 and 2 of them) and of 256 (2 and 1)."""
+    size = AttentionShape(300, 2, 128, "bfloat16", "lse")
+    blocks = tpu_forward.BlockSizes(
+        query=128, key=128, key_chunk=128, state=256, backward_query=256, backward_key=128, backward_state=128
+    )
+    attend = at_rate(tpu.hybrid_attention, size, 2, block_sizes=blocks)
+    found = kernels_of(jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 2)).jaxpr)
+    assert {name: [kernel.steps for kernel in kernels] for name, kernels in found.items()} == {
+        "hybrid_state": [2 * 2],
+        "hybrid_attend": [2 * 3 * 2],
+        "hybrid_delta": [2 * 3],
+        "hybrid_read_out_backward": [2 * 3],
+        "hybrid_state_backward": [2 * 2],
+        "hybrid_attend_backward": [2 * 2 * 2],
+    }
+
+
+SCHEDULE = """
+ LH: loop header
+   0x0   :  { %1 = a } /* Start region 1 */
+   0x1 LB: > { %2 = a  ;;  %3 = b } /* Start region 7 */
+   0x2   : > { %4 = sbr.rel (%p1) target = $region9 }
+   0x3   : > { %5 = a } /* Start region 8 */
+   0x4   : >> { %6 = sbr.rel (%p2) target = $region5 } /* Start region 4 */
+   0x5   : >> { %7 = vmatmul.bf16.gmra.mxu1 a  ;;  %70 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 b
+second line of it }
+   0x6   : >> { %8 = a } /* End region 4 */
+   0x7   : > { %9 = a } /* Start/End empty region 5 */
+   0x8   : > { %10 = vmatmul.bf16.gmra.mxu1 a } /* End region 8 */
+   0x9 PF: > { %11 = a } /* Start/End empty region 9 */
+   0xa   : > { %12 = sbr.rel (!%p3) target = $region7 }
+   0xb   :  { %13 = a }
+"""
+
+
+def test_a_schedule_counts_each_section_by_its_share():
+    """12 bundles, of which a branch jumps over 3 inside the loop's body."""
+    assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 2) == 10 * (12 - 3 / 2)
+    # The compiler may drop sections that run in every step or in none, or may leave them all.
+    assert cycles_of(Kernel(10, (1, 0.5, 0)), SCHEDULE, 2) == 10 * (12 - 3 / 2)
+    assert cycles_of(Kernel(10, (1,)), SCHEDULE, 2) == cycles_of(Kernel(10, ()), SCHEDULE, 2) == 120
+
+
+def test_sections_that_do_not_match_are_told_and_count_whole():
+    with pytest.warns(UserWarning, match="1 sections in the schedule, 2 in the kernel: .* up to 25.0% too much"):
+        assert cycles_of(Kernel(10, (0.5, 0.5)), SCHEDULE, 2) == 120
+
+
+def test_the_busiest_matrix_unit_may_take_longer():
+    """Unit 1 has a product in the section and one behind it."""
+    assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 16) == 10 * (16 + 16 / 2)
+    assert cycles_of(Kernel(10, (1.0,)), SCHEDULE, 16) == 10 * (16 + 16)
+
+
+def squares_of_each(conditions, x):
+    return [squares(condition, x, name=condition.__name__) for condition in conditions]
+
+
+@needs_libtpu
+def test_sections_cost_what_they_run():
+    kernels, _ = estimate_cycles("v6e", functools.partial(squares_of_each, (first, half, always)), X)
+    costs = {name.partition(".")[0]: cycles for name, cycles in kernels.items()}
+    section = (costs["always"] - costs["first"]) / 7 * 8
+    assert costs["half"] == pytest.approx(costs["always"] - section / 2, rel=0.03)
+    products = STEPS * 4 * ROWS**3
+    assert products < section * PRODUCTS_A_CYCLE < 2 * products
+
+
+@needs_libtpu
+@pytest.mark.filterwarnings("ignore:. sections in the schedule")
+def test_kernels_cost_by_the_head():
+    """And never less than their products take, forward and backward; XLA has next to nothing to do."""
+    blocks = tpu_forward.BlockSizes(
+        query=512, key=512, state=512, backward_query=512, backward_key=512, backward_chunk=512, backward_state=512
+    )
+
+    def estimated(heads):
+        size = AttentionShape(4096, heads, 128, "bfloat16", "max")
+        attend = functools.partial(of_rows, at_rate(tpu.hybrid_attention, size, 8, block_sizes=blocks), heads)
+        rows = jax.ShapeDtypeStruct((1, 4096, heads * 128), jnp.bfloat16)
+        maps = jax.eval_shape(lambda: arguments(size, 8)[3:])
+        kernels, own = estimate_cycles("v6e", step(attend, "forward + backward"), *[rows] * 3, *maps)
+        assert len(kernels) == 6
+        forward = [kernels[name] for name in kernels if re.search(r"hybrid_(state|attend)(?!_backward)", name)]
+        return sum(forward), sum(kernels.values()), sum(own.values()), size.flops(8)
+
+    (forward, two, _, flops), (_, four, own, _) = estimated(2), estimated(4)
+    assert four == pytest.approx(2 * two, rel=0.02) and own < four
+    for cycles, products in ((forward, flops / 2), (two, 3 * flops / 2)):
+        bound = products / PRODUCTS_A_CYCLE
+        assert bound < cycles < 4 * bound
+
+
+@needs_libtpu
+def test_no_kernel_no_estimate():
+    kernels, own = estimate_cycles("v5e", first, X)
+    assert kernels == {} and sum(own.values()) > 0
+    with pytest.raises(ValueError, match="v9"):
+        estimate_cycles("v9", first, X)

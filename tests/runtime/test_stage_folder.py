@@ -1,0 +1,63 @@
+"""Stages: skipped when done, gone on with when begun, refused when the config differs."""
+
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from jsurgery.errors import InputError
+from jsurgery.io.hashes import folder_fingerprint
+from jsurgery.runtime.stage_folder import StageFolder
+
+
+def config(**changes):
+    return ConfigDict({"seed": 0, "trace": {"prompts": 4}, "plan": {"budget": "1R2"}} | changes)
+
+
+def test_runs_once(tmp_path, capsys):
+    runs = []
+    for _ in range(2):
+        StageFolder(tmp_path, "trace", config(), ["seed", "trace"]).run(lambda: runs.append(1))
+    assert len(runs) == 1
+    assert "skipped" in capsys.readouterr().err
+
+
+def test_a_stage_that_failed_runs_again(tmp_path):
+    stage = StageFolder(tmp_path, "trace", config(), ["seed"])
+    with pytest.raises(ZeroDivisionError):
+        stage.run(lambda: 1 / 0)
+    runs = []
+    StageFolder(tmp_path, "trace", config(), ["seed"]).run(lambda: runs.append(1))
+    assert runs
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    StageFolder(tmp_path, "trace", config(), ["seed", "trace"]).run(lambda: None)
+    other = StageFolder(tmp_path, "trace", config(trace={"prompts": 5}), ["seed", "trace"])
+    with pytest.raises(InputError, match=r"trace.prompts was 4, is 5"):
+        other.done()
+
+
+def test_only_the_fields_of_the_stage_matter(tmp_path):
+    StageFolder(tmp_path, "trace", config(), ["seed", "trace"]).run(lambda: None)
+    assert StageFolder(tmp_path, "trace", config(plan={"budget": "2R2"}), ["seed", "trace"]).done()
+
+
+def test_a_change_upstream_reaches_what_comes_after(tmp_path):
+    first = StageFolder(tmp_path, "trace", config(), ["trace"])
+    StageFolder(tmp_path, "distill", config(), ["seed"], after=[first]).run(lambda: None)
+    changed = StageFolder(tmp_path, "trace", config(trace={"prompts": 9}), ["trace"])
+    with pytest.raises(InputError, match="stage trace"):
+        StageFolder(tmp_path, "distill", config(), ["seed"], after=[changed]).done()
+
+
+def test_identity_sees_changes_at_both_ends_of_a_large_file(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    file = tmp_path / "transformer" / "weights.safetensors"
+    content = bytearray(3 << 20)
+    seen = set()
+    for position in (None, 0, len(content) - 1):
+        if position is not None:
+            content[position] += 1
+        file.write_bytes(content)
+        seen.add(folder_fingerprint(epath.Path(tmp_path)))
+    assert len(seen) == 3

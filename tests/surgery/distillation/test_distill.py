@@ -1,0 +1,386 @@
+"""Losses, gradients and statistics of the one-pass distillation against direct formulas; then the whole stage, tiny."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from jsurgery.attention.hybrid import HybridConfig, token_order
+from jsurgery.attention.token_order import TokenOrder
+from jsurgery.config import base
+from jsurgery.data.shards import shard_path, text_array, write_shard
+from jsurgery.io.safetensors import read_tensors
+from jsurgery.runtime.metrics import read_metrics
+from jsurgery.surgery.distillation.distill import calibrate, distill
+from jsurgery.surgery.distillation.jobs import merge
+from jsurgery.surgery.distillation.losses import HeadActivations, TokenShards, attention_loss, nested_softmax
+from jsurgery.surgery.distillation.saved_maps import load_maps
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
+from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.surgery.operate import operate
+from jsurgery.surgery.trace import TraceSteps
+from jsurgery.wan.transformer import WanTransformer
+from pallas_kernels.api import hybrid_attention
+from pallas_kernels.feature_map import init_polynomial_map
+from pallas_kernels.reference import softmax_share
+
+RATES = (2, 4, "linear")
+LATENTS = (3, 6, 6, 3)  # 27 tokens, which neither rate divides
+TEXT = (4, 6)
+SETUPS = {name: DistillSpec(RATES, (1, 2, 4), "strided", name, "value") for name in ("max", "lse")}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Two batches of one traced step."""
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "latents": rng.normal(size=(1, *LATENTS)).astype(np.float32),
+            "timestep": np.float32([timestep]),
+            "text": rng.normal(size=(1, *TEXT)).astype(np.float32),
+        }
+        for timestep in (900.0, 300.0)
+    ]
+
+
+def small_config(**changes):
+    config = base()
+    config.hybrid.rates = RATES
+    config.trace.prompts, config.trace.holdout = 5, 1
+    config.distill.steps, config.distill.learning_rate = 40, 1e-2
+    config.checkpoint.every = 20
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def maps(teacher):
+    """Leaves [blocks, rates, heads, ...]; neither biases nor scales are zero."""
+    rng = np.random.default_rng(2)
+    fresh = initial_maps(small_config(), teacher)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), fresh)
+
+
+@pytest.fixture(scope="module")
+def order():
+    return token_order((3, 3, 3), (1, 2, 4), "strided")
+
+
+@pytest.fixture(scope="module")
+def passing_by(teacher, batches, order):
+    """q, k, v, each [blocks, B, N, H, D] in prefix order, of the first batch in the unchanged teacher."""
+
+    @jax.jit
+    def run(batch):
+        def softmax(q, k, v, _):
+            return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), (q, k, v)
+
+        latents, timestep, text = batch["latents"], batch["timestep"], batch["text"]
+        return teacher.apply_blocks(latents, timestep, text, softmax, None, order=order)[1]
+
+    return run(batches[0])
+
+
+def scores(q_NxD, k_MxD):
+    return np.float64(q_NxD) @ np.float64(k_MxD).T / np.sqrt(q_NxD.shape[-1])
+
+
+def log_sum_exp(s, axis=-1):
+    top = s.max(axis, keepdims=True)
+    return np.log(np.exp(s - top).sum(axis)) + top.squeeze(axis)
+
+
+@pytest.mark.parametrize("rates", [(2, 8, 4), (4, "linear"), ("linear",)])
+def test_merged_zones_are_softmax_over_each_prefix(rates):
+    order = TokenOrder(21, (1, *rates))
+    q, k, v = 3 * np.random.default_rng(0).normal(size=(3, 21, 5))
+    with jax.enable_x64(True):
+        branches, full = jax.jit(lambda *qkv: nested_softmax(*qkv, TokenShards(order), rates))(q, k, v)
+    assert branches.keys() == set(rates) - {"linear"}
+    for rate, branch in [*branches.items(), (1, full)]:
+        s = scores(q, k[: order.num_softmax(rate)])
+        p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+        assert branch.output.dtype == np.float64
+        np.testing.assert_allclose(branch.output, p @ v[: order.num_softmax(rate)], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(branch.lse, np.log(np.exp(s).sum(-1)), rtol=1e-12)
+        np.testing.assert_allclose(branch.largest, s.max(-1), rtol=1e-12)
+
+
+def direct_losses(maps, q, k, v, setup, order):
+    """[rates, heads] of one block, from the attention module itself or from eq. 6 with every pair of tokens."""
+    full = hybrid_attention(q, k, v, None, None, num_softmax=order.num_tokens, implementation="reference")
+    losses = []
+    for index, rate in enumerate(setup.rates):
+        query_map, key_map = jax.tree.map(lambda leaf, i=index: leaf[i], maps)
+        start = order.num_softmax(rate)
+        if setup.loss == "value":
+            options = {"num_softmax": start, "stabilizer": setup.stabilizer, "implementation": "reference"}
+            y = hybrid_attention(q, k, v, query_map, key_map, **options)
+            losses.append(jnp.abs(y - full).mean(axis=(0, 1, 3)))
+        else:
+            s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+            seen = s if rate == "linear" else s[..., :start]
+            take_max = setup.stabilizer == "max" and rate != "linear"
+            c = seen.max(-1, keepdims=True) if take_max else jax.nn.logsumexp(seen, -1, keepdims=True)
+            learned = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k[:, start:]))
+            squares = jnp.square(jnp.exp(s[..., start:] - c) - learned).sum(-1).mean(-1)
+            losses.append(jnp.log(1 + squares).mean(0))
+    return jnp.stack(losses)
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [SETUPS["lse"], SETUPS["max"], DistillSpec(RATES, (1, 2, 4), "strided", "max", "attention")],
+    ids=lambda setup: f"{setup.loss}, {setup.stabilizer}",
+)
+def test_losses_and_gradients_are_those_of_the_direct_loss(teacher, batches, maps, order, passing_by, setup):
+    @jax.jit
+    def direct(maps, qkv):
+        def one_block(maps, qkv):
+            losses = direct_losses(maps, *qkv, setup, order)
+            return losses.sum(), losses.mean(axis=1)  # the gradient of a head is that of its own loss
+
+        return jax.vmap(jax.grad(one_block, has_aux=True))(maps, qkv)
+
+    expected_gradients, expected = direct(maps, passing_by)
+    losses, gradients = losses_and_gradients(teacher, batches[0], maps, setup)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    for side, block, index in np.ndindex(2, 2, len(RATES)):
+        flat = lambda maps, at: np.concatenate([np.ravel(leaf[at]) for leaf in jax.tree.leaves(maps)])
+        actual, wanted = (flat(maps[side], (block, index)) for maps in (gradients, expected_gradients))
+        assert relative_error(actual, wanted) < 1e-4
+
+
+def test_every_head_learns_from_its_own_loss_alone(teacher, batches, maps):
+    """Other blocks', rates' and heads' gradients do not move by a bit when one map does."""
+    moved = jax.tree.map(lambda leaf: leaf.at[0, 1, 0].multiply(1.5), maps)
+    gradients = [losses_and_gradients(teacher, batches[0], m, SETUPS["lse"])[1] for m in (maps, moved)]
+    for before, after in zip(*map(jax.tree.leaves, gradients), strict=True):
+        changed = np.any(np.asarray(before != after), axis=tuple(range(3, before.ndim)))
+        assert changed[0, 1, 0] and changed.sum() == 1
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+@pytest.mark.parametrize(("rate", "stabilizer"), [(4, "max"), (4, "lse"), ("linear", "max")])
+def test_attention_loss_by_brute_force(rate, stabilizer, spread):
+    """At the larger spread logits reach 100 and the linear keys' exponentials 1e40 times the softmax keys'."""
+    order = TokenOrder(21, (1, 4))
+    q, k, v = spread * np.random.default_rng(0).normal(size=(3, 2, 21, 5)).astype(np.float32)
+    maps = init_polynomial_map(jax.random.key(0), 1, 5), init_polynomial_map(jax.random.key(1), 1, 5)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(maps):
+        nested = lambda q, k, v: nested_softmax(q, k, v, TokenShards(order), (rate,))
+        branches, full = jax.vmap(nested)(q, k, v)
+        return attention_loss(
+            maps, HeadActivations(rate, q, k, v, branches.get(rate), full, TokenShards(order), stabilizer)
+        )
+
+    start, expected, largest = order.num_softmax(rate), [], []
+    for example in range(2):
+        s = scores(q[example], k[example])
+        c = s[:, :start].max(-1) if start and stabilizer == "max" else log_sum_exp(s[:, :start] if start else s)
+        phi_q, phi_k = (
+            np.float64(phi(x[example][None, :, None])[0, :, 0]) for phi, x in zip(maps, (q, k), strict=True)
+        )
+        gap = np.exp(s[:, start:] - c[:, None]) - phi_q @ phi_k[start:].T
+        expected.append(np.log(1 + (gap**2).sum() / 21))
+        largest.append(np.exp(s[:, start:] - c[:, None]).max())
+    value, gradients = loss(maps)
+    assert (np.max(largest) > 1e40) == (spread == 10 and rate != "linear")
+    assert value == pytest.approx(np.mean(expected), rel=1e-4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, name):
+    setup = SETUPS[name]
+    found = measure_heads(teacher, batches[0], maps, setup)
+    for block, index in np.ndindex(2, len(RATES)):
+        rate, (q, k, v) = RATES[index], (x[block] for x in passing_by)
+        query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps)  # noqa: B023
+        start = order.num_softmax(rate)
+        options = {"num_softmax": start, "stabilizer": name}
+        share = softmax_share(q, k, query_map, key_map, **options).mean(axis=(0, 1))
+        np.testing.assert_allclose(found["share"][block, index], share, rtol=1e-4, atol=1e-6)
+        full = hybrid_attention(q, k, v, None, None, num_softmax=27, implementation="reference")
+        y = hybrid_attention(q, k, v, query_map, key_map, **options, implementation="reference")
+        np.testing.assert_allclose(found["error"][block, index], jnp.abs(y - full).sum(axis=(0, 1, 3)), rtol=1e-4)
+        np.testing.assert_allclose(found["size"][block, index], jnp.abs(full).sum(axis=(0, 1, 3)), rtol=1e-4)
+        for head in range(2):
+            s = scores(q[0, :, head], k[0, :, head])
+            p = np.exp(s - log_sum_exp(s)[:, None])
+            teacher_share = p[:, :start].sum(-1).mean()
+            assert found["teacher_share"][block, index, head] == pytest.approx(teacher_share, abs=1e-5)
+            if start:
+                c = s[:, :start].max(-1) if name == "max" else log_sum_exp(s[:, :start])
+                wanted = np.exp(s[:, start:] - c[:, None]).sum(-1).mean()
+                assert found["wanted_mass"][block, index, head] == pytest.approx(wanted, rel=1e-4)
+
+    calibrated = calibrate(teacher, batches, maps, setup)
+    masses = [measure_heads(teacher, batch, calibrated, setup) for batch in batches]
+    mass, wanted = (sum(stats[key] for stats in masses) for key in ("mass", "wanted_mass"))
+    np.testing.assert_allclose(mass, wanted, rtol=1e-4)
+    with pytest.raises(AssertionError):  # it had something to do
+        np.testing.assert_allclose(found["mass"], found["wanted_mass"], rtol=0.1)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_calibration_stays_finite_where_a_linear_key_scores_far_above_the_stabilizer(teacher, batches, maps, name):
+    graph, state = nnx.split(teacher)
+    sharp = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    sharp.blocks.attn1.norm_k[...] *= 300
+    found = measure_heads(sharp, batches[0], maps, SETUPS[name])
+    assert np.isinf(found["wanted_mass"]).any()
+    _, key_maps = calibrate(sharp, batches, maps, SETUPS[name])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(key_maps))
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    """Five prompts of three steps, and the negative prompt's text."""
+    folder, rng = epath.Path(tmp_path_factory.mktemp("trace")), np.random.default_rng(3)
+    texts = [
+        {"embedding": rng.normal(size=TEXT).astype(np.float32), "prompt": text_array(f"prompt {i}")} for i in range(6)
+    ]
+    steps = [
+        {
+            "latents": rng.normal(size=LATENTS).astype(np.float16),
+            "timestep": np.float32(1000 - 300 * step),
+            "conditional": np.bool_(step != 1),
+            "prompt": np.int32(prompt),
+        }
+        for prompt in range(5)
+        for step in range(3)
+    ]
+    write_shard(shard_path(folder / "text", 0), texts)
+    write_shard(shard_path(folder / "steps", 0), steps)
+    return folder
+
+
+def test_a_step_is_replayed_with_the_text_of_its_branch(traces):
+    held_out = TraceSteps(traces, range(4, 5))
+    texts = TraceSteps(traces, range(5)).texts
+    assert len(held_out) == 3
+    assert np.array_equal(held_out[0]["text"], texts[4]["embedding"])
+    assert np.array_equal(held_out[1]["text"], texts[5]["embedding"])
+    assert held_out[2]["timestep"] == 400
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher, traces, tmp_path_factory):
+    folder = epath.Path(tmp_path_factory.mktemp("distill"))
+    distill(small_config(), teacher, traces, folder)
+    return folder
+
+
+def test_distillation_lowers_the_errors_of_prompts_it_has_not_seen(distilled):
+    report = json.loads((distilled / "errors.json").read_text())
+    errors, initial = np.array(report["errors"]), np.array(report["initial_errors"])
+    assert report["rates"] == list(RATES) and report["samples"] == 3
+    assert errors.shape == initial.shape == (2, 3)
+    assert (errors.mean(axis=0) < 0.95 * initial.mean(axis=0)).all()
+    for field in ("softmax_share", "teacher_softmax_share"):
+        share = np.array(report[field])
+        assert (share[:, 2] == 0).all() and (share[:, :2] > 0).all() and (share < 1).all()
+    assert (share[:, 0] > share[:, 1]).all(), "in the teacher, the tokens of rate 2 hold those of rate 4"
+
+
+def test_velocity_errors_are_those_of_one_operated_block(teacher, traces, distilled):
+    report = json.loads((distilled / "errors.json").read_text())
+    errors = np.array(report["velocity_errors"])
+    held_out = TraceSteps(traces, range(4, 5))
+    assert errors.shape == (2, 3) and report["velocity_samples"] == len(held_out) == 3
+    for block, rate in ((0, 2), (1, 4), (1, "linear")):
+        rates = tuple(rate if at == block else 1 for at in range(2))
+        hybrid = HybridConfig(rates, chain=(1, 2, 4))
+        maps = load_maps(distilled / "feature_maps.safetensors", rates, hybrid.feature_map)
+        model, found = operate(teacher, hybrid, maps), []
+        for number in range(3):
+            step = jax.tree.map(lambda leaf: leaf[None], held_out[number])
+            inputs = step["latents"], step["timestep"], step["text"]
+            expected = np.asarray(teacher(*inputs), np.float64)
+            found.append(np.sum((model(*inputs) - expected) ** 2) / np.sum(expected**2))
+        assert errors[block, RATES.index(rate)] == pytest.approx(np.mean(found), rel=1e-3)
+    assert errors.min() > 1e-6
+
+
+def test_without_velocity_steps_there_are_no_velocity_errors(teacher, traces, tmp_path):
+    distill(small_config(**{"distill.steps": 1, "distill.velocity_steps": 0}), teacher, traces, epath.Path(tmp_path))
+    assert "velocity_errors" not in json.loads((tmp_path / "errors.json").read_text())
+
+
+def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_path):
+    folder = epath.Path(tmp_path)
+    distill(small_config(**{"distill.steps": 20}), teacher, traces, folder)
+    half = read_tensors(folder / "feature_maps.safetensors")
+    distill(small_config(), teacher, traces, folder)
+    for name in ("initial.safetensors", "feature_maps.safetensors"):
+        resumed, straight = read_tensors(folder / name), read_tensors(distilled / name)
+        assert resumed.keys() == straight.keys()
+        assert all(np.array_equal(resumed[key], straight[key]) for key in straight), name
+    assert not any(np.array_equal(half[key], straight[key]) for key in straight)
+    for name in ("errors.json", "metrics.jsonl"):
+        assert (folder / name).read_text() == (distilled / name).read_text()
+    assert [row["step"] for row in read_metrics(folder)] == [10, 20, 30, 40]
+
+
+def test_a_job_leaves_out_the_blocks_after_its_own(teacher, batches):
+    """The velocity is then that of the teacher's first block alone."""
+    first = nnx.eval_shape(lambda: WanTransformer(dataclasses.replace(teacher.config, num_layers=1), rngs=nnx.Rngs(0)))
+    state = nnx.state(teacher)
+    state["blocks"] = jax.tree.map(lambda leaf: leaf[:1], state["blocks"])
+    nnx.update(first, state)
+    latents, timestep, text = (batches[0][name] for name in ("latents", "timestep", "text"))
+    number = jnp.arange(2)
+    attention = lambda q, k, v, layer: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), layer + 5)
+    run = jax.jit(
+        lambda until: teacher.apply_blocks(latents, timestep, text, attention, number, order=None, until=until),
+        static_argnums=0,
+    )
+    velocity, records = run(1)
+    np.testing.assert_allclose(velocity, first(latents, timestep, text), rtol=1e-5, atol=1e-6)
+    assert records.tolist() == [5, 0]
+    assert relative_error(run(2)[0], velocity) > 1e-2 and run(2)[1].tolist() == [5, 6]
+
+
+def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
+    """One of them, stopped at the middle, goes on. The compiler rounds a job's gradients in another order."""
+    jobs = {blocks: epath.Path(tmp_path) / f"blocks_{blocks}" for blocks in ("0", "1")}
+    distill(small_config(**{"distill.blocks": "1", "distill.steps": 20}), teacher, traces, jobs["1"])
+    for blocks, folder in jobs.items():
+        distill(small_config(**{"distill.blocks": blocks}), teacher, traces, folder)
+    assert all(name.startswith("blocks.1.") for name in read_tensors(jobs["1"] / "feature_maps.safetensors"))
+    merge(small_config(), list(jobs.values()), 2, epath.Path(tmp_path))
+    initial, trained = "initial.safetensors", "feature_maps.safetensors"
+    assert (tmp_path / initial).read_bytes() == (distilled / initial).read_bytes()
+    together = read_tensors(distilled / trained)
+    assert list(read_tensors(tmp_path / trained)) == list(together)
+    # Where all keys are linear, the maps' scale cancels: its gradient is rounding, of which Adam makes full steps.
+    names = [name for name in together if "rate_linear" not in name or "log_scale" not in name]
+    assert len(names) == len(together) - 4
+    flat = lambda tensors: np.concatenate([np.ravel(tensors[name]) for name in names])
+    assert relative_error(flat(read_tensors(tmp_path / trained)), flat(together)) < 1e-5
+    assert relative_error(flat(read_tensors(tmp_path / initial)), flat(together)) > 1e-2
+    reports = [json.loads((folder / "errors.json").read_text()) for folder in (epath.Path(tmp_path), distilled)]
+    assert list(reports[0]) == list(reports[1])
+    assert {"errors", "velocity_errors", "velocity_samples"} < reports[0].keys()
+    for field in reports[0]:
+        if field == "rates":
+            assert reports[0][field] == reports[1][field]
+            continue
+        np.testing.assert_allclose(reports[0][field], reports[1][field], rtol=1e-5)
+    for row, wanted in zip(read_metrics(tmp_path), read_metrics(distilled), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-5)

@@ -1,0 +1,98 @@
+"""The commands end to end, on a random model: every stage leaves its files, and a second run skips them all."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jsurgery.cli import main
+from jsurgery.wan.checkpoint import load_transformer
+
+SIZES = {
+    "video.frames": 5, "video.height": 64, "video.width": 48, "sampler.steps": 3, "trace.prompts": 3,
+    "trace.holdout": 1,
+    "trace.keep_steps": 2, "trace.batch": 2, "hybrid.rates": '(2, "linear")', "plan.rates": '(2, "linear")',
+    "plan.budget": "2R2", "distill.steps": 4, "finetune.steps": 2, "finetune.batch": 2, "data.clips": 4,
+    "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.validation_clips": 8, "evaluate.videos": 1, "log_every": 1,
+    "profile": 1,
+}  # fmt: skip
+STAGES = ("trace", "distill", "plan", "hybrid", "latents", "finetune", "evaluation", "report")
+
+
+@pytest.fixture(scope="module")
+def surgery(tiny_pipeline, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
+    arguments += [f"--config.model.path={tiny_pipeline}", "--config=tiny", f"--workdir={workdir}"]
+    assert main(["surgery", *arguments]) == 0
+    return workdir, arguments
+
+
+def test_every_stage_leaves_its_files(surgery):
+    workdir, _ = surgery
+    assert all(json.loads((workdir / stage / "stage.json").read_text())["complete"] for stage in STAGES)
+    errors = json.loads((workdir / "distill" / "errors.json").read_text())
+    assert np.shape(errors["errors"]) == (2, 2) and np.isfinite(errors["errors"]).all()
+    plan = json.loads((workdir / "plan" / "plan.json").read_text())
+    assert len(plan["rates"]) == 2 and plan["cost_flops"] <= plan["budget_flops"]
+    assert load_transformer(workdir / "model").config.rates == tuple(plan["rates"])
+    evaluation = json.loads((workdir / "evaluation" / "evaluation.json").read_text())["models"]
+    assert list(evaluation) == ["teacher", "not_distilled", "distilled", "finetuned"]
+    assert evaluation["teacher"]["latent_rmse"] == [0, 0]
+    assert all(min(evaluation[name]["latent_rmse"]) > 0 for name in list(evaluation)[1:])
+    assert (workdir / "report.html").stat().st_size > 10_000
+    with Image.open(workdir / "first_frame.png") as frame:
+        assert frame.size == (48, 64) and frame.info["prompt"].startswith("a ")
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2, "of distill and of finetune"
+
+
+def test_the_front_around_the_plan(surgery, capsys):
+    workdir, arguments = surgery
+    assert main(["plan", "--front", *arguments]) == 0
+    found = json.loads((workdir / "plan" / "front.json").read_text())
+    plan = json.loads((workdir / "plan" / "plan.json").read_text())
+    assert found["chosen"]["rates"] == plan["rates"] and found["chosen"]["proven_optimal"]
+    assert plan["rates"] in [one["rates"] for one in found["plans"]]
+    out = capsys.readouterr().out
+    assert "chosen" in out and "proven optimal" in out
+    assert "The Pareto front" in (workdir / "plan" / "front.html").read_text()
+
+
+def test_running_again_skips_everything(surgery, capsys):
+    workdir, arguments = surgery
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}
+    assert main(["surgery", *arguments]) == 0
+    output = capsys.readouterr()
+    assert output.err.count("skipped") == len(STAGES)
+    assert output.out.strip() == str(workdir / "report.html")
+    *_, done, look, then = output.err.splitlines()
+    assert done.startswith("done: 2 of 2 attention layers rebuilt") and "score" in done
+    assert str(workdir / "report.html") in look and f"sample --model={workdir / 'model'}" in then
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}
+    assert {path for path in before if before[path] != after.get(path)} <= {workdir}
+
+
+def test_another_config_is_refused_and_nothing_is_touched(surgery, capsys):
+    workdir, arguments = surgery
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert main(["distill", *arguments, "--config.distill.steps=5"]) == 2
+    message = capsys.readouterr().err
+    assert "distill.steps was 4, is 5" in message and len(message.splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_stage_without_what_it_needs(tiny_pipeline, tmp_path, capsys):
+    arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
+    assert main(["plan", *arguments, f"--config.model.path={tiny_pipeline}", f"--workdir={tmp_path / 'new'}"]) == 2
+    assert "run that stage first" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_sample_writes_a_video(surgery, tmp_path):
+    workdir, arguments = surgery
+    config = [argument for argument in arguments if not argument.startswith("--workdir")]
+    output = tmp_path / "clip.gif"
+    prompt = "--prompt=a red circle moves left over a grey background"
+    assert main(["sample", *config, f"--model={workdir / 'model'}", prompt, f"--output={output}"]) == 0
+    assert output.read_bytes()[:3] == b"GIF"
