@@ -127,11 +127,11 @@ class Run:
         mesh = make_mesh(self.config.mesh)
         return mesh if mesh.size > 1 else None
 
-    def spread(self, model: WanTransformer) -> WanTransformer:
+    def put_on_mesh(self, model: WanTransformer) -> WanTransformer:
         """A model that this process samples from, on the mesh of a process that is alone: a single device's too, since
         what is compiled for parameters that lie on a mesh does not serve for others."""
         if not processes.several():
-            model.spread(make_mesh(self.config.mesh), self.config.mesh.exchange)
+            model.shard(make_mesh(self.config.mesh), self.config.mesh.exchange)
         return model
 
     @functools.cached_property
@@ -140,7 +140,7 @@ class Run:
 
     def run_trace(self) -> None:
         work = lambda: trace(self.config, self.shared_pipeline(), self.trace.folder, self.show_first_frame)
-        self.trace.run(work, spread=True)
+        self.trace.run(work, all_processes=True)
 
     def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
         """So that there is soon something to be seen. Not of several processes, each of which holds a part of it, and
@@ -162,7 +162,7 @@ class Run:
         stage = self.job or self.distill
         if self.job is None and processes.on_first(self.merge_jobs):
             return
-        stage.run(lambda: self.distill_maps(stage.folder), spread=True)
+        stage.run(lambda: self.distill_maps(stage.folder), all_processes=True)
 
     def distill_maps(self, folder: epath.Path) -> None:
         teacher = self.shared_pipeline().transformer
@@ -185,12 +185,12 @@ class Run:
 
     def run_operate(self) -> None:
         self.operate.run(
-            lambda: save_model(self.operated(self.config.finetune.distilled), self.operate.folder, self.base)
+            lambda: save_model(self.hybrid_model(self.config.finetune.distilled), self.operate.folder, self.base)
         )
 
     def run_finetune(self) -> None:
         self.latents.run(self.encode_latents)
-        self.finetune.run(self.finetune_and_save, spread=True)
+        self.finetune.run(self.finetune_and_save, all_processes=True)
 
     def run_evaluate(self) -> None:
         self.evaluate.run(self.evaluate_all)
@@ -238,7 +238,7 @@ class Run:
         """The model folder that a saved transformer names for its VAE and text encoder."""
         return self.config.model.path
 
-    def operated(self, distilled: bool) -> WanTransformer:
+    def hybrid_model(self, distilled: bool) -> WanTransformer:
         """The hybrid model of the plan, with trained or with merely calibrated feature maps."""
         rates = read_plan(self.plan.folder)["rates"]
         hybrid = hybrid_config(self.config, rates)
@@ -282,10 +282,10 @@ class Run:
         dtype = jnp.dtype(self.config.model.dtype)
         teacher = self.teacher
         models = {
-            "teacher": lambda: self.spread(teacher),
-            "not_distilled": lambda: self.spread(self.operated(False)),
-            "distilled": lambda: self.spread(self.operated(True)),
-            "finetuned": lambda: self.spread(load_transformer(self.workdir / "model", dtype)),
+            "teacher": lambda: self.put_on_mesh(teacher),
+            "not_distilled": lambda: self.put_on_mesh(self.hybrid_model(False)),
+            "distilled": lambda: self.put_on_mesh(self.hybrid_model(True)),
+            "finetuned": lambda: self.put_on_mesh(load_transformer(self.workdir / "model", dtype)),
         }
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
         self.pipeline.transformer = teacher

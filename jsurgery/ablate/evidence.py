@@ -78,7 +78,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
             run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
         )
     # On one mesh all: what is compiled for parameters that lie elsewhere would be compiled again.
-    models = {name: lambda load=load: run.spread(load()) for name, load in models.items()}
+    models = {name: lambda load=load: run.put_on_mesh(load()) for name, load in models.items()}
     evaluated = evaluation_stage(run)
     teacher = run.teacher
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)

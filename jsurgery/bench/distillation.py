@@ -85,7 +85,7 @@ def measure_seconds(config: ConfigDict, teacher: WanTransformer, runs: int) -> d
     shapes = {"latents": (size, *grid, network.in_channels), "text": (size, config.text_length, network.text_dim)}
     batch = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     batch |= {"timestep": np.full(size, 500, np.float32)}
-    setup, optimizer = DistillSpec.of(config), make_optimizer(config)
+    spec, optimizer = DistillSpec.of(config), make_optimizer(config)
     graph, params = nnx.split(teacher)
     maps = initial_maps(config, teacher)
     question = batch["latents"], batch["timestep"], batch["text"]
@@ -99,10 +99,10 @@ def measure_seconds(config: ConfigDict, teacher: WanTransformer, runs: int) -> d
         state |= {"opt_state": jax.tree.map(np.asarray, optimizer.init(chosen_maps))}  # each step has one of its own
         return median_seconds(lambda: np.asarray(update(state, params, batch)[1]), runs)
 
-    one_pass = step(setup, maps, "all blocks at all rates")
+    one_pass = step(spec, maps, "all blocks at all rates")
     naive, last = 0.0, network.num_layers - 1
-    for index, rate in enumerate(setup.rates):
-        one = dataclasses.replace(setup, blocks=(last,), rates=(rate,), chain=rate_chain((rate,)))
+    for index, rate in enumerate(spec.rates):
+        one = dataclasses.replace(spec, blocks=(last,), rates=(rate,), chain=rate_chain((rate,)))
         slot = jax.tree.map(lambda leaf, index=index: leaf[last:, index : index + 1], maps)
         naive += network.num_layers * step(one, slot, f"block {last} at rate {rate}")
     return with_ratios(forward, one_pass, naive)

@@ -119,8 +119,8 @@ def with_progress(
         skipped += isinstance(result, Skipped)
         progress.note = f"{skipped} skipped"
         progress.show(done, last=done == total)
-        preemption.asked()
-        preemption.leave()
+        preemption.should_stop()
+        preemption.stop_if_asked()
         yield result
 
 

@@ -41,7 +41,7 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
     identity = folder_fingerprint(model_path(config.model.path))
     stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
     work = lambda: make_shards(config, prompts, stage.folder, mesh)
-    stage.run(lambda: processes.on_all(work), spread=True)
+    stage.run(lambda: processes.on_all(work), all_processes=True)
     return stage.folder
 
 
@@ -83,5 +83,5 @@ def records(
         for prompt, z_TxHxWxC, words, length in zip(batch, latents, text, lengths, strict=True):
             yield {"latents": z_TxHxWxC, "text": words[:length], "caption": text_array(prompt)}
         progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)
-        preemption.asked()
-        preemption.leave()
+        preemption.should_stop()
+        preemption.stop_if_asked()

@@ -143,7 +143,7 @@ def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[
         network, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, rngs=nnx.Rngs(0)
     )
     model = nnx.eval_shape(build)
-    model.compute_on(mesh, config.mesh.exchange)
+    model.set_mesh(mesh, config.mesh.exchange)
     graph, params = nnx.split(model)
     return graph, with_shardings(params, parameter_shardings(mesh, params))
 
@@ -177,11 +177,11 @@ def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
     latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
     batch = {"latents": latents, "text": text, "timestep": timesteps}
-    state, setup = with_shardings(state, parameter_shardings(mesh, state)), DistillSpec.of(config)
+    state, spec = with_shardings(state, parameter_shardings(mesh, state)), DistillSpec.of(config)
     if config.distill.mode == "traces":
-        return make_update(optimizer, graph, setup).lower(state, params, batch)
+        return make_update(optimizer, graph, spec).lower(state, params, batch)
     whole, sampler = sharding(mesh), config.sampler
-    update = make_sampling_update(optimizer, graph, setup, sampler.guidance, whole)
+    update = make_sampling_update(optimizer, graph, spec, sampler.guidance, whole)
     blank = None if sampler.guidance == 1 else text
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), whole)
     trajectory = State(*[with_shardings(latents, whole)] * 4)
@@ -227,7 +227,7 @@ def lowered_train(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     _, text_encoder = training.model_configs(train, train.vocabulary)
     build = lambda: training.TransformerWithTextEncoder(network, text_encoder, dtype=dtype, rngs=nnx.Rngs(0))
     teacher = nnx.eval_shape(build)
-    teacher.transformer.compute_on(mesh, config.mesh.exchange)
+    teacher.transformer.set_mesh(mesh, config.mesh.exchange)
     graph, params = nnx.split(teacher)
     optimizer = training.make_optimizer(train)
     state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, train.ema), params)

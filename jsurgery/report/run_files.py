@@ -19,7 +19,7 @@ from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import model_path, transformer_folder
 
 CONFIG = "config.json"
-WITHOUT = {  # file -> what a page lacks without it, the stage's folder and command
+WITHOUT = {  # file -> what a page missing_part without it, the stage's folder and command
     "distill/metrics.jsonl": ("the curves of the distillation", "distill", "distill"),
     "distill/errors.json": ("the errors of the blocks and what trades against them", "distill", "distill"),
     "plan/plan.json": ("the plan and what it saves", "plan", "plan"),
@@ -73,7 +73,7 @@ def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFi
         raise InputError(f"{run.workdir}: expected the folder of a run, found none")
     run.config = config or read_run_config(run)
     run.model = read_model(run)
-    found = {name: read(run, name, *lacks) for name, lacks in WITHOUT.items() if not skipped(run, name)}
+    found = {name: read(run, name, *missing_part) for name, missing_part in WITHOUT.items() if not skipped(run, name)}
     run.errors, run.plan = found["distill/errors.json"], found["plan/plan.json"]
     run.evaluation = found["evaluation/evaluation.json"]
     run.distilled = found["distill/metrics.jsonl"] or []
@@ -126,9 +126,9 @@ def read_model(run: RunFiles) -> WanConfig | None:
         return None
 
 
-def read(run: RunFiles, name: str, lacks: str, folder: str, command: str) -> Any:
+def read(run: RunFiles, name: str, missing_part: str, folder: str, command: str) -> Any:
     """A file's content; None, and a word about it, where it is not there or not whole."""
-    path, text = run.workdir / name, f"{lacks[0].upper()}{lacks[1:]}: {name}"
+    path, text = run.workdir / name, f"{missing_part[0].upper()}{missing_part[1:]}: {name}"
     if not path.exists():
         run.absent.append(f"{text} is not there; {progress(run.workdir / folder, command)}.")
         return None

@@ -45,7 +45,7 @@ class Checkpoints:
         elif self._sealing is not None:  # the other processes may have had no error, and would not answer
             wait([self._sealing])
 
-    def whole(self) -> list[int]:
+    def complete_steps(self) -> list[int]:
         """Steps of the checkpoints that have a manifest, ascending."""
         numbered = [path for path in self._folders() if path.name.isdecimal()]
         return sorted(int(path.name) for path in numbered if (path / MANIFEST).exists())
@@ -96,7 +96,7 @@ class Checkpoints:
         except Exception as error:
             if (reason := file_system_reason(error)) is None:
                 raise
-            whole = self.whole()
+            whole = self.complete_steps()
             left = f"the checkpoint of step {whole[-1]} is still there" if whole else "no checkpoint was written before"
             raise InputError(f"{self.folder / str(step)}: could not be saved: {reason}; {left}") from error
 
@@ -108,7 +108,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Removes what is neither new nor to be kept, leftovers of kills among it."""
-        whole = self.whole()
+        whole = self.complete_steps()
         stay = {*whole[-self.keep :], *(step for step in whole if self.keep_every and step % self.keep_every == 0)}
         for path in self._folders():
             if path.name not in map(str, stay):
@@ -122,7 +122,7 @@ class Checkpoints:
         for path in self._folders():
             if not (path / MANIFEST).exists():
                 say(f"{path}: has no {MANIFEST}: its saving was cut short; not used")
-        whole, passed, told = self.whole(), list[epath.Path](), ""
+        whole, passed, told = self.complete_steps(), list[epath.Path](), ""
         for step in reversed(whole):
             path = self.folder / str(step)
             if not (found := find_damage(path)):

@@ -41,7 +41,7 @@ class Guard:
         self.stage, self.allowed, self.explain, self.skipped = stage, allowed, explain, 0
         self._last: tuple[int, Any, Any] | None = None
 
-    def see(self, step: int, numbers: Any, details: Any = None) -> None:
+    def record(self, step: int, numbers: Any, details: Any = None) -> None:
         """Takes the numbers of a step, and `details` for `explain`; raises Diverged if the step before has failed."""
         for leaf in jax.tree.leaves(numbers):
             if leaf.is_fully_replicated:
@@ -49,7 +49,7 @@ class Guard:
         last, self._last = self._last, (step, numbers, details)
         self._look(last)
 
-    def settle(self) -> None:
+    def check_last(self) -> None:
         """Waits for the last step; after it, nothing that was saved is in doubt."""
         last, self._last = self._last, None
         self._look(last)

@@ -1,4 +1,4 @@
-"""The steps of a stage that trains: from its newest checkpoint on, guarded, logged, saved, ended by a signal."""
+"""The loop of every stage that trains: it resumes, guards, logs, saves, and stops at a signal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,8 @@ def run_steps(
     steps: int,
     checkpoints: epath.Path,
     metrics: epath.Path,
-    logged: Callable[[Any], tuple[dict[str, Any], str]],
-    explain: Callable[[int, Any, Any, Any], str],
+    format_metrics: Callable[[Any], tuple[dict[str, Any], str]],
+    likely_cause: Callable[[int, Any, Any, Any], str],
     validate: Callable[[Any], dict[str, float]] | None = None,
     profile: epath.Path | None = None,
 ) -> Any:
@@ -35,8 +35,8 @@ def run_steps(
         update: (state, step) -> (state, numbers, details); it makes no change where a number is not finite.
         checkpoints: their folder.
         metrics: the folder of what is logged.
-        logged: (numbers, on the host) -> (what to log, the progress line's note), every `config.log_every` steps.
-        explain: (step, numbers, details, the newest state) -> where numbers that are not finite may come from.
+        format_metrics: (numbers, on the host) -> (what to log, a note for the progress line), every `log_every` steps.
+        likely_cause: (step, numbers, details, the newest state) -> where numbers that are not finite may come from.
         validate: (state) -> more to log, whenever a checkpoint is due.
         profile: gets the trace of `config.profile` steps.
 
@@ -48,21 +48,21 @@ def run_steps(
     saved = Checkpoints(checkpoints, **config.checkpoint)
     start, state = saved.restore(state)
     log, progress, profiler = Metrics(metrics, start), Progress(stage, steps, start), Profiler(profile, config.profile)
-    guard = Guard(stage, config.max_skipped, lambda step, numbers, details: explain(step, numbers, details, state))
+    guard = Guard(stage, config.max_skipped, lambda step, numbers, details: likely_cause(step, numbers, details, state))
     with saved, Preemption(stage) as preemption:
         for step in profiler.over(progress.over(range(start, steps))):
             state, numbers, details = update(state, step)
-            guard.see(step, numbers, details)
+            guard.record(step, numbers, details)
             profiler.result = numbers
             if (step + 1) % config.log_every == 0:
-                row, progress.note = logged(to_host(numbers))
+                row, progress.note = format_metrics(to_host(numbers))
                 log.log(step + 1, **row, **guard.metrics)
                 log.flush()
             if validate is not None and (step + 1) % config.checkpoint.every == 0:
                 log.log(step + 1, **validate(state))
                 log.flush()
-            last = preemption.asked() or step + 1 == steps
-            saved.save(step + 1, state, last=last, check=guard.settle)
-            preemption.leave()
+            last = preemption.should_stop() or step + 1 == steps
+            saved.save(step + 1, state, last=last, check=guard.check_last)
+            preemption.stop_if_asked()
     log.flush()
     return state

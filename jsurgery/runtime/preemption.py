@@ -25,9 +25,9 @@ class Preemption:
     """
 
     def __init__(self, stage: str, *, alone: bool = False):
-        self.stage, self.told, self.agreed = stage, 0, 0
+        self.stage, self.signal_number, self.agreed = stage, 0, 0
         self._together = processes.several() and not alone
-        self._under_way: collections.deque[jax.Array] = collections.deque()
+        self._pending: collections.deque[jax.Array] = collections.deque()
 
     def __enter__(self) -> Self:
         self._before = {}
@@ -41,21 +41,21 @@ class Preemption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.told = max(self.told, number)
+        self.signal_number = max(self.signal_number, number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def asked(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop after this step; to be asked once in each, by all processes."""
         if not self._together:
-            self.agreed = self.told
+            self.agreed = self.signal_number
             return bool(self.agreed)
-        self._under_way.append(largest(self.told))
-        if len(self._under_way) > 1:
-            self.agreed = int(self._under_way.popleft())
+        self._pending.append(largest(self.signal_number))
+        if len(self._pending) > 1:
+            self.agreed = int(self._pending.popleft())
         return bool(self.agreed)
 
-    def leave(self) -> None:
+    def stop_if_asked(self) -> None:
         """Ends the stage if that was asked: raises Terminated or Interrupted."""
         if self.agreed:
             name = signal.Signals(self.agreed).name

@@ -80,10 +80,11 @@ class StageFolder:
         marker = {"stage": self.name, "format_version": FORMAT_VERSION, "complete": complete}
         write_json(self.folder / MARKER, marker | {"made_with": self.made_with})
 
-    def run(self, work, *arguments: Any, spread: bool = False) -> None:
+    def run(self, work, *arguments: Any, all_processes: bool = False) -> None:
         """Runs `work` unless the stage is done already, and says which.
 
-        Of several processes the first looks, works and marks, and the others wait; `spread` work is all processes'.
+        With several processes, process 0 alone looks, works and marks while the others wait; with `all_processes` they
+        all work.
         Raises InputError when another run is at it.
         """
 
@@ -96,7 +97,7 @@ class StageFolder:
                 done = processes.on_first(self.done)  # another run may have ended it by now
                 if not done:
                     processes.on_first(self.begin)
-                    perform() if spread else processes.on_first(perform)
+                    perform() if all_processes else processes.on_first(perform)
                     processes.on_first(self.end)
                     return
         say(f"{self.name}: up to date, skipped")

@@ -91,8 +91,8 @@ def finetune(
     """
     settings = config.finetune
     mesh = make_mesh(config.mesh)
-    student.spread(mesh, config.mesh.exchange)
-    teacher.transformer.spread(mesh, config.mesh.exchange)
+    student.shard(mesh, config.mesh.exchange)
+    teacher.transformer.shard(mesh, config.mesh.exchange)
     graph, params = nnx.split(student)
     teacher_graph, teacher_params = nnx.split(teacher.transformer)
     optimizer = adamw(settings)
@@ -123,7 +123,7 @@ def finetune(
     state = run_steps(
         "finetune", config, put_state(mesh, initial_train_state(params, optimizer, settings.ema)), one_step,
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder,
-        logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain, profile=profile,
+        format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=explain, profile=profile,
     )  # fmt: skip
     return nnx.merge(graph, trained_parameters(state))
 

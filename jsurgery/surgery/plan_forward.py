@@ -20,32 +20,32 @@ def plan_forward(
     batch: dict[str, jax.Array],
     maps: FeatureMapPair,
     choice_L: jax.Array,
-    setup: DistillSpec,
+    spec: DistillSpec,
     *,
     shares: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Velocity [B, T, H, W, C] and, with `shares`, the softmax branch's mean share of each block's denominator [L].
 
-    `maps` have leaves [blocks, rates, heads, ...]; `choice_L` is 0 for softmax, i + 1 for `setup.rates[i]`.
+    `maps` have leaves [blocks, rates, heads, ...]; `choice_L` is 0 for softmax, i + 1 for `spec.rates[i]`.
     """
     grid = model.config.token_grid(batch["latents"].shape[1:4])
-    order = token_order(grid, setup.chain, setup.lattice, model.shards)
+    order = token_order(grid, spec.chain, spec.lattice, model.shards)
 
     def at(rate: Rate):
         """Attention at a rate; the share is attention to values of 1 at the softmax keys alone."""
 
         def attention(q, k, v, maps_R):
-            pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[setup.rates.index(rate)], maps_R)
-            y = model.attend(q, k, v, pair, rate, order, setup.stabilizer)
+            pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[spec.rates.index(rate)], maps_R)
+            y = model.attend(q, k, v, pair, rate, order, spec.stabilizer)
             if not shares:
                 return y, None
             softmax_key_N = jnp.arange(k.shape[1]) < order.num_softmax(rate)
             ones = jnp.broadcast_to(softmax_key_N[None, :, None, None], v.shape).astype(v.dtype)
-            return y, model.attend(q, k, ones, pair, rate, order, setup.stabilizer)[..., 0].mean()
+            return y, model.attend(q, k, ones, pair, rate, order, spec.stabilizer)[..., 0].mean()
 
         return attention
 
-    branches = [at(rate) for rate in (1, *setup.rates)]
+    branches = [at(rate) for rate in (1, *spec.rates)]
 
     def planned(q, k, v, layer):
         choice, maps_R = layer
@@ -55,25 +55,25 @@ def plan_forward(
     return model.apply_blocks(*inputs, planned, (choice_L, maps), order=order)
 
 
-@functools.partial(nnx.jit, static_argnames="setup")
-def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, setup: DistillSpec) -> Any:
-    """[L], of a model whose blocks are all at the one rate of `setup`."""
-    return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), setup, shares=True)[1]
+@functools.partial(nnx.jit, static_argnames="spec")
+def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, spec: DistillSpec) -> Any:
+    """[L], of a model whose blocks are all at the one rate of `spec`."""
+    return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), spec, shares=True)[1]
 
 
-@functools.partial(nnx.jit, static_argnames="setup")
+@functools.partial(nnx.jit, static_argnames="spec")
 def velocity_errors(
-    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, setup: DistillSpec
+    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, spec: DistillSpec
 ) -> dict[str, Any]:
     """Of every plan against the softmax model, relative errors of the velocity: "l1" and "squared", each [P].
 
     "squared" is the mean over the batch of relative squared errors, which add up over blocks as far as their errors are
     uncorrelated.
     """
-    teacher = plan_forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), setup)[0]
+    teacher = plan_forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), spec)[0]
 
     def errors(choice_L):
-        difference = plan_forward(model, batch, maps, choice_L, setup)[0] - teacher
+        difference = plan_forward(model, batch, maps, choice_L, spec)[0] - teacher
         of_each = tuple(range(1, teacher.ndim))
         squared_B = (difference**2).sum(of_each) / (teacher**2).sum(of_each)
         return jnp.abs(difference).sum() / jnp.abs(teacher).sum(), squared_B.mean()

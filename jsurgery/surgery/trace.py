@@ -74,8 +74,8 @@ def trace(
                 )
                 processes.on_first(lambda start=start, steps=steps: write_shard(paths[start], steps))
             progress.show(start - chosen.start + len(batch))
-            preemption.asked()
-            preemption.leave()
+            preemption.should_stop()
+            preemption.stop_if_asked()
     progress.show(len(chosen), last=True)
 
 

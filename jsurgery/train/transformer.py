@@ -154,7 +154,7 @@ def train_transformer(
         for part, wanted in (("transformer", transformer), ("text_encoder", text_encoder)):
             if (found := getattr(model, part).config) != wanted:
                 raise InputError(f"config.train.init: {init / part}: expected {wanted}, found {found}")
-    model.transformer.compute_on(mesh, config.mesh.exchange)
+    model.transformer.set_mesh(mesh, config.mesh.exchange)
     graph, params = nnx.split(model)
     optimizer = make_optimizer(train)
     blank_ids, blank_mask = tokenizer([""], config.text_length)
@@ -189,7 +189,7 @@ def train_transformer(
     state = run_steps(
         "train", config, initial, one_step, steps=train.steps,
         checkpoints=workdir / "transformer", metrics=workdir / "transformer_metrics",
-        logged=lambda values: (values, f"loss {values['loss']:.4f}"), explain=explain,
+        format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=explain,
         validate=lambda state: {"validation_loss": validate(trained_parameters(state))},
     )  # fmt: skip
     return nnx.merge(graph, trained_parameters(state))

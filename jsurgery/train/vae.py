@@ -106,7 +106,7 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
     state = run_steps(
         "vae", config, {"params": params, "opt_state": optimizer.init(params)}, one_step, steps=train.vae_steps,
         checkpoints=workdir / "vae", metrics=workdir / "vae_metrics",
-        logged=lambda parts: (parts, f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"), explain=explain,
+        format_metrics=lambda parts: (parts, f"error {parts['error']:.4f}  kl {parts['kl']:.3f}"), likely_cause=explain,
     )  # fmt: skip
     vae = nnx.merge(graph, state["params"])
     mean, std = latent_statistics(vae, config)

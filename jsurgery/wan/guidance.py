@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a prompt's and the negative prompt's velocities in one forward."""
+"""Classifier-free guidance: the velocity of a prompt, led away from that of the negative prompt."""
 
 import functools
 
@@ -10,43 +10,62 @@ from jsurgery.diffusion import State, Velocity, guided, solver_step
 from jsurgery.wan.transformer import WanTransformer
 
 
-def question(x: jax.Array, timesteps_B: jax.Array, text: jax.Array, blank: jax.Array | None) -> dict[str, jax.Array]:
-    """What a teacher is asked of latents [B, ...]: each example with its prompt, beside it with the negative one."""
-    beside = lambda one, other: one if blank is None else jnp.stack([one, other], 1).reshape(-1, *one.shape[1:])
-    return {"latents": beside(x, x), "timestep": beside(timesteps_B, timesteps_B), "text": beside(text, blank)}
+def guidance_batch(
+    latents: jax.Array, timesteps_B: jax.Array, text: jax.Array, negative_text: jax.Array | None, *, in_pairs: bool
+) -> dict[str, jax.Array]:
+    """The transformer's inputs for both branches as one batch [2 B, ...]; [B, ...] without a negative text.
+
+    `in_pairs` puts every example beside its negative, so that both stay on the same device of a mesh. Otherwise all
+    examples come first. A caller keeps to one order: the other one may round differently.
+    """
+    if negative_text is None:
+        return {"latents": latents, "timestep": timesteps_B, "text": text}
+
+    def both(positive: jax.Array, negative: jax.Array) -> jax.Array:
+        if in_pairs:
+            return jnp.stack([positive, negative], 1).reshape(-1, *positive.shape[1:])
+        return jnp.concatenate([positive, negative])
+
+    return {
+        "latents": both(latents, latents),
+        "timestep": both(timesteps_B, timesteps_B),
+        "text": both(text, negative_text),
+    }
 
 
-def answer(velocity: jax.Array, guidance: float) -> jax.Array:
-    """The guided velocity [B, ...] of the velocities of a `question`."""
-    if guidance == 1:
-        return velocity
-    pairs = velocity.reshape(-1, 2, *velocity.shape[1:])
-    return guided(pairs[:, 0], pairs[:, 1], guidance)
-
-
-@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
-def sampling_step(transformer, text, blank, state: State, row, key, guidance: float, batched: bool):
-    """The next state of a solver from `state` by a row of its schedule."""
-    return solver_step(guided_velocity(transformer, text, blank, guidance, batched), state, row, key)
+def guide(velocity: jax.Array, guidance: float, *, in_pairs: bool) -> jax.Array:
+    """The guided velocity [B, ...] of the velocities [2 B, ...] of a `guidance_batch`."""
+    if in_pairs:
+        pairs = velocity.reshape(-1, 2, *velocity.shape[1:])
+        return guided(pairs[:, 0], pairs[:, 1], guidance)
+    conditional, unconditional = jnp.split(velocity, 2)
+    return guided(conditional, unconditional, guidance)
 
 
 def guided_velocity(
-    transformer: WanTransformer, text: jax.Array, blank: jax.Array | None, guidance: float, batched: bool
+    transformer: WanTransformer, text: jax.Array, negative_text: jax.Array | None, guidance: float, batched: bool
 ) -> Velocity:
-    """The velocity (x, timesteps) of text [B, L, D] guided away from `blank` [1, L, D]; float32.
+    """The velocity (x, timesteps) of text [B, L, D] guided away from `negative_text` [1, L, D]; float32.
 
-    `batched` runs both branches as one batch of 2 B, else one after the other. Without `blank` there is one branch.
+    `batched` runs both branches as one batch of 2 B, else one after the other. Without a negative text there is one
+    branch.
     """
-    if blank is None:
+    if negative_text is None:
         return lambda x, timesteps: transformer(x, timesteps, text).astype(jnp.float32)
-    blank = jnp.broadcast_to(blank, text.shape)
+    negative_text = jnp.broadcast_to(negative_text, text.shape)
 
     def velocity(x, timesteps):
         if batched:
-            both = transformer(jnp.tile(x, (2, 1, 1, 1, 1)), jnp.tile(timesteps, 2), jnp.concatenate([text, blank]))
-            conditional, unconditional = jnp.split(both, 2)
-        else:
-            conditional, unconditional = (transformer(x, timesteps, words) for words in (text, blank))
+            both = guidance_batch(x, timesteps, text, negative_text, in_pairs=False)
+            velocities = transformer(both["latents"], both["timestep"], both["text"])
+            return guide(velocities.astype(jnp.float32), guidance, in_pairs=False)
+        conditional, unconditional = (transformer(x, timesteps, branch) for branch in (text, negative_text))
         return guided(conditional.astype(jnp.float32), unconditional.astype(jnp.float32), guidance)
 
     return velocity
+
+
+@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
+def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
+    """The next state of a solver from `state` by a row of its schedule."""
+    return solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)

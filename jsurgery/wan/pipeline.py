@@ -112,7 +112,7 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
     base = pipeline_folder(folder)
     transformer = load_transformer(transformer_folder(folder), dtype, mesh)
     if mesh is not None:
-        transformer.compute_on(mesh, exchange)
+        transformer.set_mesh(mesh, exchange)
     return Pipeline(
         tokenizer=Tokenizer(base / "tokenizer"),
         text_encoder=load_text_encoder(base / "text_encoder"),

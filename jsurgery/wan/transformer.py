@@ -42,9 +42,9 @@ class Linear(nnx.Linear):
 
     def __init__(self, in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, dtype=dtype, rngs=rngs)
-        self.compute_on(None)
+        self.set_mesh(None)
 
-    def compute_on(self, mesh: Mesh | None) -> None:
+    def set_mesh(self, mesh: Mesh | None) -> None:
         self.flat = mesh is None
         self.preferred_element_type = jnp.float32 if self.flat else None
 
@@ -222,12 +222,12 @@ class WanTransformer(nnx.Module):
             maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
         return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
 
-    def spread(self, mesh: Mesh, exchange: str = "gather") -> None:
+    def shard(self, mesh: Mesh, exchange: str = "gather") -> None:
         """Moves the parameters onto the mesh, in place, and activations with them from now on."""
-        self.compute_on(mesh, exchange)
+        self.set_mesh(mesh, exchange)
         shard_module(mesh, self)
 
-    def compute_on(self, mesh: Mesh, exchange: str = "gather") -> None:
+    def set_mesh(self, mesh: Mesh, exchange: str = "gather") -> None:
         """From now on spreads activations over a mesh.
 
         `exchange` is how attention meets the keys of other shards of the sequence: "gather" or "all_to_all". Raises
@@ -237,7 +237,7 @@ class WanTransformer(nnx.Module):
         self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Linear):
-                module.compute_on(self.mesh)
+                module.set_mesh(self.mesh)
 
     @property
     def shards(self) -> int:
@@ -265,13 +265,13 @@ class WanTransformer(nnx.Module):
         layers: Any,
         *,
         order: TokenOrder | None,
-        until: int | None = None,
+        stop_block: int | None = None,
     ) -> tuple[jax.Array, Any]:
         """The whole network around a given self-attention.
 
         `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned: `layer` is this block's slice of the
         [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is how tokens lie. Blocks from
-        number `until` on are passed over, with zeros for records.
+        number `stop_block` on are passed over, with zeros for records.
         Returns (velocity [B, T, H, W, C], records).
         """
         config = self.config
@@ -305,10 +305,10 @@ class WanTransformer(nnx.Module):
             number, layer = layer
             zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
             none = lambda x, layer: (x, jax.tree.map(zeros, jax.eval_shape(block, x, layer)[1]))
-            return lax.cond(number < until, block, none, x, layer)
+            return lax.cond(number < stop_block, block, none, x, layer)
 
         body, layers = block, (stacked, layers)
-        if until is not None:
+        if stop_block is not None:
             body, layers = block_or_none, (jnp.arange(config.num_layers), layers)
         x, records = lax.scan(REMAT[self.remat](body), x, layers)
 

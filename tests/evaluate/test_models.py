@@ -44,14 +44,14 @@ def compiled():
 def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compiled):
     config = load_config("tiny", FIELDS | {"model.path": str(tiny_pipeline)})
     run = Run(config, str(tmp_path / "run"))
-    run.teacher.spread(make_mesh(config.mesh))  # as training leaves it
+    run.teacher.shard(make_mesh(config.mesh))  # as training leaves it
     save_maps(tmp_path / "maps.safetensors", initial_maps(config, run.teacher), (2,), range(2))
     hybrid = hybrid_config(config, (2, 1))
     operated = operate(run.teacher, hybrid, load_maps(tmp_path / "maps.safetensors", (2, 1), hybrid.feature_map))
     save_model(operated, run.workdir / "model", str(tiny_pipeline))
     compiled.clear()
     for model in (operated, load_transformer(run.workdir / "model")):
-        run.pipeline.transformer = run.spread(model)
+        run.pipeline.transformer = run.put_on_mesh(model)
         for first in range(2):
             run.pipeline.sample(["a red circle"], config, seed=0, first=first)
     assert compiled.count("jit(_sample)") == 1

@@ -147,4 +147,4 @@ def test_what_may_object_comes_before_anything_is_written(tmp_path):
         checkpoints.save(4, state(4), check=refused)
         with pytest.raises(ZeroDivisionError):
             checkpoints.save(5, state(5), check=lambda: 1 // 0)
-        assert checkpoints.whole() == [] and not folder.exists()
+        assert checkpoints.complete_steps() == [] and not folder.exists()

@@ -45,14 +45,14 @@ def test_a_batch_and_a_gradient(config, tiny_pipeline, tmp_path, monkeypatch, ba
     assert len(message.splitlines()) == 1
     assert ("gradients of" in message) and ("weights" not in message)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", every=1, keep=2)
-    assert checkpoints.whole()[-1] == step and finite(saved_state(tmp_path / "run", step))
+    assert checkpoints.complete_steps()[-1] == step and finite(saved_state(tmp_path / "run", step))
 
 
 def test_a_weight(config, tiny_pipeline, tmp_path, monkeypatch):
     write_latents(tmp_path / "latents")
     with pytest.raises(InputError, match="finetune: step 1: .*weights blocks/attn1/to_q/kernel of block 1; gradients"):
         train(config, tiny_pipeline, tmp_path / "latents", tmp_path / "run", monkeypatch, weight=1)
-    assert Checkpoints(tmp_path / "run" / "checkpoints", every=1, keep=2).whole() == []
+    assert Checkpoints(tmp_path / "run" / "checkpoints", every=1, keep=2).complete_steps() == []
 
 
 def test_up_to_so_many_are_passed_over(config, tiny_pipeline, tmp_path, monkeypatch, capsys):
@@ -125,10 +125,10 @@ def test_the_guard_asks_for_a_step_when_the_next_has_begun():
 
     watched = Guard("stage", 0, lambda *_: "here")
     for step in range(3):
-        watched.see(step, [Number(float(step))])
+        watched.record(step, [Number(float(step))])
         assert read == [float(i) for i in range(step)]
-    watched.settle()
+    watched.check_last()
     assert read == [0.0, 1.0, 2.0]
-    watched.see(3, [Number(np.inf)])
+    watched.record(3, [Number(np.inf)])
     with pytest.raises(InputError, match="stage: step 4: here"):
-        watched.settle()
+        watched.check_last()

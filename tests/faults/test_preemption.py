@@ -27,13 +27,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_a_signal_is_noted_and_answered_when_asked(number, kind):
     before = [signal.getsignal(number) for number in KINDS]
     with Preemption("stage") as preemption:
-        assert not preemption.asked()
-        preemption.leave()
+        assert not preemption.should_stop()
+        preemption.stop_if_asked()
         os.kill(os.getpid(), number)
-        preemption.leave()  # the step is not over
-        assert preemption.asked()
+        preemption.stop_if_asked()  # the step is not over
+        assert preemption.should_stop()
         with pytest.raises(kind, match=f"stage: stopped by {number.name}; .* the same command goes on"):
-            preemption.leave()
+            preemption.stop_if_asked()
     assert [signal.getsignal(number) for number in KINDS] == before
 
 

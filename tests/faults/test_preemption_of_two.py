@@ -37,9 +37,9 @@ try:
             if number == 1 and step == told_at:
                 os.kill(os.getpid(), getattr(signal, name))
             said["steps"].append(step)
-            last = preemption.asked() or step + 1 == STEPS
+            last = preemption.should_stop() or step + 1 == STEPS
             checkpoints.save(step + 1, state, last=last)
-            preemption.leave()
+            preemption.stop_if_asked()
 except (Terminated, Interrupted) as error:
     said["ended"] = type(error).__name__
 said["state"] = to_host(state)["ffn_in"]["kernel"].tolist()

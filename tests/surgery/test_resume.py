@@ -121,7 +121,7 @@ batch = jax.tree.map(np.float32, batch)
 for number, sizes in enumerate([(1, 4, 1, 2), (2, 2, 1, 1), (1, 1, 1, 1)]):
     mesh = make_mesh(ConfigDict(dict(zip(AXES, sizes))))
     model = WanTransformer(network, rngs=nnx.Rngs(number))  # what is restored owes nothing to it
-    model.spread(mesh)
+    model.shard(mesh)
     graph, params = nnx.split(model)
     update = make_update(config, optimizer, graph, graph)
     placed, key = global_batch(mesh, range(4), 4, batch), jax.random.key(7)

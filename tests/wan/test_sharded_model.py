@@ -46,7 +46,7 @@ for config in (network, dataclasses.replace(network, hybrid=None)):
     for sizes, exchange in json.loads(sys.argv[1 if config.hybrid else 2]):
         mesh = ConfigDict(dict(zip(AXES, sizes)))
         spread = model(config)
-        spread.spread(make_mesh(mesh), exchange)
+        spread.shard(make_mesh(mesh), exchange)
         found, found_gradients = loss_and_gradients(spread)
         # A gradient that nearly cancels is as exact as its parts.
         least = 1e-3 * np.sqrt(sum(np.sum(gradient**2) for gradient in gradients))

@@ -45,47 +45,49 @@ def distill(
     keys that are not turned by RoPE: to be measured, for no model takes such maps, so that there is no velocity either.
     `profile` gets the trace of `config.profile` steps.
     """
-    settings, setup = config.distill, dataclasses.replace(DistillSpec.of(config), rope=rope)
-    blocks = setup.blocks or range(teacher.config.num_layers)
+    settings, spec = config.distill, dataclasses.replace(DistillSpec.of(config), rope=rope)
+    blocks = spec.blocks or range(teacher.config.num_layers)
     mesh = make_mesh(config.mesh)
-    teacher.spread(mesh, config.mesh.exchange)
+    teacher.shard(mesh, config.mesh.exchange)
     held_out = TraceSteps(traces, range(config.trace.prompts - config.trace.holdout, config.trace.prompts))
-    learner = MODES[settings.mode](config, teacher, mesh, traces, setup)
+    learner = MODES[settings.mode](config, teacher, mesh, traces, spec)
 
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
-        maps = calibrate(teacher, learner.calibration(), maps, setup)
+        maps = calibrate(teacher, learner.calibration(), maps, spec)
     initial = to_host(maps)
-    processes.on_first(lambda: save_maps(folder / INITIAL, initial, setup.rates, blocks))
+    processes.on_first(lambda: save_maps(folder / INITIAL, initial, spec.rates, blocks))
 
     def update(state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array, None]:
         return *learner(state, step), None
 
     def logged(losses: np.ndarray) -> tuple[dict[str, Any], str]:
         by_rate = losses.mean(axis=0)
-        return {f"loss_{rate}": by_rate[i] for i, rate in enumerate(setup.rates)}, f"loss {by_rate.mean():.4f}"
+        return {f"loss_{rate}": by_rate[i] for i, rate in enumerate(spec.rates)}, f"loss {by_rate.mean():.4f}"
 
     def explain(step: int, losses: np.ndarray, *_: Any) -> str:
-        found = [f"block {blocks[i]} at rate {setup.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
-        return f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.source(step)}"
+        found = [f"block {blocks[i]} at rate {spec.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
+        return (
+            f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.describe_batch(step)}"
+        )
 
     opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
-    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.under_way()
+    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.initial_trajectories()
     state = run_steps(
         "distill", config, put_state(mesh, fresh), update, steps=settings.steps, checkpoints=folder / "checkpoints",
-        metrics=folder, logged=logged, explain=explain, profile=profile,
+        metrics=folder, format_metrics=logged, likely_cause=explain, profile=profile,
     )  # fmt: skip
     trained = to_host(state["maps"])
-    processes.on_first(lambda: save_maps(folder / TRAINED, trained, setup.rates, blocks))
-    found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], setup)
+    processes.on_first(lambda: save_maps(folder / TRAINED, trained, spec.rates, blocks))
+    found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], spec)
     if settings.velocity_steps and rope == "after":
-        found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], setup, settings.velocity_steps)
+        found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], spec, settings.velocity_steps)
     processes.on_first(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
 
 
-def calibrate(teacher: WanTransformer, batches: list[dict], maps: FeatureMapPair, setup: DistillSpec) -> FeatureMapPair:
+def calibrate(teacher: WanTransformer, batches: list[dict], maps: FeatureMapPair, spec: DistillSpec) -> FeatureMapPair:
     """Scales the key maps so that each head's mean linear mass is what the teacher's own attention gives those keys."""
-    found = [measure_heads(teacher, batch, maps, setup) for batch in batches]
+    found = [measure_heads(teacher, batch, maps, spec) for batch in batches]
     mass, wanted = (sum(stats[name] for stats in found) for name in ("mass", "wanted_mass"))
     log_scale = jnp.log(jnp.maximum(wanted, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
     # A linear key may score 88 above the stabiliser, and its mass is then infinite in float32.
@@ -99,7 +101,7 @@ def held_out_errors(
     held_out: TraceSteps,
     initial: FeatureMapPair,
     trained: FeatureMapPair,
-    setup: DistillSpec,
+    spec: DistillSpec,
 ) -> dict[str, Any]:
     """Relative L1 error of the attention output per block and rate over held-out steps, before and after training.
 
@@ -114,13 +116,13 @@ def held_out_errors(
         found, progress = [], Progress(name, batches)
         for number in progress.over(range(batches)):
             batch = held_out_batch(mesh, held_out, range(number * size, (number + 1) * size))
-            found.append(to_host(measure_heads(teacher, batch, maps, setup)))
+            found.append(to_host(measure_heads(teacher, batch, maps, spec)))
         return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
 
     before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
     errors = lambda stats: (stats["error"].sum(axis=(0, 3)) / stats["size"].sum(axis=(0, 3))).tolist()
     return {
-        "rates": list(setup.rates),
+        "rates": list(spec.rates),
         "errors": errors(after),
         "initial_errors": errors(before),
         "softmax_share": after["share"].mean(axis=(0, 3)).tolist(),
@@ -130,7 +132,7 @@ def held_out_errors(
 
 
 def velocity_errors_of_blocks(
-    teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, maps: FeatureMapPair, setup: DistillSpec, steps: int
+    teacher: WanTransformer, mesh: Mesh, held_out: TraceSteps, maps: FeatureMapPair, spec: DistillSpec, steps: int
 ) -> dict[str, Any]:
     """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
 
@@ -139,19 +141,19 @@ def velocity_errors_of_blocks(
     what the mesh holds at once.
     """
     size, layers = batch_shards(mesh), teacher.config.num_layers
-    blocks = np.arange(layers) if setup.blocks is None else np.array(setup.blocks)
+    blocks = np.arange(layers) if spec.blocks is None else np.array(spec.blocks)
     # A block that was not distilled reads the maps of some other, to no effect.
     slots = np.searchsorted(blocks, np.arange(layers)).clip(max=len(blocks) - 1)
     maps = jax.tree.map(lambda leaf: leaf[slots], maps)
     count = max(1, min(steps, len(held_out)) // size)
     chosen = np.linspace(0, len(held_out) - 1, count * size).round().astype(int).reshape(count, size)
-    plans_BxRxL = np.zeros((len(blocks), len(setup.rates), layers), int)
-    plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(setup.rates) + 1)
+    plans_BxRxL = np.zeros((len(blocks), len(spec.rates), layers), int)
+    plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(spec.rates) + 1)
     found, progress = [], Progress("velocity errors", count * len(blocks))
     for number in progress.over(range(count * len(blocks))):
         batch = held_out_batch(mesh, held_out, chosen[number // len(blocks)])
         plans_RxL = jnp.asarray(plans_BxRxL[number % len(blocks)])
-        found.append(to_host(velocity_errors(teacher, batch, maps, plans_RxL, setup))["squared"])
+        found.append(to_host(velocity_errors(teacher, batch, maps, plans_RxL, spec))["squared"])
     errors_BxR = np.mean(np.asarray(found, np.float64).reshape(count, len(blocks), -1), axis=0)
     return {"velocity_errors": errors_BxR.tolist(), "velocity_samples": count * size}
 

@@ -23,7 +23,7 @@ CALIBRATION_BATCHES = 8
 class Replay:
     """Learning from what `trace` left, in shuffled batches; the step of a run says which is the next."""
 
-    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, setup: DistillSpec):
+    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, spec: DistillSpec):
         settings, prompts = config.distill, range(config.trace.prompts - config.trace.holdout)
         self.mesh, self.size, self.repeats = mesh, settings.batch, settings.updates_per_batch
         self.rows = local_rows(mesh, self.size)
@@ -31,7 +31,7 @@ class Replay:
         rows = grain.MapDataset.source(LocalRows(steps, self.size, self.rows))
         self.data = rows.batch(len(self.rows), drop_remainder=True)
         graph, self.teacher_params = nnx.split(teacher)
-        self.update = make_update(make_optimizer(config), graph, setup)
+        self.update = make_update(make_optimizer(config), graph, spec)
 
     def batch(self, index: int) -> dict[str, jax.Array]:
         return global_batch(self.mesh, self.rows, self.size, self.data[index])
@@ -39,7 +39,7 @@ class Replay:
     def calibration(self) -> list[dict[str, jax.Array]]:
         return [self.batch(index) for index in range(CALIBRATION_BATCHES)]
 
-    def under_way(self) -> dict[str, Any]:
+    def initial_trajectories(self) -> dict[str, Any]:
         """What a run keeps beside maps and moments."""
         return {}
 
@@ -47,7 +47,7 @@ class Replay:
         # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
         return self.update(state, self.teacher_params, self.batch(step // self.repeats))
 
-    def source(self, step: int) -> str:
+    def describe_batch(self, step: int) -> str:
         """What a step learns from, and whether that is finite."""
         batch = step // self.repeats
         bad = rows_with_faults(self.data[batch], self.rows)

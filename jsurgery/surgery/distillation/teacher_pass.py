@@ -49,19 +49,19 @@ def run_heads(
     teacher: WanTransformer,
     batch: dict[str, jax.Array],
     maps: FeatureMapPair,
-    setup: DistillSpec,
+    spec: DistillSpec,
     visit,
-    whole: bool = False,
+    all_blocks: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the setup's blocks.
+    """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the spec's blocks.
 
-    Returns the teacher's velocity, which blocks after the setup's last are part of only if it is asked for `whole`, and
-    the records, leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so `visit`
+    Returns (velocity, records). Without `all_blocks` the forward stops after the last distilled block, and the velocity
+    is then not the teacher's. Records have leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so `visit`
     returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
     """
     mesh, axis = teacher.mesh, LOGICAL["sequence"]
     grid = teacher.config.token_grid(batch["latents"].shape[1:4])
-    order = token_order(grid, setup.chain, setup.lattice, teacher.shards)
+    order = token_order(grid, spec.chain, spec.lattice, teacher.shards)
     tokens = TokenShards(order, axis if teacher.shards > 1 else None, 1 if mesh is None else batch_shards(mesh))
 
     cos, sin = rope_tables(grid, teacher.config.attention_head_dim, teacher.config.rope_max_seq_len)
@@ -69,12 +69,12 @@ def run_heads(
 
     def head(inputs, chosen):
         (q, k, v), maps_R = inputs
-        turn_back = (tokens.own(angles[0]), tokens.own(angles[1])) if setup.rope == "before" else None
-        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, setup.rates))(q, k, v)
+        turn_back = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
+        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, spec.rates))(q, k, v)
         records = []
-        for index, rate in enumerate(setup.rates):
+        for index, rate in enumerate(spec.rates):
             one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
-            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, setup.stabilizer, turn_back)
+            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, turn_back)
             records.append(compute_or_zeros(chosen, functools.partial(visit, one_head, at)))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
@@ -96,14 +96,14 @@ def run_heads(
         specs = {"in_specs": (spread, spread, spread, layer), "out_specs": (spread, by_head)}
         visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
     inputs = batch["latents"], batch["timestep"], batch["text"]
-    if setup.blocks is None:
+    if spec.blocks is None:
         return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)
-    blocks, every = np.array(setup.blocks), np.arange(teacher.config.num_layers)
+    blocks, every = np.array(spec.blocks), np.arange(teacher.config.num_layers)
     # A block that is not chosen reads the maps of some other, to no effect.
     slots = np.searchsorted(blocks, every).clip(max=len(blocks) - 1)
     layers = jnp.asarray(np.isin(every, blocks)), jax.tree.map(lambda leaf: leaf[slots], maps)
-    until = None if whole else blocks[-1] + 1
-    velocity, records = teacher.apply_blocks(*inputs, visiting, layers, order=order, until=until)
+    stop_block = None if all_blocks else blocks[-1] + 1
+    velocity, records = teacher.apply_blocks(*inputs, visiting, layers, order=order, stop_block=stop_block)
     return velocity, jax.tree.map(lambda leaf: leaf[blocks], records)
 
 
@@ -115,27 +115,27 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
     return jax.lax.cond(chosen, work, zeros)
 
 
-@functools.partial(nnx.jit, static_argnames="setup")
-def measure_heads(teacher, batch, maps, setup: DistillSpec) -> dict[str, jax.Array]:
+@functools.partial(nnx.jit, static_argnames="spec")
+def measure_heads(teacher, batch, maps, spec: DistillSpec) -> dict[str, jax.Array]:
     """`statistics`, leaves [blocks, rates, heads]."""
-    return run_heads(teacher, batch, maps, setup, head_statistics)[1]
+    return run_heads(teacher, batch, maps, spec, head_statistics)[1]
 
 
 def loss_gradients(
-    teacher, batch, maps, setup: DistillSpec, whole: bool = False
+    teacher, batch, maps, spec: DistillSpec, all_blocks: bool = False
 ) -> tuple[jax.Array, jax.Array, FeatureMapPair]:
     """The velocity (see `visit_heads`), losses [blocks, rates] and the gradients of `maps`, each from its own block,
     rate and head alone."""
 
     def visit(maps, at: HeadActivations):
-        loss, gradients = jax.value_and_grad(LOSSES[setup.loss])(maps, at)
+        loss, gradients = jax.value_and_grad(LOSSES[spec.loss])(maps, at)
         return loss, jax.tree.map(lambda leaf: leaf[0], gradients)
 
-    velocity, (losses, gradients) = run_heads(teacher, batch, maps, setup, visit, whole)
+    velocity, (losses, gradients) = run_heads(teacher, batch, maps, spec, visit, all_blocks)
     return velocity, losses.mean(axis=2), gradients
 
 
-@functools.partial(nnx.jit, static_argnames="setup")
-def losses_and_gradients(teacher, batch, maps, setup: DistillSpec) -> tuple[jax.Array, FeatureMapPair]:
+@functools.partial(nnx.jit, static_argnames="spec")
+def losses_and_gradients(teacher, batch, maps, spec: DistillSpec) -> tuple[jax.Array, FeatureMapPair]:
     """Those of `learn`."""
-    return loss_gradients(teacher, batch, maps, setup)[1:]
+    return loss_gradients(teacher, batch, maps, spec)[1:]

@@ -44,12 +44,12 @@ def _adamw(learning_rate: float, weight_decay: float) -> optax.GradientTransform
 
 
 @functools.lru_cache(maxsize=8)
-def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, setup: DistillSpec) -> Any:
+def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, spec: DistillSpec) -> Any:
     """The step (state, teacher's parameters, batch) -> (state, losses [blocks, rates]), overwriting the state."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: dict[str, Any], teacher_params: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        _, losses, gradients = loss_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], setup)
+        _, losses, gradients = loss_gradients(nnx.merge(graph, teacher_params), batch, state["maps"], spec)
         return apply_gradients(optimizer, state, losses, gradients)
 
     return update

@@ -29,7 +29,7 @@ from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding
 from jsurgery.surgery.distillation.replay import CALIBRATION_BATCHES
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
 from jsurgery.surgery.distillation.update import apply_gradients, make_optimizer
-from jsurgery.wan.guidance import answer, question, sampling_step
+from jsurgery.wan.guidance import guidance_batch, guide, sampling_step
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import latent_grid
 
@@ -84,24 +84,24 @@ class Trajectories:
         row = jax.tree.map(np.float32, self.schedule.row(position))
         return row, None if keys is None else keys[position]
 
-    def questions(self, teacher: WanTransformer, count: int) -> list[dict[str, jax.Array]]:
-        """What the first batch asks at `count` noise levels from first to last, maps apart."""
-        state, (text, blank), asked = self.begin(0), self.text(0), []
+    def calibration_batches(self, teacher: WanTransformer, count: int) -> list[dict[str, jax.Array]]:
+        """The transformer's inputs for the first batch of prompts, at `count` noise levels from first to last."""
+        state, (text, negative_text), batches = self.begin(0), self.text(0), []
         kept = set(evenly_spaced_steps(len(self.schedule.sigma), count).tolist())
         for position in range(max(kept) + 1):
             row, key = self.step(0, position)
             if position in kept:
                 timesteps = jnp.full(self.batch, row.timestep)
-                asked.append(question(jnp.copy(state.x), timesteps, text, blank))
-            state = sampling_step(teacher, text, blank, state, row, key, self.guidance, True)
-        return asked
+                batches.append(guidance_batch(jnp.copy(state.x), timesteps, text, negative_text, in_pairs=True))
+            state = sampling_step(teacher, text, negative_text, state, row, key, self.guidance, True)
+        return batches
 
 
 @functools.lru_cache(maxsize=8)
 def make_sampling_update(
     optimizer: optax.GradientTransformation,
     graph: nnx.GraphDef,
-    setup: DistillSpec,
+    spec: DistillSpec,
     guidance: float,
     where: NamedSharding,
 ) -> Any:
@@ -109,17 +109,18 @@ def make_sampling_update(
     the schedule, key) -> (state, trajectory, losses). The trajectory's state is kept `where`."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 2))
-    def update(state, teacher_params, trajectory, text, blank, row, key):
-        teacher, learnt = nnx.merge(graph, teacher_params), []
+    def update(state, teacher_params, trajectory, text, negative_text, row, key):
+        teacher, learned = nnx.merge(graph, teacher_params), []
 
         def velocity(x, timesteps_B):
-            asked = question(x, timesteps_B, text, blank)
-            velocity, *found = loss_gradients(teacher, asked, state["maps"], setup, whole=True)
-            learnt.append(found)
-            return answer(velocity.astype(jnp.float32), guidance)
+            batch = guidance_batch(x, timesteps_B, text, negative_text, in_pairs=True)
+            velocity, losses, gradients = loss_gradients(teacher, batch, state["maps"], spec, all_blocks=True)
+            learned.append((losses, gradients))
+            velocity = velocity.astype(jnp.float32)
+            return velocity if negative_text is None else guide(velocity, guidance, in_pairs=True)
 
         trajectory = jax.lax.with_sharding_constraint(solver_step(velocity, trajectory, row, key), where)
-        ((losses, gradients),) = learnt
+        ((losses, gradients),) = learned
         state, losses = apply_gradients(optimizer, state, losses, gradients)
         return state, trajectory, losses
 
@@ -129,7 +130,7 @@ def make_sampling_update(
 class WhileSampling:
     """Learning inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
 
-    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, setup: DistillSpec):
+    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, spec: DistillSpec):
         settings, sampler, video = config.distill, config.sampler, config.video
         shape = *latent_grid(video.frames, video.height, video.width), teacher.config.in_channels
         prompts = config.trace.prompts - config.trace.holdout
@@ -137,24 +138,24 @@ class WhileSampling:
         self.trajectories = Trajectories(config, traces / "text", prompts, shape, mesh)
         self.turns = list(itertools.islice(round_robin(sampler.steps, self.slots), settings.steps))
         graph, self.teacher_params = nnx.split(teacher)
-        self.update = make_sampling_update(make_optimizer(config), graph, setup, sampler.guidance, sharding(mesh))
+        self.update = make_sampling_update(make_optimizer(config), graph, spec, sampler.guidance, sharding(mesh))
 
     def calibration(self) -> list[dict[str, jax.Array]]:
-        return self.trajectories.questions(self.teacher, CALIBRATION_BATCHES)
+        return self.trajectories.calibration_batches(self.teacher, CALIBRATION_BATCHES)
 
-    def under_way(self) -> dict[str, Any]:
+    def initial_trajectories(self) -> dict[str, Any]:
         """The trajectories, as far as they have come."""
         return {"trajectories": [self.trajectories.begin(slot) for slot in range(self.slots)]}
 
     def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
         slot, number, position = self.turns[step]
-        learnt, trajectories = {name: state[name] for name in ("maps", "opt_state")}, list(state["trajectories"])
+        map_state, trajectories = {name: state[name] for name in ("maps", "opt_state")}, list(state["trajectories"])
         trajectory = trajectories[slot] if position else self.trajectories.begin(number)
-        asked = *self.trajectories.text(number), *self.trajectories.step(number, position)
-        learnt, trajectories[slot], losses = self.update(learnt, self.teacher_params, trajectory, *asked)
-        return learnt | {"trajectories": trajectories}, losses
+        inputs = *self.trajectories.text(number), *self.trajectories.step(number, position)
+        map_state, trajectories[slot], losses = self.update(map_state, self.teacher_params, trajectory, *inputs)
+        return map_state | {"trajectories": trajectories}, losses
 
-    def source(self, step: int) -> str:
+    def describe_batch(self, step: int) -> str:
         """What a step learns from."""
         _, number, position = self.turns[step]
         return f"batch {number} of prompts at step {position} of the sampler"

@@ -112,21 +112,21 @@ def test_merged_zones_are_softmax_over_each_prefix(rates):
         np.testing.assert_allclose(branch.largest, s.max(-1), rtol=1e-12)
 
 
-def direct_losses(maps, q, k, v, setup, order):
+def direct_losses(maps, q, k, v, spec, order):
     """[rates, heads] of one block, from the attention module itself or from eq. 6 with every pair of tokens."""
     full = hybrid_attention(q, k, v, None, None, num_softmax=order.num_tokens, implementation="reference")
     losses = []
-    for index, rate in enumerate(setup.rates):
+    for index, rate in enumerate(spec.rates):
         query_map, key_map = jax.tree.map(lambda leaf, i=index: leaf[i], maps)
         start = order.num_softmax(rate)
-        if setup.loss == "value":
-            options = {"num_softmax": start, "stabilizer": setup.stabilizer, "implementation": "reference"}
+        if spec.loss == "value":
+            options = {"num_softmax": start, "stabilizer": spec.stabilizer, "implementation": "reference"}
             y = hybrid_attention(q, k, v, query_map, key_map, **options)
             losses.append(jnp.abs(y - full).mean(axis=(0, 1, 3)))
         else:
             s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
             seen = s if rate == "linear" else s[..., :start]
-            take_max = setup.stabilizer == "max" and rate != "linear"
+            take_max = spec.stabilizer == "max" and rate != "linear"
             c = seen.max(-1, keepdims=True) if take_max else jax.nn.logsumexp(seen, -1, keepdims=True)
             learned = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k[:, start:]))
             squares = jnp.square(jnp.exp(s[..., start:] - c) - learned).sum(-1).mean(-1)
@@ -140,21 +140,21 @@ def relative_error(actual, expected):
 
 
 @pytest.mark.parametrize(
-    "setup",
+    "spec",
     [SETUPS["lse"], SETUPS["max"], DistillSpec(RATES, (1, 2, 4), "strided", "max", "attention")],
-    ids=lambda setup: f"{setup.loss}, {setup.stabilizer}",
+    ids=lambda spec: f"{spec.loss}, {spec.stabilizer}",
 )
-def test_losses_and_gradients_are_those_of_the_direct_loss(teacher, batches, maps, order, passing_by, setup):
+def test_losses_and_gradients_are_those_of_the_direct_loss(teacher, batches, maps, order, passing_by, spec):
     @jax.jit
     def direct(maps, qkv):
         def one_block(maps, qkv):
-            losses = direct_losses(maps, *qkv, setup, order)
+            losses = direct_losses(maps, *qkv, spec, order)
             return losses.sum(), losses.mean(axis=1)  # the gradient of a head is that of its own loss
 
         return jax.vmap(jax.grad(one_block, has_aux=True))(maps, qkv)
 
     expected_gradients, expected = direct(maps, passing_by)
-    losses, gradients = losses_and_gradients(teacher, batches[0], maps, setup)
+    losses, gradients = losses_and_gradients(teacher, batches[0], maps, spec)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     for side, block, index in np.ndindex(2, 2, len(RATES)):
         flat = lambda maps, at: np.concatenate([np.ravel(leaf[at]) for leaf in jax.tree.leaves(maps)])
@@ -206,8 +206,8 @@ def test_attention_loss_by_brute_force(rate, stabilizer, spread):
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, name):
-    setup = SETUPS[name]
-    found = measure_heads(teacher, batches[0], maps, setup)
+    spec = SETUPS[name]
+    found = measure_heads(teacher, batches[0], maps, spec)
     for block, index in np.ndindex(2, len(RATES)):
         rate, (q, k, v) = RATES[index], (x[block] for x in passing_by)
         query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps)  # noqa: B023
@@ -229,8 +229,8 @@ def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, n
                 wanted = np.exp(s[:, start:] - c[:, None]).sum(-1).mean()
                 assert found["wanted_mass"][block, index, head] == pytest.approx(wanted, rel=1e-4)
 
-    calibrated = calibrate(teacher, batches, maps, setup)
-    masses = [measure_heads(teacher, batch, calibrated, setup) for batch in batches]
+    calibrated = calibrate(teacher, batches, maps, spec)
+    masses = [measure_heads(teacher, batch, calibrated, spec) for batch in batches]
     mass, wanted = (sum(stats[key] for stats in masses) for key in ("mass", "wanted_mass"))
     np.testing.assert_allclose(mass, wanted, rtol=1e-4)
     with pytest.raises(AssertionError):  # it had something to do
@@ -347,7 +347,9 @@ def test_a_job_leaves_out_the_blocks_after_its_own(teacher, batches):
     number = jnp.arange(2)
     attention = lambda q, k, v, layer: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), layer + 5)
     run = jax.jit(
-        lambda until: teacher.apply_blocks(latents, timestep, text, attention, number, order=None, until=until),
+        lambda stop_block: teacher.apply_blocks(
+            latents, timestep, text, attention, number, order=None, stop_block=stop_block
+        ),
         static_argnums=0,
     )
     velocity, records = run(1)

@@ -41,12 +41,12 @@ maps = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float
 def found(model, job):
     values = []
     for loss, stabilizer in (("value", "max"), ("attention", "lse")):
-        setup = DistillSpec(rates, (1, 2, 8), "strided", stabilizer, loss)
-        values.append(losses_and_gradients(model, batch, maps, setup))
-    values.append(measure_heads(model, batch, maps, setup))
-    values.append(velocity_errors(model, batch, maps, jnp.array([[2, 0], [0, 1], [1, 3]]), setup))
+        spec = DistillSpec(rates, (1, 2, 8), "strided", stabilizer, loss)
+        values.append(losses_and_gradients(model, batch, maps, spec))
+    values.append(measure_heads(model, batch, maps, spec))
+    values.append(velocity_errors(model, batch, maps, jnp.array([[2, 0], [0, 1], [1, 3]]), spec))
     if job:
-        one = dataclasses.replace(setup, blocks=(0,))
+        one = dataclasses.replace(spec, blocks=(0,))
         values.append(losses_and_gradients(model, batch, jax.tree.map(lambda x: x[:1], maps), one))
     return jax.device_get(jax.tree.leaves(values))
 
@@ -65,7 +65,7 @@ expected = found(teacher(), job=True)
 for sizes in json.loads(sys.argv[1]):
     spread = teacher()
     mesh = make_mesh(ConfigDict(dict(zip(AXES, sizes))))
-    spread.spread(mesh)
+    spread.shard(mesh)
     pairs = zip(found(spread, job=sizes == [1, 2, 2, 2]), expected)
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any()]
     print(json.dumps([sizes, moved(spread, mesh), max(errors)]), flush=True)

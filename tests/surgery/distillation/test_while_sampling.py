@@ -175,13 +175,13 @@ network = WanConfig(num_attention_heads=2, attention_head_dim=12, in_channels=3,
 def found(sizes):
     mesh = make_mesh(ConfigDict(dict(zip(AXES, sizes))))
     teacher = WanTransformer(network, rngs=nnx.Rngs(0))
-    teacher.spread(mesh)
+    teacher.shard(mesh)
     trajectories = Trajectories(config, epath.Path(sys.argv[1]) / "text", 3, (2, 6, 4, 3), mesh)
     optimizer, (graph, params) = make_optimizer(config), nnx.split(teacher)
     update = make_sampling_update(optimizer, graph, DistillSpec.of(config), config.sampler.guidance, sharding(mesh))
     maps = initial_maps(config, teacher)
     state = put_state(mesh, {"maps": maps, "opt_state": optimizer.init(maps)})
-    at, values = trajectories.begin(0), [trajectories.questions(teacher, 3)[2]["latents"]]
+    at, values = trajectories.begin(0), [trajectories.calibration_batches(teacher, 3)[2]["latents"]]
     for position in range(2):
         state, at, losses = update(state, params, at, *trajectories.text(0), *trajectories.step(0, position))
         values += [jnp.copy(at.x), losses]
