@@ -1,13 +1,14 @@
 """The files that an export leaves, each with a record of how it was made."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from jsurgery.io.files import write_json
+from jsurgery.io.hashes import size_and_sha256
 from jsurgery.runtime.progress import clock, say
 
 from .formats import SUFFIXES
@@ -42,10 +43,7 @@ class Artefact:
 
     def finish(self, fingerprint: str, written: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
         """Gives the file written under a temporary name its own, and records it."""
-        digest = hashlib.sha256()
-        with written.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+        size, sha256 = size_and_sha256(written)
         written.replace(self.path)
         found = {
             "part": self.part,
@@ -53,14 +51,12 @@ class Artefact:
             "precision": self.precision,
             **({"chip": self.variant} if self.variant else {}),
             "file": f"{self.format}/{self.path.name}",
-            "bytes": self.path.stat().st_size,
-            "sha256": digest.hexdigest(),
+            "bytes": size,
+            "sha256": sha256,
             "made_with": fingerprint,
             **facts,
         }
-        temporary = self.record_path.with_name(self.record_path.name + ".tmp")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        temporary.replace(self.record_path)
+        write_json(self.record_path, found)
         return found
 
 

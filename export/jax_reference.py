@@ -11,6 +11,7 @@ from flax import nnx
 
 from jsurgery.data.shards import Records, array_text
 from jsurgery.diffusion import initial_noise, schedule
+from jsurgery.io.files import replacing
 from jsurgery.runtime.progress import say
 from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 from jsurgery.wan.rope import rope_tables
@@ -145,11 +146,10 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
             error = relative_error(known["velocity"], whole)
             if not error < 1e-5:
                 raise AssertionError(f"the parts differ from the whole model by {error:.1e}")
-        temporary = folder / "reference" / f"{number}.tmp"
-        temporary.mkdir(parents=True, exist_ok=True)
-        for name, tensor in known.items():
-            np.save(temporary / f"{name}.npy", np.asarray(tensor))
-        temporary.replace(folder / "reference" / str(number))
+        with replacing(folder / "reference" / str(number)) as temporary:
+            temporary.mkdir(parents=True, exist_ok=True)
+            for name, tensor in known.items():
+                np.save(temporary / f"{name}.npy", np.asarray(tensor))
         say(f"export: reference {number + 1}/{count}")
 
 

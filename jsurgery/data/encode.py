@@ -26,7 +26,7 @@ from jsurgery.data.video_reader import (
     read_clip,
 )
 from jsurgery.errors import InputError
-from jsurgery.io.files import write_json
+from jsurgery.io.files import replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
 from jsurgery.runtime.lock import locked
@@ -191,9 +191,8 @@ def write_skipped(folder: epath.Path) -> int:
     """Gathers `skipped.jsonl` from the reports; returns how many clips it lists."""
     reports = [json.loads(path.read_text()) for path in sorted((folder / "reports").glob("*.json"))]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for report in reports for row in report["skipped"]]
-    temporary = folder / f"skipped.tmp{jax.process_index()}"
-    temporary.write_text("".join(lines))
-    temporary.replace(folder / "skipped.jsonl")
+    with replacing(folder / "skipped.jsonl", f"skipped.tmp{jax.process_index()}") as temporary:
+        temporary.write_text("".join(lines))
     return len(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jsurgery.errors import InputError
+from jsurgery.io.files import replacing
 
 SHEET_FRAMES = 9
 SUFFIXES = (".mp4", ".gif", ".png")
@@ -32,25 +33,18 @@ def write_video(
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(settings or {})
-    temporary = path.with_name(f".{path.name}{path.suffix}")
-    if path.suffix == ".mp4":
-        _write_mp4(temporary, video_FxHxWx3, fps, comment)
-    elif path.suffix == ".gif":
-        frames = [Image.fromarray(frame) for frame in video_FxHxWx3]
-        options = {
-            "save_all": True,
-            "append_images": frames[1:],
-            "duration": 1000 // fps,
-            "loop": 0,
-            "comment": comment,
-        }
-        frames[0].save(temporary, **options)
-    else:
-        chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)
-        info = PngImagePlugin.PngInfo()
-        info.add_text("settings", comment)
-        Image.fromarray(np.concatenate(list(video_FxHxWx3[chosen]), axis=1)).save(temporary, pnginfo=info)
-    temporary.replace(path)
+    with replacing(path, f".{path.name}{path.suffix}") as temporary:  # writers go by the suffix
+        if path.suffix == ".mp4":
+            _write_mp4(temporary, video_FxHxWx3, fps, comment)
+        elif path.suffix == ".gif":
+            first, *others = [Image.fromarray(frame) for frame in video_FxHxWx3]
+            options = {"append_images": others, "duration": 1000 // fps, "loop": 0, "comment": comment}
+            first.save(temporary, save_all=True, **options)
+        else:
+            chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)
+            info = PngImagePlugin.PngInfo()
+            info.add_text("settings", comment)
+            Image.fromarray(np.concatenate(list(video_FxHxWx3[chosen]), axis=1)).save(temporary, pnginfo=info)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

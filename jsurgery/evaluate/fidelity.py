@@ -24,7 +24,7 @@ from jsurgery.evaluate import video_metrics
 from jsurgery.evaluate.clip_model import ClipModel, load_clip_model
 from jsurgery.evaluate.lpips import Weights, load_lpips, lpips
 from jsurgery.io.fields import describe_changes
-from jsurgery.io.files import write_json
+from jsurgery.io.files import replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint, size_and_sha256
 from jsurgery.io.results import check_report
 from jsurgery.runtime.progress import Progress
@@ -171,10 +171,8 @@ def make_reference(
         video = pipeline.decode(latents)[0]
         velocity = velocities(pipeline, config, prompts[number], way)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        with temporary.open("wb") as stream:
+        with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, way=way, velocity=velocity, video=video)
-        temporary.replace(file)
         other = (config.seed + 1) % 2**32
         latents, _ = pipeline.sample([prompts[number]], config, seed=other, first=number, record=True)
         write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], judges))

@@ -1,13 +1,17 @@
-"""Files that may not be what they should be: read with care, and what is wrong with them in one line."""
+"""Reads files, saying in one line what is wrong with a bad one, and writes them whole or not at all."""
 
+import contextlib
 import json
-from typing import Any
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
 
+AnyPath = TypeVar("AnyPath", epath.Path, pathlib.Path)
 POINTER, PAGE, PICKLE = "a git-LFS pointer; run `git lfs pull`", "an HTML or XML page", "a pickle"
 
 
@@ -63,16 +67,22 @@ def shortened(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
+@contextlib.contextmanager
+def replacing(path: AnyPath, temporary_name: str | None = None) -> Iterator[AnyPath]:
+    """A temporary path beside `path` to write to; renamed to `path` when the block ends without an error.
+
+    So a file or folder with its final name is complete, whatever stops the process.
+    """
+    temporary = path.with_name(temporary_name or path.name + ".tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 def save_array(path: epath.Path, array: np.ndarray) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array)
-    temporary.replace(path)
 
 
-def write_json(path: epath.Path, content: Any, indent: int | None = 2) -> None:
-    """Writes under a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=indent) + "\n")
-    temporary.replace(path)
+def write_json(path: AnyPath, content: Any, indent: int | None = 2) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")

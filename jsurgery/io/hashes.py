@@ -8,20 +8,21 @@ from typing import Any
 
 from etils import epath
 
+from jsurgery.io.files import AnyPath, replacing
+
 MANIFEST = "manifest.json"
 BLOCK = 1 << 24  # bytes read at once
 THREADS = 8
 
 
 def write_manifest(folder: epath.Path) -> None:
-    """Under a temporary name, then renamed: a folder with a manifest is complete."""
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.unlink(missing_ok=True)
+    """Hashes every file of the folder. A folder with a manifest is complete."""
+    (folder / (MANIFEST + ".tmp")).unlink(missing_ok=True)  # of a process that was killed
     names = sorted(files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
         found = dict(zip(names, pool.map(lambda name: size_and_sha256(folder / name), names), strict=True))
-    temporary.write_text(manifest_text(found))
-    temporary.replace(folder / MANIFEST)
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(manifest_text(found))
 
 
 def find_damage(folder: epath.Path) -> list[str]:
@@ -61,8 +62,8 @@ def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield prefix + path.name
 
 
-def size_and_sha256(file: epath.Path) -> list[Any]:
-    """Size and sha256."""
+def size_and_sha256(file: AnyPath) -> list[Any]:
+    """[bytes, hexadecimal sha256]. Streams of object stores have no `readinto`, which hashlib.file_digest needs."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):

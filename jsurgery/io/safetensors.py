@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import damaged, read_object, write_json
+from jsurgery.io.files import damaged, read_object, replacing, write_json
 from jsurgery.io.hashes import HASHES, size_and_sha256
 
 LARGEST_HEADER = 100_000_000  # of the safetensors library, too
@@ -195,9 +195,9 @@ def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, st
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_file(_temporary(path), tensors, metadata)
-    (path.parent / HASHES).unlink(missing_ok=True)
-    _temporary(path).replace(path)
+    with replacing(path) as temporary:
+        _write_file(temporary, tensors, metadata)
+        (path.parent / HASHES).unlink(missing_ok=True)
 
 
 def write_shards(

@@ -8,6 +8,7 @@ from etils import epath
 
 from jsurgery.config import flatten
 from jsurgery.errors import InputError
+from jsurgery.io.files import replacing
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.flop_savings import cost_table
 from jsurgery.report.page import MODELS, clip_numbers, describe, versions
@@ -31,9 +32,8 @@ def write_comparison(workdirs: Sequence[epath.PathLike], page: epath.PathLike) -
     page = epath.Path(page)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        temporary = page.with_name(page.name + ".tmp")
-        temporary.write_text(render_comparison(runs))
-        temporary.replace(page)
+        with replacing(page) as temporary:
+            temporary.write_text(render_comparison(runs))
     except OSError as error:
         raise InputError(f"--output={page}: {error.strerror}") from None
     return page

@@ -7,6 +7,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from jsurgery.io.files import replacing
+
 FILE = "first_frame.png"
 
 
@@ -16,9 +18,8 @@ def write_first_frame(workdir: epath.Path, frame_HxWx3: np.ndarray, prompt: str)
     text.add_itxt("prompt", prompt)
     Image.fromarray(frame_HxWx3).save(picture, format="png", pnginfo=text)
     file = workdir / FILE
-    temporary = file.with_name(FILE + ".tmp")
-    temporary.write_bytes(picture.getvalue())
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_bytes(picture.getvalue())
     return file
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.config import flatten
 from jsurgery.data.video_writer import write_video
+from jsurgery.io.files import replacing
 from jsurgery.rates import Rate, rate_key, rate_name
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.fidelity import fidelity
@@ -57,9 +58,8 @@ def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: 
     run = read_run(workdir, config)
     text = render_run(run, coming)
     page = run.workdir / "report.html"
-    temporary = page.with_name("report.html.tmp")
-    temporary.write_text(text)
-    temporary.replace(page)
+    with replacing(page) as temporary:
+        temporary.write_text(text)
     if run.config is not None and not coming:
         grid = side_by_side(run.videos, ["teacher", "finetuned"], run.config.evaluate.videos)
         if grid is not None:

@@ -13,7 +13,7 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.evaluate.study import KEY, PAGE, prompt_of, read_dimensions
-from jsurgery.io.files import write_json
+from jsurgery.io.files import replacing, write_json
 from jsurgery.report.templates import player_data, render
 from jsurgery.report.video_player import abreast, decode, encode
 from jsurgery.runtime.progress import Progress, say
@@ -71,9 +71,8 @@ def build_study(
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_json(epath.Path(target / KEY), {"study": study, "a": a, "b": b, "pairs": key})
-        temporary = target / f"{PAGE}.tmp"
-        temporary.write_text(page_of(study, pairs))
-        temporary.replace(target / PAGE)
+        with replacing(target / PAGE) as temporary:
+            temporary.write_text(page_of(study, pairs))
     except OSError as error:
         raise InputError(f"--output={output}: {error.strerror}") from None
     return target / PAGE

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from jsurgery.io.files import replacing
 from jsurgery.runtime import processes
 
 
@@ -37,9 +38,8 @@ class Metrics:
     def flush(self) -> None:
         if self.board is None:
             return
-        temporary = self.folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self.folder / "metrics.jsonl")
+        with replacing(self.folder / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self.board.flush()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import describe_foreign_file, read_object
+from jsurgery.io.files import describe_foreign_file, read_object, replacing
 from jsurgery.io.hashes import BLOCK, HASHES, THREADS, manifest_text, size_and_sha256
 from jsurgery.runtime import processes
 
@@ -27,9 +27,8 @@ def write_hashes(folder: epath.PathLike, written: Mapping[str, list[Any]], *othe
     """Ends the writing of a model folder: `written` has fingerprints by name, those of `others` are taken now."""
     folder = epath.Path(folder)
     found = {**written, **{name: size_and_sha256(folder / name) for name in others}}
-    temporary = folder / (HASHES + ".tmp")
-    temporary.write_text(manifest_text(dict(sorted(found.items()))))
-    temporary.replace(folder / HASHES)
+    with replacing(folder / HASHES) as temporary:
+        temporary.write_text(manifest_text(dict(sorted(found.items()))))
 
 
 def check_hashes(path: epath.PathLike) -> None:

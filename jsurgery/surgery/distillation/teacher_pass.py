@@ -53,11 +53,12 @@ def run_heads(
     visit,
     all_blocks: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Runs the teacher over a batch and `visit(maps, Visit)` in every head of the spec's blocks.
+    """Runs the teacher over a batch and `visit(maps, HeadActivations)` in every head of the spec's blocks.
 
     Returns (velocity, records). Without `all_blocks` the forward stops after the last distilled block, and the velocity
-    is then not the teacher's. Records have leaves [blocks, rates, heads, ...]: sums over the batch's pieces where a mesh has several, so `visit`
-    returns what its piece contributes. Heads are looped over: a head's scores stay in cache.
+    is then not the teacher's. Records have leaves [blocks, rates, heads, ...]. On a mesh each device calls `visit` with
+    its piece of the batch, and records are the sums over all devices. Heads are looped over, so that one head's scores
+    stay in cache.
     """
     mesh, axis = teacher.mesh, LOGICAL["sequence"]
     grid = teacher.config.token_grid(batch["latents"].shape[1:4])
