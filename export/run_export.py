@@ -102,7 +102,7 @@ def write_formats(
     # What is there already starts no process, which would import its libraries first.
     samples = SAMPLES if "w8a16" in precisions else 1
     if missing_samples(folder, samples):
-        run_worker("reference", folder, str(samples))
+        run_worker("jax_reference", folder, str(samples))
     for format in formats:
         choices = tuple({"tflite": precisions, "qnn": chips}.get(format, ()))
         try:
@@ -112,9 +112,9 @@ def write_formats(
             write_json(epath.Path(folder) / "manifest.json", manifest(config, job, folder, left_out))
     complete = [name for name in precisions if "tflite" in formats]
     if complete:
-        run_worker("chain", folder, *complete)
+        run_worker("end_to_end", folder, *complete)
     if score and complete:
-        run_worker("score", folder, str(score), *complete)
+        run_worker("video_score", folder, str(score), *complete)
     rows = parity_rows(records(job, folder))
     rows += [json.loads(file.read_text()) for file in sorted((folder / "chain").glob("*.json"))]
     write_json(epath.Path(folder) / "parity.json", rows)
