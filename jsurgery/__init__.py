@@ -6,7 +6,7 @@ The names below are the public API. They are imported when first used: `import j
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jsurgery.version import __version__
+from jsurgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from jsurgery.surgery.knapsack import solve_block_rates
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from jsurgery.wan.pipeline import load_pipeline
 
 __all__ = [
-    "__version__",
     "load_pipeline",
     "load_text_encoder",
     "load_transformer",

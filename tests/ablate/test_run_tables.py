@@ -14,7 +14,7 @@ from jsurgery.ablate.phi_before_rope import phi_and_rope
 from jsurgery.ablate.predicted_errors import PREDICTORS, objective, predicted
 from jsurgery.ablate.seed_run import SeedRun, velocity
 from jsurgery.ablate.tables import ARM_TABLES, Arm
-from jsurgery.attention.hybrid import hybrid_config, token_order
+from jsurgery.attention.hybrid import HybridConfig, token_order
 from jsurgery.cli import main
 from jsurgery.load_config import load_config
 from jsurgery.surgery.distillation.losses import HeadActivations, TokenShards
@@ -86,7 +86,7 @@ def test_fine_tuning_on_the_way_is_fine_tuning(seed):
     models = {step: model.load() for step, model in seed.models(found).items()}
     assert list(models) == [1, 2]
     stage = seed.stage("finetune", found.config, ("finetune",), [])
-    hybrid = hybrid_config(found.config, found.plan["rates"])
+    hybrid = HybridConfig.of(found.config, found.plan["rates"])
     maps = load_maps(seed.distilled(found.config) / "feature_maps.safetensors", hybrid.rates, hybrid.feature_map)
     student = operate(seed.run.teacher, hybrid, maps)
     straight = finetune(found.config, student, seed.run.pipeline, seed.run.training_latents, stage.folder)
@@ -108,7 +108,7 @@ def test_the_objective_s_plans_are_those_of_operated_models(seed):
     assert objective([seed]) == table and list(table["rows"]) == list(PREDICTORS.values())
     number = next(i for i, plan in enumerate(found["random"]["plans"]) if 0 not in plan)
     rates = [found["rates"][index] for index in found["random"]["plans"][number]]
-    hybrid = hybrid_config(seed.config, rates)
+    hybrid = HybridConfig.of(seed.config, rates)
     maps = load_maps(seed.distilled(seed.config) / "feature_maps.safetensors", rates, hybrid.feature_map)
     model, batch = operate(seed.run.teacher, hybrid, maps), seed.held_out[1]
     expected = np.asarray(velocity(seed.run.teacher, batch), np.float64)

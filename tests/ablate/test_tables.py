@@ -277,7 +277,7 @@ def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
         def __init__(self, config, folder, number, measurements):
             self.number = number
 
-    monkeypatch.setattr(ablate_module, "Seed", Numbered)
+    monkeypatch.setattr(ablate_module, "SeedRun", Numbered)
     monkeypatch.setitem(RUN, "errors", lambda seeds: measured.append([seed.number for seed in seeds]))
     for shard in ((0, 2), (1, 2)):
         run_tables(config, "errors", str(tmp_path), 3, shard=shard)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jsurgery.bench import attention, attention_programs
+from jsurgery.bench import attention, attention_cycles, attention_programs, attention_tuning
 from jsurgery.bench.attention_cycles import estimated
 from jsurgery.bench.attention_programs import AttentionShape, at_rate, gradients
 from jsurgery.bench.attention_tuning import search
@@ -82,8 +82,8 @@ def test_a_table_of_estimates(monkeypatch, capsys, tmp_path):
     """XLA's part counts, but for flash_attention, for which it moves the heads."""
     cost = {"flash_attention": 8_500_000, "softmax": 6_500_000, "R4": 2_500_000}
     names = iter(2 * list(cost))
-    monkeypatch.setattr(attention, "check_estimates", lambda chip: None)
-    monkeypatch.setattr(attention, "estimated", lambda *_: {"cycles": cost[next(names)], "xla": 500_000})
+    monkeypatch.setattr(attention_cycles, "check_estimates", lambda chip: None)
+    monkeypatch.setattr(attention_cycles, "estimated", lambda *_: {"cycles": cost[next(names)], "xla": 500_000})
     report = tmp_path / "estimates.json"
     command = ["bench", "attention", "--estimate=v6e", "--rates=4", "--backward", "--tokens=600", f"--json={report}"]
     assert main(command) == 0
@@ -132,9 +132,9 @@ def test_search_goes_downhill_and_times_the_backward_for_its_own_sizes():
 def test_blocks_tuned_by_estimates_say_so(monkeypatch):
     kept = []
     monkeypatch.setattr(tuning, "save", lambda *entry: kept.append(entry))
-    monkeypatch.setattr(attention, "check_estimates", lambda chip: None)
+    monkeypatch.setattr(attention_tuning, "check_estimates", lambda chip: None)
     cycles = lambda chip, size, rate, attend, passes: abs(np.log2(attend.keywords["block_sizes"].key / 1024))
-    monkeypatch.setattr(attention, "estimated", lambda *asked: {"cycles": 1 + cycles(*asked)})
+    monkeypatch.setattr(attention_tuning, "estimated", lambda *asked: {"cycles": 1 + cycles(*asked)})
     assert main(["bench", "attention", "--tune", "--estimate=v6e", "--rates=8", "--tokens=4096"]) == 0
     ((chip, num_keys, num_softmax, blocks, source),) = kept
     assert (chip, num_keys, num_softmax, source) == ("v6e", 4096, 512, "static estimate")

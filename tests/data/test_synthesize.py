@@ -70,7 +70,7 @@ def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypat
 def test_hosts_share_the_shards(command, tiny_pipeline, tmp_path, monkeypatch):
     made = {}
     monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: None)
-    monkeypatch.setattr(synthesize, "clips", lambda config, pipeline, prompts, *_: prompts)
+    monkeypatch.setattr(synthesize, "records", lambda config, pipeline, prompts, *_: prompts)
     config = load_config("tiny", overrides(tiny_pipeline))
     for host in range(2):
         monkeypatch.setattr(synthesize.jax, "process_index", lambda host=host: host)

@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime.mesh import make_mesh
@@ -46,7 +46,7 @@ def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compil
     run = Run(config, str(tmp_path / "run"))
     run.teacher.shard(make_mesh(config.mesh))  # as training leaves it
     save_maps(tmp_path / "maps.safetensors", initial_maps(config, run.teacher), (2,), range(2))
-    hybrid = hybrid_config(config, (2, 1))
+    hybrid = HybridConfig.of(config, (2, 1))
     operated = operate(run.teacher, hybrid, load_maps(tmp_path / "maps.safetensors", (2, 1), hybrid.feature_map))
     save_model(operated, run.workdir / "model", str(tiny_pipeline))
     compiled.clear()

@@ -219,7 +219,7 @@ def test_processes_are_shards(tmp_path, tiny_pipeline, monkeypatch, capsys):
     monkeypatch.setattr(vbench, "make_videos", make)
     monkeypatch.setattr(processes, "join", lambda *flags: joined.append(flags))
     monkeypatch.setattr(processes, "several", lambda: True)
-    monkeypatch.setattr(processes, "together", lambda work: work())
+    monkeypatch.setattr(processes, "on_all", lambda work: work())
     monkeypatch.setattr(vbench.jax, "process_count", lambda: 3)
     command = ["evaluate", "vbench", f"--model={tiny_pipeline}", f"--prompts={info}", f"--output={output}", *SIZE]
     for index in (2, 1, 0):
@@ -252,7 +252,7 @@ def test_the_package_scores_where_it_is_installed(tmp_path, tiny_pipeline, monke
     command = ["evaluate", "vbench", f"--model={tiny_pipeline}", f"--prompts={info}", f"--output={output}", *SIZE]
     assert main(command) == 0
     assert "| human action | 50.00 |" in capsys.readouterr().out and len(ran) == 1
-    monkeypatch.setattr(sample, "finished", lambda file, wanted: True)
+    monkeypatch.setattr(sample, "has_matching_video", lambda file, wanted: True)
     monkeypatch.setattr(vbench.subprocess, "run", lambda line: subprocess.CompletedProcess(line, 1))
     assert main(command) == 2
     assert "failed" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_another_size_is_refused(exported, workdir, capsys):
 
 def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatch):
     """From the records alone: where every artefact is there, no process starts."""
-    monkeypatch.setattr(run_export, "work", lambda *_: pytest.fail("an artefact is made again"))
+    monkeypatch.setattr(run_export, "run_worker", lambda *_: pytest.fail("an artefact is made again"))
     shutil.copytree(workdir, tmp_path / "run")
     record = tmp_path / "run" / "export" / "onnx" / "block_01.float32.onnx.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"relative_error": 0.5}))

@@ -362,10 +362,10 @@ def three_blocks() -> Any:
 
 
 def plan_reader() -> Reader:
-    from jsurgery.attention.hybrid import hybrid_config
+    from jsurgery.attention.hybrid import HybridConfig
     from jsurgery.surgery.plan import read_plan
 
-    read = lambda folder: hybrid_config(base(), read_plan(epath.Path(folder))["rates"])
+    read = lambda folder: HybridConfig.of(base(), read_plan(epath.Path(folder))["rates"])
     return Reader({"plan.json": as_json(PLAN)}, ("plan.json",), read)
 
 
@@ -518,14 +518,14 @@ def configs() -> st.SearchStrategy[dict[str, str]]:
 
 def check_config(overrides: dict[str, str]) -> str:
     """Valid, or refused in words; valid ones go through what a run derives from its config alone."""
-    from jsurgery.attention.hybrid import hybrid_config
+    from jsurgery.attention.hybrid import HybridConfig
     from jsurgery.rates import parse_block_budget
     from jsurgery.surgery.plan import check_budget
     from jsurgery.wan.model_config import WanConfig
 
     try:
         loaded = load_config("tiny", overrides)
-        hybrid_config(loaded, [1])
+        HybridConfig.of(loaded, [1])
         parse_block_budget(str(loaded.plan.budget))
         check_budget(loaded, WanConfig(num_layers=6))
     except InputError as refusal:

@@ -82,7 +82,7 @@ def test_orbax_alone_does_not_see_it(files, monkeypatch):
     newest, found = files
     payload = payload_of(found)
     content = payload.read_bytes()
-    monkeypatch.setattr(checkpoints_module, "damage", lambda folder: [])
+    monkeypatch.setattr(checkpoints_module, "find_damage", lambda folder: [])
     silent = 0
     for place in range(len(content) // 3, len(content), len(content) // 7):
         payload.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])

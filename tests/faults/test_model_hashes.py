@@ -121,7 +121,7 @@ def test_a_write_that_breaks_off_leaves_no_hashes_that_lie(tmp_path, random_tran
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jsurgery.wan.transformer.write_hashes", full)
+    monkeypatch.setattr("jsurgery.wan.checkpoint.write_hashes", full)
     with pytest.raises(OSError):
         save_transformer(transformer, tmp_path)
     assert not (tmp_path / HASHES).exists()
@@ -152,7 +152,7 @@ def test_a_file_is_read_again_when_it_has_changed_and_only_then(tmp_path, monkey
     from jsurgery.wan import folder_hashes
 
     monkeypatch.setattr(
-        folder_hashes, "fingerprint", lambda file, of=hashes.size_and_sha256: read.append(file) or of(file)
+        folder_hashes, "size_and_sha256", lambda file, of=hashes.size_and_sha256: read.append(file) or of(file)
     )
     check_hashes(tmp_path)
     check_hashes(tmp_path)

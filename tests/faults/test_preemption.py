@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from jsurgery import cli
+from jsurgery.commands import surgery
 from jsurgery.data.latents import batches
 from jsurgery.errors import Interrupted, Terminated
 from jsurgery.runtime.metrics import Metrics, read_metrics
@@ -69,7 +70,7 @@ def test_what_a_command_ends_with(monkeypatch, capsys, raised, code):
     def stage(options, overrides):
         raise raised
 
-    monkeypatch.setattr(cli, "surgery", stage)
+    monkeypatch.setattr(surgery, "run_surgery", stage)
     assert cli.main(["distill", "--workdir=somewhere"]) == code
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1 and message.startswith("jsurgery: ")
@@ -79,7 +80,7 @@ def test_a_fault_of_ours_is_no_refusal(monkeypatch):
     def stage(options, overrides):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(cli, "surgery", stage)
+    monkeypatch.setattr(surgery, "run_surgery", stage)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["distill", "--workdir=somewhere"])
 

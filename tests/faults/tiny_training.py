@@ -71,7 +71,7 @@ def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=N
     """Fine-tuning of the tiny transformer; guarded and other updates are compiled once each."""
     monkeypatch.setattr(finetune, "velocity_loss", poisoned)
     if not guarded:
-        monkeypatch.setattr(optimizer, "kept", lambda finite, new, old: new)
+        monkeypatch.setattr(optimizer, "keep_if_finite", lambda finite, new, old: new)
         monkeypatch.setattr(Guard, "see", lambda self, *seen: None)
     monkeypatch.setattr(finetune, "_make_update", compiled[guarded])
     student = load_transformer(model / "transformer")

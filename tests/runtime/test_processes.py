@@ -56,11 +56,11 @@ def tell(work):
 def fail(error):
     raise error
 
-tell(lambda: processes.exchange({"said": "é" * (2000 * number)}))
-tell(lambda: processes.once(lambda: {"by": number}))
-tell(lambda: processes.once(lambda: fail(InputError("no such file"))))
-tell(lambda: processes.once(lambda: fail(ValueError("a fault"))))
-tell(lambda: processes.together(lambda: fail(InputError("no such host")) if number else "fine"))
+tell(lambda: processes.gather_messages({"said": "é" * (2000 * number)}))
+tell(lambda: processes.on_first(lambda: {"by": number}))
+tell(lambda: processes.on_first(lambda: fail(InputError("no such file"))))
+tell(lambda: processes.on_first(lambda: fail(ValueError("a fault"))))
+tell(lambda: processes.on_all(lambda: fail(InputError("no such host")) if number else "fine"))
 tell(lambda: start_run(load_config("tiny", fields | {"log_every": str(1 + number)} | mesh), workdir))
 tell(lambda: start_run(load_config("tiny", fields), workdir))
 

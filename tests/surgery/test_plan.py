@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import base
 from jsurgery.errors import InputError
 from jsurgery.surgery.plan import (
@@ -349,6 +349,6 @@ def test_the_operation_keeps_the_chain_of_all_candidates():
     """Token zones are those of the distilled rates, whichever the plan uses."""
     config = base()
     config.hybrid.stabilizer, config.hybrid.degree = "max", 3
-    hybrid = hybrid_config(config, [1, 4, 1])
+    hybrid = HybridConfig.of(config, [1, 4, 1])
     assert hybrid.rates == (1, 4, 1) and hybrid.chain == (1, 2, 4, 8)
     assert hybrid.stabilizer == "max" and hybrid.feature_map.degree == 3
