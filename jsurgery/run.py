@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import block_numbers, flatten
 from jsurgery.data.latents import check_latents, encode_sprites
 from jsurgery.data.prompts import load_prompts
@@ -241,7 +241,7 @@ class Run:
     def hybrid_model(self, distilled: bool) -> WanTransformer:
         """The hybrid model of the plan, with trained or with merely calibrated feature maps."""
         rates = read_plan(self.plan.folder)["rates"]
-        hybrid = hybrid_config(self.config, rates)
+        hybrid = HybridConfig.of(self.config, rates)
         file = self.distill.folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")
         return operate(self.teacher, hybrid, load_maps(file, rates, hybrid.feature_map))
 
@@ -280,15 +280,13 @@ class Run:
 
     def evaluate_all(self) -> None:
         dtype = jnp.dtype(self.config.model.dtype)
-        teacher = self.teacher
         models = {
-            "teacher": lambda: self.put_on_mesh(teacher),
+            "teacher": lambda: self.put_on_mesh(self.teacher),
             "not_distilled": lambda: self.put_on_mesh(self.hybrid_model(False)),
             "distilled": lambda: self.put_on_mesh(self.hybrid_model(True)),
             "finetuned": lambda: self.put_on_mesh(load_transformer(self.workdir / "model", dtype)),
         }
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.evaluate.folder)
-        self.pipeline.transformer = teacher
 
     def write_config(self, job: StageFolder | None = None) -> None:
         """Beside the stages, or with the files of a job: others may be at work in this workdir."""

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.ablate.write_table import cell
-from jsurgery.attention.hybrid import HybridConfig, hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.evaluate.statistics import MeanAndStd, mean_and_std
 from jsurgery.evaluate.surgery_models import evaluate
 from jsurgery.io.files import write_json
@@ -67,7 +67,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     models: dict[str, Callable[[], WanTransformer]] = {"teacher": lambda: run.teacher}
     models["teacher_finetuned"] = finetuned(run, "teacher", lambda: load_teacher(run))
     for name, rates in plans.items():
-        hybrid = hybrid_config(config, rates)
+        hybrid = HybridConfig.of(config, rates)
         bare = dataclasses.replace(hybrid, linear_branch=False)
         build = functools.partial(build_hybrid, run, hybrid)
         models[f"{name}_not_distilled"] = functools.partial(build, "initial")
@@ -80,9 +80,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     # On one mesh all: what is compiled for parameters that lie elsewhere would be compiled again.
     models = {name: lambda load=load: run.put_on_mesh(load()) for name, load in models.items()}
     evaluated = evaluation_stage(run)
-    teacher = run.teacher
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
-    run.pipeline.transformer = teacher
 
     found = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
     arms = {name: measures(result) for name, result in found.items()}

@@ -125,8 +125,7 @@ def budgets(costs: BlockCosts, layers: int, rates: Sequence[int | str]) -> dict[
 
 def all_maps(distilled: epath.Path, setup: DistillSpec, layers: int, config: ConfigDict) -> FeatureMapPair:
     """The distilled maps of every block at every rate, leaves [blocks, rates, heads, ...]."""
-    hybrid = config.hybrid
-    phi = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
+    phi = FeatureMapConfig.of(config)
     by_rate = [load_maps(distilled / "feature_maps.safetensors", [rate] * layers, phi) for rate in setup.rates]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *by_rate)
 

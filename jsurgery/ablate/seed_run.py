@@ -19,7 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.ablate.tables import STEPS, Arm, scaled
-from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import validate
 from jsurgery.errors import Diverged, InputError
 from jsurgery.evaluate.sprites_score import DIMENSIONS
@@ -141,7 +141,7 @@ class SeedRun:
     def models(self, found: Operation) -> dict[int, Model]:
         """The arm's model by steps of fine-tuning, or at 0 steps if it is not to be; the steps share the prompts."""
         arm, config = found.arm, found.config
-        hybrid = dataclasses.replace(hybrid_config(config, found.plan["rates"]), linear_branch=arm.maps != "none")
+        hybrid = dataclasses.replace(HybridConfig.of(config, found.plan["rates"]), linear_branch=arm.maps != "none")
         made_from = [self.run.trace] if arm.maps == "none" else [self.distillation(config)]
         inputs = {"hybrid": json.dumps(dataclasses.asdict(hybrid)), "maps": arm.maps}
 
@@ -182,15 +182,12 @@ class SeedRun:
         """Scores of every model's samples, by prompt; a model that was sampled already is not sampled again."""
         stage = self.measurement("evaluation", self.config, ("evaluate",), [self.run.trace, self.run.latents])
         stage.begin()  # never ended: further tables sample further models into it
-        teacher, run = self.run.teacher, self.run
-        named = {"teacher": lambda: teacher} | {model.name: model.load for model in models}
+        run = self.run
+        named = {"teacher": lambda: run.teacher} | {model.name: model.load for model in models}
         prompts = {model.name: model.prompts for model in models if model.prompts is not None}
         if not all((stage.folder / f"{name}.json").exists() for name in named):
             self.latents()
-        try:
-            found = measure_models(self.config, run.pipeline, named, run.validation_latents, stage.folder, prompts)
-        finally:
-            run.pipeline.transformer = teacher
+        found = measure_models(self.config, run.pipeline, named, run.validation_latents, stage.folder, prompts)
         return {name: sample_items(found[name]) for name in named}
 
     @functools.cached_property

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Self
 
 import jax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from pallas_kernels.feature_map import HedgehogMap, PolynomialMap, init_hedgehog_map, init_polynomial_map
 
@@ -12,17 +14,30 @@ HEDGEHOG = HedgehogMap.activation
 
 LearnedMap = PolynomialMap | HedgehogMap
 
+# How files name a block's two maps: that of its queries and that of its keys.
+QUERY_MAP, KEY_MAP = "phi_q", "phi_k"
+
+# A leaf's path in FeatureMapParams, which is also its name in the files of distillation -> its name in a model's
+# checkpoint. `{j}` counts the layers of the map.
+LEAF_NAMES = {"kernels.{j}": "{j}.kernel", "biases.{j}": "{j}.bias", "log_scale": "log_scale"}
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureMapConfig:
     """phi of eq. 8: `layers` per-head layers, powers 1 to `degree` of a non-negative `activation`.
 
-    The activation `HEDGEHOG` is that map instead, of one layer and no powers.
+    With the activation `HEDGEHOG`, phi is the map of HedgeHog (arXiv 2402.04347) instead: softmax([Wx, -Wx]), one layer
+    without biases. `degree` and `layers` are then 1.
     """
 
     degree: int = 2
     layers: int = 2
     activation: str = "relu"
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> Self:
+        """The feature map of `config.hybrid`."""
+        return cls(config.hybrid.degree, config.hybrid.layers, config.hybrid.activation)
 
 
 class FeatureMapParams(nnx.Module):
@@ -37,13 +52,19 @@ class FeatureMapParams(nnx.Module):
     @property
     def maps(self) -> LearnedMap:
         config = FeatureMapConfig(self.degree, len(self.kernels), self.activation)
-        leaves = {f"kernels.{j}": kernel for j, kernel in enumerate(self.kernels)}
-        leaves |= {f"biases.{j}": bias for j, bias in enumerate(self.biases)} | {"log_scale": self.log_scale}
+        leaves = named_leaves(self)
         return build_feature_map(config, lambda name: leaves[name][...])
 
 
+def named_leaves(maps: LearnedMap | FeatureMapParams) -> dict[str, jax.Array]:
+    """The leaves of a map as "kernels.0", "biases.0", ..., "log_scale"; of a FeatureMapParams, its parameters."""
+    layers = {f"kernels.{j}": kernel for j, kernel in enumerate(maps.kernels)}
+    layers |= {f"biases.{j}": bias for j, bias in enumerate(maps.biases)}
+    return layers | {"log_scale": maps.log_scale}
+
+
 def build_feature_map(config: FeatureMapConfig, leaf: Callable[[str], jax.Array]) -> LearnedMap:
-    """The map of the leaves "kernels.0", "biases.0", ..., "log_scale"."""
+    """The map whose leaves `leaf` gives by their `named_leaves` names."""
     if config.activation == HEDGEHOG:
         return HedgehogMap(leaf("kernels.0"), leaf("log_scale"))
     return PolynomialMap(

@@ -30,6 +30,19 @@ class HybridConfig:
     feature_map: FeatureMapConfig = dataclasses.field(default_factory=FeatureMapConfig)
 
     @classmethod
+    def of(cls, config: ConfigDict, rates: Sequence[Rate]) -> Self:
+        """What `config.hybrid` makes of a plan's rates, one per block."""
+        hybrid = config.hybrid
+        return cls(
+            rates=tuple(rates),
+            chain=rate_chain(hybrid.rates),
+            lattice=hybrid.lattice,
+            stabilizer=hybrid.stabilizer,
+            linear_branch=hybrid.linear_branch,
+            feature_map=FeatureMapConfig.of(config),
+        )
+
+    @classmethod
     def from_json(cls, fields: Any, source: str) -> Self:
         """The "hybrid" part of a model's config.json. Raises InputError on a format that this version does not know."""
         if not isinstance(fields, dict):
@@ -92,16 +105,3 @@ def attend(
         k_BxNxHxD, v_BxNxHxD = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
     options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
     return hybrid_attention(q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, **options)
-
-
-def hybrid_config(config: ConfigDict, rates: Sequence[Rate]) -> HybridConfig:
-    """What `operate` builds for a plan."""
-    hybrid = config.hybrid
-    return HybridConfig(
-        rates=tuple(rates),
-        chain=rate_chain(hybrid.rates),
-        lattice=hybrid.lattice,
-        stabilizer=hybrid.stabilizer,
-        linear_branch=hybrid.linear_branch,
-        feature_map=FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation),
-    )

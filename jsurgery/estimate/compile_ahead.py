@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import hybrid_config
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.diffusion import State, schedule, velocities_per_step
 from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.estimate.chips import GIB, Chip, parse_topology
@@ -189,7 +189,7 @@ def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
 
 
 def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
     teacher_graph, teacher_params = abstract_model(config, network, mesh)
     graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
     optimizer = adamw(config.finetune)
@@ -202,7 +202,7 @@ def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
 
 
 def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    hybrid = hybrid_config(config, planned_rates(config, network.num_layers))
+    hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
     graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
     latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
     blank = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))

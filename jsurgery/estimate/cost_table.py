@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.estimate.paper_claims import paper_claims, percent
@@ -18,7 +18,6 @@ from jsurgery.wan.cost import (
     PARTS,
     BlockCost,
     Cost,
-    Hedgehog,
     Workload,
     added_parameters,
     block_bytes,
@@ -54,8 +53,8 @@ def count_cost(config: ConfigDict, config_name: str, plan: str | None, feature_m
     work = dataclasses.replace(workload(config, subject.transformer), config=subject.transformer)
     if (hybrid := subject.transformer.hybrid) is not None:
         work = dataclasses.replace(work, feature_map=hybrid.feature_map if hybrid.linear_branch else None)
-    if feature_map == "hedgehog":
-        work = dataclasses.replace(work, feature_map=Hedgehog())
+    if feature_map == HEDGEHOG:
+        work = dataclasses.replace(work, feature_map=FeatureMapConfig(1, 1, HEDGEHOG))
     return measure(config, subject, work, read_rates(plan, subject.transformer))
 
 
@@ -147,8 +146,8 @@ def describe_map(work: Workload) -> dict[str, Any] | None:
     phi, heads, head_dim = work.feature_map, work.config.num_attention_heads, work.config.attention_head_dim
     if phi is None:
         return None
-    polynomial = isinstance(phi, FeatureMapConfig)
-    kind = {"kind": "polynomial", "degree": phi.degree, "layers": phi.layers} if polynomial else {"kind": "hedgehog"}
+    polynomial = {"kind": "polynomial", "degree": phi.degree, "layers": phi.layers}
+    kind = {"kind": HEDGEHOG} if phi.activation == HEDGEHOG else polynomial
     one = map_parameters(phi, heads, head_dim)
     return {**kind, "parameters": one, "flops": 2 * one * work.tokens}
 

@@ -111,7 +111,8 @@ def evaluate_fidelity(
             folder / str(frames) / names[path] / f"{i:04d}.json" for frames in durations for i in range(len(prompts))
         ]
         if not all(file.exists() for file in files):
-            pipeline.transformer = load_transformer(part, jnp.dtype(config.model.dtype))
+            transformer = load_transformer(part, jnp.dtype(config.model.dtype))
+            pipeline = dataclasses.replace(pipeline, transformer=transformer)
             for frames in durations:
                 compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], judges)
     result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)

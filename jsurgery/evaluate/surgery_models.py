@@ -1,5 +1,6 @@
 """evaluate: the same prompts and noise through every stage of the surgery, scored and compared with the teacher."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,9 +60,9 @@ def measure_models(
             continue
         teacher_file = folder / f"{teacher}.npy"
         if name != teacher and not teacher_file.exists():
-            pipeline.transformer = models[teacher]()
+            pipeline = dataclasses.replace(pipeline, transformer=models[teacher]())
             save_array(teacher_file, sample_all(config, pipeline, prompts, teacher, shares[teacher])[0])
-        pipeline.transformer = load()
+        pipeline = dataclasses.replace(pipeline, transformer=load())
         latents, videos = sample_all(config, pipeline, prompts, name, share)
         if name == teacher:
             save_array(teacher_file, latents)

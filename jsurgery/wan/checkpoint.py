@@ -9,6 +9,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from jsurgery.attention.feature_maps import QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, write_json
 from jsurgery.io.safetensors import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
@@ -74,7 +75,7 @@ def read_config(path: epath.PathLike) -> WanConfig:
     if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
         raise InputError(f"{file}: expected _class_name {expected}, found {kind!r}")
-    if any(".phi_q." in name for name in tensors):
+    if any(f".{QUERY_MAP}." in name for name in tensors):
         raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
     sizes = checkpoint_layouts.transformer_sizes(tensors, layout, path)
     if kind != ORIGINAL_CLASS_NAME and not path.is_dir():

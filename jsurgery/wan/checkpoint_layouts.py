@@ -1,8 +1,11 @@
-"""Tensor names and shapes of checkpoints, and NNX modules filled from them and written out under them.
+"""The names of a checkpoint's tensors in every layout that jsurgery reads or writes.
 
-A module *mirrors* a reference checkpoint when its attribute path is the tensor's name ("encoder.down_blocks.0.conv1").
-Only leaves differ: NNX keeps kernels input-first and channels last, torch keeps weights output-first. The transformer's
-names differ more: one table serves both ways and all layouts.
+The transformer's parameters have paths of our own. One table gives each path its name in diffusers and in the original
+repository; reading, writing, converting and recognising a file all use it. The path also says how the tensor is
+transposed: NNX keeps kernels input-first, torch keeps weights output-first.
+
+The VAE's and the text encoder's parameters have the names of diffusers and transformers already (see `torch_layout`).
+For them there are rules from those names to the original repository's.
 """
 
 import functools
@@ -15,6 +18,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
 from jsurgery.wan.torch_layout import check_fit, fill
@@ -22,9 +26,13 @@ from jsurgery.wan.torch_layout import check_fit, fill
 if TYPE_CHECKING:
     from jsurgery.wan.transformer import WanTransformer
 
+# "comfyui" is "original" with a prefix. "diffusers" is also our own layout: a hybrid adds the tensors of phi to it.
+LAYOUTS = ("diffusers", "original", "comfyui")
+_COMFYUI_PREFIX = "model.diffusion_model."
 
-# The transformer. Ours, diffusers' name, the original repository's name; `{i}` counts blocks, which ours keeps stacked,
-# `{j}` the layers of a feature map, of which each converted block has its own. A layer is a kernel and a bias.
+# The transformer: our path, diffusers' name, the original repository's name. `{i}` counts blocks, which our parameters
+# stack. `{j}` counts the layers of a feature map; only converted blocks have feature maps.
+# A row of the first table stands for a kernel and a bias, a row of the second for one array.
 TRANSFORMER_LAYERS = (
     ("patch_embedding", "patch_embedding", "patch_embedding"),
     ("condition.text_in", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
@@ -53,30 +61,57 @@ TRANSFORMER_ARRAYS = (
     ("blocks.norm2_bias", "blocks.{i}.norm2.bias", "blocks.{i}.norm3.bias"),
     ("blocks.scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
     ("scale_shift_table", "scale_shift_table", "head.modulation"),
-    ("query_maps.kernels.{j}", "blocks.{i}.attn1.phi_q.{j}.kernel", None),
-    ("query_maps.biases.{j}", "blocks.{i}.attn1.phi_q.{j}.bias", None),
-    ("query_maps.log_scale", "blocks.{i}.attn1.phi_q.log_scale", None),
-    ("key_maps.kernels.{j}", "blocks.{i}.attn1.phi_k.{j}.kernel", None),
-    ("key_maps.biases.{j}", "blocks.{i}.attn1.phi_k.{j}.bias", None),
-    ("key_maps.log_scale", "blocks.{i}.attn1.phi_k.log_scale", None),
+    *((f"query_maps.{ours}", f"blocks.{{i}}.attn1.{QUERY_MAP}.{stored}", None) for ours, stored in LEAF_NAMES.items()),
+    *((f"key_maps.{ours}", f"blocks.{{i}}.attn1.{KEY_MAP}.{stored}", None) for ours, stored in LEAF_NAMES.items()),
 )
 
+# The text encoder: a pattern in transformers' name -> what the original repository's name has in its place.
+TEXT_ENCODER_NAMES = (
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"^encoder\.block\.(\d+)\.", r"blocks.\1."),
+    (r"layer\.0\.SelfAttention\.relative_attention_bias\.", "pos_embedding.embedding."),
+    (r"layer\.0\.SelfAttention\.", "attn."),
+    (r"layer\.0\.layer_norm\.", "norm1."),
+    (r"layer\.1\.layer_norm\.", "norm2."),
+    (r"layer\.1\.DenseReluDense\.wi_0\.", "ffn.gate.0."),
+    (r"layer\.1\.DenseReluDense\.wi_1\.", "ffn.fc1."),
+    (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
+)
 
-# ComfyUI's files are the original repository's with a prefix; ours are diffusers', with the tensors of phi in a hybrid.
-LAYOUTS = ("diffusers", "original", "comfyui")
-_COMFYUI_PREFIX = "model.diffusion_model."
+# The VAE: likewise from diffusers' name. `original_vae_name` adds the rule for the decoder's levels.
+VAE_NAMES = (
+    (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
+    (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
+    (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+)
 
-# What a file without the transformer's tensors is, by how a tensor's name begins; and the models that Wan also made.
-_FOREIGN = {
+# How the tensors' names of other models begin.
+_OTHER_MODELS = {
     "encoder.block.": "a UMT5 text encoder",
     "token_embedding.": "a UMT5 text encoder",
     "decoder.": "a VAE",
 }
+# Tensors that only Wan's models for other tasks have: image to video, control, editing.
 _OTHER_TASKS = re.compile(r"img_emb|image_embedder|k_img|add_k_proj|vace|control_adapter|ref_conv")
+
+_BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+_MAP_LAYER = re.compile(rf"({QUERY_MAP}|{KEY_MAP})\.\d+\.")
 
 
 def transformer_names(layout: str = "diffusers") -> dict[str, str]:
-    """Our parameter path -> the tensor name of one of LAYOUTS, with `{i}` and `{j}` left in."""
+    """Our parameter path -> the tensor's name in a layout of LAYOUTS, with `{i}` and `{j}` left in."""
     column = {"diffusers": 1, "original": 2, "comfyui": 2}[layout]
     names = {row[0]: name for row in TRANSFORMER_ARRAYS if (name := row[column])}
     for row in TRANSFORMER_LAYERS:
@@ -85,41 +120,41 @@ def transformer_names(layout: str = "diffusers") -> dict[str, str]:
 
 
 def transformer_layout(names: Iterable[str], source: epath.PathLike = "weights") -> str:
-    """Which of LAYOUTS a checkpoint has, by its tensors' names.
+    """The layout, one of LAYOUTS, of a checkpoint whose tensors have these names.
 
-    Raises InputError, saying what it is instead, for a checkpoint that is not a text-to-video Wan transformer.
+    Raises InputError for anything but a text-to-video Wan transformer, and says what the checkpoint holds instead.
     """
     names = list(names)
-    patterns = [re.sub(r"(phi_[qk])\.\d+\.", r"\1.{j}.", re.sub(r"\bblocks\.\d+\.", "blocks.{i}.", n)) for n in names]
+    patterns = [_MAP_LAYER.sub(r"\1.{j}.", _BLOCK.sub("blocks.{i}.", name)) for name in names]
     known = {layout: set(transformer_names(layout).values()) for layout in LAYOUTS}
     score = {layout: sum(pattern in known[layout] for pattern in patterns) for layout in LAYOUTS}
     layout = max(score, key=lambda layout: score[layout])
     if not score[layout]:
-        found = next((kind for begin, kind in _FOREIGN.items() for n in names if n.startswith(begin)), None)
-        found = found or (f"tensors such as {min(names)}" if names else "no tensor")
-        raise InputError(f"{source}: expected the weights of a Wan transformer, found {found}")
+        kinds = (kind for prefix, kind in _OTHER_MODELS.items() if any(name.startswith(prefix) for name in names))
+        actual = next(kinds, f"tensors such as {min(names)}" if names else "no tensor")
+        raise InputError(f"{source}: expected the weights of a Wan transformer, found {actual}")
     if other := next((name for name in names if _OTHER_TASKS.search(name)), None):
-        raise InputError(f"{source}: holds {other}: not a text-to-video model of Wan2.1, which is all that is read")
+        raise InputError(f"{source}: expected a text-to-video model of Wan2.1, found {other}, which has another task")
     return layout
 
 
 def transformer_sizes(tensors: Tensors, layout: str, source: epath.PathLike = "weights") -> dict[str, Any]:
-    """The fields of WanConfig that the tensors' shapes tell, and `dim`: all but heads, eps and RoPE's length.
+    """`dim`, and the fields of WanConfig that follow from the tensors' shapes: all but heads, eps and RoPE's length.
 
-    Raises InputError where one that tells is missing or has not the axes that it should.
+    Raises InputError when a tensor that is needed for this is missing or has the wrong number of axes.
     """
     names = transformer_names(layout)
 
     def shape(path: str, axes: int) -> tuple[int, ...]:
         name = names[path].format(i=0)
         if name not in tensors:
-            raise InputError(f"{source}: missing {name}, which would tell the model's size")
+            raise InputError(f"{source}: missing {name}, whose shape gives the model's size")
         if len(tensors[name].shape) != axes:
             raise InputError(f"{source}: {name} should have {axes} axes, is {tuple(tensors[name].shape)}")
         return tuple(tensors[name].shape)
 
     dim, in_channels, *patch_size = shape("patch_embedding.kernel", 5)
-    blocks = (match for name in tensors if (match := re.search(r"\bblocks\.(\d+)\.", name)))
+    blocks = (match for name in tensors if (match := _BLOCK.search(name)))
     return {
         "dim": dim,
         "patch_size": tuple(patch_size),
@@ -139,7 +174,10 @@ def transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> d
 
 
 def lazy_transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> dict[str, LazyTensor]:
-    """Like `transformer_tensors`, each fetched from its device when it is used; shapes also of an abstract model."""
+    """Like `transformer_tensors`, but each tensor is fetched from its device when it is used.
+
+    An abstract model has shapes here, and no values.
+    """
 
     def lazy(path: str, slot: int | None, param: nnx.Param) -> LazyTensor:
         fetch = lambda: _transformer_to_torch(path, np.asarray(param[...] if slot is None else param[slot]), config)
@@ -153,7 +191,11 @@ def lazy_transformer_tensors(model: "WanTransformer", layout: str = "diffusers")
 def load_transformer_tensors(
     model: "WanTransformer", tensors: Tensors, layout: str = "diffusers", source: epath.PathLike = "weights"
 ) -> None:
-    """Fills a WanTransformer, which may be abstract (from nnx.eval_shape); otherwise like `load_mirrored`."""
+    """Fills a WanTransformer in place, which may be abstract (see `abstract_module`).
+
+    Parameters keep their sharding and dtype. Raises InputError, naming `source`, with the missing, unexpected and
+    mis-shaped tensors; nothing is filled then.
+    """
     expected = {name: tensor.shape for name, tensor in lazy_transformer_tensors(model, layout).items()}
     check_fit(expected, tensors, source)
     grouped: dict[str, tuple[nnx.Param, bool, list[np.ndarray | LazyTensor]]] = {}
@@ -167,14 +209,38 @@ def load_transformer_tensors(
 def renamed_transformer(
     model: "WanTransformer", tensors: Tensors, old: str, new: str, source: epath.PathLike = "weights"
 ) -> Tensors:
-    """The same tensors, untouched, under the names of another layout; `model` may be abstract."""
+    """The same tensors, unread, under their names in the layout `new` instead of `old`; `model` may be abstract.
+
+    Raises InputError, naming `source`, for tensors that do not fit the model.
+    """
     check_fit({name: t.shape for name, t in lazy_transformer_tensors(model, old).items()}, tensors, source)
     both = zip(_transformer_params(model, old), _transformer_params(model, new), strict=True)
     return {after: tensors[before] for (before, *_), (after, *_) in both}
 
 
+def original_text_encoder_name(name: str) -> str:
+    """The original repository's name of a tensor of transformers' UMT5EncoderModel."""
+    for pattern, replacement in TEXT_ENCODER_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def original_vae_name(name: str) -> str:
+    """The original repository's name of a tensor of diffusers' AutoencoderKLWan."""
+
+    def flat(match: re.Match) -> str:
+        """The original's decoder is one list; each level has three residual blocks and an upsampler."""
+        level, kind, number = match.groups()
+        return f".upsamples.{4 * int(level) + (3 if kind == 'upsamplers' else int(number))}."
+
+    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
+    for pattern, replacement in VAE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _transformer_params(model: "WanTransformer", layout: str) -> Iterator[tuple[str, str, int | None, nnx.Param]]:
-    """(tensor name, our path, index on the stacked axis or None, parameter) for each tensor of the layout."""
+    """(tensor name, our path, index on the stacked axis or None, parameter) for each tensor of a layout."""
     config = model.config
     if config.hybrid and layout != "diffusers":
         raise InputError(f"a hybrid transformer has no {layout} layout; use diffusers")
@@ -207,58 +273,3 @@ def _transformer_from_torch(path: str, array: np.ndarray, config: Any) -> np.nda
     if path.endswith("scale_shift_table"):
         return array[0]
     return array.T if path.endswith(".kernel") else array
-
-
-# transformers' name -> the original repository's.
-TEXT_ENCODER_NAMES = (
-    (r"^shared\.", "token_embedding."),
-    (r"^encoder\.final_layer_norm\.", "norm."),
-    (r"^encoder\.block\.(\d+)\.", r"blocks.\1."),
-    (r"layer\.0\.SelfAttention\.relative_attention_bias\.", "pos_embedding.embedding."),
-    (r"layer\.0\.SelfAttention\.", "attn."),
-    (r"layer\.0\.layer_norm\.", "norm1."),
-    (r"layer\.1\.layer_norm\.", "norm2."),
-    (r"layer\.1\.DenseReluDense\.wi_0\.", "ffn.gate.0."),
-    (r"layer\.1\.DenseReluDense\.wi_1\.", "ffn.fc1."),
-    (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
-)
-
-
-# diffusers' name -> the original repository's; `original_vae_name` adds the rule for the decoder's levels.
-VAE_NAMES = (
-    (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
-    (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"(\.\d+)\.norm2\.", r"\1.residual.3."),
-    (r"(\.\d+)\.conv2\.", r"\1.residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.", ".downsamples."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-)
-
-
-def original_text_encoder_name(name: str) -> str:
-    """The original repository's name of a tensor of transformers' UMT5EncoderModel."""
-    for pattern, replacement in TEXT_ENCODER_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def original_vae_name(name: str) -> str:
-    """The original repository's name of a tensor of diffusers' AutoencoderKLWan."""
-
-    def flat(match: re.Match) -> str:
-        """The original's decoder is one list: three residual blocks and an upsampler a level."""
-        level, kind, number = match.groups()
-        return f".upsamples.{4 * int(level) + (3 if kind == 'upsamplers' else int(number))}."
-
-    name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
-    for pattern, replacement in VAE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -19,11 +19,6 @@ from jsurgery.wan.video_size import num_tokens
 
 
 @dataclass(frozen=True)
-class Hedgehog:
-    """The feature map softmax([Wx, -Wx]) of HedgeHog (arXiv 2402.04347): one layer without biases, 2 D features."""
-
-
-@dataclass(frozen=True)
 class Workload:
     """A network at work on one video.
 
@@ -37,7 +32,7 @@ class Workload:
     config: WanConfig
     tokens: int
     text_len: int = 512
-    feature_map: FeatureMapConfig | Hedgehog | None = field(default_factory=FeatureMapConfig)
+    feature_map: FeatureMapConfig | None = field(default_factory=FeatureMapConfig)
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,14 @@ def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens
     return FeatureMapCost(parameters, 2 * parameters * tokens)
 
 
-def map_parameters(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+def map_parameters(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
     """Kernels and biases of one map; the calibrated scale of each head is not among them."""
     width, layers = _feature_map_shape(feature_map, head_dim)
-    biases = 0 if isinstance(feature_map, Hedgehog) else heads * layers * width
+    biases = 0 if feature_map.activation == HEDGEHOG else heads * layers * width
     return _feature_map_weights(feature_map, heads, head_dim) + biases
 
 
-def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | Hedgehog | None, rates: Iterable[Rate]) -> int:
+def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | None, rates: Iterable[Rate]) -> int:
     """What surgery adds to a network: two maps for each converted block, with one calibrated scale per head."""
     if feature_map is None:
         return 0
@@ -188,9 +183,7 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
 def parameters(config: WanConfig) -> int:
     """Parameters of a network, the feature maps of its hybrid blocks included."""
     hybrid = config.hybrid
-    maps: FeatureMapConfig | Hedgehog | None = hybrid.feature_map if hybrid and hybrid.linear_branch else None
-    if isinstance(maps, FeatureMapConfig) and maps.activation == HEDGEHOG:
-        maps = Hedgehog()
+    maps = hybrid.feature_map if hybrid and hybrid.linear_branch else None
     outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
     return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
 
@@ -236,19 +229,19 @@ def _softmax_tokens(tokens: int, rate: Rate) -> int:
     return -(-tokens // rate)
 
 
-def num_features(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> int:
+def num_features(feature_map: FeatureMapConfig, head_dim: int) -> int:
     """Features per head that a map leaves."""
-    return 2 * head_dim if isinstance(feature_map, Hedgehog) else feature_map.degree * head_dim
+    return head_dim * (2 if feature_map.activation == HEDGEHOG else feature_map.degree)
 
 
-def _feature_map_shape(feature_map: FeatureMapConfig | Hedgehog, head_dim: int) -> tuple[int, int]:
+def _feature_map_shape(feature_map: FeatureMapConfig, head_dim: int) -> tuple[int, int]:
     """Width and number of the layers of a head's network."""
-    if isinstance(feature_map, Hedgehog):
+    if feature_map.activation == HEDGEHOG:
         return head_dim, 1
     return num_features(feature_map, head_dim), feature_map.layers
 
 
-def _feature_map_weights(feature_map: FeatureMapConfig | Hedgehog, heads: int, head_dim: int) -> int:
+def _feature_map_weights(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
     width, layers = _feature_map_shape(feature_map, head_dim)
     return heads * (head_dim * width + (layers - 1) * width**2)
 
@@ -275,9 +268,6 @@ def savings(work: Workload, rates: Sequence[Rate]) -> dict[str, float]:
 
 def workload(config: ConfigDict, model: WanConfig) -> Workload:
     """What one forward pass works on, for the cost model."""
-    hybrid, video = config.hybrid, config.video
-    phi = None
-    if hybrid.linear_branch:
-        polynomial = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
-        phi = Hedgehog() if hybrid.activation == HEDGEHOG else polynomial
+    video = config.video
+    phi = FeatureMapConfig.of(config) if config.hybrid.linear_branch else None
     return Workload(model, num_tokens(video.frames, video.height, video.width), config.text_length, phi)

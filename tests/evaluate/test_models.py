@@ -1,5 +1,6 @@
 """The models that a run evaluates are of one kind to the compiler: it compiles a sampler once for all hybrids."""
 
+import dataclasses
 import logging
 
 import jax
@@ -51,7 +52,7 @@ def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compil
     save_model(operated, run.workdir / "model", str(tiny_pipeline))
     compiled.clear()
     for model in (operated, load_transformer(run.workdir / "model")):
-        run.pipeline.transformer = run.put_on_mesh(model)
+        pipeline = dataclasses.replace(run.pipeline, transformer=run.put_on_mesh(model))
         for first in range(2):
-            run.pipeline.sample(["a red circle"], config, seed=0, first=first)
+            pipeline.sample(["a red circle"], config, seed=0, first=first)
     assert compiled.count("jit(_sample)") == 1

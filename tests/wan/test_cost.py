@@ -13,7 +13,6 @@ from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.wan.cost import (
-    Hedgehog,
     Workload,
     block_bytes,
     block_flops,
@@ -34,6 +33,7 @@ from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 
 WAN_1_3B = WanConfig()
 WAN_14B = WanConfig(num_attention_heads=40, num_layers=40, ffn_dim=13824)
+HEDGEHOG = FeatureMapConfig(degree=1, layers=1, activation="hedgehog")
 LARGE = Workload(WAN_1_3B, num_tokens(81, 480, 832))
 SMALL = Workload(WAN_1_3B, num_tokens(81, 320, 480))
 ODD = WanConfig(
@@ -171,7 +171,7 @@ def test_parameters_are_those_of_diffusers(config):
     [
         (FeatureMapConfig(degree=3, layers=3), True),
         (FeatureMapConfig(degree=3, layers=3), False),
-        (FeatureMapConfig(degree=1, layers=1, activation="hedgehog"), True),
+        (HEDGEHOG, True),
     ],
 )
 def test_parameters_are_those_of_the_hybrid_module(phi, linear_branch):
@@ -220,8 +220,8 @@ def test_a_block_agrees_with_xla(rate):
 @pytest.mark.parametrize(
     "rate, phi, init_map",
     [
-        (8, Hedgehog(), lambda _, heads, width: init_hedgehog_map(heads, width)),
-        ("linear", Hedgehog(), lambda _, heads, width: init_hedgehog_map(heads, width)),
+        (8, HEDGEHOG, lambda _, heads, width: init_hedgehog_map(heads, width)),
+        ("linear", HEDGEHOG, lambda _, heads, width: init_hedgehog_map(heads, width)),
         (8, None, None),
     ],
 )
@@ -288,10 +288,10 @@ def test_the_text_encoder_costs_what_torch_counts_in_transformers():
 def test_hedgehog_by_hand():
     """10 tokens, rate 4, one head of width 2: one layer 2 -> 2 and 4 features, exp(+) and exp(-)."""
     config = WanConfig(num_attention_heads=1, attention_head_dim=2)
-    workload = Workload(config, tokens=10, feature_map=Hedgehog())
+    workload = Workload(config, tokens=10, feature_map=HEDGEHOG)
     phi, state, read = (10 + 7) * 2 * 2 * 2, 7 * (2 * 4 * 2 + 4), 10 * (2 * 4 * 2 + 2 * 4)
     assert core_flops(workload, 4) == 10 * 3 * 8 + phi + state + read
-    assert map_parameters(Hedgehog(), heads=1, head_dim=2) == 2 * 2
+    assert map_parameters(HEDGEHOG, heads=1, head_dim=2) == 2 * 2
     plain = block_bytes(workload, 1).core
     assert block_bytes(workload, 4).core == plain + 2 * (2 * 2 * 2 + 2 * 4 * (2 + 1))
-    assert core_flops(dataclasses.replace(LARGE, feature_map=Hedgehog()), 8) < core_flops(LARGE, 8)
+    assert core_flops(dataclasses.replace(LARGE, feature_map=HEDGEHOG), 8) < core_flops(LARGE, 8)

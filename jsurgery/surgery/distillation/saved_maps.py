@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jsurgery.attention.feature_maps import FeatureMapConfig, LearnedMap, build_feature_map
+from jsurgery.attention.feature_maps import (
+    KEY_MAP,
+    QUERY_MAP,
+    FeatureMapConfig,
+    LearnedMap,
+    build_feature_map,
+    named_leaves,
+)
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, shortened
 from jsurgery.io.safetensors import read_tensors, write_tensors
@@ -23,8 +30,8 @@ FeatureMapPair = tuple[LearnedMap, LearnedMap]
 def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> None:
     """Tensors named blocks.I.rate_R.phi_q.LEAF, one map a rate and block of `blocks`."""
     tensors = {}
-    for side, stacked in zip(("phi_q", "phi_k"), maps, strict=True):
-        for leaf_name, leaf in _leaves(stacked):
+    for side, stacked in zip((QUERY_MAP, KEY_MAP), maps, strict=True):
+        for leaf_name, leaf in named_leaves(stacked).items():
             array = np.asarray(leaf)
             for of_block, block in zip(array, blocks, strict=True):
                 for of_rate, rate in zip(of_block, rates, strict=True):
@@ -50,14 +57,10 @@ def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) 
             raise InputError(f"{path}: holds no {missing[0]}; was its rate distilled?")
         return jnp.asarray(np.stack([tensors[name] for name in names]))
 
-    query_maps, key_maps = (build_feature_map(config, functools.partial(stacked, side)) for side in ("phi_q", "phi_k"))
+    query_maps, key_maps = (
+        build_feature_map(config, functools.partial(stacked, side)) for side in (QUERY_MAP, KEY_MAP)
+    )
     return query_maps, key_maps
-
-
-def _leaves(maps: LearnedMap) -> list[tuple[str, jax.Array]]:
-    layers = [(f"kernels.{j}", leaf) for j, leaf in enumerate(maps.kernels)]
-    layers += [(f"biases.{j}", leaf) for j, leaf in enumerate(maps.biases)]
-    return [*layers, ("log_scale", maps.log_scale)]
 
 
 def read_errors(folder: epath.Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jsurgery.wan.transformer import WanTransformer
 def initial_maps(config: ConfigDict, teacher: WanTransformer) -> FeatureMapPair:
     """Fresh maps for every rate and block of `config.distill.blocks`: the same, whichever these are."""
     hybrid, model = config.hybrid, teacher.config
-    phi = FeatureMapConfig(hybrid.degree, hybrid.layers, hybrid.activation)
+    phi = FeatureMapConfig.of(config)
     count, chosen = model.num_layers * len(hybrid.rates), block_numbers(config.distill.blocks)
 
     def maps(key):
