@@ -7,12 +7,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from jsurgery.data.shards import Records, array_text
 from jsurgery.diffusion import initial_noise, schedule
 from jsurgery.io.files import replacing
 from jsurgery.runtime.progress import say
+from jsurgery.surgery.trace import TraceSteps
 from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.text_encoder import encode_prompts
@@ -163,18 +164,16 @@ def samples(job: ExportJob) -> list[dict[str, np.ndarray]]:
     shapes, rng = job.tensors(), np.random.default_rng(job.seed)
     rows = schedule(job.sampler["solver"], job.sampler["steps"], job.sampler["shift"])
     tokenizer = Tokenizer(f"{job.base}/tokenizer") if job.text_encoder else None
-    traced = (Records(f"{job.trace}/steps"), Records(f"{job.trace}/text")) if job.trace else None
-    shares = [0.5, *np.linspace(0, 1, job.samples - 1)]  # the first, which is compared with, in the middle of the way
+    traced = TraceSteps(epath.Path(job.trace)) if job.trace else None
+    # Artefacts are compared on the first sample, from the middle of a trajectory. The others span all of it.
+    shares = [0.5, *np.linspace(0, 1, job.samples - 1)]
     found = []
     for number, share in enumerate(shares):
         if traced is not None:
-            steps, texts = traced
-            prompts = len(texts) - 1
-            kept = len(steps) // prompts
-            step = steps[(number % prompts) * kept + round(share * (kept - 1))]
-            text = texts[int(step["prompt"]) if step["conditional"] else len(texts) - 1]
-            prompt, embeddings = array_text(text["prompt"]), text["embedding"][None]
-            latents, timestep = step["latents"], step["timestep"]
+            traced_prompt = traced.prompts[number % len(traced.prompts)]
+            index = traced.position(traced_prompt, round(share * (traced.steps_per_prompt - 1)))
+            step, prompt = traced[index], traced.text(index)
+            latents, timestep, embeddings = step["latents"], step["timestep"], step["text"][None]
         else:
             prompt = job.prompts[number % len(job.prompts)] if job.prompts else ""
             embeddings = rng.normal(size=shapes["text_embeddings"].shape)

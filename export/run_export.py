@@ -22,7 +22,7 @@ from jsurgery.io.files import write_json
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
-from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.runtime.stage_folder import StageFolder, read_marker
 from jsurgery.version import __version__
 from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
@@ -208,12 +208,12 @@ def encoder_bytes(file: epath.Path) -> int:
 
 def was_traced(trace: pathlib.Path, config: ConfigDict) -> bool:
     """Whether a complete trace of videos and texts of this size is there."""
-    if not (trace / "stage.json").exists():
+    marker = read_marker(epath.Path(trace))
+    if marker is None or not marker["complete"]:
         return False
-    stage = json.loads((trace / "stage.json").read_text())
     size = {f"video.{name}": config.video[name] for name in ("frames", "height", "width")}
     size["text_length"] = config.text_length
-    return stage["complete"] and all(stage["made_with"].get(field) == value for field, value in size.items())
+    return all(marker["made_with"].get(field) == value for field, value in size.items())
 
 
 def run_worker(module: str, folder: pathlib.Path, *choices: str) -> None:

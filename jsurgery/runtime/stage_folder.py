@@ -51,22 +51,12 @@ class StageFolder:
 
     def done(self) -> bool:
         """Whether the stage has ended with this config. Raises InputError when it was begun with another one."""
-        marker = self.folder / MARKER
-        if not marker.exists():
+        found = read_marker(self.folder)
+        if found is None:
             return False
-        found = read_object(marker, "the marker of a stage")
-        if (version := found.get("format_version", 1)) != FORMAT_VERSION:
-            raise InputError(
-                f"{marker}: made by another version: of format {version!r}, this jsurgery makes {FORMAT_VERSION}; "
-                "use another --workdir"
-            )
-        if not isinstance(found.get("made_with"), dict) or not isinstance(found.get("complete"), bool):
-            raise InputError(f"{marker}: damaged: expected the marker of a stage, found {shortened(found)}")
         if found["made_with"] != self.made_with:
-            raise InputError(
-                f"{marker}: made with another config: {describe_changes(found['made_with'], self.made_with)}; "
-                "use another --workdir"
-            )
+            changes = describe_changes(found["made_with"], self.made_with)
+            raise InputError(f"{self.folder / MARKER}: made with another config: {changes}; use another --workdir")
         return found["complete"]
 
     def begin(self) -> None:
@@ -101,3 +91,22 @@ class StageFolder:
                     processes.on_first(self.end)
                     return
         say(f"{self.name}: up to date, skipped")
+
+
+def read_marker(folder: epath.Path) -> dict[str, Any] | None:
+    """The marker of a stage's folder, with `complete` and `made_with`; None where there is none.
+
+    Raises InputError for a damaged marker and for that of another format version.
+    """
+    marker = folder / MARKER
+    if not marker.exists():
+        return None
+    found = read_object(marker, "the marker of a stage")
+    if (version := found.get("format_version", 1)) != FORMAT_VERSION:
+        raise InputError(
+            f"{marker}: made by another version: of format {version!r}, this jsurgery makes {FORMAT_VERSION}; "
+            "use another --workdir"
+        )
+    if not isinstance(found.get("made_with"), dict) or not isinstance(found.get("complete"), bool):
+        raise InputError(f"{marker}: damaged: expected the marker of a stage, found {shortened(found)}")
+    return found

@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.data.prompts import load_prompts
-from jsurgery.data.shards import Records, shard_path, text_array, write_shard
+from jsurgery.data.shards import Record, Records, array_text, shard_path, text_array, write_shard
 from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import to_host
@@ -80,22 +80,39 @@ def trace(
 
 
 class TraceSteps:
-    """Random access to traced steps of some prompts, each with the text to replay it with; a source for grain."""
+    """Random access to the traced steps of some prompts, by default of all that were traced; a source for grain.
 
-    def __init__(self, folder: epath.Path, prompts: range):
+    Each step comes with the text embedding of its guidance branch. `prompts` are the numbers of the prompts, each of
+    which has `steps_per_prompt` steps: `steps[position(prompt, step)]`.
+    """
+
+    def __init__(self, folder: epath.Path, prompts: range | None = None):
         self.steps, self.texts = Records(folder / "steps"), Records(folder / "text")
-        earlier = int(self.steps[0]["prompt"])  # prompts of which no steps are kept
-        per_prompt = len(self.steps) // (len(self.texts) - 1 - earlier)
-        self.first, self.count = (prompts.start - earlier) * per_prompt, len(prompts) * per_prompt
+        first_traced = int(self.steps[0]["prompt"])  # `trace` keeps no steps of earlier prompts
+        self.negative_text = len(self.texts) - 1
+        traced = range(first_traced, self.negative_text)
+        self.prompts = traced if prompts is None else prompts
+        self.steps_per_prompt = len(self.steps) // len(traced)
+        self.first = (self.prompts.start - first_traced) * self.steps_per_prompt
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.prompts) * self.steps_per_prompt
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
         step = self.steps[self.first + index]
-        text = int(step["prompt"]) if step["conditional"] else len(self.texts) - 1
         return {
             "latents": step["latents"].astype(np.float32),
             "timestep": step["timestep"],
-            "text": self.texts[text]["embedding"],
+            "text": self._text_record(step)["embedding"],
         }
+
+    def position(self, prompt: int, step: int) -> int:
+        """The index of a prompt's step; `step` counts the steps that were kept of it."""
+        return self.prompts.index(prompt) * self.steps_per_prompt + step
+
+    def text(self, index: int) -> str:
+        """The prompt whose embedding a step comes with: the negative prompt in the unconditional branch."""
+        return array_text(self._text_record(self.steps[self.first + index])["prompt"])
+
+    def _text_record(self, step: Record) -> Record:
+        return self.texts[int(step["prompt"]) if step["conditional"] else self.negative_text]
