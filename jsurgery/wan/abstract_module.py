@@ -1,4 +1,4 @@
-"""Modules whose parameters are shapes, to be filled from a checkpoint or another module."""
+"""Abstract modules: their parameters are shapes, to be filled from a checkpoint or from another module."""
 
 import functools
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ Module = TypeVar("Module", bound=nnx.Module)
 def abstract_module(kind: type[Module], config: Any, **options: Any) -> Module:
     """A new `kind(config, **options)` with `jax.ShapeDtypeStruct`s for parameters.
 
-    Flax traces every initialiser for that, which takes longer than reading a small model: it is done once for equal
-    arguments.
+    Flax traces every initialiser for this, which takes longer than reading a small model. The result is therefore kept
+    for equal arguments.
     """
     return nnx.merge(*_split(kind, config, tuple(sorted(options.items()))), copy=True)
 

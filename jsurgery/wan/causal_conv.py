@@ -1,4 +1,4 @@
-"""Convolutions over time that see no later frame, and the frames that one chunk leaves for the next."""
+"""Causal convolutions over time, and the cache of frames that lets a clip run through them chunk by chunk."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,29 +9,29 @@ from flax import nnx
 
 
 class FrameCache:
-    """What a network carries from one chunk of a clip to the next: the last frames that each causal convolution saw.
+    """The state of a network between two chunks of a clip: the last input frames of every causal convolution.
 
-    Convolutions and inner caches take theirs in the order in which they run; all chunks but the first are of one size.
+    Entries are in the order in which the convolutions run. All chunks but the first must have the same size.
     """
 
     def __init__(self, kept: list[Any] | None = None):
-        """`kept` is `left` of the chunk before; None in a clip's first chunk, which begins with its first frame."""
+        """`kept` is the `left` of the chunk before, or None for a clip's first chunk."""
         self.at_start = kept is None
         self.left: list[Any] = []
         self._kept = iter(kept or [])
 
     def prepend(self, start_BxKxHxWxC: jax.Array, x_BxTxHxWxC: jax.Array) -> jax.Array:
-        """The K frames that lie before x, then x; before a clip lies `start`."""
+        """The K frames before x, followed by x. At the start of a clip the K frames are `start`."""
         before = [start_BxKxHxWxC] if self.at_start else next(self._kept)
         joined = jnp.concatenate([*before, x_BxTxHxWxC], axis=1)
-        # Each frame is an array of its own: slices of a longer one would be copies that the compiler makes early.
+        # Every frame is an array of its own. As slices of a longer array they would be copied, and early.
         self.left.append(jnp.split(joined[:, x_BxTxHxWxC.shape[1] :], start_BxKxHxWxC.shape[1], axis=1))
         return joined
 
     def frame_by_frame(
         self, layers: Callable[[jax.Array, "FrameCache"], jax.Array], x_BxTxHxWxC: jax.Array
     ) -> jax.Array:
-        """`layers` in a loop over the frames of x, so that intermediate values are those of one frame."""
+        """Runs `layers` in a loop over the frames of x, so that intermediate values take the memory of one frame."""
 
         def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], jax.Array]:
             cache = FrameCache(kept)
@@ -48,15 +48,11 @@ class FrameCache:
         return y
 
 
-def per_channel(values: Any, x: jax.Array) -> jax.Array:
-    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 class CausalConv(nnx.Module):
-    """Convolution over [B, T, H, W, C] that sees the present and the kt - 1 frames before it; sides keep their size.
+    """Convolution over [B, T, H, W, C] in which a frame sees itself and the kt - 1 frames before it; keeps H and W.
 
-    Computed as one 2-D convolution over frames whose channels hold the kt time-shifted copies: XLA's 3-D convolution on
-    CPU is several times slower, and one path for all devices keeps their results comparable.
+    It is computed as one 2-D convolution over frames whose channels hold kt copies, shifted in time. XLA's 3-D
+    convolution is several times slower on CPU, and with one path for all devices their results stay comparable.
     """
 
     def __init__(
@@ -69,7 +65,10 @@ class CausalConv(nnx.Module):
     def __call__(
         self, x_BxTxHxWxC: jax.Array, cache: FrameCache | None = None, start: jax.Array | None = None
     ) -> jax.Array:
-        """T / time_stride frames. `start` [B, kt - time_stride, H, W, C], by default zeros, lies before the clip."""
+        """Returns T / time_stride frames.
+
+        `start` [B, kt - time_stride, H, W, C], by default zeros, stands for the frames before a clip's first frame.
+        """
         kt, kh, kw, in_dim, out_dim = self.kernel.shape
         batch, time, height, width, _ = x_BxTxHxWxC.shape
         frames = batch * time // self.time_stride
@@ -89,3 +88,8 @@ class CausalConv(nnx.Module):
         )
         y_BxTxHxWxO = y_NxHxWxO.reshape(batch, time // self.time_stride, height, width, out_dim)
         return y_BxTxHxWxO + per_channel(self.bias[...], y_BxTxHxWxO)
+
+
+def per_channel(values: Any, x: jax.Array) -> jax.Array:
+    """Values [C] in x's dtype, shaped to broadcast against x [..., C]."""
+    return jnp.asarray(values, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

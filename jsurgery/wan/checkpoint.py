@@ -1,4 +1,8 @@
-"""Reads and writes the three models of a Wan pipeline: the transformer, the VAE and the text encoder."""
+"""Loads and saves the three models of a Wan pipeline: the transformer, the VAE and the text encoder.
+
+Every folder that is written here ends with its hashes, and every folder that has hashes is checked against them before
+it is loaded (see `folder_hashes`).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +18,7 @@ from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, write_json
 from jsurgery.io.safetensors import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
 from jsurgery.runtime.mesh import parameter_shardings
-from jsurgery.wan import checkpoint_layouts, torch_layout
+from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 from jsurgery.wan.model_config import (
@@ -32,54 +36,33 @@ from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
 
-def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
-    """The encoder in a `text_encoder/` folder (config.json, safetensors in one file or in shards with an index).
-
-    Raises InputError, naming the file, for a missing, damaged or foreign one.
-    """
-    folder = epath.Path(path)
-    check_hashes(folder)
-    config, tensors = read_text_encoder_config(folder), open_tensors(folder)
-    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
-    encoder = abstract_module(TextEncoder, config)
-    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
-    return encoder
-
-
-def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
-    """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
-    folder = epath.Path(path)
-    hashes = write_shards(folder, "model", mirrored_tensors(encoder))
-    write_json(folder / "config.json", encoder.config.to_json())
-    write_hashes(folder, hashes, "config.json")
-
-
 def read_config(path: epath.PathLike) -> WanConfig:
-    """The config of a transformer's folder or file, of any layout.
+    """The config of a transformer's folder or file, in any layout.
 
-    A config.json in the folder, or beside the file, is diffusers', ours or the original repository's; without one, the
-    tensors' shapes tell all but the number of heads, which is that of the published models: of 128 channels each.
-    Raises InputError when it is another architecture's or cannot be told.
+    It is read from a config.json in the folder or beside the file: diffusers', ours or the original repository's.
+    Without a config.json it follows from the tensors' shapes, except for the number of heads. Heads are then taken to
+    have 128 channels, as in the published models. Raises InputError for another architecture, or when the config does
+    not follow from the tensors.
     """
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a transformer")
     file = (path if path.is_dir() else path.parent) / "config.json"
     fields = read_object(file) if file.exists() else {}
-    kind = fields.get("_class_name")
-    if kind in (CLASS_NAME, HYBRID_CLASS_NAME):
+    class_name = fields.get("_class_name")
+    if class_name in (CLASS_NAME, HYBRID_CLASS_NAME):
         return WanConfig.from_json(fields, source=str(file))
 
     tensors = open_tensors(path)
     layout = checkpoint_layouts.transformer_layout(tensors, path)
-    if path.is_dir() and kind not in (None, ORIGINAL_CLASS_NAME):
+    if path.is_dir() and class_name not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
-        raise InputError(f"{file}: expected _class_name {expected}, found {kind!r}")
+        raise InputError(f"{file}: expected _class_name {expected}, found {class_name!r}")
     if any(f".{QUERY_MAP}." in name for name in tensors):
         raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
     sizes = checkpoint_layouts.transformer_sizes(tensors, layout, path)
-    if kind != ORIGINAL_CLASS_NAME and not path.is_dir():
-        fields = {}  # of something else that lies beside the file
+    if class_name != ORIGINAL_CLASS_NAME and not path.is_dir():
+        fields = {}  # the config.json beside the file is another model's
     heads = _check_original(fields, sizes, file)
     sizes["eps"] = fields.get("eps", WanConfig.eps)
     dim = sizes.pop("dim")
@@ -89,23 +72,11 @@ def read_config(path: epath.PathLike) -> WanConfig:
     return WanConfig(num_attention_heads=heads, attention_head_dim=dim // heads, **sizes)
 
 
-def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:
-    """The number of heads in the original repository's config.json, if it says and agrees with the tensors."""
-    told = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
-    for name, expected in told.items():
-        if (found := fields.get(name, expected)) != expected:
-            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {found!r}")
-    heads = fields.get("num_heads")
-    if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
-        raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")
-    return heads
-
-
 def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
     """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
 
-    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and put one by one where they belong
-    on the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
+    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and moved one by one to their devices
+    of the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     check_hashes(path)
     config = read_config(path)
@@ -128,10 +99,11 @@ def save_transformer(
     shard_bytes: int = SHARD_BYTES,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what `load_transformer` reads, in shards above `shard_bytes`; `more` also goes into config.json.
+    """Writes a transformer for `load_transformer`, in shards above `shard_bytes`; `more` holds further config fields.
 
-    "diffusers" is a folder that diffusers reads too, unless the transformer is a hybrid; "original" a folder as the
-    original repository's, "comfyui" one file. Raises InputError for a hybrid in any but the first.
+    The layout "diffusers" is a folder, which diffusers reads too unless the transformer is a hybrid. "original" is a
+    folder like the original repository's, "comfyui" a single file. Raises InputError for a hybrid in a layout other
+    than "diffusers".
     """
     tensors = checkpoint_layouts.lazy_transformer_tensors(transformer, layout)
     write_transformer(tensors, transformer.config, path, layout, shard_bytes, more)
@@ -145,10 +117,10 @@ def write_transformer(
     shard_bytes: int = SHARD_BYTES,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes tensors that are named in `layout`.
+    """Writes a transformer's tensors, which have their names in `layout`; otherwise like `save_transformer`.
 
-    diffusers looks for its own file name whatever class config.json names, and drops the tensors that it does not know:
-    a hybrid's file has another name, which is no variant of that one either.
+    Whatever class config.json names, diffusers loads a file of its usual name and drops the tensors that it does not
+    know. A hybrid's file therefore has a name that diffusers does not look for.
     """
     path = epath.Path(path)
     if layout == "comfyui":
@@ -168,20 +140,59 @@ def write_transformer(
 
 
 def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
-    """From a diffusers vae/ folder (config.json and safetensors); `dtype` is that of parameters and computation.
+    """The VAE in a diffusers `vae/` folder, config.json and safetensors.
 
-    Raises InputError, naming the file, for a folder that is not there, incomplete, damaged, or of another architecture.
+    `dtype` is that of parameters and computation. Raises InputError naming the file that is missing, damaged or of
+    another architecture.
     """
     check_hashes(path)
     config, tensors = read_vae_config(path), open_tensors(path)
     vae = abstract_module(WanVae, config)
-    torch_layout.load_mirrored(vae, tensors, dtype=dtype, source=path)
+    load_mirrored(vae, tensors, dtype=dtype, source=path)
     return vae
 
 
 def save_vae(vae: WanVae, path: epath.PathLike) -> None:
-    """Writes a folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
+    """Writes the folder that `load_vae` and diffusers' AutoencoderKLWan.from_pretrained read."""
     path = epath.Path(path)
-    hashes = write_shards(path, "diffusion_pytorch_model", torch_layout.mirrored_tensors(vae))
+    hashes = write_shards(path, "diffusion_pytorch_model", mirrored_tensors(vae))
     write_json(path / "config.json", vae.config.to_json())
     write_hashes(path, hashes, "config.json")
+
+
+def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> TextEncoder:
+    """The encoder in a `text_encoder/` folder: config.json, and safetensors in one file or in shards with an index.
+
+    `dtype` is that of parameters and computation. Raises InputError naming the file that is missing, damaged or of
+    another architecture.
+    """
+    folder = epath.Path(path)
+    check_hashes(folder)
+    config, tensors = read_text_encoder_config(folder), open_tensors(folder)
+    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+    encoder = abstract_module(TextEncoder, config)
+    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
+    return encoder
+
+
+def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
+    """Writes the folder that `load_text_encoder` and transformers' UMT5EncoderModel.from_pretrained read."""
+    folder = epath.Path(path)
+    hashes = write_shards(folder, "model", mirrored_tensors(encoder))
+    write_json(folder / "config.json", encoder.config.to_json())
+    write_hashes(folder, hashes, "config.json")
+
+
+def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:
+    """The number of heads in the original repository's config.json, or None where it is not given.
+
+    Raises InputError where the file contradicts `sizes`, those of the tensors.
+    """
+    expected_fields = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
+    for name, expected in expected_fields.items():
+        if (actual := fields.get(name, expected)) != expected:
+            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {actual!r}")
+    heads = fields.get("num_heads")
+    if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
+        raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")
+    return heads

@@ -1,6 +1,6 @@
-"""Checkpoints from one layout to another, tensor by tensor, every value and type untouched.
+"""Converts checkpoints from one layout to another, tensor by tensor, without a change to values or types.
 
-The VAE and the text encoder of the original repository come as pickles; torch reads them, for tensors only.
+The original repository publishes its VAE and text encoder as pickles. torch reads them, restricted to tensors.
 """
 
 import functools
@@ -30,9 +30,9 @@ from jsurgery.wan.vae import WanVae
 def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> epath.Path:
     """Writes the transformer at `model` in another layout ("diffusers", "original", "comfyui") and returns `output`.
 
-    `model` is a transformer's folder or file, a pipeline folder or a repository id; or a file of the original
-    repository's VAE or text encoder (.pth, or .safetensors of the same names), which becomes a diffusers folder.
-    Raises InputError for what does not convert, and for an output that is there already.
+    `model` is a transformer's folder or file, a pipeline folder, or a repository id. It may also be the file of the
+    original repository's VAE or text encoder (.pth, or .safetensors with the same tensor names), which becomes a
+    diffusers folder. Raises InputError for a model that cannot be converted, and for an output that exists already.
     """
     source, output = epath.Path(hub.local_path(model)), epath.Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -56,12 +56,12 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
 
 
 def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
-    found = checkpoint_layouts.transformer_layout(tensors, source)
+    source_layout = checkpoint_layouts.transformer_layout(tensors, source)
     config = read_config(source)
     model = abstract_module(WanTransformer, config)
-    # Where a hybrid's VAE and text encoder are is said in its config, too.
+    # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
-    renamed = checkpoint_layouts.renamed_transformer(model, tensors, found, layout, source)
+    renamed = checkpoint_layouts.renamed_transformer(model, tensors, source_layout, layout, source)
     write_transformer(renamed, config, output, layout, more=more)
 
 
@@ -85,7 +85,7 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
 
 
 def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
-    # Latents' mean and std stand in no file: a VAE of other channels than Wan2.1's will not fit.
+    # The file has no mean and std of the latents, so they are Wan2.1's, and only a VAE with as many channels fits.
     config = VaeConfig(base_dim=_shape(tensors, "encoder.conv1.weight", source, axes=5)[0])
     vae = abstract_module(WanVae, config)
     hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
@@ -95,19 +95,19 @@ def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
 
 def _shape(tensors: Tensors, name: str, source: epath.Path, axes: int = 2) -> tuple[int, ...]:
     if name not in tensors or len(tensors[name].shape) != axes:
-        raise InputError(f"{source}: missing {name} of {axes} axes, which would tell the model's size")
+        raise InputError(f"{source}: missing {name} of {axes} axes, whose shape gives the model's size")
     return tuple(tensors[name].shape)
 
 
 def _renamed(module: nnx.Module, original_name, tensors: Tensors, source: epath.Path) -> Tensors:
-    """The original repository's tensors under the names that an abstract module mirrors."""
+    """The original repository's tensors under the names that an abstract module mirrors. Raises InputError."""
     shapes = torch_layout.mirrored_shapes(module)
     torch_layout.check_fit({original_name(name): shape for name, shape in shapes.items()}, tensors, source)
     return {name: tensors[original_name(name)] for name in shapes}
 
 
 def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
-    """The tensors of a file of torch.save, memory-mapped where its format allows. Nothing in it is executed."""
+    """The tensors in a file of torch.save, memory-mapped if its format allows. No code in the file is executed."""
     if not file.exists():
         raise InputError(f"{file}: no such file")
     with file.open("rb") as stream:
@@ -123,14 +123,14 @@ def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(f"{file}: refused: it names {named[1]}, which a file of tensors does not") from None
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{file}: refused: it names {match[1]}, which a file of tensors does not") from None
         raise InputError(f"{file}: not a file of torch.save: its {size} bytes are truncated or damaged") from None
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
         raise InputError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
 
     def lazy(tensor: torch.Tensor) -> LazyTensor:
-        if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+        if tensor.dtype == torch.bfloat16:  # torch cannot convert it to NumPy
             fetch = lambda: tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             return LazyTensor(tuple(tensor.shape), np.dtype(ml_dtypes.bfloat16), fetch)
         dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype

@@ -1,7 +1,7 @@
-"""Parameters, FLOPs and bytes of a Wan network with softmax or hybrid self-attention.
+"""Parameters, FLOPs and bytes of Wan's transformer, with softmax or hybrid self-attention, and of its text encoder.
 
-One multiply-add is 2 FLOP; softmax, norms, activations and modulation are not counted. "core" is attention with phi and
-without the projections. Batch 1, one forward pass. Beside the transformer stand its text encoder and its VAE.
+One multiply-add is 2 FLOP. Softmax, norms, activations and modulation are not counted. "core" is attention with phi and
+without the projections. All counts are for batch 1 and one forward pass. `vae_cost` counts the VAE.
 """
 
 import math
@@ -17,16 +17,19 @@ from jsurgery.rates import Rate
 from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
 from jsurgery.wan.video_size import num_tokens
 
+# The fields of a BlockCost, and its total.
+PARTS = ("core", "projections", "cross_attention", "ffn", "total")
+
 
 @dataclass(frozen=True)
 class Workload:
-    """A network at work on one video.
+    """A network and the video that it computes.
 
     Attributes:
-      config: the network's sizes; its own plan, if it has one, is ignored.
-      tokens: N, video tokens (`num_tokens`).
+      config: the network's sizes; its own rates, if it has any, are ignored.
+      tokens: N, the video's tokens (`num_tokens`).
       text_len: text tokens, padding included.
-      feature_map: phi of hybrid blocks; None: they have no linear branch.
+      feature_map: phi of hybrid blocks; None where they have no linear branch.
     """
 
     config: WanConfig
@@ -37,7 +40,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs or bytes of the parts of one block."""
+    """FLOPs or bytes of one block, by part."""
 
     core: int
     projections: int
@@ -51,7 +54,7 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, FLOPs, and the least bytes moved to and from memory."""
+    """Parameters, FLOPs, and the fewest bytes that must be moved to and from memory."""
 
     parameters: int = 0
     flops: int = 0
@@ -69,45 +72,17 @@ class FeatureMapCost:
     flops: int
 
 
-def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens: int) -> FeatureMapCost:
-    """One map phi of eq. 8 on `tokens` tokens, biases included: Table 7 of the paper.
-
-    Table 7 gives 70 GFLOP for degree 4, 2 layers and 12600 tokens; its own parameter count, and this, make it 99.4.
-    """
-    parameters = map_parameters(FeatureMapConfig(degree, layers), heads, head_dim)
-    return FeatureMapCost(parameters, 2 * parameters * tokens)
-
-
-def map_parameters(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
-    """Kernels and biases of one map; the calibrated scale of each head is not among them."""
-    width, layers = _feature_map_shape(feature_map, head_dim)
-    biases = 0 if feature_map.activation == HEDGEHOG else heads * layers * width
-    return _feature_map_weights(feature_map, heads, head_dim) + biases
+def workload(config: ConfigDict, model: WanConfig) -> Workload:
+    """The workload of one forward pass of `model` on a video of the size in `config.video`."""
+    video = config.video
+    phi = FeatureMapConfig.of(config) if config.hybrid.linear_branch else None
+    tokens = num_tokens(video.frames, video.height, video.width, model.patch_size)
+    return Workload(model, tokens, config.text_length, phi)
 
 
-def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | None, rates: Iterable[Rate]) -> int:
-    """What surgery adds to a network: two maps for each converted block, with one calibrated scale per head."""
-    if feature_map is None:
-        return 0
-    one = map_parameters(feature_map, config.num_attention_heads, config.attention_head_dim)
-    return 2 * sum(rate != 1 for rate in rates) * (one + config.num_attention_heads)
-
-
-def core_flops(workload: Workload, rate: Rate) -> int:
-    """Self-attention of one block at rate 1 (softmax), 2, 4, ... or "linear" (eq. 5), without projections.
-
-    Softmax runs over ceil(N / rate) keys. phi_q runs on all N tokens, phi_k on the linear tokens alone, both counted
-    without biases; the linear tokens make the state sum phi_k^T v and the normaliser sum phi_k, all tokens read both.
-    """
-    tokens, config = workload.tokens, workload.config
-    linear = tokens - _softmax_tokens(tokens, rate)
-    flops = 4 * tokens * (tokens - linear) * config.dim
-    if linear and workload.feature_map:
-        features = config.num_attention_heads * num_features(workload.feature_map, config.attention_head_dim)
-        phi = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, config.attention_head_dim)
-        state = 2 * features * config.attention_head_dim
-        flops += tokens * (phi + state + 2 * features) + linear * (phi + state + features)
-    return flops
+def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
+    """FLOPs of one forward pass: blocks with these rates, one per block, embeddings and head."""
+    return embeddings_cost(workload).flops + sum(block_flops(workload, rate).total for rate in rates)
 
 
 def block_flops(workload: Workload, rate: Rate) -> BlockCost:
@@ -121,16 +96,29 @@ def block_flops(workload: Workload, rate: Rate) -> BlockCost:
     )
 
 
-def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
-    """FLOPs of one forward pass with these rates, one per block: blocks, embeddings and head."""
-    return embeddings_cost(workload).flops + sum(block_flops(workload, rate).total for rate in rates)
+def core_flops(workload: Workload, rate: Rate) -> int:
+    """FLOPs of one block's self-attention (eq. 5) at a rate, 1 (softmax), 2, 4, ... or "linear", without projections.
+
+    Softmax runs over ceil(N / rate) keys. phi_q runs on all N tokens and phi_k on the linear tokens, both counted
+    without biases. The state sum phi_k^T v and the normaliser sum phi_k are summed over the linear tokens; every token
+    reads both.
+    """
+    tokens, config = workload.tokens, workload.config
+    linear = tokens - _softmax_tokens(tokens, rate)
+    flops = 4 * tokens * (tokens - linear) * config.dim
+    if linear and workload.feature_map:
+        features = config.num_attention_heads * num_features(workload.feature_map, config.attention_head_dim)
+        phi = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, config.attention_head_dim)
+        state = 2 * features * config.attention_head_dim
+        flops += tokens * (phi + state + 2 * features) + linear * (phi + state + features)
+    return flops
 
 
 def distillation_flops(workload: Workload, rates: Iterable[Rate]) -> int:
-    """FLOPs of one step on one example that distils every block at all these rates.
+    """FLOPs of one distillation step on one example, with every block at all these rates.
 
-    The teacher runs once; the linear branch of each rate runs forward and, at twice that, backward. Softmax is shared
-    with the teacher and has no gradient.
+    The teacher runs once. The linear branch of each rate runs forward, and backward at twice the FLOPs. The softmax
+    branch is the teacher's own and has no gradient.
     """
     tokens, config = workload.tokens, workload.config
     softmax = lambda rate: 4 * tokens * _softmax_tokens(tokens, rate) * config.dim
@@ -139,31 +127,15 @@ def distillation_flops(workload: Workload, rates: Iterable[Rate]) -> int:
 
 
 def model_bytes(workload: Workload, rates: Iterable[Rate], bytes_per_value: int = 2) -> int:
-    """Least memory traffic of one forward pass (`block_bytes`)."""
+    """The least memory traffic of one forward pass; see `block_bytes`."""
     blocks = sum(block_bytes(workload, rate, bytes_per_value).total for rate in rates)
     return embeddings_cost(workload, bytes_per_value).bytes + blocks
 
 
-def embeddings_cost(workload: Workload, bytes_per_value: int = 2) -> Cost:
-    """All of a network that is not in its blocks: patches, timestep and text brought to the width, and the head."""
-    config, dim, patch = workload.config, workload.config.dim, math.prod(workload.config.patch_size)
-    layers = (
-        (workload.tokens, patch * config.in_channels, dim),
-        (workload.text_len, config.text_dim, dim),
-        (workload.text_len, dim, dim),
-        (1, config.freq_dim, dim),
-        (1, dim, dim),
-        (1, dim, 6 * dim),
-        (workload.tokens, dim, patch * config.out_channels),
-    )
-    head_modulation = Cost(parameters=2 * dim)
-    return sum((_linear(*layer, bytes_per_value) for layer in layers), head_modulation)
-
-
 def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> BlockCost:
-    """Least memory traffic of one block, by part: weights, inputs and outputs of every product move once.
+    """The least memory traffic of one block, by part: weights, inputs and outputs of every product move once.
 
-    Scores, features and all elementwise work stay on the chip; the linear branch's state is written once and read once.
+    Scores, features and all elementwise work stay on the chip. The linear branch's state is written and read once.
     """
     config, tokens, text_len = workload.config, workload.tokens, workload.text_len
     dim, head_dim = config.dim, config.attention_head_dim
@@ -180,82 +152,13 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
     return BlockCost(*(bytes_per_value * count for count in vars(values).values()))
 
 
-def parameters(config: WanConfig) -> int:
-    """Parameters of a network, the feature maps of its hybrid blocks included."""
-    hybrid = config.hybrid
-    maps = hybrid.feature_map if hybrid and hybrid.linear_branch else None
-    outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
-    return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
-
-
-def block_parameters(config: WanConfig) -> int:
-    """Parameters of one block as published, without feature maps."""
-    dim = config.dim
-    attention = 4 * (dim * dim + dim) + 2 * dim
-    feed_forward = 2 * dim * config.ffn_dim + config.ffn_dim + dim
-    modulation = 6 * dim
-    cross_norm = 2 * dim if config.cross_attn_norm else 0
-    return 2 * attention + feed_forward + modulation + cross_norm
-
-
-def text_encoder_cost(config: TextEncoderConfig, tokens: int, bytes_per_value: int = 4) -> Cost:
-    """One prompt of `tokens` tokens, padding included. Of the vocabulary only the rows that are looked up move."""
-    inner, lookup = config.num_heads * config.d_kv, Cost(config.vocab_size * config.d_model)
-    attention = _attention(1, tokens, inner, bytes_per_value) + Cost(
-        config.relative_attention_num_buckets * config.num_heads
-    )
-    layers = [(config.d_model, inner)] * 3 + [(inner, config.d_model)]
-    layers += [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
-    one = sum((_linear(tokens, *layer, bytes_per_value, bias=False) for layer in layers), attention)
-    one += Cost(2 * config.d_model)
-    return sum([one] * config.num_layers, lookup + Cost(config.d_model))
-
-
-def _linear(rows: int, inputs: int, outputs: int, bytes_per_value: int, bias: bool = True) -> Cost:
-    moved = bytes_per_value * (inputs * outputs + rows * (inputs + outputs))
-    return Cost(inputs * outputs + bias * outputs, 2 * rows * inputs * outputs, moved)
-
-
-def _attention(batch: int, tokens: int, dim: int, bytes_per_value: int) -> Cost:
-    """Softmax attention of all heads together, without projections."""
-    return Cost(0, 4 * batch * tokens**2 * dim, bytes_per_value * 4 * batch * tokens * dim)
-
-
-def _softmax_tokens(tokens: int, rate: Rate) -> int:
-    if rate == "linear":
-        return 0
-    if isinstance(rate, str) or rate < 1:
-        raise InputError(f"rate: expected an integer of at least 1 or 'linear', found {rate!r}")
-    return -(-tokens // rate)
-
-
-def num_features(feature_map: FeatureMapConfig, head_dim: int) -> int:
-    """Features per head that a map leaves."""
-    return head_dim * (2 if feature_map.activation == HEDGEHOG else feature_map.degree)
-
-
-def _feature_map_shape(feature_map: FeatureMapConfig, head_dim: int) -> tuple[int, int]:
-    """Width and number of the layers of a head's network."""
-    if feature_map.activation == HEDGEHOG:
-        return head_dim, 1
-    return num_features(feature_map, head_dim), feature_map.layers
-
-
-def _feature_map_weights(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
-    width, layers = _feature_map_shape(feature_map, head_dim)
-    return heads * (head_dim * width + (layers - 1) * width**2)
-
-
-PARTS = ("core", "projections", "cross_attention", "ffn", "total")
-
-
-def share(found: BlockCost) -> float:
-    """Of self-attention with its projections in a block."""
-    return (found.core + found.projections) / found.total
+def share(block: BlockCost) -> float:
+    """The share of a block's cost that is self-attention, projections included."""
+    return (block.core + block.projections) / block.total
 
 
 def savings(work: Workload, rates: Sequence[Rate]) -> dict[str, float]:
-    """Shares of the teacher's FLOPs that a plan saves: of attention cores, of blocks, of the whole network."""
+    """The shares of the teacher's FLOPs that a plan saves: in attention cores, in blocks and in the whole network."""
     blocks = len(rates)
     core = sum(core_flops(work, rate) for rate in rates) / (blocks * core_flops(work, 1))
     block = sum(block_flops(work, rate).total for rate in rates) / (blocks * block_flops(work, 1).total)
@@ -266,8 +169,111 @@ def savings(work: Workload, rates: Sequence[Rate]) -> dict[str, float]:
     }
 
 
-def workload(config: ConfigDict, model: WanConfig) -> Workload:
-    """What one forward pass works on, for the cost model."""
-    video = config.video
-    phi = FeatureMapConfig.of(config) if config.hybrid.linear_branch else None
-    return Workload(model, num_tokens(video.frames, video.height, video.width), config.text_length, phi)
+def parameters(config: WanConfig) -> int:
+    """Parameters of a network, the feature maps of its hybrid blocks included."""
+    hybrid = config.hybrid
+    maps = hybrid.feature_map if hybrid and hybrid.linear_branch else None
+    outside = embeddings_cost(Workload(config, tokens=0, text_len=0)).parameters
+    return outside + config.num_layers * block_parameters(config) + added_parameters(config, maps, config.rates)
+
+
+def block_parameters(config: WanConfig) -> int:
+    """Parameters of one block as published, that is, without feature maps."""
+    dim = config.dim
+    attention = 4 * (dim * dim + dim) + 2 * dim
+    feed_forward = 2 * dim * config.ffn_dim + config.ffn_dim + dim
+    modulation = 6 * dim
+    cross_norm = 2 * dim if config.cross_attn_norm else 0
+    return 2 * attention + feed_forward + modulation + cross_norm
+
+
+def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | None, rates: Iterable[Rate]) -> int:
+    """Parameters that surgery adds: two maps for each converted block, each with one calibrated scale per head."""
+    if feature_map is None:
+        return 0
+    heads = config.num_attention_heads
+    per_map = map_parameters(feature_map, heads, config.attention_head_dim) + heads
+    return 2 * sum(rate != 1 for rate in rates) * per_map
+
+
+def embeddings_cost(workload: Workload, bytes_per_value: int = 2) -> Cost:
+    """The network outside its blocks: the projections of patches, timestep and text to the width, and the head."""
+    config, dim, patch = workload.config, workload.config.dim, math.prod(workload.config.patch_size)
+    layers = (
+        (workload.tokens, patch * config.in_channels, dim),
+        (workload.text_len, config.text_dim, dim),
+        (workload.text_len, dim, dim),
+        (1, config.freq_dim, dim),
+        (1, dim, dim),
+        (1, dim, 6 * dim),
+        (workload.tokens, dim, patch * config.out_channels),
+    )
+    head_modulation = Cost(parameters=2 * dim)
+    return sum((_linear(*layer, bytes_per_value) for layer in layers), head_modulation)
+
+
+def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens: int) -> FeatureMapCost:
+    """One map phi of eq. 8 on `tokens` tokens, biases included, as in Table 7 of the paper.
+
+    For degree 4, 2 layers and 12600 tokens Table 7 gives 70 GFLOP. Its own parameter count makes that 99.4 GFLOP, which
+    is also the count here.
+    """
+    parameters = map_parameters(FeatureMapConfig(degree, layers), heads, head_dim)
+    return FeatureMapCost(parameters, 2 * parameters * tokens)
+
+
+def map_parameters(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
+    """Parameters of one map's kernels and biases, without the calibrated scale of each head."""
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    biases = 0 if feature_map.activation == HEDGEHOG else heads * layers * width
+    return _feature_map_weights(feature_map, heads, head_dim) + biases
+
+
+def num_features(feature_map: FeatureMapConfig, head_dim: int) -> int:
+    """Features per head of a map's output."""
+    return head_dim * (2 if feature_map.activation == HEDGEHOG else feature_map.degree)
+
+
+def text_encoder_cost(config: TextEncoderConfig, tokens: int, bytes_per_value: int = 4) -> Cost:
+    """The cost of one prompt of `tokens` tokens, padding included. The lookup of embeddings moves no bytes here."""
+    inner, lookup = config.num_heads * config.d_kv, Cost(config.vocab_size * config.d_model)
+    attention = attention_cost(1, tokens, inner, bytes_per_value) + Cost(
+        config.relative_attention_num_buckets * config.num_heads
+    )
+    layers = [(config.d_model, inner)] * 3 + [(inner, config.d_model)]
+    layers += [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]
+    block = sum((_linear(tokens, *layer, bytes_per_value, bias=False) for layer in layers), attention)
+    block += Cost(2 * config.d_model)
+    return sum([block] * config.num_layers, lookup + Cost(config.d_model))
+
+
+def attention_cost(batch: int, tokens: int, dim: int, bytes_per_value: int) -> Cost:
+    """Softmax attention of all heads together, without projections: `dim` is the width of all heads."""
+    return Cost(0, 4 * batch * tokens**2 * dim, bytes_per_value * 4 * batch * tokens * dim)
+
+
+def _linear(rows: int, inputs: int, outputs: int, bytes_per_value: int, bias: bool = True) -> Cost:
+    moved = bytes_per_value * (inputs * outputs + rows * (inputs + outputs))
+    return Cost(inputs * outputs + bias * outputs, 2 * rows * inputs * outputs, moved)
+
+
+def _softmax_tokens(tokens: int, rate: Rate) -> int:
+    """How many of the keys keep softmax."""
+    if rate == "linear":
+        return 0
+    if isinstance(rate, str) or rate < 1:
+        raise InputError(f"rate: expected an integer of at least 1 or 'linear', found {rate!r}")
+    return -(-tokens // rate)
+
+
+def _feature_map_shape(feature_map: FeatureMapConfig, head_dim: int) -> tuple[int, int]:
+    """Width and number of a map's layers, per head."""
+    if feature_map.activation == HEDGEHOG:
+        return head_dim, 1
+    return num_features(feature_map, head_dim), feature_map.layers
+
+
+def _feature_map_weights(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
+    """Parameters of one map's kernels."""
+    width, layers = _feature_map_shape(feature_map, head_dim)
+    return heads * (head_dim * width + (layers - 1) * width**2)

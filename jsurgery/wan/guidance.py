@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the velocity of a prompt, led away from that of the negative prompt."""
+"""Classifier-free guidance: moves a prompt's velocity away from the negative prompt's velocity."""
 
 import functools
 
@@ -16,7 +16,7 @@ def guidance_batch(
     """The transformer's inputs for both branches as one batch [2 B, ...]; [B, ...] without a negative text.
 
     `in_pairs` puts every example beside its negative, so that both stay on the same device of a mesh. Otherwise all
-    examples come first. A caller keeps to one order: the other one may round differently.
+    examples come first. A caller must keep to one order, because the two may round differently.
     """
     if negative_text is None:
         return {"latents": latents, "timestep": timesteps_B, "text": text}
@@ -34,7 +34,7 @@ def guidance_batch(
 
 
 def guide(velocity: jax.Array, guidance: float, *, in_pairs: bool) -> jax.Array:
-    """The guided velocity [B, ...] of the velocities [2 B, ...] of a `guidance_batch`."""
+    """The guided velocity [B, ...], from the transformer's velocities [2 B, ...] for a `guidance_batch`."""
     if in_pairs:
         pairs = velocity.reshape(-1, 2, *velocity.shape[1:])
         return guided(pairs[:, 0], pairs[:, 1], guidance)
@@ -45,10 +45,10 @@ def guide(velocity: jax.Array, guidance: float, *, in_pairs: bool) -> jax.Array:
 def guided_velocity(
     transformer: WanTransformer, text: jax.Array, negative_text: jax.Array | None, guidance: float, batched: bool
 ) -> Velocity:
-    """The velocity (x, timesteps) of text [B, L, D] guided away from `negative_text` [1, L, D]; float32.
+    """A function (x, timesteps) -> float32 velocity for text [B, L, D], guided away from `negative_text` [1, L, D].
 
-    `batched` runs both branches as one batch of 2 B, else one after the other. Without a negative text there is one
-    branch.
+    With `batched` both branches run as one batch of 2 B, otherwise one after the other. Without a negative text there
+    is no guidance.
     """
     if negative_text is None:
         return lambda x, timesteps: transformer(x, timesteps, text).astype(jnp.float32)
@@ -67,5 +67,5 @@ def guided_velocity(
 
 @functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
 def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
-    """The next state of a solver from `state` by a row of its schedule."""
+    """The solver's state after one step from `state`, by a row of its schedule; compiled."""
     return solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)

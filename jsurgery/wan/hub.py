@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, downloaded only where the user names one; and how its client's errors are told."""
+"""Downloads models of the Hugging Face Hub, only when the user names one, and turns its client's errors into ours."""
 
 import contextlib
 import re
@@ -8,21 +8,21 @@ from etils import epath
 
 from jsurgery.errors import InputError
 
-# No pickles: what is loaded is safetensors, configs and tokenizers.
+# Weights (never pickles), configs and tokenizers.
 FILES = ["*.safetensors", "*.json", "*.model"]
 
 
 def repository(path: str) -> tuple[str, str | None] | None:
-    """(ORG/NAME, revision or None) of a path that reads as ORG/NAME or ORG/NAME@REVISION and is no folder here."""
+    """(ORG/NAME, revision or None) of a path of the form ORG/NAME or ORG/NAME@REVISION; None if such a file exists."""
     named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", path)
     return None if not named or epath.Path(path).exists() else (named[1], named[2])
 
 
 def local_path(path: str) -> str:
-    """`path` itself if it is there or is no repository id; else the snapshot of ORG/NAME or ORG/NAME@REVISION.
+    """The snapshot of a repository ORG/NAME or ORG/NAME@REVISION; any other path, and one that exists, as it is.
 
-    A snapshot that the Hub's cache holds completely is used without a network. Raises InputError for a repository,
-    revision or network that is not there.
+    A complete snapshot in the Hub's cache is used without a network. Raises InputError when there is no such repository
+    or revision, or when the Hub cannot be reached.
     """
     named = repository(path)
     if named is None:
@@ -37,17 +37,20 @@ def local_path(path: str) -> str:
 
 @contextlib.contextmanager
 def hub_errors_as_input_errors(refused: str, unreachable: str) -> Iterator[None]:
-    """Errors of the Hub's client as InputErrors of one line, which begin with one of two texts."""
+    """Turns errors of the Hub's client into an InputError of one line.
+
+    The line begins with `refused`, or with `unreachable` where the network failed.
+    """
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, RevisionResolutionError
 
-    # RuntimeError is all that hf_xet, which moves the large files, says of a network.
+    # hf_xet, which transfers the large files, raises a bare RuntimeError when the network fails.
     known = OSError, RuntimeError, HFValidationError, CachedRepoTreeNotFoundError, RevisionResolutionError
     try:
         yield
     except known as error:
         raise InputError(f"{refused}: {_first_line(error)}") from error
     except Exception as error:
-        # The Hub's HTTP client has exceptions of its own, which derive from nothing better.
+        # The exceptions of the Hub's HTTP client derive from Exception alone.
         if not type(error).__module__.startswith("httpx"):
             raise
         raise InputError(f"{unreachable} is out of reach: {_first_line(error)}") from error

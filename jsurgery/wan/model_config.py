@@ -1,4 +1,8 @@
-"""The configs of Wan's transformer, VAE and text encoder, as diffusers and transformers write them."""
+"""The sizes of Wan2.1's three models, and the config.json files that hold them.
+
+Field names are those of diffusers (transformer, VAE) and of transformers (text encoder). The original repository's
+names for the transformer's sizes are in `ORIGINAL_SIZES`.
+"""
 
 import dataclasses
 from typing import Any, Self
@@ -9,7 +13,49 @@ from jsurgery.attention.hybrid import FORMAT_VERSION, HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.io.fields import check_fields
 from jsurgery.io.files import read_object
+from jsurgery.rates import Rate
 
+# The `_class_name` of a transformer's config.json: diffusers', ours for a hybrid, and the original repository's.
+CLASS_NAME = "WanTransformer3DModel"
+HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
+ORIGINAL_CLASS_NAME = "WanModel"
+
+# A size's name in WanConfig -> its name in the original repository's config.json, which leaves out all other sizes.
+ORIGINAL_SIZES = {
+    "dim": "dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "freq_dim": "freq_dim",
+    "ffn_dim": "ffn_dim",
+    "num_layers": "num_layers",
+}
+
+# Pixels per latent along time, height and width. The first frame has a latent frame of its own.
+VAE_STRIDES = (4, 8, 8)
+
+# Wan2.1's latents, per channel.
+WAN_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+
+WAN_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# Further fields of an AutoencoderKLWan's config.json, each with the only value that Wan2.1's VAE has.
+_VAE_FIXED = {
+    "attn_scales": [],
+    "is_residual": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "scale_factor_temporal": VAE_STRIDES[0],
+    "scale_factor_spatial": VAE_STRIDES[1],
+}
+
+# Likewise of a UMT5EncoderModel's config.json.
 _TEXT_ENCODER_FIXED = {
     "architectures": ["UMT5EncoderModel"],
     "model_type": "umt5",
@@ -24,72 +70,8 @@ _TEXT_ENCODER_FIXED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TextEncoderConfig:
-    """Sizes of a UMT5 encoder, in the field names of transformers' UMT5Config. The defaults are UMT5-XXL, Wan2.1's."""
-
-    vocab_size: int = 256384
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The config in a parsed `config.json`. Raises InputError for another architecture or a missing field."""
-        for name in ("model_type", "feed_forward_proj"):
-            if fields.get(name) != _TEXT_ENCODER_FIXED[name]:
-                raise InputError(
-                    f"text encoder config: {name} must be {_TEXT_ENCODER_FIXED[name]!r}, found {fields.get(name)!r}"
-                )
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in fields]
-        if missing:
-            raise InputError(f"text encoder config: missing {', '.join(missing)}")
-        config = cls(**{name: fields[name] for name in names})
-        check_fields(config, "text encoder config")
-        return config
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields of a `config.json` that transformers' UMT5EncoderModel.from_pretrained reads."""
-        return _TEXT_ENCODER_FIXED | dataclasses.asdict(self) | {"num_decoder_layers": self.num_layers}
-
-
-def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
-    """Of a `text_encoder/` folder. Raises InputError, naming the file."""
-    config_file = epath.Path(path) / "config.json"
-    if not config_file.exists():
-        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
-    fields = read_object(config_file)
-    try:
-        return TextEncoderConfig.from_json(fields)
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from None
-
-
-CLASS_NAME = "WanTransformer3DModel"
-
-HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
-
-ORIGINAL_CLASS_NAME = "WanModel"
-
-# Our size -> its name in the original repository's config.json, which leaves out the other sizes.
-ORIGINAL_SIZES = {
-    "dim": "dim",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-    "freq_dim": "freq_dim",
-    "ffn_dim": "ffn_dim",
-    "num_layers": "num_layers",
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan transformer, named as in diffusers' config.json; the defaults are Wan2.1 1.3B."""
+    """Sizes of a Wan transformer, named as in diffusers' config.json; the defaults are those of Wan2.1 1.3B."""
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_attention_heads: int = 12
@@ -103,21 +85,22 @@ class WanConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
-    hybrid: HybridConfig | None = None  # None: every block is full softmax, as published
+    hybrid: HybridConfig | None = None  # None: every block is softmax attention, as published
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
-        """The config in a parsed config.json of diffusers or jsurgery; raises InputError for another architecture."""
-        kind = fields.get("_class_name")
-        if kind not in (CLASS_NAME, HYBRID_CLASS_NAME):
-            raise InputError(f"{source}: expected _class_name {CLASS_NAME} or {HYBRID_CLASS_NAME}, found {kind!r}")
+        """The config in a parsed config.json of diffusers or jsurgery. Raises InputError for another architecture."""
+        class_name = fields.get("_class_name")
+        if class_name not in (CLASS_NAME, HYBRID_CLASS_NAME):
+            expected = f"{CLASS_NAME} or {HYBRID_CLASS_NAME}"
+            raise InputError(f"{source}: expected _class_name {expected}, found {class_name!r}")
         for name, wan in (("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None)):
             if fields.get(name, wan) != wan:
                 raise InputError(f"{source}: {name}: the text-to-video Wan2.1 has {wan!r}, found {fields[name]!r}")
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
         patch_size = known.get("patch_size", cls.patch_size)
         known["patch_size"] = tuple(patch_size) if isinstance(patch_size, list) else patch_size
-        if kind == HYBRID_CLASS_NAME:
+        if class_name == HYBRID_CLASS_NAME:
             known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
             rates, layers = known["hybrid"].rates, known.get("num_layers", cls.num_layers)
             if len(rates) != layers:
@@ -130,7 +113,7 @@ class WanConfig:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """The content of config.json; a hybrid has a class name of its own, so that stock diffusers refuses it."""
+        """The content of config.json. A hybrid's class name differs, so that stock diffusers refuses to load it."""
         fields = dataclasses.asdict(self) | {"qk_norm": "rms_norm_across_heads", "image_dim": None}
         fields |= {"added_kv_proj_dim": None, "pos_embed_seq_len": None}
         hybrid = fields.pop("hybrid")
@@ -140,45 +123,28 @@ class WanConfig:
 
     @property
     def dim(self) -> int:
+        """The width of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
-    def rates(self) -> tuple:
+    def rates(self) -> tuple[Rate, ...]:
+        """One rate for each block."""
         return self.hybrid.rates if self.hybrid else (1,) * self.num_layers
 
     def token_grid(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Tokens along time, height and width for latents of `latent_shape` = (T, H, W)."""
+        """Tokens along time, height and width for latents of `latent_shape` = (T, H, W).
+
+        Raises InputError when the patch size does not divide the latents.
+        """
         for name, size, patch in zip(("frames", "height", "width"), latent_shape, self.patch_size, strict=True):
             if size % patch:
                 raise InputError(f"latents: {name} is {size}, not a multiple of the patch size {patch}")
         return tuple(size // patch for size, patch in zip(latent_shape, self.patch_size, strict=True))  # type: ignore[return-value]
 
 
-WAN_LATENTS_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-
-WAN_LATENTS_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-
-# What a config.json may also say, and the only values that are Wan2.1's.
-_VAE_FIXED = {
-    "attn_scales": [],
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 8,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """The fields of diffusers' vae/config.json, spelt as there; defaults are Wan2.1's."""
+    """Sizes of a Wan VAE, named as in diffusers' vae/config.json; the defaults are Wan2.1's."""
 
     base_dim: int = 96
     decoder_base_dim: int | None = None  # None: base_dim
@@ -191,8 +157,8 @@ class VaeConfig:
 
     def __post_init__(self):
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            found = f"{len(self.latents_mean)} and {len(self.latents_std)}"
-            raise InputError(f"latents_mean, latents_std: expected z_dim = {self.z_dim} values each, found {found}")
+            lengths = f"{len(self.latents_mean)} and {len(self.latents_std)}"
+            raise InputError(f"latents_mean, latents_std: expected z_dim = {self.z_dim} values each, found {lengths}")
         if len(self.dim_mult) != 4 or len(self.temperal_downsample) != 3 or sum(self.temperal_downsample) != 2:
             raise InputError(
                 "dim_mult, temperal_downsample: expected 4 levels and 3 steps between them, 2 of them temporal "
@@ -201,7 +167,7 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """From a parsed config.json; raises InputError on an unknown field or another architecture."""
+        """The config in a parsed config.json. Raises InputError for an unknown field or another architecture."""
         fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "dropout"}
         for name, fixed in _VAE_FIXED.items():
             if (value := fields.pop(name, fixed)) != fixed:
@@ -219,8 +185,43 @@ class VaeConfig:
         return {"_class_name": "AutoencoderKLWan", **fields, **_VAE_FIXED, "dropout": 0.0}
 
 
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of a UMT5 encoder, named as in transformers' UMT5Config; the defaults are those of UMT5-XXL, Wan2.1's."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The config in a parsed config.json. Raises InputError for a missing field or another architecture."""
+        for name in ("model_type", "feed_forward_proj"):
+            if fields.get(name) != _TEXT_ENCODER_FIXED[name]:
+                raise InputError(
+                    f"text encoder config: {name} must be {_TEXT_ENCODER_FIXED[name]!r}, found {fields.get(name)!r}"
+                )
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in fields]
+        if missing:
+            raise InputError(f"text encoder config: missing {', '.join(missing)}")
+        config = cls(**{name: fields[name] for name in names})
+        check_fields(config, "text encoder config")
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a config.json that transformers' UMT5EncoderModel.from_pretrained reads."""
+        return _TEXT_ENCODER_FIXED | dataclasses.asdict(self) | {"num_decoder_layers": self.num_layers}
+
+
 def read_vae_config(path: epath.PathLike) -> VaeConfig:
-    """Of a diffusers vae/ folder. Raises InputError, naming the file."""
+    """The config in a diffusers `vae/` folder. Raises InputError, naming the file, if it is missing or does not fit."""
     config_file = epath.Path(path) / "config.json"
     if not config_file.exists():
         raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
@@ -231,3 +232,15 @@ def read_vae_config(path: epath.PathLike) -> VaeConfig:
         raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan ({error})") from error
     except InputError as error:
         raise InputError(f"{config_file}: {error}") from error
+
+
+def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
+    """The config in a `text_encoder/` folder. Raises InputError, naming the file, if it is missing or does not fit."""
+    config_file = epath.Path(path) / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
+    fields = read_object(config_file)
+    try:
+        return TextEncoderConfig.from_json(fields)
+    except InputError as error:
+        raise InputError(f"{config_file}: {error}") from None

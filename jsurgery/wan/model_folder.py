@@ -1,4 +1,4 @@
-"""Where the parts of a model lie, given a folder, a bundled name or a repository."""
+"""Finds a model and its parts: a folder, a bundled model's name, or a repository of the Hugging Face Hub."""
 
 import pathlib
 
@@ -13,24 +13,31 @@ from jsurgery.wan.folder_hashes import check_hashes
 from jsurgery.wan.model_config import WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.tokenizer import Tokenizer
 
+# The models that the package brings along, by name.
 BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"}
 
 
 def model_path(path: str) -> epath.Path:
-    """A model folder, or the name of a bundled one. Raises InputError when it is not there."""
-    found = epath.Path(BUNDLED.get(path) or hub.local_path(path))
-    if not path or not found.exists():
+    """The folder of a model that is named by its folder, a bundled name, or a repository, which is then downloaded.
+
+    Raises InputError when there is no such model.
+    """
+    folder = epath.Path(BUNDLED.get(path) or hub.local_path(path))
+    if not path or not folder.exists():
         raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
-    return found
+    return folder
 
 
 def transformer_folder(path: epath.Path) -> epath.Path:
-    """The transformer of a pipeline folder, or the folder itself."""
+    """The transformer's folder in a pipeline folder; any other folder is taken to be the transformer's own."""
     return path / "transformer" if (path / "transformer").exists() else path
 
 
 def pipeline_folder(path: epath.Path) -> epath.Path:
-    """Where the VAE and the text encoder lie: beside the transformer, or where an operated model's base is."""
+    """The folder with the VAE and the text encoder: `path` itself, or the base pipeline that an operated model names.
+
+    Raises InputError when there is neither.
+    """
     if (path / "vae").exists():
         return path
     file = path / "config.json"
@@ -43,9 +50,9 @@ def pipeline_folder(path: epath.Path) -> epath.Path:
 
 
 def check_pipeline(path: str) -> WanConfig:
-    """The transformer's config. Raises InputError where `load_pipeline` would, having read the weights' headers.
+    """The transformer's config, after a check of the whole pipeline. Raises InputError where `load_pipeline` would.
 
-    Where the folders have hashes, all of the weights is read once for them.
+    Of the weights only the headers are read, unless a folder has a hashes.json: then every file is hashed.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)

@@ -1,4 +1,4 @@
-"""Known Wan models: their published sizes, the config that suits each, and their schedulers."""
+"""The published Wan models: their sizes, the jsurgery configs that fit them, and their schedulers' names."""
 
 import dataclasses
 import pathlib
@@ -11,12 +11,25 @@ from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
 
-SIZES = {"wan_1_3b": "Wan2.1 1.3B", "wan_1_3b_lowres": "Wan2.1 1.3B", "wan_14b": "Wan2.1 14B"}
+# The transformers' sizes; both models have the default text encoder and VAE.
+PUBLISHED = {
+    "Wan2.1 1.3B": WanConfig(),
+    "Wan2.1 14B": WanConfig(num_attention_heads=40, num_layers=40, ffn_dim=13824),
+}
+
+# A config's name -> the published model that it is for.
+MODEL_OF_CONFIG = {"wan_1_3b": "Wan2.1 1.3B", "wan_1_3b_lowres": "Wan2.1 1.3B", "wan_14b": "Wan2.1 14B"}
+
+# A transformer's width -> the config for it. Every other width takes the config "tiny".
+CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}
+
+# A diffusers scheduler -> our solver, and the scheduler's field that holds the shift.
+SCHEDULERS = {"UniPCMultistepScheduler": ("unipc", "flow_shift"), "FlowMatchEulerDiscreteScheduler": ("euler", "shift")}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """A model, by its sizes alone."""
+    """The sizes of a pipeline's three models, without weights."""
 
     name: str
     transformer: WanConfig
@@ -25,12 +38,15 @@ class ModelSizes:
 
 
 def find_sizes(config: ConfigDict, config_name: str) -> ModelSizes:
-    """The sizes in the model's folder; without a model, those published for the config's name."""
+    """The sizes of the models in `config.model.path`; where it is empty, the published ones for the config's name.
+
+    Raises InputError where it is empty and nothing is published for that name.
+    """
     path = config.model.path
     if not path:
-        published = SIZES.get(pathlib.PurePath(split_topology(config_name)[0]).stem)
+        published = MODEL_OF_CONFIG.get(pathlib.PurePath(split_topology(config_name)[0]).stem)
         if published is None:
-            expected = f"a model folder, for sizes are published for {', '.join(SIZES)} only"
+            expected = f"a model folder, for sizes are published for {', '.join(MODEL_OF_CONFIG)} only"
             raise InputError(f"config.model.path: (empty): expected {expected}; found --config={config_name}")
         return ModelSizes(published, PUBLISHED[published], TextEncoderConfig(), VaeConfig())
     folder = model_path(path)
@@ -39,13 +55,3 @@ def find_sizes(config: ConfigDict, config_name: str) -> ModelSizes:
     base = pipeline_folder(folder)
     text_encoder = read_text_encoder_config(base / "text_encoder")
     return ModelSizes(name, transformer, text_encoder, read_vae_config(base / "vae"))
-
-
-PUBLISHED = {
-    "Wan2.1 1.3B": WanConfig(),
-    "Wan2.1 14B": WanConfig(num_attention_heads=40, num_layers=40, ffn_dim=13824),
-}
-
-CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}  # by the transformer's width; anything else is of the tiny kind
-
-SCHEDULERS = {"UniPCMultistepScheduler": ("unipc", "flow_shift"), "FlowMatchEulerDiscreteScheduler": ("euler", "shift")}

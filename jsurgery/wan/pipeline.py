@@ -1,4 +1,4 @@
-"""Prompt to video: tokenizer, text encoder, transformer and VAE of one model folder."""
+"""From prompt to video: the tokenizer, text encoder, transformer and VAE of one model folder."""
 
 import dataclasses
 import functools
@@ -12,15 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.diffusion import (
-    initial_noise,
-    initial_state,
-    sample,
-    schedule,
-    step_keys,
-)
+from jsurgery.diffusion import initial_noise, initial_state, sample, schedule, step_keys
 from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 from jsurgery.wan.guidance import guided_velocity, sampling_step
+
+# `model_path` must stay importable from here: published model cards import it from `jsurgery.wan.pipeline`.
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.text_encoder import TextEncoder, encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
@@ -29,9 +25,9 @@ from jsurgery.wan.vae import WanVae
 from jsurgery.wan.video_size import latent_grid
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A loaded model. `transformer` may be swapped for another of the same latents and text."""
+    """A loaded model. `dataclasses.replace(pipeline, transformer=...)` samples from another transformer."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
@@ -39,19 +35,21 @@ class Pipeline:
     vae: WanVae
 
     def embed(self, prompts: Sequence[str], length: int) -> jax.Array:
-        """Text embeddings [B, length, text_dim], zero after each prompt's end."""
+        """Text embeddings [B, length, text_dim], with zeros after the end of each prompt."""
         token_ids, mask = self.tokenizer(list(prompts), length)
         return _embed(self.text_encoder, token_ids, mask)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, H, W, C) of the latents of a video of `frames` x `height` x `width` pixels."""
         return *latent_grid(frames, height, width), self.transformer.config.in_channels
 
     def sample(
         self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False
     ) -> Any:
-        """Latents [B, T, H, W, C] of prompts, by `config.sampler` and `config.video`, and with `record` the trajectory.
+        """Samples latents of prompts by `config.sampler` and `config.video`.
 
-        The noise of a prompt depends on the seed and on its number (`first`, `first` + 1, ...), not on the batch.
+        A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
+        Returns (latents [B, T, H, W, C], trajectory [steps, B, ...] with `record`, else None).
         """
         return _sample(self.transformer, *self._inputs(prompts, config, seed, first), _Sampling.of(config, record))
 
@@ -64,14 +62,17 @@ class Pipeline:
         first: int = 0,
         on_step: Callable[[int], None] = lambda done: None,
     ) -> jax.Array:
-        """The latents of `sample` by a compiled step instead of a compiled loop; `on_step` hears how many are done."""
-        text, blank, noise, key = self._inputs(prompts, config, seed, first)
+        """The latents of `sample`, computed by a compiled step instead of a compiled loop.
+
+        `on_step` is called after every step with the number of steps done.
+        """
+        text, negative_text, noise, key = self._inputs(prompts, config, seed, first)
         sampler = config.sampler
         rows = schedule(sampler.solver, sampler.steps, sampler.shift)
         keys = step_keys(rows, key)
         state = initial_state(noise)
         for i in range(sampler.steps):
-            inputs = text, blank, state, rows.row(i), None if keys is None else keys[i]
+            inputs = text, negative_text, state, rows.row(i), None if keys is None else keys[i]
             state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
             state.x.block_until_ready()
             on_step(i + 1)
@@ -80,33 +81,34 @@ class Pipeline:
     def _inputs(
         self, prompts: Sequence[str], config: ConfigDict, seed: int, first: int
     ) -> tuple[Any, Any, jax.Array, jax.Array]:
-        """Text, negative text (None where guidance does not read it), noise, and the key of fresh noise."""
+        """Text, negative text (None at guidance 1, which does not read it), noise, and the key for fresh noise."""
         video, sampler = config.video, config.sampler
         shape = self.latent_shape(video.frames, video.height, video.width)
         noise = initial_noise(seed, range(first, first + len(prompts)), shape)
         text = self.embed(prompts, config.text_length)
-        blank = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
-        return text, blank, noise, jax.random.fold_in(jax.random.key(seed), first)
+        negative_text = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
+        return text, negative_text, noise, jax.random.fold_in(jax.random.key(seed), first)
 
     def encode(self, video_BxFxHxWx3: np.ndarray) -> np.ndarray:
-        """Latents [B, T, H, W, C] of float videos in [-1, 1]."""
+        """Latents [B, T, H, W, C] of videos in [-1, 1], float."""
         return self.vae.encode_in_chunks(video_BxFxHxWx3)
 
     def decode(self, latents_BxTxHxWxC: jax.Array | np.ndarray) -> np.ndarray:
-        """Videos uint8 [B, F, H, W, 3], one at a time."""
+        """Videos uint8 [B, F, H, W, 3] of latents; they are decoded one at a time."""
         videos = [self.vae.decode_in_chunks(latents[None])[0] for latents in latents_BxTxHxWxC]
         return np.stack([np.round((video + 1) * 127.5).astype(np.uint8) for video in videos])
 
     def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:
-        """Videos uint8 [B, F, H, W, 3] of one prompt or several."""
+        """Videos uint8 [B, F, H, W, 3] of one prompt or of several."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return self.decode(self.sample(prompts, config, seed=seed)[0])
 
 
 def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, exchange: str = "gather") -> Pipeline:
-    """A pipeline folder in the diffusers layout, an operated model's folder, or a bundled name.
+    """Loads a model from a pipeline folder in the diffusers layout, an operated model's folder, or a bundled name.
 
-    With a mesh, the transformer's parameters go where they belong on it, and it computes there.
+    With a mesh, the transformer's parameters are loaded onto it, and the transformer computes on it. `exchange` is that
+    of `WanTransformer.set_mesh`. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
@@ -121,9 +123,15 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
     )
 
 
+def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """`items` in batches of `size`, each with the index of its first item."""
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Sampling:
-    """What a compiled sampler is specialised to."""
+    """The settings that are constants of a compiled sampler."""
 
     solver: str
     steps: int
@@ -134,15 +142,15 @@ class _Sampling:
 
     @classmethod
     def of(cls, config: ConfigDict, record: bool = False) -> Self:
-        chosen = config.sampler.to_dict()
-        del chosen["negative_prompt"]
-        return cls(**chosen, record=record)
+        settings = config.sampler.to_dict()
+        del settings["negative_prompt"]
+        return cls(**settings, record=record)
 
 
 @functools.partial(nnx.jit, static_argnames="settings")
-def _sample(transformer, text, blank, noise, key, settings: _Sampling):
+def _sample(transformer, text, negative_text, noise, key, settings: _Sampling):
     return sample(
-        guided_velocity(transformer, text, blank, settings.guidance, settings.guidance_batched),
+        guided_velocity(transformer, text, negative_text, settings.guidance, settings.guidance_batched),
         noise,
         steps=settings.steps,
         shift=settings.shift,
@@ -155,9 +163,3 @@ def _sample(transformer, text, blank, noise, key, settings: _Sampling):
 @nnx.jit
 def _embed(text_encoder, token_ids, mask):
     return encode_prompts(text_encoder, token_ids, mask)
-
-
-def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
-    """(number of the first, batch) over `items`."""
-    for start in range(0, len(items), size):
-        yield start, items[start : start + size]

@@ -12,7 +12,7 @@ THETA = 10_000.0
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with time, height, width; the latter two get a third each, rounded down to even."""
+    """A head's channels for time, height and width. Height and width get a third each, rounded down to even."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -21,7 +21,7 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 def rope_tables(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, two float32 arrays [N, head_dim / 2] for the tokens of `grid` in natural (row-major) order.
 
-    Angles are computed in float64, as the original model does. Raises InputError when an axis is longer than `max_len`.
+    The angles are computed in float64, as in the original model. Raises InputError if an axis is longer than `max_len`.
     """
     check_grid(grid, max_len)
     angles = []
@@ -36,14 +36,14 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) 
 
 
 def check_grid(grid: tuple[int, int, int], max_len: int = 1024) -> None:
-    """Raises InputError when an axis is longer than `max_len`."""
+    """Raises InputError if an axis of the token grid is longer than `max_len`."""
     for axis, length in zip(("time", "height", "width"), grid, strict=True):
         if length > max_len:
             raise InputError(f"token grid: the {axis} axis has {length} positions, RoPE's table holds {max_len}")
 
 
 def apply_rope(x_BxNxHxD: jax.Array, cos_NxE: jax.Array, sin_NxE: jax.Array) -> jax.Array:
-    """Rotates the channel pairs (0, 1), (2, 3), ... of every head by the angles of its token; E = D / 2."""
+    """Rotates the channel pairs (0, 1), (2, 3), ... of every head by its token's angles; E = D / 2."""
     pairs = x_BxNxHxD.reshape(*x_BxNxHxD.shape[:-1], -1, 2)
     real, imag = pairs[..., 0], pairs[..., 1]
     cos, sin = cos_NxE[None, :, None, :], sin_NxE[None, :, None, :]

@@ -1,7 +1,7 @@
 """The UMT5 encoder, which turns Wan's prompts into the embeddings that cross-attention reads.
 
 T5 v1.1 (Raffel et al. 2020) with a relative position bias in every layer (UniMax, Chung et al. 2023).
-Attributes carry the tensor names of transformers' UMT5EncoderModel, so that a checkpoint is a mirror of the module.
+Attribute names are the tensor names of transformers' UMT5EncoderModel (see `torch_layout`).
 """
 
 import math
@@ -18,14 +18,14 @@ from jsurgery.wan.model_config import TextEncoderConfig
 def position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
     """The bucket of every (query, key) pair, int32 [length, length] (Raffel et al. 2020, section 2.1).
 
-    Keys after the query use the upper half of the buckets. In each half, one half of the buckets hold one distance
-    each; the others widen logarithmically up to `max_distance`, and the last one holds all that lies beyond.
+    Keys after the query use the upper half of the buckets. In each half, the first half of the buckets hold one
+    distance each. The others widen logarithmically up to `max_distance`, and the last one holds all larger distances.
     """
     half = num_buckets // 2
     exact = half // 2
     offset_LxL = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance_LxL = np.abs(offset_LxL)
-    # In float32, as in every T5: the rounding decides which side of a bucket's edge a distance falls on.
+    # In float32, as in every T5, because the rounding decides on which side of a bucket's edge a distance falls.
     ratio_LxL = np.log(np.maximum(distance_LxL, 1).astype(np.float32) / np.float32(exact))
     steps_LxL = ratio_LxL / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     wide_LxL = np.minimum(exact + steps_LxL.astype(np.int32), half - 1)
@@ -55,7 +55,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
         inner_dim = config.num_heads * config.d_kv
-        # The query's initial scale holds the 1 / sqrt(d_kv) that the logits are not divided by.
+        # The logits are not divided by sqrt(d_kv). The query's initial scale contains that factor instead.
         self.q = _linear(config.d_model, inner_dim, (config.d_model * config.d_kv) ** -0.5, rngs)
         self.k = _linear(config.d_model, inner_dim, config.d_model**-0.5, rngs)
         self.v = _linear(config.d_model, inner_dim, config.d_model**-0.5, rngs)
@@ -137,7 +137,7 @@ class Encoder(nnx.Module):
 class TextEncoder(nnx.Module):
     """UMT5's encoder: (token ids [B, L] int, mask [B, L], 1 on tokens and 0 on padding) -> embeddings [B, L, d_model].
 
-    Padded positions are not attended to; their own rows of the result are to be ignored (`encode_prompts` zeroes them).
+    Padding is not attended to. The rows of padding in the result mean nothing; `encode_prompts` sets them to zero.
     """
 
     def __init__(self, config: TextEncoderConfig, *, rngs: nnx.Rngs):
@@ -153,6 +153,6 @@ class TextEncoder(nnx.Module):
 
 
 def encode_prompts(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Embeddings [B, L, d_model] as Wan's cross-attention takes them: zero wherever `mask` [B, L] is."""
+    """Embeddings [B, L, d_model] as Wan's cross-attention takes them: zero wherever `mask` [B, L] is zero."""
     embeddings = encoder(token_ids, mask)
     return jnp.where(mask[:, :, None] > 0, embeddings, 0.0)

@@ -1,6 +1,6 @@
-"""Wan's tokenizer: prompt cleaning and UMT5's SentencePiece model, padded with 0 and closed with 1.
+"""Wan's tokenizer: it cleans a prompt, splits it by UMT5's SentencePiece model, and appends </s> (1) and padding (0).
 
-Names of special tokens in a prompt ("</s>") are ordinary text.
+In a prompt, the name of a special token, such as "</s>", is ordinary text.
 """
 
 import base64
@@ -19,18 +19,18 @@ from jsurgery.errors import InputError
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 
 PAD, EOS = 0, 1
-UNK = 2  # of T5 and of the vocabularies made here; UMT5's own has it at 3
+UNK = 2  # in T5's vocabularies and in those made here; UMT5's own has <unk> at 3
 
 
 def clean_prompt(prompt: str) -> str:
-    """Wan's cleaning: broken unicode repaired, HTML entities resolved (twice), whitespace folded to single spaces."""
+    """Wan's cleaning: repairs broken unicode, resolves HTML entities twice, folds whitespace to single spaces."""
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class Tokenizer:
-    """The SentencePiece model in a `tokenizer/` folder. Raises InputError where `spiece.model` is missing or broken."""
+    """The SentencePiece model in a `tokenizer/` folder. Raises InputError if `spiece.model` is missing or damaged."""
 
     def __init__(self, path: epath.PathLike):
         import sentencepiece
@@ -55,7 +55,7 @@ class Tokenizer:
         return self._pieces.vocab_size()
 
     def __call__(self, prompts: Sequence[str], length: int = 512) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, both int32 [B, length]: each prompt cleaned, cut to fit, closed with EOS, zero-padded."""
+        """Token ids and mask, both int32 [B, length]: every prompt cleaned, cut to fit, closed with EOS, padded."""
         token_ids_BxL = np.full((len(prompts), length), PAD, np.int32)
         mask_BxL = np.zeros((len(prompts), length), np.int32)
         for row, prompt in enumerate(prompts):
@@ -66,11 +66,11 @@ class Tokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size: int = 256) -> Tokenizer:
-    """Fits a unigram model to `captions` and writes the `tokenizer/` folder that transformers loads, too.
+    """Fits a unigram model to `captions` and writes the `tokenizer/` folder, which transformers loads too.
 
-    The pieces are the captions' characters and, most frequent first, as many whole words as `vocab_size` has room for;
-    a word's score is the logarithm of its frequency. The vocabulary may end up smaller than `vocab_size`.
-    Raises InputError where not even the characters fit.
+    The pieces are the captions' characters and, most frequent first, as many whole words as `vocab_size` has room for.
+    A word's score is the logarithm of its frequency. The vocabulary may be smaller than `vocab_size`.
+    Raises InputError if `vocab_size` is too small for the characters.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -90,7 +90,7 @@ def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size:
         )
     words = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:room]
     scores = {word: math.log(count / counts.total()) for word, count in words}
-    # Below every word, so that no word is cut into a shorter one and characters.
+    # Characters score below every word, so that no word is split into a shorter word and characters.
     character_score = min(scores.values(), default=0.0) - 1.0
     pieces = [*dict.fromkeys(special, 0.0).items(), *scores.items(), *((c, character_score) for c in characters)]
 
@@ -116,7 +116,7 @@ def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size:
 
 
 def _fast_tokenizer(pieces: list[tuple[str, float]], precompiled_charsmap: bytes) -> dict[str, Any]:
-    """The same model as a `tokenizer.json`, with which transformers needs neither sentencepiece nor protobuf."""
+    """The same model as a `tokenizer.json`, which transformers loads without sentencepiece and protobuf."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}

@@ -1,4 +1,8 @@
-"""NNX modules filled from a torch checkpoint and written out as one, where attribute paths are tensor names."""
+"""Fills NNX modules from a torch checkpoint, and writes them out as one, where attribute paths are tensor names.
+
+A module *mirrors* a checkpoint if the path of each parameter is the tensor's name ("encoder.down_blocks.0.conv1"). Only
+the leaves differ: NNX has kernels, input-first and channels last; torch has weights, output-first.
+"""
 
 import functools
 import math
@@ -14,20 +18,21 @@ from flax import nnx
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
 
-# A torch weight's axes in the order in which NNX keeps them, by their number: linear, 2-D and 3-D convolution.
+# The number of a weight's axes -> torch's axes in NNX's order: of linear layers, 2-D and 3-D convolutions.
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
 
+# NNX's name of a leaf -> torch's; other names are the same.
 _LEAF_NAMES = {"kernel": "weight", "embedding": "weight"}
 
 
 def mirrored_tensors(module: nnx.Module) -> dict[str, np.ndarray]:
-    """The module's parameters under the reference library's names and layouts."""
+    """The module's parameters under the checkpoint's names and in torch's layout."""
     return {name: _to_torch(leaf, np.asarray(param[...])) for name, leaf, param in _mirrored_params(module)}
 
 
 def mirrored_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of `mirrored_tensors`, also of an abstract module."""
-    # A stand-in without memory: only the shape in the reference's layout is wanted.
+    """The names and shapes of `mirrored_tensors`. The module may be abstract (see `abstract_module`)."""
+    # An array without memory of its own, to find the shape in torch's layout.
     stand_in = lambda param: np.broadcast_to(0, param.shape)
     return {name: _to_torch(leaf, stand_in(param)).shape for name, leaf, param in _mirrored_params(module)}
 
@@ -39,10 +44,10 @@ def load_mirrored(
     dtype: jnp.dtype | None = None,
     source: epath.PathLike = "weights",
 ) -> None:
-    """Fills the module, which may be abstract (from nnx.eval_shape), in place.
+    """Fills the module in place; it may be abstract (see `abstract_module`).
 
-    Parameters keep their sharding, if they have one, and their dtype, unless `dtype` is given.
-    Raises InputError, naming `source`, with the missing, unexpected and mis-shaped tensors; nothing is then filled.
+    Parameters keep their sharding, if they have any, and their dtype, unless `dtype` is given.
+    Raises InputError, naming `source`, with the missing, unexpected and mis-shaped tensors; nothing is filled then.
     """
     check_fit(mirrored_shapes(module), tensors, source)
     for name, leaf, param in _mirrored_params(module):
@@ -71,9 +76,10 @@ def fill(
     stacked: bool,
     dtype: jnp.dtype | None = None,
 ) -> None:
-    """Sets `param` to the one source, or with `stacked` to all on a new first axis, in its sharding and dtype.
+    """Sets `param` to its only source, or with `stacked` to all sources on a new first axis.
 
-    Sources are read one at a time, and only for the parts that lie on this process's devices.
+    `param` keeps its sharding, and its dtype unless `dtype` is given. Sources are read one at a time, and only for the
+    parts of `param` that lie on this process's devices.
     """
     shape, dtype = param.shape, np.dtype(dtype or param.dtype)
 
@@ -95,7 +101,7 @@ def fill(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX on a CPU takes as it is, where it would copy one at another address."""
+    """An empty array, aligned to 64 bytes: JAX on CPU uses such an array without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -103,7 +109,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, in strips when that is a transpose: several times faster, as strips stay in the cache."""
+    """target[...] = source; a transpose in strips, which stay in the cache and make it several times faster."""
     if source.ndim < 2 or source.flags.c_contiguous:
         target[...] = source
         return
@@ -112,7 +118,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _mirrored_params(module: nnx.Module) -> list[tuple[str, str, nnx.Param]]:
-    """(reference name, NNX leaf name, parameter) for each parameter."""
+    """(tensor name, NNX's name of the leaf, parameter) for each parameter."""
     params = []
     for (*path, leaf), param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         name = ".".join(map(str, (*path, _LEAF_NAMES.get(str(leaf), leaf))))

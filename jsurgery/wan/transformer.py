@@ -1,6 +1,6 @@
 """The Wan2.1 diffusion transformer, with full softmax or hybrid self-attention in each block.
 
-Names follow the diffusers checkpoint where they can; `weights.py` holds the one table between the two.
+Attribute names follow the diffusers checkpoint where possible; `checkpoint_layouts` maps them to tensor names.
 """
 
 import functools
@@ -24,7 +24,7 @@ from jsurgery.wan.rope import apply_rope, rope_tables
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.sharded import sharded_cross_attention, sharded_self_attention
 
-# What the backward pass recomputes of a block.
+# `config.model.remat`: what the backward pass recomputes of a block.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
     "blocks": jax.checkpoint,
@@ -33,11 +33,11 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class Linear(nnx.Linear):
-    """A linear layer that, on one device, flattens its batch axes and asks for sums in float32.
+    """A linear layer that, on one device, flattens its batch axes and accumulates in float32.
 
-    XLA on CPUs is twice as fast so, backward by the one and in bfloat16 by the other. Over a mesh the one would gather
-    every example's tokens, as a flat axis cannot be split by examples and by tokens, and the other would exchange
-    sums at twice their width.
+    On CPU, flat axes make the backward pass twice as fast, and float32 sums make bfloat16 twice as fast. Over a mesh
+    neither pays: a flat axis cannot be split by examples and by tokens, so that every example's tokens would be
+    gathered, and float32 sums would be exchanged at twice the width of bfloat16.
     """
 
     def __init__(self, in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -45,6 +45,7 @@ class Linear(nnx.Linear):
         self.set_mesh(None)
 
     def set_mesh(self, mesh: Mesh | None) -> None:
+        """Chooses the form for a mesh, or for one device where `mesh` is None."""
         self.flat = mesh is None
         self.preferred_element_type = jnp.float32 if self.flat else None
 
@@ -63,7 +64,7 @@ def rms_norm(x_BxNxD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Layer norm over the last axis without gain and bias; float32 in and out."""
+    """Layer norm over the last axis without gain and bias; the result is float32."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
@@ -78,7 +79,7 @@ def timestep_embedding(timesteps_B: jax.Array, width: int) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Projections and norms of an attention layer; queries and keys are normalised over the full width."""
+    """Projections and norms of an attention layer. Queries and keys are normalised over the width of all heads."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         dim = config.dim
@@ -95,6 +96,7 @@ class Attention(nnx.Module):
         return tuple(t.reshape(*t.shape[:2], self.heads, -1) for t in (q, k, v))  # type: ignore[return-value]
 
     def output(self, y_BxNxHxD: jax.Array) -> jax.Array:
+        """The projection [B, N, D] of all heads' outputs."""
         return self.to_out(y_BxNxHxD.reshape(*y_BxNxHxD.shape[:2], -1))
 
 
@@ -104,7 +106,7 @@ def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the timestep scales, shifts and gates (adaLN)."""
+    """Self-attention, cross-attention to the text, feed-forward; scaled, shifted and gated by the timestep (adaLN)."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         dim = config.dim
@@ -127,6 +129,7 @@ class Block(nnx.Module):
         self_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         cross_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = full_attention,
     ) -> jax.Array:
+        """Tokens [B, N, D] after the block; `rope` are the cosines and sines [N, D/(2 H)] of the tokens' angles."""
         x, dtype = x_BxNxD, x_BxNxD.dtype
         modulation = self.scale_shift_table[None] + modulation_Bx6xD.astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
@@ -148,7 +151,7 @@ class Block(nnx.Module):
 
 
 class ConditionEmbedder(nnx.Module):
-    """Timestep and text, brought to the model's width."""
+    """Projects timestep and text to the model's width."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         dim = config.dim
@@ -170,8 +173,8 @@ class ConditionEmbedder(nnx.Module):
 class WanTransformer(nnx.Module):
     """velocity = transformer(latents [B, T, H, W, C], timesteps [B] in [0, 1000], text embeddings [B, M, text_dim]).
 
-    Block parameters are stacked [L, ...] and scanned, also when rates differ from block to block: compile time does
-    not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
+    Block parameters are stacked [L, ...] and scanned, also when rates differ from block to block, so that compile time
+    does not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
     """
 
     def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
@@ -216,22 +219,22 @@ class WanTransformer(nnx.Module):
         kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
         maps = None
         if hybrid.linear_branch:
-            # A softmax block's slot is filled with some map that its branch never reads.
+            # Softmax blocks get a map too, because the scan needs one for each block. Their branch does not read it.
             slot_L = jnp.array([sum(rate != 1 for rate in hybrid.rates[:i]) for i in range(len(hybrid.rates))])
             slot_L = jnp.minimum(slot_L, len(hybrid.converted) - 1)
             maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
         return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
 
     def shard(self, mesh: Mesh, exchange: str = "gather") -> None:
-        """Moves the parameters onto the mesh, in place, and activations with them from now on."""
+        """Moves the parameters onto the mesh, in place, and spreads activations over it from now on; see `set_mesh`."""
         self.set_mesh(mesh, exchange)
         shard_module(mesh, self)
 
     def set_mesh(self, mesh: Mesh, exchange: str = "gather") -> None:
-        """From now on spreads activations over a mesh.
+        """Spreads activations over a mesh from now on.
 
-        `exchange` is how attention meets the keys of other shards of the sequence: "gather" or "all_to_all". Raises
-        DoesNotFit where the heads do not divide.
+        `exchange` is how attention reaches the keys in other shards of the sequence: "gather" or "all_to_all". Raises
+        DoesNotFit when the mesh does not divide the heads.
         """
         check_heads(mesh, self.config.num_attention_heads, exchange)
         self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
@@ -241,11 +244,11 @@ class WanTransformer(nnx.Module):
 
     @property
     def shards(self) -> int:
-        """Pieces of the token sequence, one a device along the mesh's context axis."""
+        """The number of pieces of the token sequence: one per device along the mesh's context axis."""
         return 1 if self.mesh is None else self.mesh.shape[LOGICAL["sequence"]]
 
     def attend(self, q, k, v, maps, rate: Rate, order: TokenOrder | None, stabilizer: str = "lse") -> jax.Array:
-        """A block's self-attention at `rate`, on one device or spread over the mesh."""
+        """A block's self-attention at `rate`, on one device or over the mesh. Tokens lie in `order`."""
         num_softmax = k.shape[1] if order is None else order.num_softmax(rate)
         options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
         maps = (None, None) if rate == 1 or maps is None else maps
@@ -253,8 +256,8 @@ class WanTransformer(nnx.Module):
             return attend(q, k, v, *maps, **options)
         if order is not None and order.valid is not None:
             options["key_valid"] = jnp.asarray(order.valid)
-        spread = self._sharding(len(q), "sequence", "heads")
-        return sharded_self_attention(q, k, v, *maps, **options, sharding=spread, exchange=self.exchange)
+        tokens = self._sharding(len(q), "sequence", "heads")
+        return sharded_self_attention(q, k, v, *maps, **options, sharding=tokens, exchange=self.exchange)
 
     def apply_blocks(
         self,
@@ -267,12 +270,12 @@ class WanTransformer(nnx.Module):
         order: TokenOrder | None,
         stop_block: int | None = None,
     ) -> tuple[jax.Array, Any]:
-        """The whole network around a given self-attention.
+        """The whole network, with the caller's self-attention in every block.
 
-        `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned: `layer` is this block's slice of the
-        [L, ...] leaves of `layers`, and the records come back stacked [L, ...]. `order` is how tokens lie. Blocks from
-        number `stop_block` on are passed over, with zeros for records.
-        Returns (velocity [B, T, H, W, C], records).
+        `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned. `layer` is the block's slice of the
+        [L, ...] leaves of `layers`. Inside the blocks, tokens lie in `order`, or in natural order if it is None. Blocks
+        from number `stop_block` on are skipped, and their records are zero.
+        Returns (velocity [B, T, H, W, C], records stacked [L, ...]).
         """
         config = self.config
         grid = config.token_grid(latents_BxTxHxWxC.shape[1:4])
@@ -319,24 +322,25 @@ class WanTransformer(nnx.Module):
         return self.unpatchify(x, grid), records
 
     def _constrained(self, x_BxNxD: jax.Array) -> jax.Array:
-        """Tokens, kept where the mesh has their batch and their piece of the sequence."""
+        """The same tokens, constrained to be split over the mesh by batch and sequence."""
         if self.mesh is None:
             return x_BxNxD
         return lax.with_sharding_constraint(x_BxNxD, self._sharding(len(x_BxNxD), "sequence", None))
 
     def _sharding(self, batch: int, *dimensions: str | None) -> NamedSharding:
-        """Of an array of `batch` examples; a batch that the mesh does not divide is whole everywhere."""
+        """The sharding of an array of `batch` examples. A batch that the mesh does not divide is replicated."""
         assert self.mesh is not None
         divides = batch % batch_shards(self.mesh) == 0
         return sharding(self.mesh, "batch" if divides else None, *dimensions)
 
     def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
-        """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens row-major."""
+        """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens in row-major order."""
         (pt, ph, pw), (b, t, h, w, c) = self.config.patch_size, latents_BxTxHxWxC.shape
         x = latents_BxTxHxWxC.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
         return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
 
     def unpatchify(self, x_BxNxP: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """[B, N, pt * ph * pw * C] -> [B, T, H, W, C]; the inverse of `patchify`."""
         (pt, ph, pw), (t, h, w) = self.config.patch_size, grid
         x = x_BxNxP.reshape(-1, t, h, w, pt, ph, pw, self.config.out_channels)
         return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, t * pt, h * ph, w * pw, self.config.out_channels)

@@ -1,8 +1,8 @@
-"""Wan2.1's causal video VAE: 4x fewer frames (the first is kept apart), 8x smaller sides, z_dim channels.
+"""Wan2.1's causal video VAE: 4x fewer frames, 8x smaller sides, z_dim channels. The first frame has its own latent.
 
 `encode` and `decode` take a whole clip at once, are differentiable, and need memory in proportion to its frames.
-`encode_in_chunks` and `decode_in_chunks` are the same functions, a latent frame at a time with cached features, and if
-need be over tiles in space. Attribute names are the parameter names of the reference, diffusers' AutoencoderKLWan.
+`encode_in_chunks` and `decode_in_chunks` compute the same, one latent frame at a time with cached features, and on
+request over tiles in space. Attribute names are the parameter names of the reference, diffusers' AutoencoderKLWan.
 """
 
 import functools
@@ -21,14 +21,14 @@ from jsurgery.wan.vae_tiles import Tiling, in_tiles
 
 
 class RMSNorm(nnx.Module):
-    """Scales the channel vector to length sqrt(C), then by gamma, stored with the reference's trailing axes of one."""
+    """Scales the channel vector to length sqrt(C), then by gamma, which has the reference's trailing axes of size 1."""
 
     def __init__(self, dim: int, trailing_axes: int):
         self.gamma = nnx.Param(jnp.ones((dim,) + (1,) * trailing_axes))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x_f32 = x.astype(jnp.float32)
-        # The floor lies under the root, so that the gradient of an all-zero vector is finite.
+        # The floor is applied before the root, so that the gradient of an all-zero vector is finite.
         square_length = jnp.sum(jnp.square(x_f32), axis=-1, keepdims=True)
         unit = x_f32 * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
         return unit.astype(x.dtype) * per_channel(self.gamma[...], x) * x.shape[-1] ** 0.5
@@ -61,7 +61,7 @@ class FrameAttention(nnx.Module):
         x_NxHxWxC = x_BxTxHxWxC.reshape(batch * time, height, width, dim)
         qkv_NxPx1x3C = self.to_qkv(self.norm(x_NxHxWxC)).reshape(batch * time, height * width, 1, 3 * dim)
         q, k, v = jnp.split(qkv_NxPx1x3C, 3, axis=-1)
-        # Frame by frame: the scores of all frames at once would be the largest array by far.
+        # Frame by frame, because the scores of all frames at once would be the largest array by far.
         y_NxPx1xC = jax.lax.map(lambda qkv: jax.nn.dot_product_attention(*qkv), (q, k, v))
         y_NxHxWxC = self.proj(y_NxPx1xC.reshape(x_NxHxWxC.shape))
         return x_BxTxHxWxC + y_NxHxWxC.reshape(x_BxTxHxWxC.shape)
@@ -102,18 +102,19 @@ def _apply_per_frame(layers: nnx.List, x_BxTxHxWxC: jax.Array) -> jax.Array:
 def _frame_by_frame(
     layers: Callable[[jax.Array, FrameCache | None], jax.Array], x: jax.Array, cache: FrameCache | None
 ) -> jax.Array:
+    """`layers` over the frames of x in a loop if there is a cache, else over all of them at once."""
     return layers(x, cache) if cache is None else cache.frame_by_frame(layers, x)
 
 
 def _past_first(layer: Callable[[jax.Array], jax.Array], x: jax.Array, cache: FrameCache | None) -> jax.Array:
-    """`layer` over all frames but a clip's first, which passes by."""
+    """`layer` over all frames except a clip's first, which stays as it is."""
     if cache is not None and not cache.at_start:
         return layer(x)
     return jnp.concatenate([x[:, :1], layer(x[:, 1:])], axis=1)
 
 
 class Downsample(nnx.Module):
-    """Halves the sides and, if temporal, the frames after the first, which is never mixed into."""
+    """Halves the sides and, if temporal, the number of frames after the first. No later frame mixes into the first."""
 
     def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
         conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding="VALID", rngs=rngs)
@@ -128,9 +129,9 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the sides, halves the channels and, if temporal, makes two frames of each after the first.
+    """Doubles the sides, halves the channels and, if temporal, makes two frames of every frame after the first.
 
-    The first frame passes by the temporal convolution unseen: the reference's cache starts with zeros in its place.
+    The temporal convolution does not see the first frame: as in the reference, the cache has zeros in its place.
     """
 
     def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
@@ -167,7 +168,7 @@ class Encoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(self.mid_block(x, cache))), cache)
 
     def _at_full_rate(self, x: jax.Array, cache: FrameCache | None) -> jax.Array:
-        """The layers before the first that halves the frames."""
+        """The layers before the first one that halves the number of frames."""
         x = self.conv_in(x, cache)
         for block in self.down_blocks[: self.num_at_full_rate]:
             x = block(x, cache)
@@ -204,7 +205,7 @@ class Decoder(nnx.Module):
         return self._from_level(0, self.mid_block(self.conv_in(x, cache), cache), cache)
 
     def _from_level(self, level: int, x: jax.Array, cache: FrameCache | None) -> jax.Array:
-        """The up block and all after it: frame by frame, so that a frame reaches full size before the next one does."""
+        """The up blocks from `level` on, frame by frame: a frame reaches full size before the next one is computed."""
         if level == len(self.up_blocks):
             return self.conv_out(nnx.silu(self.norm_out(x)), cache)
         x = self.up_blocks[level](x, cache)
@@ -214,8 +215,8 @@ class Decoder(nnx.Module):
 class WanVae(nnx.Module):
     """Video [B, F, H, W, 3] in [-1, 1] to latents [B, T, H/8, W/8, z_dim] and back; F = 4(T - 1) + 1.
 
-    `encode` and `decode` speak the normalised latents that the transformer takes; `moments` and `pixels` are the plain
-    VAE behind them, for training it.
+    The latents of `encode` and `decode` are normalised, as the transformer takes them. `moments` and `pixels` are the
+    VAE without that normalisation, for training it.
     """
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
@@ -228,8 +229,8 @@ class WanVae(nnx.Module):
     def moments(self, video_BxFxHxWx3: jax.Array, cache: FrameCache | None = None) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the posterior, unnormalised and unclamped, each [B, T, H/8, W/8, z_dim].
 
-        Raises InputError unless F = 4k + 1 and H and W are multiples of 8; with a cache, nothing is checked, and the
-        video is a clip's first frame or 4 later ones.
+        Without a cache, raises InputError unless F = 4k + 1 and H and W are multiples of 8. With a cache, nothing is
+        checked, and the video must be a clip's first frame or 4 later ones.
         """
         if cache is None:
             _check_video_shape(video_BxFxHxWx3.shape)
@@ -238,7 +239,7 @@ class WanVae(nnx.Module):
         return mean, logvar
 
     def pixels(self, z_BxTxHxWxC: jax.Array, cache: FrameCache | None = None) -> jax.Array:
-        """Unnormalised latents to video, not clipped: what a reconstruction loss wants."""
+        """Unnormalised latents to video, not clipped, as a reconstruction loss needs it."""
         return self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)), cache)
 
     def encode(self, video_BxFxHxWx3: jax.Array) -> jax.Array:
@@ -250,18 +251,18 @@ class WanVae(nnx.Module):
         return jnp.clip(self.pixels(self._unnormalized(latents_BxTxHxWxC)), -1, 1)
 
     def encode_in_chunks(self, video_BxFxHxWx3: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
-        """`encode`, 4 frames at a time: float32 on the host, device memory independent of F. Not to be jitted.
+        """`encode`, 4 frames at a time: float32 on the host, device memory independent of F. Cannot be jitted.
 
-        With a `tiling`, also tile by tile: an approximation, since tiles do not see past their edges.
+        With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
         _check_video_shape(video_BxFxHxWx3.shape)
         whole = functools.partial(_in_chunks, encode_chunk, self, 4)
         return in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
 
     def decode_in_chunks(self, latents_BxTxHxWxC: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
-        """`decode`, a latent frame at a time: float32 on the host, device memory independent of T. Not to be jitted.
+        """`decode`, a latent frame at a time: float32 on the host, device memory independent of T. Cannot be jitted.
 
-        With a `tiling`, also tile by tile: an approximation, since tiles do not see past their edges.
+        With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
         whole = functools.partial(_in_chunks, decode_chunk, self, 1)
         video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
@@ -284,7 +285,7 @@ class WanVae(nnx.Module):
 def encode_chunk(
     graph: nnx.GraphDef, state: nnx.State, video_BxFxHxWx3: jax.Array, kept: list[Any] | None = None
 ) -> tuple[jax.Array, list[Any]]:
-    """One latent frame, from a clip's first frame (`kept` None) or the next 4, and what the next chunk must be given.
+    """(a latent frame, `kept` for the next chunk) of a clip's first frame, with `kept` None, or of the next 4 frames.
 
     `graph` and `state` are a split WanVae.
     """
@@ -296,13 +297,13 @@ def encode_chunk(
 def decode_chunk(
     graph: nnx.GraphDef, state: nnx.State, latents_Bx1xHxWxC: jax.Array, kept: list[Any] | None = None
 ) -> tuple[jax.Array, list[Any]]:
-    """A clip's first frame (`kept` None) or the next 4, unclipped, from a latent frame; else as `encode_chunk`."""
+    """(frames, `kept` for the next chunk) of a latent frame; the frames are not clipped. See `encode_chunk`."""
     vae, cache = nnx.merge(graph, state), FrameCache(kept)
     return vae.pixels(vae._unnormalized(latents_Bx1xHxWxC), cache), cache.left
 
 
 def _in_chunks(run_chunk: Callable[..., Any], vae: WanVae, size: int, x_BxTxHxWxC: np.ndarray) -> np.ndarray:
-    """`run_chunk` over the first frame, then over `size` frames at a time; finished frames move to the host."""
+    """`run_chunk` over the first frame, then over `size` frames at a time. Results move to the host at once."""
     graph, state = nnx.split(vae)
     y, kept = run_chunk(graph, state, x_BxTxHxWxC[:, :1])
     finished = [np.array(y, np.float32)]

@@ -1,13 +1,13 @@
-"""FLOPs and parameters of the VAE, by a walk through its layers."""
+"""Parameters, FLOPs and bytes of Wan's VAE, summed up layer by layer."""
 
 import math
 
-from jsurgery.wan.cost import Cost, _attention
+from jsurgery.wan.cost import Cost, attention_cost
 from jsurgery.wan.model_config import VaeConfig
 
 
 def vae_cost(config: VaeConfig, frames: int, height: int, width: int, bytes_per_value: int = 4) -> tuple[Cost, Cost]:
-    """Encoding and decoding one video; the padding of convolutions counts as if it were pixels."""
+    """The cost of encoding and of decoding one video. Products with the padding of convolutions are counted too."""
     encoder = _VaeWalk(frames, height, width, bytes_per_value)
     dim = config.base_dim
     encoder.conv(3, dim, (3, 3, 3))
@@ -40,14 +40,14 @@ def vae_cost(config: VaeConfig, frames: int, height: int, width: int, bytes_per_
 
 
 class _VaeWalk:
-    """Sums up what layers cost at the size that a video has reached."""
+    """Adds up the cost of layers, one after the other, and keeps the size that the video has between them."""
 
     def __init__(self, frames: int, height: int, width: int, bytes_per_value: int):
         self.frames, self.height, self.width, self.bytes_per_value = frames, height, width, bytes_per_value
         self.cost = Cost()
 
     def conv(self, inputs: int, outputs: int, kernel: tuple[int, int, int], frames: int | None = None) -> None:
-        """A convolution that makes `frames` frames, by default all, of the present size."""
+        """A convolution whose result has `frames` frames, by default as many as its input, and the input's sides."""
         pixels, taps = (self.frames if frames is None else frames) * self.height * self.width, math.prod(kernel)
         parameters = taps * inputs * outputs + outputs
         moved = self.bytes_per_value * (parameters + pixels * (inputs + outputs))
@@ -68,14 +68,14 @@ class _VaeWalk:
         self.residual(dim, dim)
         self.norm(dim)
         self.conv(dim, 3 * dim, (1, 1, 1))
-        self.cost += _attention(self.frames, self.height * self.width, dim, self.bytes_per_value)
+        self.cost += attention_cost(self.frames, self.height * self.width, dim, self.bytes_per_value)
         self.conv(dim, dim, (1, 1, 1))
         self.residual(dim, dim)
 
     def downsample(self, dim: int, temporal: bool) -> None:
         self.height, self.width = self.height // 2, self.width // 2
         self.conv(dim, dim, (1, 3, 3))
-        if temporal:  # a clip's first frame passes by
+        if temporal:  # the convolution skips a clip's first frame
             self.frames = (self.frames - 1) // 2 + 1
             self.conv(dim, dim, (3, 1, 1), self.frames - 1)
 

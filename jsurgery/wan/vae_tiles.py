@@ -1,4 +1,4 @@
-"""The VAE on overlapping tiles of large frames, blended where they overlap."""
+"""Runs the VAE on overlapping tiles of large frames and blends the tiles where they overlap."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jsurgery.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of overlapping tiles and the steps between them, in pixels; the defaults are those of diffusers."""
+    """Sizes of the tiles, and the distances from one to the next, in pixels; the defaults are those of diffusers."""
 
     height: int = 256
     width: int = 256
@@ -30,9 +30,10 @@ class Tiling:
 def in_tiles(
     function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, tiling: Tiling | None, *, unit: int, result_unit: int
 ) -> np.ndarray:
-    """`function` over tiles of x [B, T, H, W, C], each blended into those above and to the left, as diffusers does.
+    """Runs `function` on tiles of x [B, T, H, W, C] and blends each into the tiles above and to its left, as diffusers.
 
-    `unit` and `result_unit` are the pixels to a side of one place of x and of the result.
+    `unit` and `result_unit` are the sides, in pixels, of one element of x and of the result: 8 for latents. Without a
+    tiling, or if one tile holds all of x, `function` runs once.
     """
     height, width = x.shape[2:4]
     if tiling is None or (height * unit <= tiling.height and width * unit <= tiling.width):
@@ -56,7 +57,7 @@ def in_tiles(
 
 
 def _blend(before: np.ndarray, tile: np.ndarray, overlap: int, axis: int) -> np.ndarray:
-    """`tile` with its first `overlap` places along `axis` faded in from the last of `before`, which lie there too."""
+    """`tile`, whose first `overlap` elements along `axis` fade in over the last `overlap` elements of `before`."""
     overlap = min(overlap, before.shape[axis], tile.shape[axis])
     share = np.linspace(0, 1, overlap, endpoint=False, dtype=np.float32)
     share = share.reshape([-1 if i == axis else 1 for i in range(tile.ndim)])

@@ -1,26 +1,28 @@
-"""The size of a video in pixels, in latents and in tokens."""
+"""The size of a video in latents and in tokens, and whether a model takes it.
+
+The VAE turns pixels into latents (`VAE_STRIDES`), the transformer turns patches of latents into tokens.
+"""
 
 from jsurgery.errors import InputError
-from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_config import VAE_STRIDES, WanConfig
 from jsurgery.wan.rope import check_grid
 
 
-def num_tokens(
-    frames: int,
-    height: int,
-    width: int,
-    patch_size: tuple[int, int, int] = (1, 2, 2),
-    vae_strides: tuple[int, int, int] = (4, 8, 8),
-) -> int:
-    """Tokens of a video of `frames` x `height` x `width` pixels; the first frame is a latent frame of its own.
+def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of the latents of a video of `frames` x `height` x `width` pixels."""
+    t, h, w = VAE_STRIDES
+    return (frames - 1) // t + 1, height // h, width // w
 
-    Raises:
-      InputError: a size that the strides do not divide.
+
+def num_tokens(frames: int, height: int, width: int, patch_size: tuple[int, int, int] = WanConfig.patch_size) -> int:
+    """Tokens of a video of `frames` x `height` x `width` pixels.
+
+    Raises InputError for a size that the VAE's strides and the patches do not divide.
     """
     tokens = 1
-    for name, size, first, patch, stride in zip(
-        ("frames", "height", "width"), (frames, height, width), (1, 0, 0), patch_size, vae_strides, strict=True
-    ):
+    # The first frame has a latent frame of its own; the strides divide the others.
+    sizes = zip(("frames", "height", "width"), (frames, height, width), (1, 0, 0), patch_size, VAE_STRIDES, strict=True)
+    for name, size, first, patch, stride in sizes:
         latent, rest = divmod(size - first, stride)
         latent += first
         if size < 1 or rest or latent % patch:
@@ -30,16 +32,7 @@ def num_tokens(
     return tokens
 
 
-VAE_STRIDES = (4, 8, 8)
-
-
 def check_size(config: WanConfig, frames: int, height: int, width: int) -> None:
-    """Raises InputError for a video that patches do not divide or that is longer than RoPE's table on an axis."""
+    """Raises InputError for a video that the patches do not divide, or that is longer than RoPE's table on an axis."""
     grid = config.token_grid(latent_grid(frames, height, width))
     check_grid(grid, config.rope_max_seq_len)
-
-
-def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """(T, H, W) of a video's latents."""
-    t, h, w = VAE_STRIDES
-    return (frames - 1) // t + 1, height // h, width // w

@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from jsurgery.diffusion import initial_noise
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
+from jsurgery.wan import pipeline as pipeline_module
 from jsurgery.wan.guidance import guided_velocity
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import BUNDLED
@@ -47,6 +48,11 @@ def test_diffusers_loads_the_bundled_folder(theirs):
         True,
         3.0,
     )
+
+
+def test_published_model_cards_find_model_path():
+    """Their code imports it from the pipeline's module, wherever it is defined."""
+    assert pipeline_module.model_path("tiny_wan") == BUNDLED["tiny_wan"]
 
 
 def latents_of_diffusers(pipeline, config, noise_BxTxHxWxC, negative=NEGATIVE):
