@@ -1,5 +1,7 @@
-"""bench attention: hybrid attention at each rate beside full softmax by the best stock kernel, alternating; and, with
-plans, whole forwards of a hybrid beside the softmax model."""
+"""bench attention: hybrid attention at each rate takes turns with full softmax by the best stock kernel.
+
+With plans, whole forwards of hybrids take turns with the forward of the softmax model.
+"""
 
 import dataclasses
 import importlib
@@ -32,10 +34,10 @@ from pallas_kernels import stock
 from pallas_kernels.api import hybrid_attention
 
 PASSES = ("forward", "forward + backward")
-# Forward + backward counts as three forwards: what is computed again is no work done.
+# A backward costs two forwards. What it recomputes of the forward is not counted as work.
 FORWARDS = {"forward": 1, "forward + backward": 3}
 STOCK = {"cpu": "torch", "gpu": "cuDNN", "tpu": "flash_attention"}
-VIDEO = (81, 480, 832)  # frames, height and width of whole forwards
+VIDEO = (81, 480, 832)  # of whole forwards: frames, height, width
 
 
 def bench_attention(
@@ -52,48 +54,51 @@ def bench_attention(
     plans: tuple[str, ...] = (),
     report: str | None = None,
 ) -> None:
-    """Prints a table of `runs` measurements of every rate; with `report` also as a JSON file.
+    """Prints a table of `runs` measurements of every rate; `report` names a JSON file for them.
 
-    With plans, like ("15R2", "20R8"), also of whole forwards of Wan2.1 1.3B on random weights, at 480x832, 81 frames.
-
-    `dtype` None is float32 on CPU and bfloat16 elsewhere. The baseline is torch on CPU, where torch is installed, cuDNN
-    on GPU (bfloat16) and jax's `flash_attention` on TPU. The first run of each, which compiles or warms up, is not
-    counted. Memory is what a program takes on the device, arguments and results included.
+    `plans`, like ("15R2", "20R8"), adds a table of whole forwards of Wan2.1 1.3B with random weights, for `VIDEO`.
+    `dtype` None means float32 on CPU and bfloat16 elsewhere. The baseline on CPU is torch, if it is installed, on GPU
+    cuDNN (bfloat16 only), on TPU jax's `flash_attention`; otherwise `jax.nn`. The first run of each, which compiles or
+    warms up, is not counted. Memory counts a program's arguments, results and temporaries on the device.
+    Raises InputError for a plan or an implementation that does not fit.
     """
     check_report(report)
     backend = jax.default_backend()
     size = AttentionShape(tokens, heads, head_dim, dtype or ("float32" if backend == "cpu" else "bfloat16"), stabilizer)
     network, video = WanConfig(), VIDEO
     check_plans(plans, network)
-    found = {**dataclasses.asdict(size), "implementation": implementation, "passes": {}}
+    result = {**dataclasses.asdict(size), "implementation": implementation, "passes": {}}
     for name in PASSES if backward else PASSES[:1]:
         say(f"bench: compiling, {name}")
         contenders = [baseline(size, backend, name), *(ours(size, rate, implementation, name) for rate in rates)]
         for each in contenders:
             each |= {"flops": FORWARDS[name] * size.flops(each["rate"]), "bound": size.bound(each["rate"])}
-        found["passes"][name] = rows = measured(contenders, runs)
+        result["passes"][name] = rows = measured(contenders, runs)
         print(table(name, rows), flush=True)
     if plans:
         say("bench: compiling, whole forwards")
         rows = measured(forwards(plans, network, video, size.dtype, stabilizer), runs)
-        found["forward_of_a_model"] = {"video": list(video), "text_length": TEXT_LENGTH, "rows": rows}
+        result["forward_of_a_model"] = {"video": list(video), "text_length": TEXT_LENGTH, "rows": rows}
         print(table("whole forward", rows), flush=True)
     device = jax.devices()[0]
-    found["machine"] = {
+    result["machine"] = {
         "name": platform.node(),
         "device": processor() if backend == "cpu" else f"{jax.device_count()} x {device.device_kind}",
         "system": platform.platform(),
         "threads": xla_threads() if backend == "cpu" else None,
     }
-    found["versions"] = versions(("jsurgery", "jax", "jaxlib", "torch"))
-    threads = f", {found['machine']['threads']} threads" if backend == "cpu" else ""
-    print(f"{found['machine']['name']}: {found['machine']['device']}{threads}; {size.dtype}, stabilizer {stabilizer}")
+    result["versions"] = versions(("jsurgery", "jax", "jaxlib", "torch"))
+    threads = f", {result['machine']['threads']} threads" if backend == "cpu" else ""
+    print(f"{result['machine']['name']}: {result['machine']['device']}{threads}; {size.dtype}, stabilizer {stabilizer}")
     if report is not None:
-        write_json(epath.Path(report), found)
+        write_json(epath.Path(report), result)
 
 
 def ours(size: AttentionShape, rate: Rate, implementation: str | None, passes: str) -> dict[str, Any]:
-    """A rate, the program that runs it, and its memory. Raises InputError on what the implementation does not take."""
+    """Our attention at a rate: {"name", "rate", "memory_bytes", "run"}.
+
+    Raises InputError where the implementation does not support it.
+    """
     attend = at_rate(hybrid_attention, size, rate, implementation=implementation)
     try:
         return {"name": rate_name(rate), "rate": rate, **program(attend, arguments(size, rate), passes)}
@@ -102,7 +107,7 @@ def ours(size: AttentionShape, rate: Rate, implementation: str | None, passes: s
 
 
 def baseline(size: AttentionShape, backend: str, passes: str) -> dict[str, Any]:
-    """Full softmax by the best stock kernel of the platform."""
+    """Full softmax by the best stock kernel of the platform, in the form of `ours`."""
     if backend == "cpu" and importlib.util.find_spec("torch") is not None:
         return {"name": "torch", "rate": 1, "memory_bytes": None, "run": torch_softmax(size, passes)}
     name = STOCK.get(backend, "jax.nn") if backend != "cpu" and size.dtype == "bfloat16" else "jax.nn"
@@ -111,20 +116,22 @@ def baseline(size: AttentionShape, backend: str, passes: str) -> dict[str, Any]:
 
 
 def check_plans(plans: tuple[str, ...], network: WanConfig) -> None:
+    """Raises InputError for a plan that is no name like "15R2" or has more blocks than the network."""
     for plan in plans:
-        found = parse_block_budget(plan)
-        if found is None or found[0] > network.num_layers:
+        named = parse_block_budget(plan)
+        if named is None or named[0] > network.num_layers:
             raise InputError(f"--plans: expected like 15R2, at most {network.num_layers} blocks, found {plan!r}")
 
 
 def measured(contenders: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
-    """`row`s of contenders, the first of which is the baseline."""
+    """Runs the contenders in turn; the `row` of each. The first is the baseline."""
     seconds = alternate([contender.pop("run") for contender in contenders], runs)
     base = statistics.median(seconds[0])
     return [row(base, *pair) for pair in zip(contenders, seconds, strict=True)]
 
 
 def row(baseline_s: float, contender: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+    """The contender with its seconds, its speed-up over the baseline and the share of the FLOP bound reached."""
     median = statistics.median(seconds)
     return contender | {
         "seconds": seconds,
@@ -137,6 +144,7 @@ def row(baseline_s: float, contender: dict[str, Any], seconds: list[float]) -> d
 
 
 def table(passes: str, rows: list[dict[str, Any]]) -> str:
+    """The rows as lines of text under a header."""
     head = f"{passes:20}{'median s':>10}{'spread':>20}{'speed-up':>10}{'bound':>8}{'share':>7}{'TFLOP/s':>10}{'GB':>7}"
     lines = [
         f"{each['name']:20}{each['median_s']:10.4g}{'{:.4g} to {:.4g}'.format(*each['spread_s']):>20}"

@@ -1,4 +1,4 @@
-"""Static estimates of attention's cycles on a TPU, by its compiler, with no TPU at hand."""
+"""bench attention --estimate: cycles of attention on a TPU as its compiler estimates them; no TPU is needed."""
 
 import dataclasses
 import importlib
@@ -32,12 +32,15 @@ def estimate_attention(
     backward: bool,
     report: str | None = None,
 ) -> None:
-    """Prints what the TPU compiler expects each rate to cost in bfloat16, with no TPU: static estimates."""
+    """Prints the TPU compiler's static estimate of each rate's cycles in bfloat16; `report` names a JSON file for it.
+
+    Raises InputError for an unknown chip, or where libtpu is not installed.
+    """
     check_report(report)
     check_estimates(chip)
     kernels = importlib.import_module("pallas_kernels.tpu")
     size = AttentionShape(tokens, heads, head_dim, "bfloat16", stabilizer)
-    found: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
+    result: dict[str, Any] = {"static_estimate": True, "chip": chip, **dataclasses.asdict(size), "passes": {}}
     flash = partial(stock.hybrid_attention, num_softmax=tokens, platform="tpu")
     contenders: list[tuple[str, Rate, Callable]] = [(STOCK["tpu"], 1, flash)]
     for rate in dict.fromkeys((1, *rates)):
@@ -47,11 +50,11 @@ def estimate_attention(
         rows = []
         for name, rate, attend in contenders:
             say(f"bench: estimating {name}, {passes}")
-            made = {"name": name, "rate": rate, "bound": size.bound(rate)}
-            made |= estimated(chip, size, rate, attend, passes)
-            if name == STOCK["tpu"]:  # XLA moves the heads out of the rows for it, which others may not need
-                made["cycles"] -= made["xla"]
-            rows.append(made)
+            estimate = {"name": name, "rate": rate, "bound": size.bound(rate)}
+            estimate |= estimated(chip, size, rate, attend, passes)
+            if name == STOCK["tpu"]:  # without XLA's transposes, which a model that uses this kernel may avoid
+                estimate["cycles"] -= estimate["xla"]
+            rows.append(estimate)
         full = rows[1]["cycles"]
         print(f"static estimate, {chip}, {passes}: million cycles, over our softmax, over flash_attention, FLOP bound")
         for each in rows:
@@ -61,23 +64,24 @@ def estimate_attention(
                 f"{each['over_flash_attention']:9.2f}x{each['bound']:9.2f}x",
                 flush=True,
             )
-        found["passes"][passes] = rows
+        result["passes"][passes] = rows
     if report is not None:
-        write_json(epath.Path(report), found)
+        write_json(epath.Path(report), result)
 
 
 def estimated(chip: str, size: AttentionShape, rate: Rate, attend: Callable, passes: str) -> dict[str, Any]:
-    """Static cycles of a layer: {"cycles": of all, "kernels": {name: cycles}, "xla": of XLA's own operations}."""
+    """Static cycles of a layer: {"cycles": the total, "kernels": {name: cycles}, "xla": XLA's other operations}."""
     estimates = importlib.import_module("pallas_kernels.estimate")
     rows = jax.ShapeDtypeStruct((1, size.tokens, size.heads * size.head_dim), jnp.dtype(size.dtype))
     maps = jax.eval_shape(lambda: arguments(dataclasses.replace(size, tokens=1), rate)[3:])
     layer = step(partial(of_rows, attend, size.heads), passes)
-    kernels, own = estimates.estimate_cycles(chip, layer, rows, rows, rows, *maps)
-    xla = sum(own.values())
+    kernels, operations = estimates.estimate_cycles(chip, layer, rows, rows, rows, *maps)
+    xla = sum(operations.values())
     return {"cycles": sum(kernels.values()) + xla, "kernels": kernels, "xla": xla}
 
 
 def check_estimates(chip: str) -> None:
+    """Raises InputError for an unknown chip, or where libtpu is not installed."""
     estimates = importlib.import_module("pallas_kernels.estimate")
     if chip not in estimates.CHIPS:
         raise InputError(f"--estimate: expected one of {', '.join(estimates.CHIPS)}, found {chip!r}")

@@ -1,4 +1,4 @@
-"""What `bench attention` and `gpu-evidence` measure: attention layers and whole forwards as compiled programs."""
+"""Attention layers and whole forwards as compiled programs, for `bench attention` and `gpu-evidence`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ TEXT_LENGTH = 512
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer, of batch 1."""
+    """One attention layer; the batch size is 1."""
 
     tokens: int
     heads: int
@@ -38,17 +38,17 @@ class AttentionShape:
         return 0 if isinstance(rate, str) else -(-self.tokens // rate)
 
     def flops(self, rate: Rate) -> int:
-        """Of one forward, phi included."""
+        """FLOPs of one forward at a rate, feature maps included."""
         config = WanConfig(num_attention_heads=self.heads, attention_head_dim=self.head_dim)
         return core_flops(Workload(config, self.tokens, feature_map=PHI), rate)
 
     def bound(self, rate: Rate) -> float:
-        """The speed-up over full softmax that FLOPs allow."""
+        """The largest speed-up over full softmax that FLOPs allow."""
         return self.flops(1) / self.flops(rate)
 
 
 def arguments(size: AttentionShape, rate: Rate) -> tuple:
-    """q, k, v and two maps, random."""
+    """Random q, k, v [1, N, H, D] and the feature maps of queries and keys, None at rate 1."""
     keys = jax.random.split(jax.random.key(0), 5)
     heads = 1, size.tokens, size.heads, size.head_dim
     q, k, v = (jax.random.normal(key, heads, jnp.dtype(size.dtype)) for key in keys[:3])
@@ -59,21 +59,22 @@ def arguments(size: AttentionShape, rate: Rate) -> tuple:
 
 
 def step(attend: Callable, passes: str) -> Callable:
-    """Attention, or its gradients, of q, k, v and maps."""
+    """A function of q, k, v and maps: `attend` itself, or its gradients where `passes` names the backward too."""
     return attend if passes == "forward" else partial(gradients, attend)
 
 
 def gradients(attend: Callable, *inputs: Any) -> tuple:
-    """Of q, k, v and maps. q is also the result's cotangent, so that nothing but attention is at work."""
+    """Gradients of q, k, v and maps. q serves as the result's cotangent, so that nothing else has to be computed."""
     return jax.vjp(attend, *inputs)[1](inputs[0])
 
 
 def program(attend: Callable, inputs: tuple, passes: str) -> dict[str, Any]:
+    """`step` as a compiled program, see `compiled`."""
     return compiled(jax.jit(step(attend, passes)), inputs)
 
 
 def compiled(function: Any, inputs: tuple) -> dict[str, Any]:
-    """A jitted function as a program of these inputs, and the memory that it takes."""
+    """{"run": a call of the jitted function on these inputs that waits for its end, "memory_bytes": what it takes}."""
     executable = function.lower(*inputs).compile()
     memory = executable.memory_analysis()
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
@@ -86,7 +87,10 @@ def compiled(function: Any, inputs: tuple) -> dict[str, Any]:
 def torch_softmax(
     size: AttentionShape, passes: str, attend: Callable | None = None, device: str = "cpu"
 ) -> Callable[[], None]:
-    """Full softmax by `attend(q, k, v)`, or None: what torch chooses. On a GPU a call does not wait for its end."""
+    """Full softmax in torch by `attend(q, k, v)`, by default `scaled_dot_product_attention`.
+
+    On a GPU a call returns before the GPU has finished.
+    """
     import torch
 
     torch.set_num_threads(xla_threads())
@@ -107,12 +111,12 @@ def torch_softmax(
 
 
 def at_rate(attend: Callable, size: AttentionShape, rate: Rate, **options: Any) -> Callable:
-    """Attention of a size at a rate, as a function of q, k, v and maps that another process can import."""
+    """`attend` at a rate, as a function of q, k, v and maps. It can be pickled if `attend` can."""
     return partial(attend, num_softmax=size.num_softmax(rate), stabilizer=size.stabilizer, **options)
 
 
 def of_rows(attend: Callable, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, *maps: Any) -> jax.Array:
-    """`attend` of q, k and v [B, N, H * D], as projections leave them, and maps; y likewise."""
+    """`attend` on q, k and v in the layout that projections leave, [B, N, H * D]. Returns y in the same layout."""
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)
     return attend(split(q), split(k), split(v), *maps).reshape(q.shape)
 
@@ -120,7 +124,7 @@ def of_rows(attend: Callable, heads: int, q: jax.Array, k: jax.Array, v: jax.Arr
 def forwards(
     plans: tuple[str, ...], network: WanConfig, video: tuple[int, int, int], dtype: str, stabilizer: str
 ) -> list[dict[str, Any]]:
-    """`forward`s of a model of softmax alone and of each plan, all of the same random weights."""
+    """The `forward` of a softmax model and of each plan, all with the same random weights."""
     softmax = random_softmax_model(network, dtype)
     return [forward(softmax, plan, video, stabilizer) for plan in ("softmax", *plans)]
 
@@ -132,7 +136,10 @@ def random_softmax_model(network: WanConfig, dtype: str) -> WanTransformer:
 def forward(
     softmax: WanTransformer, plan: str, video: tuple[int, int, int], stabilizer: str, text_length: int = TEXT_LENGTH
 ) -> dict[str, Any]:
-    """A model's whole forward on random inputs: as it is for the plan "softmax", else with its last blocks hybrid."""
+    """A whole forward on random inputs: {"name", "flops", "bound", "memory_bytes", "run"}.
+
+    A plan like "15R2" makes the last 15 blocks hybrid; the plan "softmax" leaves the model as it is.
+    """
     network, model, rates = softmax.config, softmax, (1,) * softmax.config.num_layers
     if (named := parse_block_budget(plan)) is not None:
         count, rate = named

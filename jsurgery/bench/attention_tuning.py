@@ -1,4 +1,4 @@
-"""The search for a kernel's best block sizes."""
+"""bench attention --tune: the search for the block sizes at which our kernels are fastest."""
 
 import dataclasses
 import importlib
@@ -28,10 +28,10 @@ def tune_attention(
     runs: int,
     chip: str | None = None,
 ) -> None:
-    """Looks for the best block sizes of each rate in bfloat16 and keeps them in tuned.json.
+    """Searches the best block sizes of each rate in bfloat16 and saves them in tuned.json.
 
-    They are measured on this accelerator, or with the name of a TPU, which need not be here, taken from the compiler's
-    static estimates; an entry says which.
+    They are timed on this accelerator (medians of `runs`). With the name of a TPU as `chip` the compiler's static
+    estimates decide, and no TPU is needed. Each entry says which of both it is. Raises InputError without either.
     """
     backend = "tpu" if chip else jax.default_backend()
     if backend not in ("gpu", "tpu"):
@@ -51,8 +51,8 @@ def tune_attention(
                     return estimated(chip, size, rate, attend, passes)["cycles"]
                 run = program(attend, arguments(size, rate), passes)["run"]
                 run()
-                return statistics.median(timed(run) for _ in range(runs))
-            except (ValueError, RuntimeError):  # blocks that do not divide, or do not fit
+                return statistics.median(timed(run)[0] for _ in range(runs))
+            except (ValueError, RuntimeError):  # block sizes that do not divide the tokens or do not fit
                 return math.inf
 
         if backend == "tpu":
@@ -66,11 +66,14 @@ def tune_attention(
 
 
 def search(blocks: dict[str, int], seconds: Callable[[dict[str, int], str], float]) -> dict[str, int]:
-    """The sizes at which neither half nor double of any one is 2 % faster; those of the backward are timed in it."""
+    """Doubles and halves one block size at a time as long as that is at least 2 % faster.
+
+    `seconds(blocks, passes)` is the cost. Sizes whose names begin with "backward" are judged by forward + backward.
+    """
     for name in blocks:
         passes = PASSES[name.startswith("backward")]
         best = seconds(blocks, passes)
         for change in (lambda size: 2 * size, lambda size: size // 2):
-            while (size := change(blocks[name])) and (found := seconds(blocks | {name: size}, passes)) < 0.98 * best:
-                blocks, best = blocks | {name: size}, found
+            while (size := change(blocks[name])) and (cost := seconds(blocks | {name: size}, passes)) < 0.98 * best:
+                blocks, best = blocks | {name: size}, cost
     return blocks

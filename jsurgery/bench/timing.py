@@ -1,4 +1,4 @@
-"""Seconds of programs that take turns."""
+"""Seconds of programs that take turns, so that a machine that slows down slows all of them."""
 
 import time
 from collections.abc import Callable
@@ -8,18 +8,22 @@ from jsurgery.runtime.progress import say
 
 
 def alternate(programs: list[Callable[[], Any]], runs: int) -> list[list[float]]:
-    """Seconds of every run of every program, one run of each in turn."""
+    """Seconds of the `runs` runs of each program. Every round runs each program once.
+
+    A round before the first, in which programs compile or warm up, is not timed.
+    """
     seconds: list[list[float]] = [[] for _ in programs]
     for run in programs:
         run()
     for number in range(1, runs + 1):
         say(f"bench: run {number} of {runs}")
         for run, times in zip(programs, seconds, strict=True):
-            times.append(timed(run))
+            times.append(timed(run)[0])
     return seconds
 
 
-def timed(run: Callable[[], Any]) -> float:
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """(seconds, result) of one call, which must return when its result is there."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    result = function(*arguments)
+    return time.perf_counter() - start, result

@@ -1,4 +1,4 @@
-"""diffusers' and transformers' models, to compare with."""
+"""The reference to compare with: diffusers' Wan transformer, or for a hybrid our own torch module."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ REFERENCE = ("torch", "diffusers", "accelerate", "transformers")
 
 
 def need_reference() -> None:
-    """Raises InputError where a library to compare with is missing; silences those that are there."""
+    """Raises InputError where a library of the reference is missing; else silences their logs and progress bars."""
     absent = [name for name in REFERENCE if importlib.util.find_spec(name) is None]
     if absent:
         names = ", ".join(absent)
@@ -28,7 +28,10 @@ def need_reference() -> None:
 
 
 def reference_transformer(folder: epath.Path, network: WanConfig, dtype: str = "float32") -> Any:
-    """diffusers' transformer of a folder on the CPU; for a hybrid, which diffusers has not, our torch module."""
+    """The transformer of a folder, in torch on the CPU: diffusers' model, for a hybrid `jsurgery.export.torch_model`.
+
+    Raises InputError where the folder is not in the diffusers layout.
+    """
     import torch
 
     if transformer_layout(open_tensors(folder), folder) != "diffusers":
@@ -40,13 +43,13 @@ def reference_transformer(folder: epath.Path, network: WanConfig, dtype: str = "
 
 
 def reference_velocity(module: Any, latents: np.ndarray, timesteps: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """The velocity [B, T, H, W, C] of a torch module, for inputs as ours takes them."""
+    """The velocity [B, T, H, W, C], float32, of a torch module for latents [B, T, H, W, C], timesteps [B] and text
+    embeddings [B, L, text_dim]. Timesteps stay float32 whatever the module's dtype."""
     import torch
 
     with torch.no_grad():
-        inputs = channels_first(latents), torch.tensor(timesteps), torch.tensor(text)
-        hidden, timestep, states = (x.to(module.dtype) if i != 1 else x for i, x in enumerate(inputs))
-        return channels_last(module(hidden, timestep, states, return_dict=False)[0])
+        hidden, states = channels_first(latents).to(module.dtype), torch.tensor(text).to(module.dtype)
+        return channels_last(module(hidden, torch.tensor(timesteps), states, return_dict=False)[0])
 
 
 def channels_first(x_BxTxHxWxC: np.ndarray) -> Any:

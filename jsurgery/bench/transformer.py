@@ -1,4 +1,4 @@
-"""bench: our transformer's forward beside the reference's, alternating in one process on the CPU."""
+"""bench transformer: our forward and the torch reference's take turns in one process on the CPU."""
 
 import concurrent.futures
 import contextlib
@@ -9,7 +9,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,12 +17,8 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from jsurgery.bench.torch_reference import (
-    REFERENCE,
-    need_reference,
-    reference_transformer,
-    reference_velocity,
-)
+from jsurgery.bench.timing import timed
+from jsurgery.bench.torch_reference import REFERENCE, need_reference, reference_transformer, reference_velocity
 from jsurgery.config import check_video
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, peak_bytes, processor, relative_error, versions, xla_threads
@@ -59,10 +55,11 @@ def bench_transformer(
     runs: int,
     report: str | None = None,
 ) -> None:
-    """Prints the times of `runs` forwards of each, and what loading took; with `report` also as a JSON file.
+    """Prints the seconds of `runs` forwards on each side, and time and memory of loading ours.
 
-    The model is a folder or repository, or without one random weights of a `size`, saved by diffusers for the occasion.
-    Each forward is one of batch 1; the first of each side, which compiles or warms up, is not counted.
+    `report` names a JSON file for the same numbers. `model` is a folder or repository; without it diffusers saves a
+    model of a `size` with random weights. The batch size is 1. The first forward of each side, which compiles or warms
+    up, is not counted. Raises InputError for a size that the model does not take and for missing libraries.
     """
     check_report(report)
     need_reference()
@@ -77,35 +74,37 @@ def bench_transformer(
         network = read_config(folder)
         check_size(network, frames, height, width)
         shape = 1, *latent_grid(frames, height, width), network.in_channels
-        found = {
+        result = {
             "model": size if model is None else model,
             "video": {"frames": frames, "height": height, "width": width},
             "latents": list(shape),
             "text_length": text_length,
             "dtype": dtype,
             "reference": "jsurgery.export.torch_model" if network.hybrid else "diffusers",
-            **alternate(folder, network, shape, text_length, dtype, runs),
+            **compare_forwards(folder, network, shape, text_length, dtype, runs),
         }
-    ratios = [run["ratio"] for run in found["runs"]]
-    found["median_ratio"], found["spread"] = statistics.median(ratios), [min(ratios), max(ratios)]
+    ratios = [run["ratio"] for run in result["runs"]]
+    result["median_ratio"], result["spread"] = statistics.median(ratios), [min(ratios), max(ratios)]
+    median = result["median_ratio"]
+    print(f"ours / {result['reference']}: median {median:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    print(f"largest relative difference: {result['relative_difference']:.2e} ({dtype})")
     print(
-        f"ours / {found['reference']}: median {found['median_ratio']:.3f}, from {min(ratios):.3f} to {max(ratios):.3f}"
+        f"loading ours: {result['load_s']:.1f} s, peak memory of the process {result['peak_bytes'] / 1e9:.2f} GB, "
+        f"before loading {result['peak_bytes_before'] / 1e9:.2f} GB"
     )
-    print(f"largest relative difference: {found['relative_difference']:.2e} ({dtype})")
-    print(
-        f"loading: {found['load_s']:.1f} s, peak memory {found['peak_bytes'] / 1e9:.2f} GB "
-        f"(of which {found['peak_bytes_before'] / 1e9:.2f} GB before)"
-    )
-    machine = found["machine"]
+    machine = result["machine"]
     print(f"{machine['name']}: {machine['processor']}, {machine['threads']} threads each")
     if report is not None:
-        write_json(epath.Path(report), found)
+        write_json(epath.Path(report), result)
 
 
-def alternate(
+def compare_forwards(
     folder: epath.Path, network: WanConfig, shape: tuple[int, ...], text_length: int, dtype: str, runs: int
 ) -> dict[str, Any]:
-    """Times and differences. Ours loads first, so that the memory's peak is its own."""
+    """Seconds of both forwards, their relative difference, what was measured and on what; for JSON.
+
+    Ours loads first, so that torch takes no part in the peak of memory.
+    """
     before = peak_bytes()
     say("bench: loading ours")
     start = time.perf_counter()
@@ -131,16 +130,15 @@ def alternate(
     theirs = lambda *inputs: reference_velocity(module, *inputs)
     theirs(*inputs[0])
 
-    measured, difference = [], 0.0
+    rows, difference = [], 0.0
     for number, each in enumerate(inputs, start=1):
         (ours_s, velocity), (theirs_s, expected) = timed(ours, *each), timed(theirs, *each)
         difference = max(difference, relative_error(velocity, expected))
-        measured.append({"ours_s": ours_s, "reference_s": theirs_s, "ratio": ours_s / theirs_s})
-        print(
-            f"run {number}: ours {ours_s:.3f} s, reference {theirs_s:.3f} s, ratio {ours_s / theirs_s:.3f}", flush=True
-        )
+        rows.append({"ours_s": ours_s, "reference_s": theirs_s, "ratio": ours_s / theirs_s})
+        ratio = f"ratio {ours_s / theirs_s:.3f}"
+        print(f"run {number}: ours {ours_s:.3f} s, reference {theirs_s:.3f} s, {ratio}", flush=True)
     return {
-        "runs": measured,
+        "runs": rows,
         "relative_difference": difference,
         "compile_s": compile_s,
         **loading,
@@ -154,16 +152,9 @@ def alternate(
     }
 
 
-def timed(forward: Callable[..., np.ndarray], *inputs: np.ndarray) -> tuple[float, np.ndarray]:
-    """(seconds, velocity on the host)."""
-    start = time.perf_counter()
-    velocity = forward(*inputs)
-    return time.perf_counter() - start, velocity
-
-
 @contextlib.contextmanager
 def random_model(network: WanConfig) -> Iterator[epath.Path]:
-    """A folder with random weights that diffusers wrote, in a process of its own so that its memory is not ours."""
+    """A folder of random weights. diffusers writes it in a process of its own, so that its memory is not measured."""
     with tempfile.TemporaryDirectory() as folder:
         say("bench: diffusers writes a random model")
         spawn = multiprocessing.get_context("spawn")

@@ -1,6 +1,6 @@
-"""verify: a checkpoint against diffusers and transformers, one component after the other, on the user's machine.
+"""verify: a checkpoint through jsurgery and through diffusers and transformers, component by component.
 
-torch and those libraries are imported here (and for `bench`), and nowhere else in the package but in `export`.
+Only `verify`, `bench` and `export` import torch, diffusers and transformers.
 """
 
 import gc
@@ -38,8 +38,8 @@ from jsurgery.wan.text_encoder import encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer, clean_prompt
 from jsurgery.wan.video_size import check_size, latent_grid
 
-# Relative errors |ours - theirs| / |theirs| that float32 explains at any published size; of token ids, the share that
-# differs.
+# Largest relative error |ours - theirs| / |theirs| that float32 rounding explains at any published size. For token ids:
+# the share of ids that differ.
 BOUNDS = {"token ids": 0.0, "text embeddings": 1e-4, "VAE encode": 1e-4, "VAE decode": 1e-4, "velocity": 1e-4}
 PROMPTS = (
     "a red circle moves left over a grey background",
@@ -50,12 +50,12 @@ TIMESTEPS = (999.0, 750.0, 500.0, 250.0, 20.0)
 
 
 def verify(model: str, frames: int, height: int, width: int, report: str | None = None) -> None:
-    """Compares text embeddings, the VAE's two ways and velocities of a video size; prints the result as JSON.
+    """Compares text embeddings, VAE encoding and decoding, and velocities at one video size; prints the result as JSON.
 
-    With `report` that JSON is also a file. A hybrid's velocities are compared with `jsurgery.export.torch_model`.
-    One component is in memory at a time, ours or the reference's, in float32; ours runs where JAX runs, the reference
-    on the CPU. Raises InputError where a library or a weight file is missing, and at the end ParityError where an error
-    is over its bound.
+    `report` names a file for the same JSON. Velocities of a hybrid are compared with `jsurgery.export.torch_model`. All
+    components are float32, and only one of them, ours or the reference's, is in memory at a time. Ours runs on JAX's
+    default device, the reference on the CPU. Raises InputError where a library or a weight file is missing, and
+    ParityError, after printing, where an error is over its bound.
     """
     check_report(report)
     need_reference()
@@ -68,7 +68,7 @@ def verify(model: str, frames: int, height: int, width: int, report: str | None 
     parts = {"transformer": transformer_folder(folder)}
     parts |= {name: base / name for name in ("text_encoder", "tokenizer", "vae")}
     latent_shape = *latent_grid(frames, height, width), network.in_channels
-    found = {
+    result = {
         "model": folder.name if epath.Path(model).exists() else model,
         "hybrid": network.hybrid is not None,
         "video": {"frames": frames, "height": height, "width": width},
@@ -87,7 +87,7 @@ def verify(model: str, frames: int, height: int, width: int, report: str | None 
     checks = [
         {
             "check": name,
-            "error": error if math.isfinite(error) else None,  # JSON has no word for the others
+            "error": error if math.isfinite(error) else None,  # JSON has no NaN and no infinity
             "bound": bound,
             "passed": error <= bound,
         }
@@ -95,14 +95,14 @@ def verify(model: str, frames: int, height: int, width: int, report: str | None 
         for bound in [BOUNDS[name.partition(" at ")[0]]]
     ]
     breached = [check for check in checks if not check["passed"]]
-    publish(found | {"checks": checks, "passed": not breached}, report)
+    publish(result | {"checks": checks, "passed": not breached}, report)
     if breached:
         listed = ", ".join(f"{check['check']} {check['error']} (bound {check['bound']})" for check in breached)
         raise ParityError(f"{model}: {len(breached)} of {len(checks)} checks are over their bound: {listed}")
 
 
 def text_errors(base: epath.Path, length: int) -> tuple[dict[str, float], np.ndarray]:
-    """Errors of the tokenizer and the text encoder in a pipeline folder; the reference's embeddings [P, L, D]."""
+    """Errors of the tokenizer and of the text encoder, and the reference's embeddings [P, L, D]."""
     say("verify: text encoder")
     token_ids, mask = Tokenizer(base / "tokenizer")(PROMPTS, length)
     embed: Any = nnx.jit(encode_prompts)
@@ -124,7 +124,7 @@ def text_errors(base: epath.Path, length: int) -> tuple[dict[str, float], np.nda
 
 
 def vae_errors(folder: epath.Path, frames: int, height: int, width: int) -> dict[str, float]:
-    """Errors of encoding one clip of sprites and of decoding what came of it."""
+    """Errors of encoding one sprites video and of decoding its latents. Both sides decode our latents."""
     say("verify: VAE")
     video = sprites.to_float(sprites.render(sprites.scene_at(0, 0), frames, height, width))[None]
     vae = load_vae(folder)
@@ -150,7 +150,7 @@ def vae_errors(folder: epath.Path, frames: int, height: int, width: int) -> dict
 def velocity_errors(
     folder: epath.Path, network: WanConfig, latent_shape: tuple[int, ...], text_1xLxD: np.ndarray
 ) -> dict[str, float]:
-    """Errors of velocities at several timesteps, for latents of `latent_shape` = (T, H, W, C)."""
+    """Errors of the velocity at each of `TIMESTEPS`, for noise of `latent_shape` = (T, H, W, C)."""
     say("verify: transformer")
     noise = np.random.default_rng(0).normal(size=(1, *latent_shape)).astype(np.float32)
     inputs = [(noise, np.array([timestep], np.float32), text_1xLxD) for timestep in TIMESTEPS]

@@ -1,4 +1,4 @@
-"""python -m jsurgery.bench.gpu_evidence --minutes=10 --output=DIR: plans, asks the worker, writes every row at once."""
+"""python -m jsurgery.bench.gpu_evidence --minutes=10 --output=DIR: sends rows to a worker and writes its results."""
 
 import argparse
 import multiprocessing
@@ -15,17 +15,18 @@ from jsurgery.bench.gpu_evidence.report import TOY_NOTE, Report, line, summary
 from jsurgery.bench.gpu_evidence.rows import FULL, TOY, Row, all_rows
 from jsurgery.bench.gpu_evidence.worker import work
 
-# A row is given up after so many times its allowance, and seconds: the first of a kind also imports and makes inputs.
+# A row is stopped after PATIENCE times its allowance plus WARM_UP seconds. The first row of a kind also imports modules
+# and makes inputs.
 PATIENCE, WARM_UP = 3, 30
-START = 180.0  # seconds until a worker has to have started: from a cold disk, libraries of CUDA take a while
-# Toy programs run thrice: compilers need not try hard.
+START = 180.0  # seconds in which a worker must start: CUDA libraries load slowly from a cold disk
+# Toy programs run only three times: optimising them would take longer than it saves.
 TOY_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 
 
 class Worker:
-    """A process that measures. One that dies or takes too long is ended, and the next row gets a new one."""
+    """A process that measures. If it dies or takes too long it is killed, and the next row starts a new one."""
 
     def __init__(self, toy: bool):
         self.toy = toy
@@ -33,7 +34,7 @@ class Worker:
         self.connection: Connection | None = None
 
     def start(self, seconds: float) -> dict[str, Any]:
-        """Its header, or {"failed": the reason}."""
+        """Starts the process. Returns its header, or {"failed": the reason}."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, self.toy))
@@ -43,7 +44,7 @@ class Worker:
         return {"failed": header["missing"]} if "missing" in header else header
 
     def ask(self, row: Row, seconds: float, left: Callable[[], float]) -> dict[str, Any]:
-        """What was found of a row within `seconds`, or {"missing": the reason}."""
+        """The result of a row, or {"missing": the reason} if there is none within `seconds` or the time `left()`."""
         if self.connection is None:
             header = self.start(left())
             if header.get("on_gpu", self.toy) == self.toy:
@@ -54,23 +55,23 @@ class Worker:
             self.connection.send(row)
         except OSError:
             return self.receive(0)
-        found = self.receive(min(left(), seconds))
-        if found.pop("lost", False):
+        result = self.receive(min(left(), seconds))
+        if result.pop("lost", False):
             self.stop()
-        return found
+        return result
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message; {"missing": the reason} where there is none within these seconds, or never will be."""
+        """The worker's next message. {"missing": the reason} if it sends none in time or has ended."""
         assert self.connection is not None and self.process is not None
         try:
             if self.connection.poll(max(seconds, 0)):
                 return self.connection.recv()
-            told = f"it was stopped after {max(seconds, 0):.0f} s"
+            reason = f"it was stopped after {max(seconds, 0):.0f} s"
         except (EOFError, OSError):
             self.process.join(10)
-            told = f"the process that measured it ended with exit code {self.process.exitcode}"
+            reason = f"the process that measured it ended with exit code {self.process.exitcode}"
         self.stop()
-        return {"missing": told}
+        return {"missing": reason}
 
     def stop(self) -> None:
         if self.process is not None:
@@ -80,9 +81,9 @@ class Worker:
 
 
 def begin(toy: bool, left: Callable[[], float]) -> tuple[Worker, dict[str, Any]]:
-    """A worker and its header; without a GPU one of toys. With "failed" in the header nothing can be measured."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch works on the same GPU
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that a killed worker leaves behind
+    """A worker and its header; without a GPU it measures at toy sizes. "failed" in the header: it does not start."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch on the same GPU
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a killed worker would leave compile processes behind
     if not toy:
         worker = Worker(toy=False)
         header = worker.start(left())
@@ -95,7 +96,7 @@ def begin(toy: bool, left: Callable[[], float]) -> tuple[Worker, dict[str, Any]]
 
 
 def gather(folder: pathlib.Path, minutes: float, toy: bool) -> int:
-    """Measures rows until all are or the time is up. The exit code: 1 if a kernel failed its test or nothing ran."""
+    """Measures rows until all are done or the time is up. Exit code 1: a kernel test failed, or no row was measured."""
     began = time.monotonic()
     left = lambda: began + 60 * minutes - time.monotonic()
     worker, header = begin(toy, left)
@@ -106,21 +107,22 @@ def gather(folder: pathlib.Path, minutes: float, toy: bool) -> int:
         print(TOY_NOTE, flush=True)
     try:
         for index, row in enumerate(rows):
-            found = {"missing": header["failed"]} if "failed" in header else ask_in_time(worker, row, left)
-            report.add(index, found)
-            print(line(row, found), flush=True)
+            result = {"missing": header["failed"]} if "failed" in header else ask_in_time(worker, row, left)
+            report.add(index, result)
+            print(line(row, result), flush=True)
     finally:
         worker.stop()
     seconds = time.monotonic() - began
     report.end(seconds)
     counts = summary(report)
     print(f"\n{report.markdown.read_text()}")
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(f"{told}, in {seconds:.0f} s: {report.json}, {report.markdown}", flush=True)
+    totals = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{totals}, in {seconds:.0f} s: {report.json}, {report.markdown}", flush=True)
     return int(counts["failed"] > 0 or counts["measured"] == 0)
 
 
 def ask_in_time(worker: Worker, row: Row, left: Callable[[], float]) -> dict[str, Any]:
+    """The result of a row, which is not begun with less time left than its allowance."""
     if left() < row.seconds:
         return {"missing": f"time was up: {max(left(), 0):.0f} s were left of what may take {row.seconds:g} s"}
     return worker.ask(row, WARM_UP + PATIENCE * row.seconds, left)

@@ -1,4 +1,4 @@
-"""Seconds of the attention layers, whole forwards and distillation steps, each beside its baseline, in turn."""
+"""Seconds of attention layers, whole forwards and distillation steps, each in turn with its baseline."""
 
 import functools
 import statistics
@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from jsurgery.bench import attention as bench_attention
-from jsurgery.bench import timing
 from jsurgery.bench.attention_programs import PHI, AttentionShape, forward, random_softmax_model, torch_softmax
 from jsurgery.bench.gpu_evidence.rows import Row, Scale
+from jsurgery.bench.timing import timed
 from jsurgery.bench.transformer import SIZES
 from jsurgery.config import base
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
@@ -24,36 +24,34 @@ from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import latent_grid, num_tokens
 
 STABILIZER = "lse"
-LONG = 5.0  # seconds of a run above which one is enough
+LONG = 5.0  # seconds: a row whose run takes longer is measured once
 
 
 def measured(baseline: dict[str, Any] | None, contender: dict[str, Any], runs: int) -> dict[str, Any]:
-    """The contender's `bench_attention.row`, with a speed-up where there is a baseline: one run of each in turn."""
+    """The `row` of the contender, which takes turns with the baseline. Without a baseline there is no speed-up."""
     run = contender.pop("run")
     both = [run] if baseline is None or baseline["run"] is run else [baseline["run"], run]
     seconds: list[list[float]] = [[] for _ in both]
     for number in range(runs + 1):
         for times, each in zip(seconds, both, strict=True):
-            times.append(timing.timed(each))
+            times.append(timed(each)[0])
         if number and max(times[-1] for times in seconds) > LONG:
             break
-    seconds = [times[1:] for times in seconds]  # without the first, which warms up
+    seconds = [times[1:] for times in seconds]  # the first warms up
     median = statistics.median(seconds[0])
-    found = bench_attention.row(median, contender, seconds[-1])
-    del found["memory_bytes"]  # the compiler's word
+    result = bench_attention.row(median, contender, seconds[-1])
+    del result["memory_bytes"]  # the compiler's estimate, not a measurement
     if baseline is None:
-        del found["speedup"], found["share_of_bound"]
-        return found
-    return found | {"baseline": baseline["name"], "baseline_median_s": median}
+        del result["speedup"], result["share_of_bound"]
+        return result
+    return result | {"baseline": baseline["name"], "baseline_median_s": median}
 
 
 def attention(row: Row, scale: Scale) -> dict[str, Any]:
-    """One contender beside the stock softmax of the platform: on GPUs cuDNN, by JAX."""
+    """One contender in turn with the stock softmax of the platform, on GPUs JAX's cuDNN attention."""
     assert row.tokens is not None and row.passes is not None and row.rate is not None and row.implementation is not None
-    size, platform = (
-        AttentionShape(row.tokens, scale.heads, scale.head_dim, scale.dtype, STABILIZER),
-        jax.default_backend(),
-    )
+    size = AttentionShape(row.tokens, scale.heads, scale.head_dim, scale.dtype, STABILIZER)
+    platform = jax.default_backend()
     if row.implementation == "cudnn":
         if platform != "gpu":
             raise NotImplementedError(f"JAX runs cuDNN on GPUs alone, found {platform}")
@@ -62,25 +60,25 @@ def attention(row: Row, scale: Scale) -> dict[str, Any]:
         run = torch_run(row.implementation.removeprefix("torch "), size, row.passes)
         contender = {"memory_bytes": None, "run": run}
     elif row.implementation == "gpu" and platform != "gpu":
-        raise NotImplementedError("our kernels run without a GPU interpreted alone, which takes no time worth knowing")
+        raise NotImplementedError("without a GPU our kernels are only interpreted, and their time means nothing")
     else:
         contender = bench_attention.ours(size, row.rate, row.implementation, row.passes)
     contender |= {
         "name": row.name,
-        "flops": attention.FORWARDS[row.passes] * size.flops(row.rate),
+        "flops": bench_attention.FORWARDS[row.passes] * size.flops(row.rate),
         "bound": size.bound(row.rate),
     }
     return measured(baseline_of(size, row.passes), contender, scale.runs)
 
 
-@functools.lru_cache(maxsize=len(attention.PASSES))
+@functools.lru_cache(maxsize=len(bench_attention.PASSES))
 def stock_softmax(size: AttentionShape, passes: str) -> dict[str, Any]:
     return bench_attention.baseline(size, jax.default_backend(), passes)
 
 
-@functools.lru_cache(maxsize=len(attention.PASSES))
+@functools.lru_cache(maxsize=len(bench_attention.PASSES))
 def baseline_of(size: AttentionShape, passes: str) -> dict[str, Any] | None:
-    """`stock_softmax`, or None where it does not run; its own row says why."""
+    """`stock_softmax`, or None where it does not run. The row of the stock softmax itself then gives the reason."""
     try:
         return stock_softmax(size, passes)
     except Exception:
@@ -88,7 +86,7 @@ def baseline_of(size: AttentionShape, passes: str) -> dict[str, Any] | None:
 
 
 def torch_run(backend: str, size: AttentionShape, passes: str) -> Callable[[], None]:
-    """Full softmax by a backend of torch, on the GPU if JAX has one."""
+    """A run of full softmax by a backend of torch, on the GPU if JAX has one. It waits until the GPU has finished."""
     import torch
 
     on_gpu = jax.default_backend() == "gpu"
@@ -105,6 +103,7 @@ def torch_run(backend: str, size: AttentionShape, passes: str) -> Callable[[], N
 
 
 def torch_attention(backend: str, compiled: bool) -> Callable[..., Any]:
+    """`attend(q, k, v)` by torch's "flex", "flash" or "cudnn" attention; flex attention can be `compiled`."""
     import torch
     from torch.nn import attention
 
@@ -114,7 +113,7 @@ def torch_attention(backend: str, compiled: bool) -> Callable[..., Any]:
         if not compiled:
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
             return flex_attention
-        torch.compiler.reset()  # of other sizes: each is compiled for itself, as one alone would be
+        torch.compiler.reset()  # else torch.compile falls back to dynamic shapes after other sizes
         return torch.compile(flex_attention, dynamic=False)
     chosen = {"flash": attention.SDPBackend.FLASH_ATTENTION, "cudnn": attention.SDPBackend.CUDNN_ATTENTION}[backend]
 
@@ -126,7 +125,7 @@ def torch_attention(backend: str, compiled: bool) -> Callable[..., Any]:
 
 
 def whole_forward(row: Row, scale: Scale) -> dict[str, Any]:
-    """A plan's forward beside that of softmax alone."""
+    """The forward of a plan in turn with the softmax model's."""
     assert row.video is not None
     baseline = softmax_forward(scale, row.video)
     if row.name == "softmax":
@@ -146,7 +145,7 @@ def softmax_forward(scale: Scale, video: tuple[int, int, int]) -> dict[str, Any]
 
 
 def distillation(row: Row, scale: Scale) -> dict[str, Any]:
-    """A step that distils every block at every rate, as `jsurgery distill` takes it, beside the teacher's forward."""
+    """A step of `jsurgery distill`, for every block at every rate, in turn with the teacher's forward."""
     assert row.video is not None
     config = base()
     config.model.dtype, config.text_length = scale.dtype, scale.text_length
@@ -168,17 +167,17 @@ def distillation(row: Row, scale: Scale) -> dict[str, Any]:
 
     def run() -> None:
         nonlocal state
-        state, found = step(state, params, batch)
-        losses.append(np.asarray(found))
+        state, loss = step(state, params, batch)
+        losses.append(np.asarray(loss))
 
     work = Workload(network, num_tokens(*row.video), config.text_length, PHI)
     flops = distillation_flops(work, config.hybrid.rates)
     bound = model_flops(work, (1,) * network.num_layers) / flops
     contender = {"name": row.name, "flops": flops, "bound": bound, "memory_bytes": None, "run": run}
-    found = measured(baseline, contender, scale.runs)
+    result = measured(baseline, contender, scale.runs)
     if not all(np.isfinite(each).all() for each in losses):
         raise FloatingPointError("a loss is not finite")
-    return found | {
+    return result | {
         "rates": list(config.hybrid.rates),
         "blocks": network.num_layers,
         "mean_losses": [float(each.mean()) for each in losses],

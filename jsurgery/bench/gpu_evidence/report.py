@@ -1,4 +1,4 @@
-"""The evidence as a JSON file and a Markdown table, both written anew after every row."""
+"""The evidence as a JSON file and as Markdown tables. Both are rewritten after every row."""
 
 import json
 import os
@@ -17,7 +17,7 @@ COLUMNS = {
 
 
 class Report:
-    """Every row is there from the start, as missing; what is found takes its place."""
+    """The report's files. They list every row from the start, as missing until its result is added."""
 
     def __init__(self, folder: pathlib.Path, rows: list[Row], header: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,10 +26,10 @@ class Report:
         self.rows = [row.shown() | {"missing": "not begun"} for row in rows]
         self.write()
 
-    def add(self, index: int, found: dict[str, Any]) -> None:
-        """`found` is what was measured, or {"missing": the reason}."""
+    def add(self, index: int, result: dict[str, Any]) -> None:
+        """`result` is what was measured, or {"missing": the reason}."""
         del self.rows[index]["missing"]
-        self.rows[index] |= found
+        self.rows[index] |= result
         self.write()
 
     def end(self, seconds: float) -> None:
@@ -55,10 +55,10 @@ def as_markdown(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for part in (machine, versions, header.get("sizes", {})):
         lines += [", ".join(f"{name} {value}" for name, value in part.items()), ""] if part else []
     for group, columns in COLUMNS.items():
-        if found := [row for row in rows if row["group"] == group and "missing" not in row]:
+        if measured := [row for row in rows if row["group"] == group and "missing" not in row]:
             lines += [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
-            lines += [f"| {' | '.join(cells(row))} |" for row in found] + [""]
-            if baselines := dict.fromkeys(row["baseline"] for row in found if "baseline" in row):
+            lines += [f"| {' | '.join(cells(row))} |" for row in measured] + [""]
+            if baselines := dict.fromkeys(row["baseline"] for row in measured if "baseline" in row):
                 lines += [f"Baseline, measured in turn with each row: {', '.join(baselines)}.", ""]
     if missing := [row for row in rows if "missing" in row]:
         lines += [f"Missing, {len(missing)} of {len(rows)} rows:", ""]
@@ -76,7 +76,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     low, high = (unit * limit for limit in row["spread_s"])
     times = [f"{unit * row['median_s']:.4g}", f"{low:.4g} to {high:.4g}"]
     speedup, bound = row.get("speedup"), row["bound"]
-    if row["group"] == DISTILLATION:  # how many forwards a step takes, the inverse of a speed-up
+    if row["group"] == DISTILLATION:  # inverted: how many forwards of the teacher a step costs
         speedup, bound = speedup and 1 / speedup, 1 / bound
     ratios = ["-" if speedup is None else f"{speedup:.2f}", f"{bound:.2f}"]
     return [row["name"], *place, *times, *ratios, f"{row['tflops_per_s']:.3g}"]
@@ -92,20 +92,20 @@ def video(row: dict[str, Any]) -> str:
     return f"{height}x{width}, {frames} frames"
 
 
-def line(row: Row, found: dict[str, Any]) -> str:
-    """What is printed of a row when it has ended."""
-    shown = row.shown()
-    if "missing" in found:
-        return f"{title(shown)}: missing: {found['missing']}"
+def line(row: Row, result: dict[str, Any]) -> str:
+    """The line that is printed when a row has ended."""
+    name = title(row.shown())
+    if "missing" in result:
+        return f"{name}: missing: {result['missing']}"
     if row.group == KERNELS:
-        verdict = "passed" if found["passed"] else "FAILED"
-        return f"{title(shown)}: {verdict}, error {found['error']:.1e}, tolerance {found['tolerance']:.1e}"
-    ratio = f", {found['speedup']:.2f} times {found['baseline']}" if "speedup" in found else ""
-    return f"{title(shown)}: {1000 * found['median_s']:.4g} ms, {found['tflops_per_s']:.3g} TFLOP/s{ratio}"
+        verdict = "passed" if result["passed"] else "FAILED"
+        return f"{name}: {verdict}, error {result['error']:.1e}, tolerance {result['tolerance']:.1e}"
+    ratio = f", {result['speedup']:.2f} times {result['baseline']}" if "speedup" in result else ""
+    return f"{name}: {1000 * result['median_s']:.4g} ms, {result['tflops_per_s']:.3g} TFLOP/s{ratio}"
 
 
 def summary(report: Report) -> dict[str, int]:
-    """How many rows were measured, are missing, and failed their test."""
+    """How many rows were measured, how many are missing, and how many kernel tests failed."""
     missing = sum("missing" in row for row in report.rows)
     failed = sum(row.get("passed") is False for row in report.rows)
     return {"measured": len(report.rows) - missing, "missing": missing, "failed": failed}

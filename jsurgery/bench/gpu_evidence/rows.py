@@ -1,4 +1,4 @@
-"""The rows of the evidence, the most valuable first, at the sizes of a GPU or at toy sizes. Imports nothing large."""
+"""The rows of the evidence, the most valuable first, at full or at toy sizes. Imports neither JAX nor torch."""
 
 import dataclasses
 import itertools
@@ -15,10 +15,10 @@ class Row:
     """One measurement.
 
     Attributes:
-      seconds: what it may cost, compilation included: it is not begun with less time left.
+      seconds: its allowance, compilation included. The row is not begun with less time left.
       tokens: N of an attention layer or kernel test.
       video: frames, height, width of a model's video.
-      implementation: of attention: of `pallas_kernels`, "cudnn", or "torch" and its backend.
+      implementation: of attention: one of `pallas_kernels`, "cudnn", or "torch BACKEND".
     """
 
     group: str
@@ -34,7 +34,7 @@ class Row:
     masked: bool = False
 
     def shown(self) -> dict[str, Any]:
-        """What tells the row from others, for the JSON file."""
+        """The fields that identify the row, for the JSON file."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         fields.pop("seconds")
         if "passes" in fields:
@@ -50,7 +50,7 @@ class Scale:
       tokens: of attention layers, the most valuable first.
       videos: frames, height and width, the most valuable first.
       model: a size of `jsurgery.bench.transformer`, of random weights.
-      allowance: seconds by group, see `Row`; "flex": of torch's flex attention, which torch compiles.
+      allowance: a row's seconds by group; of attention by pass, and "flex" for torch's flex attention, which compiles.
     """
 
     name: str
@@ -66,12 +66,12 @@ class Scale:
     allowance: dict[str, float]
 
     def shown(self) -> dict[str, Any]:
-        """What all rows have in common."""
+        """The fields that all rows share."""
         common = ("heads", "head_dim", "dtype", "model", "text_length", "runs")
         return {"sizes": self.name, "batch": 1} | {name: getattr(self, name) for name in common}
 
 
-# What the allowances are for: XLA and Triton compile a layer in seconds and a model in less than a minute.
+# Most of an allowance is compilation: XLA and Triton take seconds for a layer and less than a minute for a model.
 FULL = Scale(
     name="full",
     tokens=(32_760, 12_600, 75_600),  # 81 frames of 480x832 and of 320x480; of 720x1280
@@ -101,9 +101,9 @@ TOY = Scale(
 
 
 def all_rows(scale: Scale) -> list[Row]:
-    """Two kernel tests, without which no speed counts; all of the first size; the other tests; the other sizes.
+    """Two kernel tests, without which no speed counts; all rows of the first size; the other tests; the other sizes.
 
-    Flex attention comes last of its size: torch compiles it for half a minute, and cuDNN is the faster baseline.
+    Flex attention is the last row of its size: torch compiles it for half a minute, and cuDNN is a faster baseline.
     """
     tests, video = kernel_tests(scale), scale.videos[0]
     rows = [*tests[:2], *attention(scale, scale.tokens[0]), *forwards(scale, video), distillation(scale, video)]
@@ -114,7 +114,10 @@ def all_rows(scale: Scale) -> list[Row]:
 
 
 def kernel_tests(scale: Scale) -> list[Row]:
-    """Odd lengths, so that blocks are cut; several chunks of the state; heads of 64 and of 128 channels."""
+    """Tests with odd numbers of tokens, so that last blocks are partial, and with heads of 64 and of 128 channels.
+
+    The longer ones sum the linear state over several chunks.
+    """
     full = scale.name == "full"
     wide, narrow = (scale.head_dim, 64) if full else (scale.head_dim, scale.head_dim)
     short, long = (1001, 5003) if full else (21, 37)
@@ -150,7 +153,8 @@ def problem_row(
 
 
 def attention(scale: Scale, tokens: int) -> list[Row]:
-    """Every rate around the platform's softmax and by our kernels, and full softmax by others: forward, then both."""
+    """Forward rows, then forward + backward: every rate with the stock softmax and with our kernels, and full softmax
+    by cuDNN and torch."""
     contenders: list[tuple[str, Rate, str]] = [("cuDNN softmax (JAX)", 1, "cudnn")]
     contenders += [(f"{rate_name(rate)}, stock softmax", rate, "stock") for rate in (2, 4, 8)]
     contenders += [("linear, XLA", "linear", "stock")]

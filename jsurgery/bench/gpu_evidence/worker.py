@@ -1,4 +1,4 @@
-"""The process that measures: a row at a time, and whatever goes wrong in one is that row's reason to be missing."""
+"""The process that measures one row at a time. An error in a row becomes the reason why that row is missing."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "ml-collections", "numpy", "torch"
 
 
 def work(connection: Connection, toy: bool) -> None:
-    """Sends what machine this is, then what it finds of every row that it is sent, until there are no more."""
+    """Sends a header that describes the machine, then receives rows and sends their results until the pipe closes."""
     try:
         import jax
 
@@ -29,15 +29,15 @@ def work(connection: Connection, toy: bool) -> None:
         connection.send({"failed": f"JAX does not start: {reason(error)}"})
         return
     connection.send(header)
-    with contextlib.suppress(EOFError):  # there are no more
+    with contextlib.suppress(EOFError):  # no more rows
         while True:
             connection.send(guarded(connection.recv(), FULL if on_gpu else TOY, on_gpu))
 
 
 def let_pathlib_stand_for_etils() -> None:
-    """Where etils is not installed. Modules of models import it for paths of their files, of which none is read here.
+    """Where etils is not installed: the models' modules import it for paths of files, none of which is read here.
 
-    After `import jax`, which asks for etils as well and does without.
+    Must come after `import jax`, which uses etils where it finds it.
     """
     try:
         from etils import epath  # noqa: F401
@@ -49,16 +49,16 @@ def let_pathlib_stand_for_etils() -> None:
 
 
 def guarded(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
-    """What was found, or {"missing": the reason, "lost": whether nothing runs in this process any more}."""
+    """The result of a row, or {"missing": the reason, "lost": whether the device no longer computes}."""
     try:
         return measure(row, scale, on_gpu)
     except NotImplementedError as error:  # refused before anything ran
         return {"missing": reason(error)}
     except Exception as error:
-        found = {"missing": reason(error)}
+        failure = {"missing": reason(error)}
     gc.collect()
     give_memory_back()
-    return found | {"lost": not alive()}
+    return failure | {"lost": not alive()}
 
 
 def measure(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
@@ -69,20 +69,20 @@ def measure(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
     from jsurgery.bench.gpu_evidence import measuring
 
     kinds = {ATTENTION: measuring.attention, FORWARD: measuring.whole_forward, DISTILLATION: measuring.distillation}
-    found = kinds[row.group](row, scale)
+    result = kinds[row.group](row, scale)
     give_memory_back()
-    return found
+    return result
 
 
 def give_memory_back() -> None:
-    """What torch keeps for itself on the GPU is JAX's to use again."""
+    """Frees the GPU memory that torch has cached, for JAX."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def alive() -> bool:
-    """Whether the device still computes: an illegal access of one kernel ends it for all that come after."""
+    """Whether the device still computes: after a kernel's illegal memory access nothing runs in this process."""
     try:
         import jax.numpy as jnp
 
@@ -92,7 +92,7 @@ def alive() -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """One line, and not a long one: compilers' messages go on for pages."""
+    """The first line of an error's message, at most 300 characters: compilers' messages are pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
     text = kind + (lines[0] if lines else "no message")
@@ -100,24 +100,24 @@ def reason(error: BaseException) -> str:
 
 
 def machine(device: Any) -> dict[str, str]:
-    found = {"name": platform.node(), "device": str(device.device_kind), "system": platform.platform()}
+    facts = {"name": platform.node(), "device": str(device.device_kind), "system": platform.platform()}
     if device.platform == "gpu":
-        found["CUDA"] = str(device.client.platform_version).replace("\n", " ")
+        facts["CUDA"] = str(device.client.platform_version).replace("\n", " ")
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-            found["driver"] = lines[0].strip()
+            facts["driver"] = lines[0].strip()
         except (OSError, subprocess.SubprocessError, IndexError) as error:
-            found["driver"] = f"unknown: {reason(error)}"
-    return found
+            facts["driver"] = f"unknown: {reason(error)}"
+    return facts
 
 
 def versions() -> dict[str, str]:
-    """Of what may matter; torch is not imported for it, which would load its own CUDA libraries first."""
-    found = {}
+    """Versions of `PACKAGES`, from their metadata: importing torch here would load its own CUDA libraries first."""
+    installed = {}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
