@@ -1,4 +1,4 @@
-"""errors: what distillation leaves of every block's error at every rate, the paper's Fig. 4."""
+"""errors: the error of every block at every rate before and after distillation, the paper's Fig. 4."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +8,14 @@ import numpy as np
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.evaluate.statistics import mean_and_std
 from jsurgery.rates import rate_name
-from jsurgery.surgery.distillation.saved_maps import read_errors
 
 
 def block_errors(seeds: Sequence[SeedRun]) -> dict[str, Any]:
     """Relative L1 errors of the attention output on held-out traces, before and after distillation."""
-    found = [read_errors(seed.errors(seed.config).folder) for seed in seeds]
-    for of_seed in found:
-        of_seed["velocity_rms"] = np.sqrt(of_seed["velocity_errors"]).tolist()
-    rates = found[0]["rates"]
-    over_seeds = lambda field, block, column: mean_and_std([seed[field][block][column] for seed in found])
+    per_seed = [seed.errors(seed.config) for seed in seeds]
+    per_seed = [errors | {"velocity_rms": np.sqrt(errors["velocity_errors"]).tolist()} for errors in per_seed]
+    rates = per_seed[0]["rates"]
+    over_seeds = lambda field, block, column: mean_and_std([errors[field][block][column] for errors in per_seed])
     rows = {
         f"block {block}": {
             **{rate_name(rate): over_seeds("errors", block, i) for i, rate in enumerate(rates)},
@@ -36,5 +34,5 @@ def block_errors(seeds: Sequence[SeedRun]) -> dict[str, Any]:
         "the network’s velocity with that one block converted. ± is the standard deviation over seeds.",
         "rows": rows,
         "charts": [{"title": "Relative L1 error of attention, by block", "lines": lines}],
-        "per_seed": found,
+        "per_seed": per_seed,
     }

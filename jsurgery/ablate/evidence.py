@@ -1,4 +1,4 @@
-"""evidence: does each step of the surgery help? Its stages are those of a run, with one evaluation of all arms."""
+"""evidence: does each step of the surgery help? Runs the stages of a surgery and evaluates all arms together."""
 
 import dataclasses
 import functools
@@ -30,11 +30,11 @@ EVIDENCE_RATE = 8
 
 
 def evidence(config: ConfigDict, workdir: str, seeds: int) -> str:
-    """All blocks and half of them at rate 8, every arm beside the teacher.
+    """Compares arms of two plans, which convert all blocks or half of them to rate 8, with the teacher.
 
-    Per plan: not distilled (calibrated maps as initialised), distilled, distilled and fine-tuned, no linear branch, and
-    no linear branch fine-tuned; besides them the teacher, and the teacher fine-tuned alike. Leaves `evidence.json` and
-    `evidence.md` in the workdir; returns the latter.
+    Arms of each plan: not distilled (calibrated initial maps), distilled, distilled and fine-tuned, no linear branch,
+    and no linear branch but fine-tuned. The teacher is also measured after the same fine-tuning. Leaves `evidence.json`
+    and `evidence.md` in the workdir; returns the Markdown.
     """
     per_seed = [evidence_of_seed(config, epath.Path(workdir) / f"seed{seed}", seed) for seed in range(seeds)]
     table = {"seeds": seeds, "prompts": config.evaluate.prompts, "arms": spreads(per_seed), "per_seed": per_seed}
@@ -46,16 +46,16 @@ def evidence(config: ConfigDict, workdir: str, seeds: int) -> str:
 
 
 def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict[str, Any]:
-    """One seed: of the traces, the initial maps, the order of data, all noise, and the prompts."""
+    """Runs all arms with one seed, which decides the prompts, all noise, the initial maps and the order of the data."""
     config = config.copy_and_resolve_references()
     config.unlock()
     config.seed = seed
     run = Run(config.lock(), str(workdir))
     run.write_config()
-    run.run_trace()
-    run.run_distill()
-    run.latents.run(run.encode_latents)
-    errors = read_errors(run.distill.folder)
+    run.run_stage("trace")
+    run.run_stage("distill")
+    run.run_stage("latents")
+    errors = read_errors(run.stages["distill"].folder)
 
     blocks = run.model_config.num_layers
     column = errors["rates"].index(EVIDENCE_RATE)
@@ -68,22 +68,22 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
     models["teacher_finetuned"] = finetuned(run, "teacher", lambda: load_teacher(run))
     for name, rates in plans.items():
         hybrid = HybridConfig.of(config, rates)
-        bare = dataclasses.replace(hybrid, linear_branch=False)
+        no_linear = dataclasses.replace(hybrid, linear_branch=False)
         build = functools.partial(build_hybrid, run, hybrid)
         models[f"{name}_not_distilled"] = functools.partial(build, "initial")
         models[f"{name}_distilled"] = functools.partial(build, "feature_maps")
         models[f"{name}_finetuned"] = finetuned(run, name, functools.partial(build, "feature_maps"))
-        models[f"{name}_no_linear"] = functools.partial(operate, run.teacher, bare, None)
+        models[f"{name}_no_linear"] = functools.partial(operate, run.teacher, no_linear, None)
         models[f"{name}_no_linear_finetuned"] = finetuned(
-            run, f"{name}_no_linear", lambda bare=bare: operate(load_teacher(run), bare, None)
+            run, f"{name}_no_linear", lambda no_linear=no_linear: operate(load_teacher(run), no_linear, None)
         )
-    # On one mesh all: what is compiled for parameters that lie elsewhere would be compiled again.
+    # All models on the same mesh: for parameters placed differently, everything would be compiled again.
     models = {name: lambda load=load: run.put_on_mesh(load()) for name, load in models.items()}
     evaluated = evaluation_stage(run)
     evaluated.run(evaluate, config, run.pipeline, models, run.validation_latents, evaluated.folder)
 
-    found = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
-    arms = {name: measures(result) for name, result in found.items()}
+    results = json.loads((evaluated.folder / "evaluation.json").read_text())["models"]
+    arms = {name: measures(result) for name, result in results.items()}
     by_rate = {
         str(rate): float(np.mean([row[i] for row in errors["errors"]])) for i, rate in enumerate(errors["rates"])
     }
@@ -100,25 +100,33 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
 
 
 def evaluation_stage(run: Run) -> StageFolder:
-    return StageFolder(run.workdir, "evidence", run.config, ("evaluate", "finetune"), after=[run.distill, run.latents])
+    return StageFolder(
+        run.workdir,
+        "evidence",
+        run.config,
+        ("evaluate", "finetune"),
+        after=[run.stages["distill"], run.stages["latents"]],
+    )
 
 
 def finetune_stage(run: Run, name: str) -> StageFolder:
-    return StageFolder(run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.distill, run.latents])
+    return StageFolder(
+        run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.stages["distill"], run.stages["latents"]]
+    )
 
 
 def load_teacher(run: Run) -> WanTransformer:
-    """A copy of its own of the teacher, which training may change."""
+    """A copy of the teacher that training may change."""
     return operate(run.teacher, HybridConfig(rates=(1,) * run.model_config.num_layers), None)
 
 
 def build_hybrid(run: Run, hybrid: HybridConfig, maps: str) -> WanTransformer:
-    loaded = load_maps(run.distill.folder / f"{maps}.safetensors", hybrid.rates, hybrid.feature_map)
+    loaded = load_maps(run.stages["distill"].folder / f"{maps}.safetensors", hybrid.rates, hybrid.feature_map)
     return operate(run.teacher, hybrid, loaded)
 
 
 def finetuned(run: Run, name: str, build: Callable[[], WanTransformer]) -> Callable[[], WanTransformer]:
-    """Loads the model that `build` gives, fine-tuned; trains it when it is first asked for."""
+    """A function that loads the fine-tuned model. Its first call trains the model, starting from `build()`."""
 
     def load() -> WanTransformer:
         stage = finetune_stage(run, name)
@@ -156,9 +164,9 @@ def markdown(table: dict[str, Any]) -> str:
     by_rate = ", ".join(f"{rate}: {np.mean([e[rate] for e in errors]):.4f}" for rate in errors[0])
     head = [f"tiny model, {table['seeds']} seeds", *columns]
     shares = [seed["softmax_share"] for seed in table["per_seed"]]
-    found, wanted = (np.mean([share[side] for share in shares], axis=0) for side in ("blocks", "teacher"))
-    pairs = lambda mine, teacher: [f"{a:.3f} ({b:.3f})" for a, b in zip(mine, teacher, strict=True)]
-    by_block = [[f"block {i}", *pairs(*rows)] for i, rows in enumerate(zip(found, wanted, strict=True))]
+    hybrid, teacher = (np.mean([share[side] for share in shares], axis=0) for side in ("blocks", "teacher"))
+    cells = lambda of_hybrid, of_teacher: [f"{a:.3f} ({b:.3f})" for a, b in zip(of_hybrid, of_teacher, strict=True)]
+    by_block = [[f"block {i}", *cells(*rows)] for i, rows in enumerate(zip(hybrid, teacher, strict=True))]
     return "\n".join(
         [
             markdown_table(head, body),

@@ -1,4 +1,4 @@
-"""rope: does φ do better with queries and keys before RoPE turns them, or after, as the models have it?"""
+"""rope: is φ better on queries and keys before RoPE, or after RoPE as in the models?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,18 +6,17 @@ from typing import Any
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.evaluate.statistics import mean_and_std, paired_difference
 from jsurgery.rates import rate_name
-from jsurgery.surgery.distillation.saved_maps import read_errors
 
 SIDES = {"after": "after RoPE", "before": "before RoPE"}
 
 
 def phi_and_rope(seeds: Sequence[SeedRun]) -> dict[str, Any]:
-    """Relative L1 errors of the attention output after distillation, φ on either side of RoPE."""
-    found = [{side: errors_of(seed, side) for side in SIDES} for seed in seeds]
-    rates = found[0]["after"]["rates"]
+    """Relative L1 errors of the attention output after distillation, with φ after RoPE and with φ before it."""
+    per_seed = [{side: errors_of(seed, side) for side in SIDES} for seed in seeds]
+    rates = per_seed[0]["after"]["rates"]
 
     def by_block(side: str, column: int) -> list[list[float]]:
-        return [[row[column] for row in seed[side]["errors"]] for seed in found]
+        return [[row[column] for row in errors[side]["errors"]] for errors in per_seed]
 
     rows = {
         text: {
@@ -37,10 +36,10 @@ def phi_and_rope(seeds: Sequence[SeedRun]) -> dict[str, Any]:
         "rows": rows,
         "contrasts": {"before − after": differences},
         "plotted": [f"error {rate_name(rate)}" for rate in rates],
-        "per_seed": found,
+        "per_seed": per_seed,
     }
 
 
 def errors_of(seed: SeedRun, side: str) -> dict[str, Any]:
     inputs = {} if side == "after" else {"rope": side}
-    return read_errors(seed.errors(seed.config, **inputs).folder)
+    return seed.errors(seed.config, **inputs)

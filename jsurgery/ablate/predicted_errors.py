@@ -1,8 +1,8 @@
 """objective: does the sum of block errors, which the planner minimises, predict the error of a whole plan?
 
-Random plans are run on held-out noisy latents, without sampling, and the error of their velocity is compared with what
-block errors predict: those that distillation leaves, of the block's own attention, and those of the velocity with that
-one block converted and all others softmax.
+Random plans are run on held-out noisy latents, without sampling. The error of their velocity is compared with the sum
+of block errors. A block's error is either that of its own attention after distillation, or that of the velocity with
+only this block converted.
 """
 
 import functools
@@ -40,35 +40,39 @@ FAMILIES = {"random": "random plans", "permuted": "plans of one cost"}
 
 def objective(seeds: Sequence[SeedRun]) -> dict[str, Any]:
     """Spearman correlations of predicted total errors with the velocity errors of whole plans."""
-    found = [
-        seed.kept("objective", ("plan",), [seed.distillation(seed.config)], functools.partial(of_seed, seed))
+    per_seed = [
+        seed.measured_once(
+            seed.stage("objective", seed.config, ("plan",), [seed.distillation(seed.config)]),
+            "objective.json",
+            functools.partial(of_seed, seed),
+        )
         for seed in seeds
     ]
     rows: dict[str, dict[str, Any]] = {}
     for predictor, text in PREDICTORS.items():
         rows[text] = {}
         for family, name in FAMILIES.items():
-            pairs = [(predicted(seed, predictor, family), seed[family]["l1"]) for seed in found]
+            pairs = [(predicted(measured, predictor, family), measured[family]["l1"]) for measured in per_seed]
             low, high = spearman_interval(pairs)
             rows[text][f"Spearman, {name}"] = mean_and_std([spearman(*pair) for pair in pairs])
             rows[text][f"95 %, {name}"] = f"{low:.3f} to {high:.3f}"
-        for budget in found[0]["planned"]:
-            errors = [seed["planned"][budget][predictor] for seed in found]
+        for budget in per_seed[0]["planned"]:
+            errors = [measured["planned"][budget][predictor] for measured in per_seed]
             rows[text][f"error of its plan at {budget}"] = mean_and_std(errors)
-    line = lambda predictor: {"x": predicted(found[0], predictor, "random"), "y": found[0]["random"]["l1"]}
+    line = lambda predictor: {"x": predicted(per_seed[0], predictor, "random"), "y": per_seed[0]["random"]["l1"]}
     titles = {predictor: f"Velocity error over predicted error: {text}" for predictor, text in PREDICTORS.items()}
     return {
-        "text": f"{len(seeds)} seeds of {PLANS} plans each, over rates {found[0]['rates']}; the aim is {AIM}. Plans of "
-        "one cost are permutations of one set of rates: what the planner decides at a given budget. Block errors come "
-        "from one half of the held-out prompts, errors of plans from the other. Intervals: bootstrap over plans.",
+        "text": f"{len(seeds)} seeds of {PLANS} plans each, over rates {per_seed[0]['rates']}; the aim is {AIM}. Plans "
+        "of one cost are permutations of one set of rates: what the planner decides at a given budget. Block errors "
+        "come from one half of the held-out prompts, errors of plans from the other. Intervals: bootstrap over plans.",
         "rows": rows,
         "charts": [{"title": title, "lines": {"plans": line(predictor)}} for predictor, title in titles.items()],
-        "per_seed": found,
+        "per_seed": per_seed,
     }
 
 
 def of_seed(seed: SeedRun) -> dict[str, Any]:
-    """Block errors and errors of plans of one seed, all relative, on held-out traces."""
+    """Block errors, and the velocity errors of whole plans, of one seed; all relative, on held-out traces."""
     config = seed.config
     distilled = seed.distilled(config)
     setup, layers = DistillSpec.of(config), seed.layers
@@ -118,9 +122,9 @@ def of_seed(seed: SeedRun) -> dict[str, Any]:
 
 
 def budgets(costs: BlockCosts, layers: int, rates: Sequence[int | str]) -> dict[str, float]:
-    """Those of the paper's Table 5 that name a candidate rate."""
-    named = {budget: scaled(budget, layers) for budget in BUDGETS}
-    return {name: budget_cost(text, costs) for name, text in named.items() if int(text.partition("R")[2]) in rates}
+    """The costs that the budgets of the paper's Table 5 allow; budgets at other rates than `rates` are left out."""
+    by_name = {budget: scaled(budget, layers) for budget in BUDGETS}
+    return {name: budget_cost(text, costs) for name, text in by_name.items() if int(text.partition("R")[2]) in rates}
 
 
 def all_maps(distilled: epath.Path, setup: DistillSpec, layers: int, config: ConfigDict) -> FeatureMapPair:
@@ -138,18 +142,18 @@ def errors_of(
     plans_PxL: np.ndarray,
     batches: Sequence[dict],
 ) -> dict[str, np.ndarray]:
-    """The mean over batches of every plan's velocity errors; plans are indices into the rates of `choices`."""
+    """Every plan's velocity errors, means over batches. A plan has for each block an index into `choices`."""
     choices_PxL = jnp.asarray(np.array(choices)[plans_PxL])
-    found, progress = [], Progress("objective", len(batches))
+    errors, progress = [], Progress("objective", len(batches))
     for number in progress.over(range(len(batches))):
-        found.append(jax.device_get(velocity_errors(seed.run.teacher, batches[number], maps, choices_PxL, setup)))
-    return jax.tree.map(lambda *arrays: np.mean(arrays, axis=0), *found)
+        errors.append(jax.device_get(velocity_errors(seed.run.teacher, batches[number], maps, choices_PxL, setup)))
+    return jax.tree.map(lambda *arrays: np.mean(arrays, axis=0), *errors)
 
 
-def predicted(found: Mapping[str, Any], predictor: str, family: str) -> list[float]:
+def predicted(measured: Mapping[str, Any], predictor: str, family: str) -> list[float]:
     """The sum of block errors of every plan."""
-    errors = np.array(found["block_errors"][predictor])
-    plans = np.array(found[family]["plans"])
+    errors = np.array(measured["block_errors"][predictor])
+    plans = np.array(measured[family]["plans"])
     return errors[np.arange(errors.shape[0]), plans].sum(axis=1).tolist()
 
 
@@ -166,7 +170,7 @@ def rank_correlations(x_SxP: np.ndarray, y_SxP: np.ndarray) -> np.ndarray:
 
 
 def spearman_interval(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean rho over seeds; plans are resampled within each seed."""
+    """The 95 % bootstrap interval of rho's mean over seeds. Plans are resampled within each seed."""
     rng = np.random.default_rng(0)
     rhos = []
     for x, y in pairs:

@@ -1,4 +1,4 @@
-"""The document of results: its tables are written by commands, between comments that name them."""
+"""The document of results. Commands rewrite its tables, each between two comments that name it."""
 
 from etils import epath
 
@@ -6,7 +6,7 @@ from jsurgery.errors import InputError
 
 
 def update_results(document: epath.Path, table: str, text: str) -> None:
-    """Puts a table between `<!-- begin TABLE -->` and `<!-- end TABLE -->`. Raises InputError where these are not."""
+    """Puts a table between `<!-- begin TABLE -->` and `<!-- end TABLE -->`. Raises InputError if one is missing."""
     begin, end = f"<!-- begin {table} -->", f"<!-- end {table} -->"
     before, opened, rest = document.read_text().partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,4 +1,4 @@
-"""ablate: a question about the method, answered by running its arms over several seeds; the same command resumes."""
+"""ablate: answers a question about the method with a table, by running its arms over several seeds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,10 +41,13 @@ def run_tables(
 ) -> None:
     """Runs a table of `TABLES`, "all" of them, or "evidence"; leaves TABLE.json, .md and .html in the workdir.
 
-    Tables in one workdir share what their arms have in common. `results` is a Markdown document whose section for the
-    table is rewritten. `measurements` is a folder of measurements, by default in the workdir: those that it has are not
-    made again, whatever the workdir has. `shard` (I, N) of several runs at once measures every N-th seed from the I-th
-    on, and leaves the tables to a run without it.
+    The same call again resumes. Tables in one workdir share traces, distillations and fine-tuned models.
+
+    Args:
+      results: a Markdown document whose section for the table is rewritten.
+      measurements: the folder of measurements, by default the workdir's `measurements`. Measurements that it has are
+        never repeated, even if the workdir lacks the models.
+      shard: (I, N), of N runs at the same time: this one measures seeds I, I + N, ... and writes no table.
     """
     folder, document = epath.Path(workdir), None if results is None else epath.Path(results)
     if document is not None and not document.exists():
@@ -57,15 +60,15 @@ def run_tables(
         if document is not None:
             update_results(document, table, text)
         return
-    shared = [SeedRun(config, folder, number, measurements) for number in range(first, seeds, step)]
-    if not shared:
+    seed_runs = [SeedRun(config, folder, number, measurements) for number in range(first, seeds, step)]
+    if not seed_runs:
         raise InputError(f"--shard={first}/{step}: expected at most one for each of {seeds} seeds")
     for name in TABLES if table == "all" else (table,):
-        made = RUN[name](shared) if name in RUN else run_arms(ARM_TABLES[name], shared)
+        result = RUN[name](seed_runs) if name in RUN else run_arms(ARM_TABLES[name], seed_runs)
         if step > 1:
             continue
         subject = "tiny model" if config.model.path == "tiny_wan" else config.model.path
-        text = write({"table": name, "title": title(name), "subject": subject, **made}, folder)
+        text = write({"table": name, "title": title(name), "subject": subject, **result}, folder)
         print(text)
         if document is not None:
             update_results(document, name, text)

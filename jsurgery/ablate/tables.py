@@ -1,4 +1,4 @@
-"""The ablations, declared: the arms of every table, what is measured on them, and what the paper found."""
+"""The tables of the ablations: their arms, what is measured on each, and the paper's numbers."""
 
 import dataclasses
 import itertools
@@ -6,13 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-PAPER_BLOCKS = 30  # of Wan2.1 1.3B, in whose terms arms are named
-STEPS = (
-    0.5,
-    1.0,
-)  # an arm is measured after these shares of its fine-tuning, as the paper's are at 400 to 1000 of 1000
+PAPER_BLOCKS = 30  # of Wan2.1 1.3B; names of arms count these blocks
+# An arm is measured after these shares of its fine-tuning steps, as the paper measures after 400 to 1000 of 1000 steps.
+STEPS = (0.5, 1.0)
 BUDGETS = ("15R4", "20R4", "20R8", "25R4")  # of the paper's Table 5
-MAPS = ("feature_maps", "initial", "none")  # distilled, as initialised, and no linear branch at all
+MAPS = ("feature_maps", "initial", "none")  # distilled, as initialised, without a linear branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +18,14 @@ class Arm:
     """One model of a table.
 
     Attributes:
-      name: its row.
-      blocks: what is converted, in the paper's terms: "20R8" is two thirds of the blocks at rate 8.
+      name: the name of its row.
+      blocks: the converted blocks, counted as in the paper: "20R8" is two thirds of the blocks at rate 8.
       selection: how the blocks are chosen: "homogeneous" or "heterogeneous".
-      maps: which feature maps the model gets, of `MAPS`.
+      maps: which feature maps the model gets, one of `MAPS`.
       finetuned: whether it is fine-tuned before it is measured.
-      changes: what is distilled, or planned by, otherwise than the config says, field -> value. Arms with equal changes
-        share it.
-      paper: what the paper printed for it, column -> value.
+      changes: config fields of distillation or planning with other values, field -> value. Arms with equal changes
+        share a distillation.
+      paper: the paper's numbers, column -> value.
     """
 
     name: str
@@ -44,11 +42,11 @@ class ArmTable:
     """A table: its arms, what is measured on each, and which arms are compared item by item.
 
     Attributes:
-      title: what it is in the paper, or what it asks.
-      measures: of "attention" (errors after distillation), "velocity" (on held-out traces), "samples" (of prompts,
-        scored) and "shares" (of the softmax branch).
-      contrasts: pairs (a, b) of arms; reported is a - b.
-      facts: of "cost" (share of the teacher's attention FLOPs) and "phi" (parameters and FLOPs of one feature map).
+      title: its title in the paper, or its question.
+      measures: any of "attention" (errors after distillation), "velocity" (errors on held-out traces), "samples"
+        (scores of sampled videos) and "shares" (the softmax branch's share of the denominator).
+      contrasts: pairs (a, b) of arms; the table shows a - b.
+      facts: any of "cost" (attention FLOPs over the teacher's) and "phi" (parameters and FLOPs of one feature map).
     """
 
     title: str
@@ -64,14 +62,14 @@ def scores(total: float, quality: float, semantic: float) -> dict[str, float]:
 
 
 def scaled(blocks: str, layers: int) -> str:
-    """A budget in the paper's terms for a model of another depth: "20R8" of 30 blocks is "4R8" of 6."""
+    """The paper's budget scaled to a model of another depth: "20R8" of 30 blocks is "4R8" of 6."""
     match = re.fullmatch(r"(\d+)R(\w+)", blocks)
     assert match is not None, blocks
     return f"{max(1, round(int(match[1]) * layers / PAPER_BLOCKS))}R{match[2]}"
 
 
 def pairs(arms: tuple[Arm, ...]) -> tuple[tuple[str, str], ...]:
-    """Every second arm against the one before it."""
+    """The second arm of every two against the first."""
     return tuple((b.name, a.name) for a, b in zip(arms[::2], arms[1::2], strict=True))
 
 
@@ -162,7 +160,7 @@ ARM_TABLES = {
         "Fig. 6: how many blocks, at which rate",
         tuple(Arm(f"{count}R{rate}", f"{count}R{rate}") for count in (15, 20, 25) for rate in (2, 4, 8)),
         ("velocity", "samples"),
-        contrasts=(("25R4", "20R8"), ("20R4", "15R8")),  # of about the same cost
+        contrasts=(("25R4", "20R8"), ("20R4", "15R8")),  # pairs of about the same cost
     ),
     "linear_branch": ArmTable(
         "No linear branch at all",
@@ -216,7 +214,7 @@ ARM_TABLES = {
         ("shares", "velocity"),
     ),
 }
-OTHER_TABLES = {  # tables that are no sweeps
+OTHER_TABLES = {  # tables with code of their own
     "errors": "Fig. 4: the error of every block",
     "objective": "Does the planner’s objective predict anything?",
     "attention": "How concentrated attention is",

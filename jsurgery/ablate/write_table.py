@@ -1,4 +1,4 @@
-"""What a table's arms came to: means and spreads over seeds, paired differences, Markdown, JSON and a page."""
+"""Writes a table's result as Markdown, as JSON and as an HTML page."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ LABELS = {
     "phi_kparams": "φ, k params",
     "phi_mflop": "φ, MFLOP",
 }
-HIDDEN = ("color", "background", "flicker", "shape")  # in the JSON, not in the table
+HIDDEN = ("color", "background", "flicker", "shape")  # measures in the JSON alone
 PAIRED = ("total", "motion", "latent_rmse", "velocity_error", "error R8", "error linear")
 
 
@@ -34,24 +34,24 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def grids(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, body): the arms with the paper's numbers in the last columns, and the paired differences."""
+    """(title, head, body) of two tables: the arms, with the paper's numbers in the last columns, and the contrasts."""
     rows, paper, contrasts = result["rows"], result.get("paper", {}), result.get("contrasts", {})
-    # The teacher, first of the rows, has not all columns.
+    # In the order of the last row, since the first, the teacher's, lacks some columns.
     columns = [c for c in dict.fromkeys(name for row in reversed(rows.values()) for name in row) if c not in HIDDEN]
     printed = list(dict.fromkeys(name for row in paper.values() for name in row))
     head = [result["subject"], *(LABELS.get(c, c) for c in columns), *(f"paper: {name}" for name in printed)]
     body = []
     for name, row in rows.items():
-        known = paper.get(name, {})
-        quoted = [f"{known[p]:g}" if p in known else "" for p in printed]
+        of_paper = paper.get(name, {})
+        quoted = [f"{of_paper[p]:g}" if p in of_paper else "" for p in printed]
         body.append([name, *(cell(row.get(c)) for c in columns), *quoted])
-    found = [("", head, body)]
+    tables = [("", head, body)]
     if contrasts:
         measures = list(dict.fromkeys(name for row in contrasts.values() for name in row))
         body = [[pair, *(difference(row.get(m)) for m in measures)] for pair, row in contrasts.items()]
         title = "Paired differences over the prompts or blocks of all seeds, with 95 % bootstrap intervals:"
-        found.append((title, ["", *(LABELS.get(m, m) for m in measures)], body))
-    return found
+        tables.append((title, ["", *(LABELS.get(m, m) for m in measures)], body))
+    return tables
 
 
 def cell(value: Any) -> str:
@@ -65,40 +65,41 @@ def cell(value: Any) -> str:
     return f"{mean:.4f} ± {deviation:.4f}" if math.isfinite(mean) else "n/a"
 
 
-def difference(found: Mapping[str, float] | None) -> str:
-    if found is None or not math.isfinite(found["difference"]):
+def difference(paired: Mapping[str, float] | None) -> str:
+    if paired is None or not math.isfinite(paired["difference"]):
         return ""
-    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] (n {found['items']})"
+    return f"{paired['difference']:+.4f} [{paired['low']:+.4f}, {paired['high']:+.4f}] (n {paired['items']})"
 
 
 def charts(result: Mapping[str, Any]) -> list[Chart]:
-    made = [interval_chart(m, result["rows"]) for m in result.get("plotted", ())]
-    for given in result.get("charts", ()):
+    figures = [interval_chart(m, result["rows"]) for m in result.get("plotted", ())]
+    for chart in result.get("charts", ()):
         points = [
             {"step": x, name: y}
-            for name, line in given["lines"].items()
+            for name, line in chart["lines"].items()
             for x, y in zip(line["x"], line["y"], strict=True)
             if math.isfinite(y)
         ]
         points.sort(key=lambda point: point["step"])
         if len({point["step"] for point in points}) > 1:
-            made.append(line_chart(given["title"], points, {name: name for name in given["lines"]}))
-    return [chart for chart in made if chart is not None]
+            figures.append(line_chart(chart["title"], points, {name: name for name in chart["lines"]}))
+    return [figure for figure in figures if figure is not None]
 
 
 def interval_chart(measure: str, rows: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    """Mean ± deviation of every row as an upright stroke, numbered in the table's order."""
-    found = {name: row[measure] for name, row in rows.items() if isinstance(row.get(measure), Sequence)}
-    found = {name: pair for name, pair in found.items() if math.isfinite(pair[0])}
+    """A vertical line from mean - deviation to mean + deviation for every row, numbered in the table's order."""
+    spreads = {name: row[measure] for name, row in rows.items() if isinstance(row.get(measure), Sequence)}
+    spreads = {name: spread for name, spread in spreads.items() if math.isfinite(spread[0])}
     points = [
         {"step": at, name: mean + sign * deviation}
-        for at, (name, (mean, deviation)) in enumerate(found.items())
+        for at, (name, (mean, deviation)) in enumerate(spreads.items())
         for sign in (-1, 1)
     ]
-    if len(found) < 2:
+    if len(spreads) < 2:
         return None
-    chart = line_chart(LABELS.get(measure, measure), points, {name: f"{at} {name}" for at, name in enumerate(found, 1)})
-    ticks = tuple((100 * at / (len(found) - 1), str(at + 1)) for at in range(len(found)))
+    numbered = {name: f"{number} {name}" for number, name in enumerate(spreads, 1)}
+    chart = line_chart(LABELS.get(measure, measure), points, numbered)
+    ticks = tuple((100 * at / (len(spreads) - 1), str(at + 1)) for at in range(len(spreads)))
     return chart and dataclasses.replace(chart, x_ticks=ticks)
 
 
@@ -108,8 +109,8 @@ def write(result: Mapping[str, Any], workdir: epath.Path) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / f"{name}.json", result)
     (workdir / f"{name}.md").write_text(text)
-    told = " ".join([result["text"], *result.get("notes", [])])
-    sections: list[dict[str, Any]] = [{"title": "Figure", "text": told, "charts": charts(result)}]
+    caption = " ".join([result["text"], *result.get("notes", [])])
+    sections: list[dict[str, Any]] = [{"title": "Figure", "text": caption, "charts": charts(result)}]
     for title, head, body in grids(result):
         sections.append({"title": "Table", "text": title, "table": {"head": head, "rows": body}})
     write_page(workdir / f"{name}.html", result["title"], sections)

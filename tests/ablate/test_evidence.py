@@ -85,7 +85,7 @@ OF_DISTILL = [
 def test_the_stages_of_runs_that_are_there_already_stay_theirs(tmp_path):
     """Hours of work are read by what these stages depend on: a new field among them would be another config."""
     run = Run(load_config("tiny_evidence"), str(tmp_path))
-    assert sorted(run.distill.made_with) == [
+    assert sorted(run.stages["distill"].made_with) == [
         *(f"distill.{name}" for name in OF_DISTILL), *(f"hybrid.{name}" for name in OF_HYBRID), "stage trace",
     ]  # fmt: skip
     finetune, evaluation = finetune_stage(run, "all"), evaluation_stage(run)

@@ -1,9 +1,12 @@
 """The control without attention between frames: what it computes, and its table from scores that are known."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsurgery.ablate import framewise_control
 from jsurgery.ablate.framewise_control import framewise, temporal_control
 from jsurgery.ablate.write_table import markdown
 from jsurgery.wan.model_config import WanConfig
@@ -49,22 +52,17 @@ def test_a_frame_does_not_know_of_the_others(teacher):
     assert not np.allclose(whole[0][:, :2], whole[1][:, :2], atol=1e-2)
 
 
-class Scored:
-    """A seed whose samples are scored already."""
-
-    def __init__(self, number):
-        self.number = number
-        self.config = type("Config", (), {"evaluate": type("Evaluate", (), {"prompts": 3})})
-
-    def samples(self, models):
-        (control,) = models
-        whole = {"direction": [1.0, 0.5, 1.0], "motion": [1.0, 1.0, 1.0], "total": [0.75, 0.5, 0.75]}
-        apart = {"direction": [0.0, -0.25, 0.25], "motion": [0.5, 0.5, 0.5 * self.number], "total": [0.25, 0.25, 0.25]}
-        return {"teacher": whole, control.name: apart}
+def scores(seed, models):
+    (control,) = models
+    whole = {"direction": [1.0, 0.5, 1.0], "motion": [1.0, 1.0, 1.0], "total": [0.75, 0.5, 0.75]}
+    apart = {"direction": [0.0, -0.25, 0.25], "motion": [0.5, 0.5, 0.5 * seed.number], "total": [0.25, 0.25, 0.25]}
+    return {"teacher": whole, control.name: apart}
 
 
-def test_the_table():
-    found = temporal_control([Scored(0), Scored(1)])
+def test_the_table(monkeypatch):
+    monkeypatch.setattr(framewise_control, "samples", scores)
+    config = types.SimpleNamespace(evaluate=types.SimpleNamespace(prompts=3))
+    found = temporal_control([types.SimpleNamespace(number=number, config=config) for number in (0, 1)])
     assert list(found["rows"]) == ["teacher", "within each latent frame"]
     assert found["rows"]["within each latent frame"]["direction"] == (0, 0)
     (differences,) = found["contrasts"].values()

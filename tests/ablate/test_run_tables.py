@@ -10,6 +10,7 @@ from flax import nnx
 
 from jsurgery.ablate.attention_concentration import attention_statistics
 from jsurgery.ablate.attention_concentration import of_seed as attention_of
+from jsurgery.ablate.measures import branch_share, samples
 from jsurgery.ablate.phi_before_rope import phi_and_rope
 from jsurgery.ablate.predicted_errors import PREDICTORS, objective, predicted
 from jsurgery.ablate.seed_run import SeedRun, velocity
@@ -79,7 +80,7 @@ def test_a_table_by_its_command(arguments, workdir, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")} == kept
 
 
-def test_fine_tuning_on_the_way_is_fine_tuning(seed):
+def test_fine_tuning_on_the_way_is_fine_tuning(seed, workdir):
     """The model after two steps, one of them measured on the way, is that of two steps in one go; both are sampled."""
     arm = Arm("20R8")
     found = seed.operation(arm)
@@ -95,8 +96,9 @@ def test_fine_tuning_on_the_way_is_fine_tuning(seed):
     assert not all(np.allclose(a, b, atol=1e-6) for a, b in zip(leaves[0], leaves[2], strict=True))
 
     names = [model.name for model in seed.models(found).values()]
-    scored = seed.samples(list(seed.models(found).values()))
+    scored = samples(seed, list(seed.models(found).values()))
     assert list(scored) == ["teacher", *names] and seed.run.pipeline.transformer is seed.run.teacher
+    assert samples(SeedRun(seed.config, workdir, 0), list(seed.models(found).values())) == scored  # from the file
     assert scored["teacher"]["latent_rmse"] == [0, 0]
     assert [len(items["total"]) for items in scored.values()] == [2, 1, 1]
     assert scored[names[0]]["latent_rmse"] != scored[names[1]]["latent_rmse"]
@@ -168,7 +170,7 @@ def test_the_share_of_the_softmax_branch(seed):
         inputs = batch["latents"], batch["timestep"], batch["text"]
         maps = model.query_maps.maps, model.key_maps.maps
         shares.append(model.apply_blocks(*inputs, attention, maps, order=order)[1])
-    measured = seed._shares(model)["softmax_share"]
+    measured = branch_share(seed, model)["softmax_share"]
     np.testing.assert_allclose(measured, np.mean(shares, axis=0), rtol=1e-4)
     assert min(measured) > 0 and max(measured) < 1
 

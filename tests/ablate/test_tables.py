@@ -1,5 +1,6 @@
-"""The declared sweeps: their arms, what they share, and their tables, with nothing computed."""
+"""The declared tables of arms: what the arms share, their measurements and the tables, with nothing computed."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jsurgery.ablate import run_tables as ablate_module
+from jsurgery.ablate import measures as measures_module
+from jsurgery.ablate import run_tables as tables_module
 from jsurgery.ablate import seed_run as seed_module
 from jsurgery.ablate.run_arms import items_over_steps, run_arms
 from jsurgery.ablate.run_tables import RUN, run_tables, title
 from jsurgery.ablate.seed_run import SeedRun, arm_config, measured_steps, prompt_ranges
 from jsurgery.ablate.tables import ARM_TABLES, MAPS, OTHER_TABLES, TABLES, Arm, scaled
 from jsurgery.ablate.write_table import grids, markdown
+from jsurgery.cli import main
 from jsurgery.config import base, flatten
 from jsurgery.errors import Diverged, InputError
 from jsurgery.evaluate import sprites_score
@@ -41,21 +44,21 @@ def test_budgets_scale_with_depth(blocks, layers, expected):
 
 
 @pytest.mark.parametrize("name", ARM_TABLES)
-def test_a_sweep_is_well_formed(name, config):
-    sweep = ARM_TABLES[name]
-    names = [arm.name for arm in sweep.arms]
-    assert len(set(names)) == len(names) > 1 and set(sweep.measures) <= MEASURES
-    assert all(a in names and b in names and a != b for a, b in sweep.contrasts)
-    kinds = [[arm.blocks, arm.selection, arm.maps, arm.finetuned, dict(arm.changes)] for arm in sweep.arms]
+def test_a_table_of_arms_is_well_formed(name, config):
+    table = ARM_TABLES[name]
+    names = [arm.name for arm in table.arms]
+    assert len(set(names)) == len(names) > 1 and set(table.measures) <= MEASURES
+    assert all(a in names and b in names and a != b for a, b in table.contrasts)
+    kinds = [[arm.blocks, arm.selection, arm.maps, arm.finetuned, dict(arm.changes)] for arm in table.arms]
     assert all(kind not in kinds[:at] for at, kind in enumerate(kinds))
-    for arm in sweep.arms:
+    for arm in table.arms:
         assert arm.maps in MAPS and set(arm.changes) <= FIELDS
         assert all(field.startswith(("hybrid.", "distill.", "plan.errors")) for field in arm.changes)
         made = arm_config(config, arm, BLOCKS)  # validates
         assert made.plan.budget == scaled(arm.blocks, BLOCKS) and made.seed == config.seed
         for field, value in arm.changes.items():
             assert dict(flatten(made))[field] == value != dict(flatten(config))[field]
-    assert not sweep.arms[0].finetuned or measured_steps(config) == (20, 40)
+    assert not table.arms[0].finetuned or measured_steps(config) == (20, 40)
 
 
 def test_every_table_has_a_name_and_a_way_to_run():
@@ -84,7 +87,7 @@ def test_the_paper_s_numbers():
 @pytest.fixture
 def seeds(config, tmp_path, monkeypatch):
     """Seeds whose work is counted and faked: no model is loaded."""
-    count = {"trace": 0, "latents": 0, "distill": 0, "finetune": 0}
+    count = {"trace": 0, "latents": 0, "distill": 0, "finetune": 0, "sample": 0}
 
     def faked(kind, work):
         def run(*arguments, **_):
@@ -105,31 +108,31 @@ def seeds(config, tmp_path, monkeypatch):
         (folder / "config.json").write_text("{}")
 
     def measure_models(config, pipeline, models, latents, folder, shares):
-        score = {name: {"chance": 0.5, "upper": 1.0} for name in (*sprites_score.DIMENSIONS, "total")}
-        found = {}
+        bounds = [dict.fromkeys(sprites_score.DIMENSIONS, bound) for bound in (1.0, 0.5)]
+        (folder / "reference.json").write_text(json.dumps(bounds))
         for name, load in models.items():
-            if not (file := folder / f"{name}.json").exists():
-                load()
-                file.write_text("{}")
+            if (file := folder / f"{name}.json").exists():
+                continue
+            load()
+            count["sample"] += 1
             share = shares.get(name, range(config.evaluate.prompts))
             clips = {name: [number / config.evaluate.prompts for number in share] for name in sprites_score.DIMENSIONS}
-            found[name] = {"validation_loss": 1.0, "latent_rmse": [0.5] * len(share), "per_clip": clips, "score": score}
-        return found
+            result = {"validation_loss": 1.0, "latent_rmse": [0.5] * len(share), "per_clip": clips}
+            file.write_text(json.dumps(result))
 
     monkeypatch.setattr(seed_module, "distill", faked("distill", distill))
     monkeypatch.setattr(seed_module, "finetune", faked("finetune", lambda *_: None))
-    for name, work in {"save_model": save_model, "measure_models": measure_models}.items():
-        monkeypatch.setattr(seed_module, name, work)
+    monkeypatch.setattr(seed_module, "save_model", save_model)
+    monkeypatch.setattr(measures_module, "measure_models", measure_models)
     for name in ("load_maps", "operate", "load_transformer"):
         monkeypatch.setattr(seed_module, name, lambda *_, **__: None)
-    monkeypatch.setattr(SeedRun, "_velocity", lambda self, model: {"velocity_error": [0.25, 0.5]})
-    monkeypatch.setattr(SeedRun, "_shares", lambda self, model: {"softmax_share": [0.5] * BLOCKS})
+    monkeypatch.setattr(measures_module, "velocity_error", lambda seed, model: {"velocity_error": [0.25, 0.5]})
+    monkeypatch.setattr(measures_module, "branch_share", lambda seed, model: {"softmax_share": [0.5] * BLOCKS})
 
     def make(number=0, workdir="run"):
         made = SeedRun(config, epath.Path(tmp_path / workdir), number, tmp_path / "measurements")
         vars(made.run)["pipeline"] = types.SimpleNamespace(transformer=None)
-        made.run.run_trace = lambda: made.run.trace.run(faked("trace", lambda: None))
-        made.run.encode_latents = faked("latents", lambda: None)
+        made.run.run_stage = lambda name: made.run.stages[name].run(faked(name, lambda: None))
         return made
 
     return make, count
@@ -166,7 +169,96 @@ def test_measurements_are_enough(seeds):
     run_arms(ARM_TABLES["linear_branch"], [other])
     made = {kind: count[kind] - before[kind] for kind in count}
     # 20R8 and 30R8 without a linear branch, which needs no maps, and 30R8 with it: one distillation.
-    assert made == {"trace": 1, "latents": 1, "distill": 1, "finetune": 6}
+    assert made == {"trace": 1, "latents": 1, "distill": 1, "finetune": 6, "sample": 6}
+
+
+def test_each_measured_stage_is_a_line(seeds):
+    make, _ = seeds
+    seed = make()
+    run_arms(ARM_TABLES["loss"], [seed])
+    lines = [json.loads(line) for line in seed.measurements.path.read_text().splitlines()]
+    assert all(list(line) == ["stage", "made_with", "files"] for line in lines)
+    kinds = collections.Counter(line["stage"].rpartition("_")[0] for line in lines)
+    assert kinds == {"errors": 2, "plan": 4, "velocity": 1, "evaluation": 1}
+    (evaluation,) = (line["files"] for line in lines if line["stage"].startswith("evaluation"))
+    assert len(evaluation) == len({"teacher.json", "reference.json"}) + 2 * len(ARM_TABLES["loss"].arms)
+    assert [file.name for file in seed.measurements.path.parent.iterdir()] == ["seed0.jsonl"]
+
+
+def test_a_killed_run_keeps_what_it_measured(seeds, monkeypatch):
+    make, count = seeds
+    measure_models, calls = measures_module.measure_models, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        measure_models(*arguments)
+
+    monkeypatch.setattr(measures_module, "measure_models", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(ARM_TABLES["loss"], [make()])
+    assert count["sample"] == 3  # the teacher and two models
+    run_arms(ARM_TABLES["loss"], [make(workdir="other")])  # the measurements alone are kept
+    assert count["sample"] == 1 + 2 * len(ARM_TABLES["loss"].arms)
+
+
+def test_runs_of_one_seed_keep_each_other_s_lines(seeds):
+    make, _ = seeds
+    first, second = make(workdir="first"), make(workdir="second")
+    for arm, seed in zip(ARM_TABLES["loss"].arms[:2], (first, second), strict=True):
+        seed.operation(arm)  # both had read the file before the other wrote
+    count = len(first.measurements.path.read_text().splitlines())
+    assert count == 4
+    first.operation(ARM_TABLES["loss"].arms[2])
+    assert len(first.measurements.path.read_text().splitlines()) == count + 1
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda lines: [lines[0], lines[1][:-20]], "line 2: damaged or cut"),
+        (lambda lines: [lines[0].replace('"made_with"', '"made"'), lines[1]], "line 1: expected an object of stage, "),
+        (lambda lines: [lines[0], "7"], "line 2: expected an object of stage, made_with, files, found 7"),
+        (lambda lines: [lines[0], lines[0]], "line 2: expected one line for each stage, found a second of errors_"),
+        (lambda lines: [], "line 1: damaged or cut"),
+    ],
+)
+def test_a_damaged_line_is_named(seeds, damage, message, tmp_path, capsys):
+    seed = seeds[0]()
+    seed.operation(Arm("20R8"))
+    path = seed.measurements.path
+    path.write_text("\n".join(damage(path.read_text().splitlines())))
+    command = ["ablate", "--table=loss", "--seeds=1", "--config=tiny_ablations", f"--workdir={tmp_path / 'run'}"]
+    assert main([*command, f"--measurements={path.parent}"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: {message}" in error
+
+
+def test_measurements_made_with_other_settings_are_refused(seeds):
+    make, _ = seeds
+    seed = make()
+    seed.operation(Arm("20R8"))
+    path = seed.measurements.path
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["made_with"] |= {"plan.errors": "attention"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        InputError, match=r"seed0.jsonl: errors_\w+: made with another config: plan.errors was 'attention'"
+    ):
+        make().operation(Arm("20R8"))
+
+
+def test_a_table_from_the_kept_measurements(tmp_path):
+    """`make tables` on docs/ablations: nothing is computed, and the table is the document's."""
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    document = tmp_path / "results.md"
+    document.write_text("<!-- begin loss -->\n<!-- end loss -->\n")
+    command = ["ablate", "--table=loss", "--config=tiny_ablations", f"--workdir={tmp_path / 'run'}"]
+    assert main([*command, f"--measurements={docs / 'ablations'}", f"--results={document}"]) == 0
+    assert document.read_text().strip() in (docs / "results.md").read_text()
+    assert sorted(path.suffix for path in (tmp_path / "run").iterdir()) == [".html", ".json", ".md"]
 
 
 def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
@@ -179,11 +271,11 @@ def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
     assert [list(share) for share in prompt_ranges(5, 2)] == [[0, 1], [2, 3, 4]]
 
 
-def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
+def test_all_tables_together_distil_once_for_each_kind_of_map(seeds):
     make, count = seeds
     made = make()
-    for sweep in ARM_TABLES.values():
-        for arm in sweep.arms:
+    for table in ARM_TABLES.values():
+        for arm in table.arms:
             made.operation(arm)
     # As configured; the attention loss; three more maps of Table 7; max; staggered; HedgeHog; nine more kinds of phi.
     assert count["distill"] == 1 + 1 + 3 + 1 + 1 + 1 + 9
@@ -191,28 +283,28 @@ def test_all_sweeps_together_distil_once_for_each_kind_of_map(seeds):
 
 @pytest.mark.parametrize("name", ARM_TABLES)
 def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
-    sweep = ARM_TABLES[name]
-    found = run_arms(sweep, [seeds[0](0), seeds[0](1)])
-    arms = [arm.name for arm in sweep.arms]
-    assert list(found["rows"]) == (["teacher", *arms] if "samples" in sweep.measures else arms)
+    table = ARM_TABLES[name]
+    found = run_arms(table, [seeds[0](0), seeds[0](1)])
+    arms = [arm.name for arm in table.arms]
+    assert list(found["rows"]) == (["teacher", *arms] if "samples" in table.measures else arms)
     for arm in arms:
         row = found["rows"][arm]
-        assert ("total" in row) == ("samples" in sweep.measures)
-        assert ("velocity_error" in row) == ("velocity" in sweep.measures)
-        assert ("error R8" in row) == ("attention" in sweep.measures)
+        assert ("total" in row) == ("samples" in table.measures)
+        assert ("velocity_error" in row) == ("velocity" in table.measures)
+        assert ("error R8" in row) == ("attention" in table.measures)
         assert row["velocity_error"] == (0.375, 0.0)
-    assert list(found["contrasts"]) == [f"{a} − {b}" for a, b in sweep.contrasts]
+    assert list(found["contrasts"]) == [f"{a} − {b}" for a, b in table.contrasts]
     for contrast in found["contrasts"].values():
         assert contrast["velocity_error"]["difference"] == 0 and contrast["velocity_error"]["items"] == 4
     (_, head, body), *rest = grids({"table": name, "subject": "tiny model", **found})
     assert head[0] == "tiny model" and [row[0] for row in body] == list(found["rows"])
-    assert all(len(row) == len(head) for row in body) and len(rest) == bool(sweep.contrasts)
+    assert all(len(row) == len(head) for row in body) and len(rest) == bool(table.contrasts)
     printed = [name for name in head if name.startswith("paper: ")]
-    assert printed == [f"paper: {c}" for c in (sweep.arms[0].paper if sweep.arms[0].paper else {})]
+    assert printed == [f"paper: {c}" for c in (table.arms[0].paper if table.arms[0].paper else {})]
     assert "2 seeds" in markdown({"table": name, "subject": "tiny model", **found})
 
 
-def test_arms_that_diverge_are_told_and_not_tried_again(seeds, monkeypatch):
+def test_arms_that_diverge_are_noted_and_not_tried_again(seeds, monkeypatch):
     """On one seed of two they are missing from the whole table, and from its comparisons."""
     make, count = seeds
     distill = seed_module.distill
@@ -224,22 +316,22 @@ def test_arms_that_diverge_are_told_and_not_tried_again(seeds, monkeypatch):
         distill(config, *arguments)
 
     monkeypatch.setattr(seed_module, "distill", diverges)
-    sweep = ARM_TABLES["phi"]
-    found = run_arms(sweep, [make(0), make(1)])
-    arms = [arm.name for arm in sweep.arms if "exp" not in arm.name]
-    assert list(found["rows"]) == arms and len(found["contrasts"]) == len(arms) - 1 == len(sweep.contrasts) - 2
+    table = ARM_TABLES["phi"]
+    found = run_arms(table, [make(0), make(1)])
+    arms = [arm.name for arm in table.arms if "exp" not in arm.name]
+    assert list(found["rows"]) == arms and len(found["contrasts"]) == len(arms) - 1 == len(table.contrasts) - 2
     note = "Without exp, raw, whose distillation diverged on seed 1: distill: step 1: loss inf."
     assert len(found["notes"]) == 2 and note in markdown({"table": "phi", "subject": "tiny model", **found})
     before = dict(count)
-    assert run_arms(sweep, [make(0, "other"), make(1, "other")]) == found and count == before
+    assert run_arms(table, [make(0, "other"), make(1, "other")]) == found and count == before
 
     tolerant = make(1)
     tolerant.config = seed_module.changed(tolerant.config, {"max_skipped": 3})
     with pytest.raises(Diverged):
-        tolerant.operation(next(arm for arm in sweep.arms if "exp" in arm.name))
+        tolerant.operation(next(arm for arm in table.arms if "exp" in arm.name))
     assert count["distill"] == before["distill"] + 1  # more steps may be passed over: worth another try
 
-    only = dataclasses.replace(sweep, arms=tuple(arm for arm in sweep.arms if "exp" in arm.name))
+    only = dataclasses.replace(table, arms=tuple(arm for arm in table.arms if "exp" in arm.name))
     with pytest.raises(Diverged, match="loss inf"):
         run_arms(only, [make(1)])
 
@@ -257,7 +349,7 @@ def test_less_of_the_network_costs_less(seeds):
 
 def test_what_cannot_be_measured_on_the_way_is_refused(config):
     for change, message in (
-        ({"finetune.schedule": "cosine"}, "config.finetune.schedule: ablations measure on the way"),
+        ({"finetune.schedule": "cosine"}, "config.finetune.schedule: ablations also measure before the last step"),
         ({"finetune.steps": 0}, "config.finetune.steps: ablations fine-tune"),
     ):
         with pytest.raises(InputError, match=message):
@@ -277,7 +369,7 @@ def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
         def __init__(self, config, folder, number, measurements):
             self.number = number
 
-    monkeypatch.setattr(ablate_module, "SeedRun", Numbered)
+    monkeypatch.setattr(tables_module, "SeedRun", Numbered)
     monkeypatch.setitem(RUN, "errors", lambda seeds: measured.append([seed.number for seed in seeds]))
     for shard in ((0, 2), (1, 2)):
         run_tables(config, "errors", str(tmp_path), 3, shard=shard)
