@@ -1,4 +1,4 @@
-"""What a TPU chip can do, as published: memory, peak rates, links."""
+"""Published figures of TPU chips: memory, peak rates, links."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ class Chip:
       memory: bytes of HBM.
       flops: bfloat16 FLOP/s.
       bandwidth: bytes/s between HBM and the chip.
-      link: bytes/s of a link to a neighbour, both directions together: what a ring along one axis of the torus moves.
+      link: bytes/s of the link to a neighbour, both directions together: the rate of a ring on one torus axis.
     """
 
     memory: int
@@ -35,7 +35,7 @@ CHIPS = {
 
 
 def parse_topology(topology: str) -> tuple[Chip, int]:
-    """("v5e:4x4") -> (its chip, 16). Raises InputError for anything else."""
+    """ "v5e:4x4" -> (the v5e, 16). Raises InputError for other texts and unknown chips."""
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(f"--topology: expected one like v5e:4x4, of {', '.join(CHIPS)}; found {topology!r}")

@@ -1,6 +1,6 @@
-"""compile: a stage's step, ahead of time, for TPUs that this machine does not have. What fits, and what moves.
+"""compile: compiles one step of a stage for a TPU topology, without TPUs. Reports its memory and its collectives.
 
-Everything here is the compiler's word, not a measurement.
+All numbers are the compiler's estimates, not measurements.
 """
 
 import dataclasses
@@ -50,18 +50,19 @@ SHOWN_BUFFERS = 8
 def compile_stage(
     config: ConfigDict, config_name: str, stage: str, topology: str, *, slices: int = 1, report: str | None = None
 ) -> None:
-    """Compiles one step of a stage for a topology like "v5e:4x4" and prints, or also writes as JSON, what it takes.
+    """Compiles one step of a stage for a topology like "v5e:4x4"; prints memory, FLOPs, collectives and compile time.
 
-    Raises DoesNotFit where the mesh is not the topology's or the program is larger than a chip's memory; it then has
-    printed the largest buffers.
+    `report` names a JSON file for the same numbers. Raises DoesNotFit where the mesh has another number of devices than
+    the topology, or where the program needs more than a chip's memory; then the largest buffers are printed first.
+    Raises InputError for an unknown topology and for a budget that does not name a plan.
     """
     check_report(report)
     network = trained_sizes(config) if stage == "train" else find_sizes(config, config_name).transformer
     chip, devices = chip_and_devices(topology, slices)
-    wanted = math.prod(config.mesh[axis] for axis in AXES)
-    if wanted != len(devices):
+    mesh_devices = math.prod(config.mesh[axis] for axis in AXES)
+    if mesh_devices != len(devices):
         sizes = " x ".join(f"{axis} {config.mesh[axis]}" for axis in AXES)
-        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {topology} has {len(devices)}")
+        raise DoesNotFit(f"config.mesh: {sizes} = {mesh_devices} devices, {topology} has {len(devices)}")
     mesh = make_mesh(config.mesh, devices)
     say(f"compile: {stage} on {topology}")
     start = time.perf_counter()
@@ -79,8 +80,7 @@ def compile_stage(
     memory = compiled.memory_analysis()
     parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     flops = step_flops(config, network, stage) / len(devices)
-    moved = collectives(compiled.as_text())
-    found = {
+    result = {
         "stage": stage,
         "topology": topology,
         "slices": slices,
@@ -89,18 +89,18 @@ def compile_stage(
         "capacity_bytes": chip.memory,
         "flops_per_device": flops,
         "least_seconds": flops / chip.flops,
-        "collectives": moved,
+        "collectives": collectives(compiled.as_text()),
         "compile_seconds": seconds,
         "compile_peak_bytes": peak_bytes(),
         "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
     }
-    print(as_text(found), flush=True)
+    print(as_text(result), flush=True)
     if report is not None:
-        write_json(epath.Path(report), found)
+        write_json(epath.Path(report), result)
 
 
 def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
-    """The chip and the devices of a topology. Raises InputError for one that libtpu does not know."""
+    """The chip and the devices of a topology. Raises InputError where libtpu does not know the topology."""
     chip, _ = parse_topology(topology)
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
     try:
@@ -108,10 +108,11 @@ def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
         return chip, estimate.topology(topology, **options)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
-        raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not take it: {message}") from None
+        raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not know it: {message}") from None
 
 
 def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> Any:
+    """The lowered step (`jax.stages.Lowered`) of a stage; no array is made."""
     stages = {
         "distill": lowered_distill,
         "finetune": lowered_finetune,
@@ -122,12 +123,15 @@ def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> A
 
 
 def trained_sizes(config: ConfigDict) -> WanConfig:
-    """The transformer that `train` makes."""
+    """The sizes of the transformer that `train` trains."""
     return training.model_configs(config.train, config.train.vocabulary)[0]
 
 
 def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
-    """A plan of the budget's kind before there are errors: the first blocks at the named rate."""
+    """The rates of a plan for a budget like "15R2": the first 15 blocks at rate 2. Its cost is that of any such plan.
+
+    Raises InputError for a budget that is no such name or converts more blocks than there are.
+    """
     named = parse_block_budget(str(config.plan.budget))
     if named is None:
         raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
@@ -138,7 +142,7 @@ def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
 
 
 def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
-    """The graph and the parameters' shapes, placed."""
+    """The model's graph definition, and its parameters as shapes with shardings."""
     build = lambda: WanTransformer(
         network, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, rngs=nnx.Rngs(0)
     )
@@ -149,7 +153,7 @@ def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings: one for all leaves, or one for each."""
+    """Shapes with shardings. `shardings` is one sharding for all leaves, or a tree with one for each."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -157,7 +161,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
-    """Latents, text and timesteps of a batch."""
+    """Shapes of a batch: latents [B, T, H, W, C], text embeddings [B, L, text_dim], timesteps [B]; sharded by rows."""
     check_batch(mesh, batch)
     video = config.video
     grid = latent_grid(video.frames, video.height, video.width)
@@ -182,10 +186,10 @@ def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
         return make_update(optimizer, graph, spec).lower(state, params, batch)
     whole, sampler = sharding(mesh), config.sampler
     update = make_sampling_update(optimizer, graph, spec, sampler.guidance, whole)
-    blank = None if sampler.guidance == 1 else text
+    negative_text = None if sampler.guidance == 1 else text
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), whole)
     trajectory = State(*[with_shardings(latents, whole)] * 4)
-    return update.lower(state, params, trajectory, text, blank, schedule_row(config, mesh), key)
+    return update.lower(state, params, trajectory, text, negative_text, schedule_row(config, mesh), key)
 
 
 def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
@@ -205,18 +209,19 @@ def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
     graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
     latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
-    blank = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
+    negative_text = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
     sampler, row = config.sampler, schedule_row(config, mesh)
 
     @functools.partial(jax.jit, donate_argnums=3)
-    def step(params, text, blank, state, row):
+    def step(params, text, negative_text, state, row):
         model = nnx.merge(graph, params)
-        return sampling_step(model, text, blank, state, row, None, sampler.guidance, sampler.guidance_batched)
+        return sampling_step(model, text, negative_text, state, row, None, sampler.guidance, sampler.guidance_batched)
 
-    return step.lower(params, text, blank, State(*[latents] * 4), row)
+    return step.lower(params, text, negative_text, State(*[latents] * 4), row)
 
 
 def schedule_row(config: ConfigDict, mesh: Mesh) -> Any:
+    """Shapes of one row of the sampler's schedule, on every device."""
     sampler = config.sampler
     row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
     return with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
@@ -232,19 +237,18 @@ def lowered_train(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     optimizer = training.make_optimizer(train)
     state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, train.ema), params)
     latents, _, _ = inputs(config, network, mesh, train.batch)
-    words = lambda batch, dtype: jax.ShapeDtypeStruct((batch, config.text_length), dtype)
-    texts = {"token_ids": words(train.batch, jnp.int32), "mask": words(train.batch, jnp.int32)}
-    blank = {"blank_ids": words(1, jnp.int32), "blank_mask": words(1, jnp.int32)}
-    batch = (
-        {"latents": latents} | with_shardings(texts, sharding(mesh, "batch")) | with_shardings(blank, sharding(mesh))
-    )
+    words = lambda count: jax.ShapeDtypeStruct((count, config.text_length), jnp.int32)
+    texts = {"token_ids": words(train.batch), "mask": words(train.batch)}
+    negative = {"blank_ids": words(1), "blank_mask": words(1)}
+    batch = {"latents": latents}
+    batch |= with_shardings(texts, sharding(mesh, "batch")) | with_shardings(negative, sharding(mesh))
     key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
     state = with_shardings(state, parameter_shardings(mesh, state))
     return training.make_update(config, optimizer, graph).lower(state, batch, key)
 
 
 def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
-    """FLOPs of one step on all devices, by the cost model; what remat recomputes counts."""
+    """FLOPs of one step on all devices together, by the cost model, including what remat recomputes."""
     work = dataclasses.replace(workload(config, network), config=network)
     if stage == "distill":
         velocities = velocities_per_step(config.sampler.guidance) if config.distill.mode == "sampling" else 1
@@ -261,21 +265,22 @@ def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
 
 
 def buffers_as_text(folder: str) -> str:
-    """The largest buffers of a device, by the compiler's report of a program that does not fit."""
+    """The largest buffers of a device, from the report that the compiler leaves of a program that does not fit."""
     reports = [path.read_text() for path in epath.Path(folder).glob("*memory-usage-report.txt")]
-    found = largest_buffers(max(reports, key=len, default=""), SHOWN_BUFFERS)
-    rows = [f"  {size / GIB:8.2f} GiB  {shapes}" for size, shapes in found]
-    return "\n".join(["the largest buffers of a device, and what takes turns in each:", *rows])
+    buffers = largest_buffers(max(reports, key=len, default=""), SHOWN_BUFFERS)
+    rows = [f"  {size / GIB:8.2f} GiB  {shapes}" for size, shapes in buffers]
+    return "\n".join(["the largest buffers of a device, and the values that share each:", *rows])
 
 
-def as_text(found: dict[str, Any]) -> str:
-    memory, moved = found["memory_bytes"], found["collectives"]
+def as_text(result: dict[str, Any]) -> str:
+    """The lines that the command prints."""
+    memory, moved = result["memory_bytes"], result["collectives"]
     lines = [
-        f"{found['stage']} on {found['topology']}: static estimate of the TPU compiler, FLOPs by the cost model",
-        f"memory a device: {memory['peak'] / GIB:.2f} of {found['capacity_bytes'] / GIB:.0f} GiB (arguments "
+        f"{result['stage']} on {result['topology']}: static estimate of the TPU compiler, FLOPs by the cost model",
+        f"memory a device: {memory['peak'] / GIB:.2f} of {result['capacity_bytes'] / GIB:.0f} GiB (arguments "
         f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
-        f"FLOPs a device: {found['flops_per_device'] / 1e12:.3g} T, at the peak rate {found['least_seconds']:.3g} s",
-        *(f"{kind}: {one['count']} a step, {one['bytes'] / GIB:.4g} GiB" for kind, one in moved.items()),
-        f"compiled in {found['compile_seconds']:.0f} s and {found['compile_peak_bytes'] / GIB:.1f} GiB",
+        f"FLOPs a device: {result['flops_per_device'] / 1e12:.3g} T, at the peak rate {result['least_seconds']:.3g} s",
+        *(f"{kind}: {each['count']} a step, {each['bytes'] / GIB:.4g} GiB" for kind, each in moved.items()),
+        f"compiled in {result['compile_seconds']:.0f} s and {result['compile_peak_bytes'] / GIB:.1f} GiB",
     ]
     return "\n".join(lines)

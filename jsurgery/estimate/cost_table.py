@@ -1,4 +1,4 @@
-"""cost: parameters, FLOPs and bytes of a config's model, as a table, as JSON and as a page of figures."""
+"""cost: parameters, FLOPs and bytes of a config's model, by the cost model, for a table and for JSON."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -45,9 +45,10 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def count_cost(config: ConfigDict, config_name: str, plan: str | None, feature_map: str) -> dict[str, Any]:
-    """What a block and the network cost, for JSON. No weights are read.
+    """Costs of a block and of the network, for JSON. Weights are not read.
 
-    `plan` is "15R2" or a plan.json; without it, an operated model's own counts.
+    `plan` is a name like "15R2" or the path of a plan.json; without it an operated model's own plan is counted.
+    Raises InputError for a plan that does not fit the model.
     """
     subject = find_sizes(config, config_name)
     work = dataclasses.replace(workload(config, subject.transformer), config=subject.transformer)
@@ -55,11 +56,11 @@ def count_cost(config: ConfigDict, config_name: str, plan: str | None, feature_m
         work = dataclasses.replace(work, feature_map=hybrid.feature_map if hybrid.linear_branch else None)
     if feature_map == HEDGEHOG:
         work = dataclasses.replace(work, feature_map=FeatureMapConfig(1, 1, HEDGEHOG))
-    return measure(config, subject, work, read_rates(plan, subject.transformer))
+    return all_costs(config, subject, work, read_rates(plan, subject.transformer))
 
 
 def read_rates(plan: str | None, model: WanConfig) -> list[Rate] | None:
-    """One rate for each block. Of "15R2" it does not matter which blocks: the first."""
+    """One rate for each block, or None without a plan. "15R2" converts the first 15: all blocks cost the same."""
     if plan is None:
         return list(model.hybrid.rates) if model.hybrid else None
     if named := parse_block_budget(plan):
@@ -80,8 +81,8 @@ def read_rates(plan: str | None, model: WanConfig) -> list[Rate] | None:
     return rates
 
 
-def measure(config: ConfigDict, subject: ModelSizes, work: Workload, plan: Sequence[Rate] | None) -> dict[str, Any]:
-    """All that the command tells, in FLOPs, bytes and parameters; keys of rates are text, as in JSON."""
+def all_costs(config: ConfigDict, subject: ModelSizes, work: Workload, plan: Sequence[Rate] | None) -> dict[str, Any]:
+    """Everything that the command prints, in FLOPs, bytes and parameters. Rates are keys, as text."""
     video, sampler, model = config.video, config.sampler, dataclasses.replace(subject.transformer, hybrid=None)
     size = VALUE_BYTES[config.model.dtype]
     blocks, shown = model.num_layers, list(RATES if work.feature_map else RATES[:-1])
@@ -137,52 +138,50 @@ def measure(config: ConfigDict, subject: ModelSizes, work: Workload, plan: Seque
     return result
 
 
-def parts(found: BlockCost) -> dict[str, int]:
-    return {**vars(found), "total": found.total}
+def parts(cost: BlockCost) -> dict[str, int]:
+    return {**vars(cost), "total": cost.total}
 
 
 def describe_map(work: Workload) -> dict[str, Any] | None:
-    """One map phi; a hybrid block has two."""
+    """Kind, parameters and FLOPs of one feature map; a hybrid block has two."""
     phi, heads, head_dim = work.feature_map, work.config.num_attention_heads, work.config.attention_head_dim
     if phi is None:
         return None
     polynomial = {"kind": "polynomial", "degree": phi.degree, "layers": phi.layers}
     kind = {"kind": HEDGEHOG} if phi.activation == HEDGEHOG else polynomial
-    one = map_parameters(phi, heads, head_dim)
-    return {**kind, "parameters": one, "flops": 2 * one * work.tokens}
+    count = map_parameters(phi, heads, head_dim)
+    return {**kind, "parameters": count, "flops": 2 * count * work.tokens}
 
 
 def durations(work: Workload, rates: Iterable[Rate]) -> list[dict[str, Any]]:
-    """FLOPs of one block by duration at the size of Fig. 2: the core, with projections, and all of it."""
+    """FLOPs of one block by duration, at the size of Fig. 2: of the attention core, with projections, of the block."""
     rows = []
     for frames in DURATIONS:
         tokens = num_tokens(frames, *FIG_2_SIZE)
         row: dict[str, Any] = {"frames": frames, "tokens": tokens, "core": {}, "attention": {}, "block": {}}
         for rate in rates:
-            found = block_flops(dataclasses.replace(work, tokens=tokens), rate)
-            row["core"][str(rate)] = found.core
-            row["attention"][str(rate)] = found.core + found.projections
-            row["block"][str(rate)] = found.total
+            flops = block_flops(dataclasses.replace(work, tokens=tokens), rate)
+            row["core"][str(rate)] = flops.core
+            row["attention"][str(rate)] = flops.core + flops.projections
+            row["block"][str(rate)] = flops.total
         rows.append(row)
     return rows
 
 
 def conversions(work: Workload, rates: Iterable[Rate]) -> dict[str, list[float]]:
-    """By rate: the network's share of the teacher's FLOPs with 0, 1, ..., all blocks converted."""
+    """By rate: the network's FLOPs as a share of the teacher's with 0, 1, ..., all blocks converted."""
     blocks = work.config.num_layers
     teacher, softmax = model_flops(work, [1] * blocks), block_flops(work, 1).total
-    less = {rate: softmax - block_flops(work, rate).total for rate in rates if rate != 1}
-    return {str(rate): [1 - n * one / teacher for n in range(blocks + 1)] for rate, one in less.items()}
+    saved = {rate: softmax - block_flops(work, rate).total for rate in rates if rate != 1}
+    return {str(rate): [1 - n * flops / teacher for n in range(blocks + 1)] for rate, flops in saved.items()}
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The table on standard output: a block by rate, then the network and what stands beside it."""
+    """The tables that the command prints: a block by rate, then the network, the text encoder and the VAE."""
     video = result["video"]
     softmax = result["block"]["1"]
-    (unit, scale), (bytes_unit, bytes_scale) = (
-        si_prefix(softmax["flops"]["total"] / 100),
-        si_prefix(softmax["bytes"]["total"]),
-    )
+    unit, scale = si_prefix(softmax["flops"]["total"] / 100)
+    bytes_unit, bytes_scale = si_prefix(softmax["bytes"]["total"])
     lines = [
         f"{result['model']}, {video['frames']} frames of {video['height']}x{video['width']}: "
         f"{result['tokens']:,} tokens, {result['blocks']} blocks, {result['parameters']:,} parameters",
@@ -192,10 +191,10 @@ def as_text(result: dict[str, Any]) -> str:
         + "".join(f"{name.replace('_', ' '):>17}" for name in PARTS)
         + f"{f'{bytes_unit}B moved':>12}",
     ]
-    for rate, found in result["block"].items():
-        cells = "".join(f"{found['flops'][name] / scale:17,.1f}" for name in PARTS)
+    for rate, cost in result["block"].items():
+        cells = "".join(f"{cost['flops'][name] / scale:17,.1f}" for name in PARTS)
         label = rate_name(int(rate) if rate.isdecimal() else rate)
-        lines.append(f"{label:24}{cells}{found['bytes']['total'] / bytes_scale:12,.2f}")
+        lines.append(f"{label:24}{cells}{cost['bytes']['total'] / bytes_scale:12,.2f}")
 
     rows = {"embeddings and head": "embeddings_and_head", "transformer, one pass": "forward"}
     rows |= {"text encoder": "text_encoder", "VAE, encoding": "vae_encode", "VAE, decoding": "vae_decode"}
@@ -204,9 +203,9 @@ def as_text(result: dict[str, Any]) -> str:
         network = {"with the plan, one pass": plan["forward"], **network}
     (unit, scale), (bytes_unit, bytes_scale) = (si_prefix(result["forward"][key] / 10) for key in ("flops", "bytes"))
     lines += ["", f"{'one video':24}{'parameters':>17}{f'{unit}FLOP':>17}{f'{bytes_unit}B moved':>17}"]
-    for label, found in network.items():
-        numbers = f"{found['flops'] / scale:17,.3f}{found['bytes'] / bytes_scale:17,.2f}"
-        lines.append(f"{label:24}{found['parameters']:17,}{numbers}")
+    for label, cost in network.items():
+        numbers = f"{cost['flops'] / scale:17,.3f}{cost['bytes'] / bytes_scale:17,.2f}"
+        lines.append(f"{label:24}{cost['parameters']:17,}{numbers}")
     sampling = result["sampling"]
     unit, scale = si_prefix(sampling["flops"])
     lines.append(

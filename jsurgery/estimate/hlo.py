@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: HLO text, read for the traffic between devices, and where memory goes."""
+"""Reads a compiled program's HLO text for the traffic between devices, and XLA's report for the largest buffers."""
 
 import dataclasses
 import math
@@ -28,20 +28,21 @@ class Instruction:
 
     @property
     def bytes_out(self) -> int:
-        """Of a collective: what it produces; a reduce-scatter, what goes in."""
+        """Bytes that a collective produces on a device; of a reduce-scatter the bytes that it takes."""
         sizes = [_nbytes(*shape) for shape in _SHAPE.findall(self.result)]
         if self.operation == "reduce-scatter" and (groups := _GROUPS.search(self.rest)):
             return sum(sizes) * (int(groups[2]) if groups[2] else 1 + groups[1].count(","))
-        if self.operation in ("all-gather-start", "collective-permute-start"):  # inputs stand beside the outputs
+        if self.operation in ("all-gather-start", "collective-permute-start"):  # the result also lists the inputs
             return sum(sizes[len(sizes) // 2 :]) if self.operation == "all-gather-start" else sizes[1]
         return sum(sizes)
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
-    """By kind: `count` and `bytes` that one device's collectives produce in one run of the program.
+    """By kind of collective: `count`, and `bytes` produced on one device, in one run of the program.
 
-    A loop counts as often as it runs, where that is known; of a conditional's branches the one that moves most counts.
-    A reduce-scatter counts what goes in. A collective that TPUs run in steps beside other work counts once.
+    The body of a loop counts as often as it runs, or once where that is not known. Of a conditional only the branch
+    that moves most bytes counts. A reduce-scatter counts the bytes that it takes. A collective that TPUs split into
+    steps, to run beside other work, counts once.
     """
     computations, entry = _parse(text)
     totals = _total(entry, computations, {})
@@ -50,28 +51,30 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def largest_buffers(report: str, count: int) -> list[tuple[int, str]]:
-    """(bytes, shapes of the values that take turns in it) of a device's largest buffers, by XLA's memory usage report.
+    """(bytes, shapes of the values that share the buffer) of the `count` largest buffers in XLA's memory usage report.
 
-    The first of the report's memory spaces counts: on a TPU, HBM.
+    Only the report's first memory space is read: on a TPU that is HBM.
     """
     space = re.split(r"^Memory Space: ", report, flags=re.MULTILINE)[1:2]
     rows = _BUFFER.findall("".join(space))
-    found = [(int(float(size) * _UNITS[unit]), shapes) for size, unit, shapes in rows]
-    return sorted(found, key=lambda buffer: -buffer[0])[:count]
+    buffers = [(int(float(size) * _UNITS[unit]), shapes) for size, unit, shapes in rows]
+    return sorted(buffers, key=lambda buffer: -buffer[0])[:count]
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of every computation by its name, and the name of the entry computation."""
     computations, current, entry = {}, None, ""
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            current = computations.setdefault(found[1], [])
-            entry = found[1] if line.startswith("ENTRY") else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(Instruction(*found.groups()))
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[1], [])
+            entry = match[1] if line.startswith("ENTRY") else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current.append(Instruction(*match.groups()))
     return computations, entry
 
 
 def _total(name: str, computations: dict[str, list[Instruction]], known: dict[str, Counter]) -> Counter:
+    """(kind, "count" | "bytes") -> total of a computation and all that it calls; `known` keeps totals by name."""
     if name not in known:
         known[name] = Counter()
         instructions = computations.get(name, [])
@@ -88,9 +91,9 @@ def _total(name: str, computations: dict[str, list[Instruction]], known: dict[st
 
 
 def _called(instruction: Instruction, computations, known) -> Iterator[tuple[int, Counter]]:
-    """(how often, totals) of what an instruction runs."""
+    """(how often it runs, its totals) of each computation that an instruction calls."""
     times = _trips(instruction, computations) if instruction.operation == "while" else 1
-    branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(instruction.rest) for name in found.split(",")]
+    branches = [name.strip().lstrip("%") for names in _BRANCHES.findall(instruction.rest) for name in names.split(",")]
     for role, name in _CALLED.findall(instruction.rest):
         if role in ("true_computation", "false_computation"):
             branches.append(name)
@@ -102,13 +105,13 @@ def _called(instruction: Instruction, computations, known) -> Iterator[tuple[int
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: as the compiler noted, or the one number that its counter, from 0, is compared with."""
+    """How often a loop runs: the compiler's note, else the only constant in the loop's condition, else 1."""
     if noted := _TRIPS.search(loop.rest):
         return int(noted[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     compared = computations.get(condition[1], []) if condition else []
-    constants = [one.rest for one in compared if one.operation == "constant"]
-    numbers = [int(found[0]) for text in constants if (found := re.match(r"\d+", text))]
+    constants = [instruction.rest for instruction in compared if instruction.operation == "constant"]
+    numbers = [int(digits[0]) for text in constants if (digits := re.match(r"\d+", text))]
     return numbers[0] if len(numbers) == 1 else 1
 
 

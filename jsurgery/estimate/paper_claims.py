@@ -1,4 +1,4 @@
-"""What the paper says that attention surgery saves, beside what the cost model counts."""
+"""The savings that the Attention Surgery paper claims, beside the counts of our cost model."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from jsurgery.wan.cost import Workload, block_flops, feature_map_cost, savings, 
 from jsurgery.wan.models import PUBLISHED
 from jsurgery.wan.video_size import num_tokens
 
-TABLE_7 = ((2, 2, 1.2, 30), (3, 2, 2.4, 60), (4, 2, 3.9, 70), (6, 3, 15.4, 387))  # degree, layers, M, GFLOP as printed
+# Table 7 as printed: degree, layers, millions of parameters, GFLOP of a feature map.
+TABLE_7 = ((2, 2, 1.2, 30), (3, 2, 2.4, 60), (4, 2, 3.9, 70), (6, 3, 15.4, 387))
 
 
 def paper_claims() -> list[dict[str, Any]]:
-    """The paper's numbers beside this model's count, for Wan2.1 1.3B: rows of claim, printed, counted, note."""
+    """One row for each claim, for Wan2.1 1.3B: {"claim", "printed": in the paper, "counted": by us, "note"}."""
     wan = PUBLISHED["Wan2.1 1.3B"]
     low, high, long = (Workload(wan, num_tokens(*size)) for size in ((81, 320, 480), (81, 480, 832), (121, 320, 480)))
     rows = []
@@ -20,9 +21,9 @@ def paper_claims() -> list[dict[str, Any]]:
         rows.append({"claim": text, "printed": printed, "counted": counted, "note": note})
 
     for degree, layers, millions, giga in TABLE_7:
-        found = feature_map_cost(degree, layers, wan.num_attention_heads, wan.attention_head_dim, low.tokens)
-        counted = f"{found.parameters / 1e6:.1f} M, {found.flops / 1e9:.1f} GFLOP"
-        note = "" if abs(found.flops / 1e9 - giga) < 1 else "a slip of the paper: its own parameter count gives ours"
+        cost = feature_map_cost(degree, layers, wan.num_attention_heads, wan.attention_head_dim, low.tokens)
+        counted = f"{cost.parameters / 1e6:.1f} M, {cost.flops / 1e9:.1f} GFLOP"
+        note = "" if abs(cost.flops / 1e9 - giga) < 1 else "a slip of the paper: its own parameter count gives ours"
         claim(f"Table 7: degree {degree}, {layers} layers", f"{millions} M, {giga} GFLOP", counted, note)
     claim("self-attention's share of a block at 480x832", "more than 76 %", percent(share(block_flops(high, 1))))
 

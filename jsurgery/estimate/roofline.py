@@ -1,7 +1,7 @@
-"""roofline: how long a whole surgery takes at least on a TPU topology, and what to expect of it, in chip-hours.
+"""roofline: the least and the expected time of a whole surgery on a TPU topology, in chip-hours.
 
-An estimate from the cost model and from what `jsurgery compile --json` says of the traffic between chips. Nothing here
-is measured.
+Everything here is an estimate: FLOPs and memory traffic come from the cost model, traffic between chips from
+`jsurgery compile --json`. Nothing is measured.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from jsurgery.wan.cost import model_bytes, model_flops, workload
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.models import find_sizes
 
-EVALUATED = 4  # the teacher, the hybrid before and after distillation, the fine-tuned one
-PAPER_GPU_HOURS = 400  # its own bound on the surgery of Wan2.1 1.3B, data synthesis apart
+EVALUATED = 4  # models: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
+PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data synthesis
 
 
 @dataclasses.dataclass(frozen=True)
 class StageWork:
-    """What a stage does: `steps` steps of so many FLOPs and bytes of HBM traffic on all chips together."""
+    """The work of a stage: number of steps; FLOPs and bytes of HBM traffic of one step on all chips together."""
 
     stage: str
     steps: int
@@ -48,12 +48,13 @@ def roofline(
     compiled: Sequence[str] = (),
     report: str | None = None,
 ) -> None:
-    """Prints, or also writes as JSON, the least and the expected seconds a step and chip-hours of every stage.
+    """Prints the least and the expected seconds a step and chip-hours of every stage; `report` names a JSON file.
 
-    The bound is the slowest of three, as if they overlapped fully: FLOPs at the chip's peak, the least memory traffic
-    at its bandwidth, and the bytes exchanged at the rate of one ring. Expected is the bound with compute and memory
-    at `efficiency` of their peaks. `clips` counts the synthesis of so many training clips by the same model. `compiled`
-    are files of `jsurgery compile --json`; a stage without one for this topology is taken to exchange nothing.
+    The least time of a step is the longest of three, as if they overlapped fully: its FLOPs at the chip's peak rate,
+    its least memory traffic at the chip's bandwidth, and the bytes exchanged at the rate of one ring. The expected time
+    takes compute and memory at `efficiency` of their peaks. `clips` adds the synthesis of that many training clips by
+    the same model. `compiled` are files of `jsurgery compile --json`; a stage without such a file is assumed to
+    exchange nothing. Raises InputError for a file of another topology.
     """
     check_report(report)
     chip, chips = parse_topology(topology)
@@ -64,38 +65,38 @@ def roofline(
     rows = [
         estimate(work, chip, chips, exchanged.get(work.stage), efficiency) for work in work_of_stages(config, network)
     ]
-    apart = [estimate(synthesis(config, network, clips), chip, chips, None, efficiency)] if clips else []
-    found = {
+    synthesis_rows = [estimate(synthesis(config, network, clips), chip, chips, None, efficiency)] if clips else []
+    result = {
         "topology": topology,
         "chips": chips,
         "efficiency": efficiency,
-        "stages": rows + apart,
+        "stages": rows + synthesis_rows,
         "chip_hours": {side: sum(row["chip_hours"][side] for row in rows) for side in ("bound", "expected")},
         "source": "estimate: jsurgery's cost model, published rates of the chip, the TPU compiler's traffic",
     }
-    print(as_text(found), flush=True)
+    print(as_text(result), flush=True)
     if report is not None:
-        write_json(epath.Path(report), found)
+        write_json(epath.Path(report), result)
 
 
 def read_exchanged(files: Sequence[str], topology: str) -> dict[str, float]:
-    """By stage, the bytes that a chip exchanges in one step."""
+    """By stage: the bytes that one chip exchanges in a step, from files of `jsurgery compile --json`."""
     exchanged = {}
     for file in files:
         try:
-            found = json.loads(epath.Path(file).read_text())
-            stage, where = found["stage"], found["topology"]
-            moved = sum(one["bytes"] for one in found["collectives"].values())
+            compiled = json.loads(epath.Path(file).read_text())
+            stage, compiled_for = compiled["stage"], compiled["topology"]
+            moved = sum(kind["bytes"] for kind in compiled["collectives"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: expected a file of `jsurgery compile --json`, found {error!r}") from None
-        if where != topology:
-            raise InputError(f"{file}: compiled for {where}, expected {topology}")
+        if compiled_for != topology:
+            raise InputError(f"{file}: compiled for {compiled_for}, expected {topology}")
         exchanged[stage] = moved
     return exchanged
 
 
 def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
-    """The stages of a surgery that compute."""
+    """The stages of a surgery whose time is computation on the chips."""
     work = dataclasses.replace(workload(config, network), config=network)
     softmax, planned = (1,) * network.num_layers, planned_rates(config, network.num_layers)
     velocities = config.sampler.steps * velocities_per_step(config.sampler.guidance)
@@ -104,12 +105,12 @@ def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
     trace, distill, finetune = config.trace.batch, config.distill.batch, config.finetune.batch
     batches, evaluated = math.ceil(len(traced_prompts(config)) / trace), EVALUATED * config.evaluate.prompts
     forward = model_flops(work, softmax)
-    # Of every step and block the teacher's forward, and one a rate.
-    alone = config.distill.velocity_steps * network.num_layers * (1 + len(config.hybrid.rates))
+    # For every held-out step and block: the teacher's forward, and a forward for each rate.
+    forwards = config.distill.velocity_steps * network.num_layers * (1 + len(config.hybrid.rates))
     return [
         StageWork("trace", batches * velocities, trace * forward, trace * teacher),
         StageWork("distill", config.distill.steps, step_flops(config, network, "distill"), distill * teacher),
-        StageWork("velocity errors of blocks", alone, forward, teacher),
+        StageWork("velocity errors of blocks", forwards, forward, teacher),
         StageWork(
             "finetune", config.finetune.steps, step_flops(config, network, "finetune"), finetune * hybrid * passes
         ),
@@ -118,7 +119,7 @@ def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
 
 
 def synthesis(config: ConfigDict, network: WanConfig, clips: int) -> StageWork:
-    """Training clips by the teacher itself."""
+    """The work of sampling training clips from the teacher."""
     work = dataclasses.replace(workload(config, network), config=network)
     steps = clips * config.sampler.steps * velocities_per_step(config.sampler.guidance)
     softmax = (1,) * network.num_layers
@@ -126,6 +127,7 @@ def synthesis(config: ConfigDict, network: WanConfig, clips: int) -> StageWork:
 
 
 def estimate(work: StageWork, chip: Chip, chips: int, exchanged: float | None, efficiency: float) -> dict[str, Any]:
+    """The row of a stage. `exchanged` is the bytes that a chip exchanges in a step, None where they are not known."""
     times = {
         "compute": work.flops / chips / chip.flops,
         "memory": work.bytes / chips / chip.bandwidth,
@@ -146,20 +148,21 @@ def estimate(work: StageWork, chip: Chip, chips: int, exchanged: float | None, e
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    share = f"{found['efficiency']:.0%} of the peak"
+def as_text(result: dict[str, Any]) -> str:
+    """The table that the command prints, in Markdown."""
+    share = f"{result['efficiency']:.0%} of the peak"
     lines = [
-        f"{found['topology']}, {found['chips']} chips: an estimate, not measured",
+        f"{result['topology']}, {result['chips']} chips: an estimate, not measured",
         f"| stage | steps | PFLOP a step | s a step at least | bound by | s a step at {share} | chip-hours |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in found["stages"]:
+    for row in result["stages"]:
         by = row["bound_by"] + ("" if row["exchange_known"] else " (exchange not counted)")
         seconds, hours = row["step_seconds"], row["chip_hours"]["expected"]
         flops = row["flops_per_step"] / 1e15
         cells = [f"{flops:.3g}", f"{seconds['bound']:.3g}", by, f"{seconds['expected']:.3g}", f"{hours:.1f}"]
         lines.append(f"| {row['stage']} | {row['steps']} | " + " | ".join(cells) + " |")
-    hours = found["chip_hours"]
+    hours = result["chip_hours"]
     lines.append(
         f"surgery: {hours['expected']:.1f} chip-hours at {share}, {hours['bound']:.1f} at the bound; "
         f"the paper's bound for Wan2.1 1.3B: {PAPER_GPU_HOURS} GPU-hours"
