@@ -98,7 +98,8 @@ def test_fine_tuning_on_the_way_is_fine_tuning(seed, workdir):
     names = [model.name for model in seed.models(found).values()]
     scored = samples(seed, list(seed.models(found).values()))
     assert list(scored) == ["teacher", *names] and seed.run.pipeline.transformer is seed.run.teacher
-    assert samples(SeedRun(seed.config, workdir, 0), list(seed.models(found).values())) == scored  # from the file
+    again = samples(SeedRun(seed.config, workdir, 0), list(seed.models(found).values()))  # from the file
+    assert json.dumps(again) == json.dumps(scored)  # as text, since some scores are NaN
     assert scored["teacher"]["latent_rmse"] == [0, 0]
     assert [len(items["total"]) for items in scored.values()] == [2, 1, 1]
     assert scored[names[0]]["latent_rmse"] != scored[names[1]]["latent_rmse"]
