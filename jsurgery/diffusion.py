@@ -2,8 +2,8 @@
 
 x_t = (1 - sigma) x_0 + sigma * noise, velocity = noise - x_0, timestep = 1000 * sigma.
 
-Every solver here is the same step with other coefficients: the velocity predicts the data, x - sigma * velocity, and
-the next x is a linear combination of x, of the latest data predictions and, for some solvers, of fresh noise.
+All solvers here take the same step with different coefficients. The velocity predicts the data as x - sigma * velocity.
+The next x is a linear combination of x, of the latest data predictions and, for some solvers, of fresh noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 Array = TypeVar("Array", jax.Array, np.ndarray)
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
-LEAST_SIGMA = 0.001  # of the 1000 training timesteps
+LEAST_SIGMA = 0.001  # the lowest noise level of the 1000 training timesteps
 
 
 def shift_sigma(sigma: Array, shift: float) -> Array:
@@ -25,7 +25,7 @@ def shift_sigma(sigma: Array, shift: float) -> Array:
 
 
 def sampling_sigmas(steps: int, shift: float) -> np.ndarray:
-    """`steps + 1` noise levels from 1 to 0, float32: those of "euler_ancestral"."""
+    """The `steps + 1` noise levels of "euler_ancestral", from 1 to 0, float32."""
     return np.asarray(shift_sigma(np.linspace(1, 0, steps + 1), shift), np.float32)
 
 
@@ -38,7 +38,10 @@ def add_noise(latents: jax.Array, noise: jax.Array, sigma_B: jax.Array) -> tuple
 def add_noise_at_random_levels(
     latents: jax.Array, key: jax.Array, shift: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x_t, timesteps [B], velocity) of latents [B, ...] at noise levels spread evenly over [0, 1] and shifted."""
+    """(x_t, timesteps [B], velocity) for latents [B, ...] at random noise levels.
+
+    Before the shift, each of B equal parts of [0, 1] has one level.
+    """
     size = latents.shape[0]
     key_level, key_noise = jax.random.split(key)
     sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
@@ -47,7 +50,7 @@ def add_noise_at_random_levels(
 
 
 def velocities_per_step(guidance: float) -> int:
-    """What a sampling step computes: the prompt's velocity, and unless guidance is 1 the negative prompt's too."""
+    """Velocities that a sampling step computes: the prompt's and, unless guidance is 1, the negative prompt's."""
     return 1 if guidance == 1 else 2
 
 
@@ -57,22 +60,31 @@ def guided(conditional: jax.Array, unconditional: jax.Array, guidance: float) ->
 
 
 class Schedule(NamedTuple):
-    """The steps of a solver, a row each. NumPy float64 [steps, ...]."""
+    """A solver's steps, one row each: NumPy float64 [steps, ...].
 
-    sigma: Any  # the noise level of x before the step
-    timestep: Any  # what the model is told of it
-    corrector: (
-        Any  # [steps, 5]: of x, x before the last step (corrected), the data of two steps ago, of the last, of this
-    )
-    predictor: Any  # [steps, 3]: of the corrected x, the data of the last step, of this one
-    renoise: Any  # of fresh noise
+    Attributes:
+      sigma: the noise level of x before the step.
+      timestep: the timestep that the model receives for it.
+      corrector: [steps, 5], coefficients of x, the last step's corrected x, and the data predictions of two steps ago,
+        of the last step and of this step. They give the corrected x.
+      predictor: [steps, 3], coefficients of the corrected x and the data predictions of the last and this step. They
+        give the next x.
+      renoise: the coefficient of fresh noise in the next x.
+    """
+
+    sigma: Any
+    timestep: Any
+    corrector: Any
+    predictor: Any
+    renoise: Any
 
     def row(self, step: int) -> "Schedule":
+        """The coefficients of one step."""
         return Schedule(*(column[step] for column in self))
 
 
 class State(NamedTuple):
-    """What a step hands to the next: x, and what the corrector and the predictor look back on, all [B, ...]."""
+    """A solver's state between two steps: x, and the past values that its coefficients refer to, all [B, ...]."""
 
     x: jax.Array
     previous_x: jax.Array
@@ -81,10 +93,10 @@ class State(NamedTuple):
 
 
 def schedule(solver: str, steps: int, shift: float) -> Schedule:
-    """The coefficients of "euler", "euler_ancestral" or "unipc" from noise to data.
+    """The steps of "euler", "euler_ancestral" or "unipc" from noise to data.
 
-    "euler" and "unipc" step through the noise levels of diffusers' FlowMatchEulerDiscreteScheduler and
-    UniPCMultistepScheduler (with flow sigmas), which differ.
+    "euler" has the noise levels of diffusers' FlowMatchEulerDiscreteScheduler, "unipc" the different ones of its
+    UniPCMultistepScheduler (with flow sigmas).
     """
     sigmas, timesteps = noise_levels(solver, steps, shift)
     sigma, ratio = sigmas[:-1], sigmas[1:] / sigmas[:-1]
@@ -99,7 +111,7 @@ def schedule(solver: str, steps: int, shift: float) -> Schedule:
 
 
 def noise_levels(solver: str, steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels [steps + 1], the last of them 0, and timesteps [steps]."""
+    """A solver's noise levels [steps + 1], of which the last is 0, and timesteps [steps]."""
     if solver == "unipc":
         sigma = shift_sigma(np.linspace(1, LEAST_SIGMA, steps + 1)[:-1], shift)
         sigma[0] -= 1e-6  # pure noise has no finite log-SNR
@@ -115,9 +127,9 @@ def noise_levels(solver: str, steps: int, shift: float) -> tuple[np.ndarray, np.
 
 
 def ancestral_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predictor and renoise of Euler ancestral: down to sigma_d = next^2 / sigma, then up to `next` by fresh noise.
+    """Predictor and renoise of Euler ancestral: a step down to next^2 / sigma, then fresh noise up to `next`.
 
-    a = 1 - sigma scales the data, so that x keeps the variance that the model expects.
+    The result is scaled so that the data in x has its factor 1 - next, as the model expects.
     """
     sigma, following = sigmas[:-1], sigmas[1:]
     down = following**2 / sigma
@@ -129,12 +141,13 @@ def ancestral_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def unipc_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Corrector and predictor of UniPC-2 with B_2(h) on data predictions (Zhao et al., arXiv 2302.04867).
 
-    The corrector moves x once its velocity is known, by the same interval that the last predictor crossed. The first
-    interval has one data prediction only and is of order 1; so is the last predictor, where the log-SNR is infinite.
+    Once the velocity at x is known, the corrector computes x anew over the interval that the last predictor crossed.
+    The first interval has only one data prediction and is of order 1. So is the last predictor, because the log-SNR at
+    its end is infinite.
     """
     steps = len(sigmas) - 1
     log_snr = np.log((1 - sigmas[:-1]) / sigmas[:-1])
-    ratio = sigmas[1:] / sigmas[:-1]  # of x carried over; 1 - ratio is of data, as in Euler's step
+    ratio = sigmas[1:] / sigmas[:-1]  # the weight of x; the data has 1 - ratio, as in Euler's step
     corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
     corrector[0, 0] = 1
     for i in range(1, steps):
@@ -157,15 +170,16 @@ def unipc_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def initial_state(noise: jax.Array) -> State:
+    """The state before the first step, whose x is `noise`."""
     zeros = jnp.zeros_like(noise)
     return State(noise, zeros, zeros, zeros)
 
 
 def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array | None = None) -> State:
-    """One step from `state` by a row of a schedule. `key` draws the fresh noise, None for a solver that takes none."""
+    """The state after one step, by a row of a schedule. `key` draws fresh noise; None for a solver without it."""
     data = state.x - row.sigma * velocity(state.x, jnp.full(state.x.shape[0], row.timestep))
-    seen = (state.x, state.previous_x, state.older_data, state.last_data, data)
-    corrected = sum((row.corrector[i] * term for i, term in enumerate(seen)), start=jnp.zeros_like(data))
+    terms = (state.x, state.previous_x, state.older_data, state.last_data, data)
+    corrected = sum((row.corrector[i] * term for i, term in enumerate(terms)), start=jnp.zeros_like(data))
     x = row.predictor[0] * corrected + row.predictor[1] * state.last_data + row.predictor[2] * data
     if key is not None:
         x += row.renoise * jax.random.normal(key, x.shape, x.dtype)
@@ -173,7 +187,7 @@ def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array 
 
 
 def step_keys(rows: Schedule, key: jax.Array) -> jax.Array | None:
-    """A key for every step, or None where the solver takes no fresh noise."""
+    """A key for every step, or None for a solver without fresh noise."""
     return jax.random.split(key, len(rows.renoise)) if np.any(rows.renoise) else None
 
 
@@ -189,7 +203,7 @@ def sample(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Integrates from noise [B, ...] to latents. `velocity(x, timesteps [B])` includes guidance.
 
-    Returns (latents, trajectory): trajectory [steps, B, ...] holds x before every step when `record`, else None.
+    Returns (latents, trajectory). With `record` the trajectory [steps, B, ...] holds x before every step, else None.
     """
     rows = schedule(solver, steps, shift)
 
@@ -203,11 +217,11 @@ def sample(
 
 
 def evenly_spaced_steps(steps: int, keep: int) -> np.ndarray:
-    """Which of the sampler's steps are kept, evenly spread, the first and noisiest always among them."""
+    """The indices of `keep` steps of the sampler, evenly spread. The first and noisiest step is always among them."""
     return np.round(np.linspace(0, steps - 1, keep)).astype(int) if keep > 1 else np.array([0])
 
 
 def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
-    """Unit normal [B, *shape]; row b belongs to prompt number `numbers[b]` alone."""
+    """Unit normal noise [B, *shape]. Row b depends on the seed and on `numbers[b]`, the prompt's number, alone."""
     key = jax.random.key(seed)
     return jnp.stack([jax.random.normal(jax.random.fold_in(key, number), shape) for number in numbers])

@@ -1,9 +1,9 @@
-"""What a command can end with besides success; the exit codes are part of the interface."""
+"""The exceptions that end a command, with their exit codes, which users may rely on."""
 
 import errno
 import os
 
-# What a file system may refuse, and the user can mend; libraries in C++ hand on its words alone.
+# Errors of a file system that the user can fix: the texts, since C++ libraries pass on nothing else, and the numbers.
 WORDED = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)}
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR,
@@ -12,23 +12,23 @@ REFUSALS = {
 
 
 class InputError(Exception):
-    """Bad input. The message is one line: the file or field, what was expected, what was found. Exit code 2."""
+    """Bad input. The message is one line with the file or field, what was expected, and what was found. Exit code 2."""
 
 
 class Diverged(InputError):
-    """More steps than `config.max_skipped` had numbers that are not finite."""
+    """More than `config.max_skipped` steps of a training had a loss or gradient that is not finite. Exit code 2."""
 
 
 class DoesNotFit(Exception):
-    """The work does not fit the hardware asked for. Exit code 3."""
+    """The work does not fit the requested hardware. Exit code 3."""
 
 
 class Terminated(Exception):
-    """Stopped by SIGTERM, with what was done saved. Exit code 143."""
+    """Stopped by SIGTERM, after saving the work done so far. Exit code 143."""
 
 
 class Interrupted(Exception):
-    """Stopped by SIGINT, with what was done saved. Exit code 130."""
+    """Stopped by SIGINT, after saving the work done so far. Exit code 130."""
 
 
 class ParityError(Exception):
@@ -36,12 +36,12 @@ class ParityError(Exception):
 
 
 def file_system_reason(error: BaseException) -> str | None:
-    """What the file system said in `error`, or in what caused it; None: it is no such error."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.errno in REFUSALS:
-            return f"{found.filename or 'a file'}: {found.strerror}"
-        if any(words in str(found) for words in WORDED):
-            return str(found).splitlines()[0]
-        found = found.__cause__
+    """The message of a file system's error, if `error` is one or was caused by one; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in REFUSALS:
+            return f"{cause.filename or 'a file'}: {cause.strerror}"
+        if any(text in str(cause) for text in WORDED):
+            return str(cause).splitlines()[0]
+        cause = cause.__cause__
     return None

@@ -14,7 +14,7 @@ HEDGEHOG = HedgehogMap.activation
 
 LearnedMap = PolynomialMap | HedgehogMap
 
-# How files name a block's two maps: that of its queries and that of its keys.
+# How files name the map of a block's queries and the map of its keys.
 QUERY_MAP, KEY_MAP = "phi_q", "phi_k"
 
 # A leaf's path in FeatureMapParams, which is also its name in the files of distillation -> its name in a model's
@@ -41,7 +41,10 @@ class FeatureMapConfig:
 
 
 class FeatureMapParams(nnx.Module):
-    """One learned map phi; `maps` is the pytree that kernels take. Leaves may be stacked: [S, ...] over blocks."""
+    """The parameters of one learned map phi, or of S maps, with every leaf stacked [S, ...].
+
+    `maps` is the pytree that the kernels take.
+    """
 
     def __init__(self, maps: LearnedMap):
         self.kernels = nnx.List([nnx.Param(kernel) for kernel in maps.kernels])

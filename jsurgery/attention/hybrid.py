@@ -1,4 +1,4 @@
-"""Hybrid attention in a network: which block keeps how much softmax, and the maps that stand in for the rest."""
+"""Hybrid attention in a network: the rate of every block, and how its softmax and linear branches are built."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class HybridConfig:
-    """What surgery changed in a network: one rate per block, and how the hybrid blocks are built."""
+    """What surgery changes in a network: one rate per block, and how the hybrid blocks are built."""
 
     rates: tuple[Rate, ...]
-    chain: tuple[int, ...] = (1, 2, 4, 8)  # the nested softmax zones of the token order
+    chain: tuple[int, ...] = (1, 2, 4, 8)  # the rates whose softmax tokens are nested zones of the token order
     lattice: str = "strided"
     stabilizer: str = "lse"
     linear_branch: bool = True
@@ -31,7 +31,7 @@ class HybridConfig:
 
     @classmethod
     def of(cls, config: ConfigDict, rates: Sequence[Rate]) -> Self:
-        """What `config.hybrid` makes of a plan's rates, one per block."""
+        """The hybrid model of a plan: `rates`, one per block, and the settings of `config.hybrid`."""
         hybrid = config.hybrid
         return cls(
             rates=tuple(rates),
@@ -44,12 +44,15 @@ class HybridConfig:
 
     @classmethod
     def from_json(cls, fields: Any, source: str) -> Self:
-        """The "hybrid" part of a model's config.json. Raises InputError on a format that this version does not know."""
+        """The hybrid model in `fields`, the "hybrid" part of the config.json that messages call `source`.
+
+        Raises InputError for another format version, an unknown or missing field, and a bad value.
+        """
         if not isinstance(fields, dict):
             raise InputError(f"{source}: hybrid: expected what surgery changed, as an object; found {fields!r}")
         fields = dict(fields)
-        if (found := fields.pop("format_version", None)) != FORMAT_VERSION:
-            raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {found}")
+        if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
+            raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {version}")
         try:
             phi = FeatureMapConfig(**fields.pop("feature_map"))
             config = cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=phi, **fields)
@@ -58,13 +61,13 @@ class HybridConfig:
         check_fields(phi, f"{source}: hybrid.feature_map")
         check_fields(config, f"{source}: hybrid")
         check_rates(f"{source}: hybrid.chain", config.chain)
-        for name, found, choices in (
+        for name, choice, choices in (
             ("lattice", config.lattice, LATTICES),
             ("stabilizer", config.stabilizer, STABILIZERS),
             ("activation", phi.activation, (*ACTIVATIONS, HEDGEHOG)),
         ):
-            if found not in choices:
-                raise InputError(f"{source}: hybrid: {name}: expected one of {', '.join(choices)}, found {found!r}")
+            if choice not in choices:
+                raise InputError(f"{source}: hybrid: {name}: expected one of {', '.join(choices)}, found {choice!r}")
         allowed = (1, *config.chain, *(["linear"] if config.linear_branch else []))
         if unknown := [rate for rate in config.rates if rate not in allowed]:
             names = ", ".join(map(str, dict.fromkeys(allowed)))
@@ -73,18 +76,18 @@ class HybridConfig:
 
     @property
     def converted(self) -> tuple[int, ...]:
-        """Indices of the blocks that are not full softmax."""
+        """The indices of the blocks that are not full softmax."""
         return tuple(i for i, rate in enumerate(self.rates) if rate != 1)
 
     def token_order(self, grid: tuple[int, int, int], shards: int = 1) -> TokenOrder | None:
-        """The prefix order of a (time, height, width) token grid; None when no block needs one."""
+        """The prefix order of a (time, height, width) token grid; None if no block needs one."""
         if not self.converted:
             return None
         return token_order(grid, self.chain, self.lattice, shards)
 
 
 def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, shards: int = 1) -> TokenOrder:
-    """The order in which the softmax tokens of every rate of `chain` are a prefix, in each of `shards`."""
+    """The order of a (time, height, width) token grid in which each rate's softmax tokens come first in every shard."""
     frames, height, width = grid
     size = height * width
     return TokenOrder(frames * size, tuple(chain), lattice=lattice, tokens_per_frame=size, shards=shards)
@@ -100,7 +103,7 @@ def attend(
     num_softmax: int,
     stabilizer: str,
 ) -> jax.Array:
-    """Eq. 5 on tokens in prefix order; without maps, softmax over the prefix alone."""
+    """Eq. 5 on tokens in prefix order. Without maps, softmax attention to the first `num_softmax` keys alone."""
     if key_map is None:
         k_BxNxHxD, v_BxNxHxD = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
     options = {"num_softmax": num_softmax, "stabilizer": stabilizer}

@@ -1,4 +1,4 @@
-"""Which tokens keep softmax, and the order in which, at every rate, they are a prefix."""
+"""Prefix order: which tokens keep softmax at a rate, and an order in which they come first at every rate."""
 
 import dataclasses
 import itertools
@@ -16,23 +16,26 @@ LATTICES = ("strided", "staggered")
 class TokenOrder:
     """Prefix order of a video's tokens under a chain of hybrid rates.
 
-    A token's lattice position is j, its index in raster order over (frame, row, column), or on the staggered lattice
-    j + t, t being its frame; rate R keeps softmax for the tokens whose position is a multiple of R (Attention Surgery,
-    T_S = { j : j mod R = 0 }). Rates that divide one another give nested sets: first come the tokens of the highest
-    rate, then those that the next lower one adds, ..., then the rest, each zone in raster order.
+    Rate R keeps softmax for the tokens whose lattice position is a multiple of R (Attention Surgery,
+    T_S = { j : j mod R = 0 }). On the strided lattice a token's position is j, its index in raster order over (frame,
+    row, column). On the staggered lattice it is j + t, where t is the token's frame.
 
-    The stagger moves the kept sites by one column a frame, where a stride that divides `tokens_per_frame` keeps the
-    same sites in every frame.
+    Rates that divide one another give nested sets. First come the tokens of the highest rate, then the tokens that the
+    next lower rate adds, and so on, then the rest. Each of these zones is in raster order.
 
-    With several shards each zone is dealt among them, in equal runs, the last ones filled up with padding: a shard's
-    own tokens are then in prefix order too, and the softmax tokens of a rate are the prefixes of all shards.
+    A strided rate that divides `tokens_per_frame` keeps the same sites in every frame. The staggered lattice moves them
+    by one column per frame.
+
+    With several shards, each zone is cut into equal runs, one per shard; the last runs are filled up with padding. A
+    shard's own tokens are then in prefix order too, and the softmax tokens of a rate are the prefixes of all shards.
 
     Attributes:
         num_tokens: N.
-        rates: the candidate rates, in any order: integers of which each divides the next higher, and possibly "linear".
+        rates: the candidate rates, in any order: integers, each a divisor of the next higher one, and possibly
+            "linear".
         lattice: "strided" or "staggered".
         tokens_per_frame: N / frames; only the staggered lattice needs it.
-        shards: over how many devices the tokens are spread.
+        shards: the number of devices over which the tokens are spread.
 
     Raises:
         InputError: rates that form no divisibility chain, or a lattice or frame size that does not fit.
@@ -64,6 +67,41 @@ class TokenOrder:
             if size is None or size < 1 or self.num_tokens % size:
                 raise InputError(f"tokens_per_frame: expected a divisor of the {self.num_tokens} tokens, found {size}")
 
+    @cached_property
+    def permutation(self) -> np.ndarray:
+        """int [P]: the natural index of the i-th token in prefix order; `tokens[:, permutation]` is in prefix order.
+
+        P is N, plus padding if there are several shards. At padding, token 0 is repeated.
+        """
+        return np.maximum(self._places, 0)
+
+    @cached_property
+    def valid(self) -> np.ndarray | None:
+        """bool [P], False at padding; None if there is no padding."""
+        return None if (self._places >= 0).all() else self._places >= 0
+
+    @cached_property
+    def inverse(self) -> np.ndarray:
+        """int [N]: the place of token j in prefix order; `prefix_tokens[:, inverse]` is in natural order again."""
+        places = np.flatnonzero(self._places >= 0)
+        return places[np.argsort(self._places[places])]
+
+    def num_softmax(self, rate: Rate) -> int:
+        """The number of tokens that keep softmax at `rate`, the first in prefix order: N at rate 1, 0 at "linear".
+
+        It is ceil(N / R) on the strided lattice, and may differ by a few on the staggered lattice. With several shards
+        it is the number in each shard, padding included.
+
+        Raises:
+            InputError: a rate that is not among `rates` (1 and "linear" always are).
+        """
+        if rate == "linear":
+            return 0
+        if rate != 1 and rate not in self._chain:
+            raise InputError(f"rate: expected one of {list(self.rates)}, found {rate!r}")
+        kept = self._zones if rate == 1 else self._zones[: len(self._chain) - self._chain.index(int(rate))]
+        return sum(map(self._per_shard, kept))
+
     @property
     def _chain(self) -> list[int]:
         return sorted({rate for rate in self.rates if isinstance(rate, int)})
@@ -77,7 +115,7 @@ class TokenOrder:
 
     @cached_property
     def _zones(self) -> list[np.ndarray]:
-        """The natural indices of the tokens of the highest rate, of those that the next lower one adds, ..."""
+        """The natural indices of the tokens in each zone, from the highest rate's zone to the rest."""
         zone = np.zeros(self.num_tokens, int)
         for rate in self._chain:
             zone += self._positions % rate != 0
@@ -88,44 +126,9 @@ class TokenOrder:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """int [P]: natural index of the token at every place, -1 at padding."""
+        """int [P]: the natural index of the token at every place of the prefix order, -1 at padding."""
         dealt = []
         for zone in self._zones:
             padding = self.shards * self._per_shard(zone) - len(zone)
             dealt.append(np.pad(zone, (0, padding), constant_values=-1).reshape(self.shards, -1))
         return np.concatenate(dealt, axis=1).reshape(-1)
-
-    @cached_property
-    def permutation(self) -> np.ndarray:
-        """int [P]: natural index of the i-th token in prefix order; `tokens[:, permutation]` is in prefix order.
-
-        P is N, or with several shards the next number that holds the padding; there, token 0 is repeated.
-        """
-        return np.maximum(self._places, 0)
-
-    @cached_property
-    def valid(self) -> np.ndarray | None:
-        """bool [P], False at padding; None where there is none."""
-        return None if (self._places >= 0).all() else self._places >= 0
-
-    @cached_property
-    def inverse(self) -> np.ndarray:
-        """int [N]: place of token j in prefix order; `prefix_tokens[:, inverse]` is in natural order again."""
-        places = np.flatnonzero(self._places >= 0)
-        return places[np.argsort(self._places[places])]
-
-    def num_softmax(self, rate: Rate) -> int:
-        """How many tokens, the first in prefix order, keep softmax at `rate`: N at rate 1, 0 at "linear".
-
-        ceil(N / R) on the strided lattice; on the staggered one possibly a few more or less. With several shards: how
-        many of each shard's tokens, its padding among them.
-
-        Raises:
-            InputError: a rate that is not among `rates` (1 and "linear" always are).
-        """
-        if rate == "linear":
-            return 0
-        if rate != 1 and rate not in self._chain:
-            raise InputError(f"rate: expected one of {list(self.rates)}, found {rate!r}")
-        kept = self._zones if rate == 1 else self._zones[: len(self._chain) - self._chain.index(int(rate))]
-        return sum(map(self._per_shard, kept))
