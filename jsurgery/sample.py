@@ -1,4 +1,4 @@
-"""sample: prompts to video files with a model folder."""
+"""The command `sample`: makes a video file from every prompt."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import check_text
+from jsurgery.config import check_text, recorded_section
 from jsurgery.data.video_writer import SUFFIXES, check_suffix, read_settings, write_video
 from jsurgery.errors import InputError
 from jsurgery.io.fields import describe_changes
@@ -27,8 +27,8 @@ from jsurgery.wan.video_size import check_size
 
 
 def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
-    """The config of `name`; without one, the one for the model's size, with its scheduler's solver and shift."""
-    overrides = {"trace.keep_steps": "1"} | overrides  # a rule of `trace` that would forbid few steps
+    """The config `name`; by default the config for the model's size, with the solver and shift of its scheduler."""
+    overrides = {"trace.keep_steps": "1"} | overrides  # else a rule for `trace` would forbid few steps
     if name is None:
         folder = model_path(overrides.setdefault("model.path", "tiny_wan"))
         name = CONFIGS.get(read_config(transformer_folder(folder)).dim, "tiny")
@@ -37,7 +37,7 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
 
 
 def scheduler_settings(folder: epath.Path) -> dict[str, str]:
-    """Overrides of the sampler from scheduler/scheduler_config.json, where it names a solver that we have."""
+    """Overrides from scheduler/scheduler_config.json of a pipeline folder; none if jsurgery lacks its solver."""
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.exists():
         return {}
@@ -50,20 +50,20 @@ def scheduler_settings(folder: epath.Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class VideoRequest:
-    """A video to make: its noise depends on the seed and the number alone (`Pipeline.sample`)."""
+    """A video to make. Its noise depends only on the seed and the number (`Pipeline.sample`)."""
 
     file: pathlib.Path
     prompt: str
     seed: int
     number: int
-    label: str = "sample"  # of its progress
+    label: str = "sample"  # of the progress line
 
 
 def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[pathlib.Path]:
     """Makes the video of every prompt and yields its file: `output` itself, or `output`/0000.mp4 and so on.
 
-    Numbered files that are there already are kept. Everything that can be checked without the weights is checked first.
-    Raises InputError where a kept file was made with other settings.
+    Existing numbered files are kept. Everything that can be checked without the weights is checked first.
+    Raises InputError if an existing file was made with other settings.
     """
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("--prompt: expected a text, found an empty one")
@@ -71,63 +71,64 @@ def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, singl
         check_text("--prompt", prompt)
     folder = pathlib.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
-    jobs = [
+    requests = [
         VideoRequest(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
         for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    missing = unfinished(config, jobs, again=single)
+    missing = unfinished(config, requests, again=single)
     prepare_output(folder, single)
     yield from make_videos(config, missing)
 
 
-def unfinished(config: ConfigDict, jobs: Sequence[VideoRequest], again: bool = False) -> list[VideoRequest]:
-    """The jobs whose file is not there yet, or with `again` all of them.
+def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool = False) -> list[VideoRequest]:
+    """The requests whose file does not exist yet; with `again`, all of them. Reads no weights.
 
-    Raises InputError, having read no weights, for a video that the model cannot make and for a file that was made with
-    other settings.
+    Raises InputError for a video that the model cannot make, and for an existing file made with other settings.
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
     check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
     if again:
-        return list(jobs)
+        return list(requests)
     identity = transformer_identity(config)
-    missing = [job for job in jobs if not has_matching_video(job.file, settings(config, job, identity))]
-    if len(missing) < len(jobs):
-        say(f"sample: {len(jobs) - len(missing)} of {len(jobs)} videos are finished already")
+    missing = [
+        request for request in requests if not has_matching_video(request.file, settings(config, request, identity))
+    ]
+    if len(missing) < len(requests):
+        say(f"sample: {len(requests) - len(missing)} of {len(requests)} videos are finished already")
     return missing
 
 
-def make_videos(config: ConfigDict, jobs: Sequence[VideoRequest]) -> Iterator[pathlib.Path]:
-    """Makes one video after the other and yields its file."""
-    if not jobs:
+def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterator[pathlib.Path]:
+    """Makes the videos one after another and yields each file."""
+    if not requests:
         return
     identity = transformer_identity(config)
     mesh = make_mesh(config.mesh, jax.local_devices())
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
-    for job in jobs:
-        progress = Progress(job.label, config.sampler.steps)
-        latents = pipeline.sample_by_steps([job.prompt], config, seed=job.seed, first=job.number, on_step=progress.show)
+    for request in requests:
+        progress = Progress(request.label, config.sampler.steps)
+        latents = pipeline.sample_by_steps(
+            [request.prompt], config, seed=request.seed, first=request.number, on_step=progress.show
+        )
         progress.show(config.sampler.steps, last=True)
         video = pipeline.decode(latents)[0]
-        write_video(job.file, video, config.video.fps, settings(config, job, identity))
-        yield job.file
+        write_video(request.file, video, config.video.fps, settings(config, request, identity))
+        yield request.file
 
 
 def transformer_identity(config: ConfigDict) -> str:
     return folder_fingerprint(transformer_folder(model_path(config.model.path)))
 
 
-def settings(config: ConfigDict, job: VideoRequest, identity: str) -> dict[str, Any]:
-    """What the pixels of a video depend on, for its metadata."""
-    sampler = config.sampler.to_dict()
-    del sampler["guidance_batched"]
+def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[str, Any]:
+    """The settings that a video's pixels depend on, for its metadata."""
     return {
-        "prompt": job.prompt,
-        "number": job.number,
-        "seed": job.seed,
-        **sampler,
-        **config.video.to_dict(),
+        "prompt": request.prompt,
+        "number": request.number,
+        "seed": request.seed,
+        **recorded_section(config, "sampler", without=["guidance_batched"]),
+        **recorded_section(config, "video"),
         "text_length": config.text_length,
         "dtype": config.model.dtype,
         "model": model_path(config.model.path).name,
@@ -135,18 +136,20 @@ def settings(config: ConfigDict, job: VideoRequest, identity: str) -> dict[str, 
     }
 
 
-def has_matching_video(file: pathlib.Path, wanted: dict[str, Any]) -> bool:
-    """Whether a video is there. Raises InputError when it was made with other settings."""
+def has_matching_video(file: pathlib.Path, expected: dict[str, Any]) -> bool:
+    """Whether the video exists. Raises InputError if it was made with other settings than `expected`."""
     if not file.exists():
         return False
-    found = read_settings(file)
-    if found != wanted:
-        raise InputError(f"{file}: made with other settings: {describe_changes(found, wanted)}; use another --output")
+    recorded = read_settings(file)
+    if recorded != expected:
+        raise InputError(
+            f"{file}: made with other settings: {describe_changes(recorded, expected)}; use another --output"
+        )
     return True
 
 
 def prepare_output(output: pathlib.Path, single: bool) -> None:
-    """Makes the folder of the output. Raises InputError where a file of that name cannot be written."""
+    """Creates the output's folder. Raises InputError if videos cannot be written to that path."""
     try:
         if single:
             check_suffix(output)

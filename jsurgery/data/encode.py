@@ -1,4 +1,4 @@
-"""encode: a folder of videos with captions to shards of latents and text embeddings."""
+"""The command `encode`: turns a folder of captioned videos into shards of latents and text embeddings."""
 
 import contextlib
 import functools
@@ -47,13 +47,13 @@ FIELDS = (
 
 
 def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: epath.PathLike) -> epath.Path:
-    """Encodes the clips of `videos` (see `find_clips`); returns the folder, `workdir`/encoded, for `config.data.path`.
+    """Encodes the clips of `videos` (see `find_clips`) to shards; returns their folder, `workdir`/encoded.
 
-    Shard k, in a folder for each bucket, has the usable ones of the clips from k `data.clips_per_shard` on, and
-    `reports/k.json` ends it. A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], as long as the
-    caption in tokens, `caption` and `path`. Host h of H makes every H-th shard from h on. Shards that are there are
-    kept. `skipped.jsonl` lists what was left out and why.
-    Raises InputError when more than the share `data.max_skipped` of the clips done is skipped.
+    `config.data.path` may name that folder. Each shard covers the next `data.clips_per_shard` clips: one file in each
+    bucket's folder, and last its report, `reports/00000.json`. A record holds `latents` float16 [T, H, W, C], `text`
+    float16 [L, D], L being the caption's length in tokens, `caption` and `path`. Of H hosts, host h makes the shards h,
+    h + H, h + 2 H and so on. Complete shards are kept. `skipped.jsonl` lists the clips that were left out, and why.
+    Raises InputError if more than the fraction `data.max_skipped` of the clips processed so far was skipped.
     """
     model = check_pipeline(config.model.path)
     buckets = buckets_of(config.video, several=config.data.buckets == "several")
@@ -62,19 +62,19 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
     clips = find_clips(videos, root)
     base = pipeline_folder(model_path(config.model.path))
     vae, *text = (folder_fingerprint(base / name) for name in ("vae", "text_encoder", "tokenizer"))
-    listed = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
-    stage = StageFolder(workdir, "encoded", config, FIELDS, videos=listed, vae=vae, text=" ".join(text))
+    clips_hash = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
+    stage = StageFolder(workdir, "encoded", config, FIELDS, videos=clips_hash, vae=vae, text=" ".join(text))
     size, host = config.data.clips_per_shard, jax.process_index()
     shards = [range(start, min(start + size, len(clips))) for start in range(0, len(clips), size)]
-    there = [is_complete(stage.folder, shard) for shard in range(len(shards))]
-    finished = stage.done() and all(there)
-    processes.wait()  # before any host marks or makes what others still look for
+    complete = [is_complete(stage.folder, shard) for shard in range(len(shards))]
+    finished = stage.done() and all(complete)
+    processes.wait()  # no host may write before all have looked which shards are complete
     if finished:
         say("encoded: up to date, skipped")
         return stage.folder
-    mine = range(host, len(shards), jax.process_count())
-    missing = {shard: shards[shard] for shard in mine if not there[shard]}
-    work = lambda: encode_shards(config, base, stage.folder, clips, missing, buckets, mine)
+    own_shards = range(host, len(shards), jax.process_count())
+    missing = {shard: shards[shard] for shard in own_shards if not complete[shard]}
+    work = lambda: encode_shards(config, base, stage.folder, clips, missing, buckets, own_shards)
     with locked(stage.folder):
         if host == 0:
             stage.begin()
@@ -94,26 +94,29 @@ def encode_shards(
     clips: Sequence[Clip],
     shards: dict[int, range],
     buckets: Sequence[Bucket],
-    mine: Sequence[int],
+    own_shards: Sequence[int],
 ) -> None:
-    """Makes `shards`, the missing ones of `mine`, with the models in `base`."""
+    """Makes `shards` (number -> numbers of its clips), the missing ones of this host's `own_shards`.
+
+    base: the pipeline folder with the VAE and the text encoder.
+    """
     data = config.data
-    wanted = ClipLimits(buckets, config.video.fps, data.max_crop, data.max_upscale)
+    limits = ClipLimits(buckets, config.video.fps, data.max_crop, data.max_upscale)
     numbers = [number for shard in shards.values() for number in shard]
-    work = functools.partial(read_clip, wanted=wanted)
+    work = functools.partial(read_clip, limits=limits)
     decoded = decode_in_processes(work, [clips[number] for number in numbers], min(data.workers, len(numbers)))
     encoder = ClipEncoder(config, base)
     with contextlib.closing(decoded), Preemption("encode", alone=True) as preemption:
         results = with_progress(decoded, len(numbers), preemption)
         for shard, of_shard in shards.items():
             write_shard(folder, shard, clips, of_shard, results, encoder)
-            check_skipped(folder, mine, data.max_skipped)
+            check_skipped(folder, own_shards, data.max_skipped)
 
 
 def with_progress(
     results: Iterable[np.ndarray | Skipped], total: int, preemption: Preemption
 ) -> Iterator[np.ndarray | Skipped]:
-    """The results, until a signal ends the work; of the shard that is then open nothing is kept."""
+    """Yields the results and shows progress. A signal ends the work; the shard that is then incomplete is discarded."""
     progress, skipped = Progress("encode", total), 0
     for done, result in enumerate(results, 1):
         skipped += isinstance(result, Skipped)
@@ -132,7 +135,7 @@ def write_shard(
     decoded: Iterator[np.ndarray | Skipped],
     encoder: "ClipEncoder",
 ) -> None:
-    """Encodes the clips `numbers`, next in `decoded`, to a shard in the folder of each bucket met, and reports."""
+    """Encodes the clips `numbers`, whose frames `decoded` yields next: one file per bucket, then the shard's report."""
     writers: dict[str, ShardWriter] = {}
     waiting: dict[str, list[tuple[int, np.ndarray]]] = {}
     skipped = []
@@ -166,7 +169,7 @@ def report_path(folder: epath.Path, shard: int) -> epath.Path:
 
 
 def is_complete(folder: epath.Path, shard: int) -> bool:
-    """Whether a shard is complete in every bucket that its report names."""
+    """Whether a shard has its report, and a file in every bucket that the report names."""
     report = report_path(folder, shard)
     return report.exists() and all(
         shard_path(folder / bucket, shard).exists() for bucket in json.loads(report.read_text())["buckets"]
@@ -174,7 +177,7 @@ def is_complete(folder: epath.Path, shard: int) -> bool:
 
 
 def check_skipped(folder: epath.Path, shards: Sequence[int], limit: float) -> None:
-    """Raises InputError when more than the share `limit` of the clips in those `shards` that are done was skipped."""
+    """Raises InputError if more than the fraction `limit` of the clips in the finished ones of `shards` was skipped."""
     paths = [report_path(folder, shard) for shard in shards]
     reports = [json.loads(path.read_text()) for path in paths if path.exists()]
     clips = sum(report["clips"] for report in reports)
@@ -197,7 +200,7 @@ def write_skipped(folder: epath.Path) -> int:
 
 
 class ClipEncoder:
-    """The VAE and the text encoder of a pipeline folder, on batches of one size: one compiled program a bucket."""
+    """The VAE and the text encoder of a pipeline folder. All batches have one size: a bucket compiles once."""
 
     def __init__(self, config: ConfigDict, base: epath.Path):
         self.batch, self.text_length, self.seed = config.data.batch, config.text_length, config.seed
@@ -207,33 +210,36 @@ class ClipEncoder:
         self.text_encoder = load_text_encoder(base / "text_encoder", jnp.dtype(config.model.dtype))
 
     def records(self, numbers: Sequence[int], clips: Sequence[Clip], video_BxFxHxWx3: np.ndarray) -> Iterator[Record]:
-        """Records of at most `batch` clips, given as uint8; `numbers` seed the noise of samples."""
-        filled = np.arange(self.batch) % len(clips)  # the last batch of a shard repeats clips
+        """Records of at most `batch` uint8 clips; the clips' `numbers` seed the noise of posterior samples."""
+        filled = np.arange(self.batch) % len(clips)  # a shard's last batch is filled up with repeated clips
         latents = self.latents(to_float(video_BxFxHxWx3[filled]), [numbers[i] for i in filled])
         token_ids, mask = self.tokenizer([clips[i].caption for i in filled], self.text_length)
         text = np.asarray(_embed(self.text_encoder, token_ids, mask), np.float16)
-        for clip, z_TxHxWxC, words, length in zip(clips, latents, text, mask.sum(1), strict=False):
+        for clip, z_TxHxWxC, text_LxD, length in zip(clips, latents, text, mask.sum(1), strict=False):
             yield {
                 "latents": z_TxHxWxC.astype(np.float16),
-                "text": words[:length],
+                "text": text_LxD[:length],
                 "caption": text_array(clip.caption),
                 "path": text_array(clip.path),
             }
 
     def latents(self, video_BxFxHxWx3: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-        """The posterior's mean, or with `posterior` "sample" the mean plus its deviation times a clip's own noise."""
+        """Normalised latents [B, T, H, W, C]: posterior means, or samples if `data.posterior` is "sample".
+
+        A sample's noise depends only on the seed and the clip's number.
+        """
         if not self.draws:
             return self.vae.encode_in_chunks(video_BxFxHxWx3)
         grid = latent_grid(*video_BxFxHxWx3.shape[1:4])
         shape = (*grid, self.vae.config.z_dim)
         noise = np.stack([np.random.default_rng([self.seed, n]).standard_normal(shape, np.float32) for n in numbers])
         graph, state = nnx.split(self.vae)
-        kept, finished = None, []
+        kept, chunks = None, []
         for t in range(grid[0]):
             frames = video_BxFxHxWx3[:, max(0, 4 * t - 3) : 4 * t + 1]
             z, kept = _sample_chunk(graph, state, frames, noise[:, t : t + 1], kept)
-            finished.append(np.asarray(z, np.float32))
-        return np.concatenate(finished, axis=1)
+            chunks.append(np.asarray(z, np.float32))
+        return np.concatenate(chunks, axis=1)
 
 
 @nnx.jit
@@ -243,7 +249,7 @@ def _embed(text_encoder, token_ids, mask):
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="kept")
 def _sample_chunk(graph, state, video_BxFxHxWx3, noise_Bx1xHxWxC, kept):
-    """As `encode_chunk`, with noise in the units of the posterior's deviation. The clip is that of diffusers."""
+    """`wan.vae.encode_chunk` plus noise in units of the posterior's deviation. diffusers clips logvar likewise."""
     vae, cache = nnx.merge(graph, state), FrameCache(kept)
     mean, logvar = vae.moments(video_BxFxHxWx3, cache)
     return vae._normalized(mean + jnp.exp(jnp.clip(logvar, -30, 20) / 2) * noise_Bx1xHxWxC), cache.left

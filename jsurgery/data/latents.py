@@ -1,4 +1,4 @@
-"""Encoded clips: latents and captions, from the procedural set or from a folder, and batches of them."""
+"""Training data: encodes the procedural clips, checks folders of encoded clips, and reads batches from them."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -22,7 +22,7 @@ CLIPS_PER_SHARD = 128
 def encode_sprites(
     vae: WanVae, folder: epath.Path, *, seed: int, clips: int, video, two_sprites: float, batch: int = 4
 ) -> None:
-    """Renders scenes 0 to `clips` of the set `seed`, encodes them and writes shards; shards that are there are kept.
+    """Renders the first `clips` scenes of the set `seed`, encodes them and writes shards. Existing shards are kept.
 
     A record holds `latents` float16 [T, H, W, C] and `caption`. `video` has frames, height and width.
     """
@@ -49,22 +49,22 @@ def encode_sprites(
 
 
 def check_latents(folder: epath.Path, vae: epath.Path) -> None:
-    """Raises InputError where there is no such folder, where `encode` or `synthesize` has not finished it, or where it
-    was encoded by another VAE than that in the folder `vae`. Shards without a marker are taken as they are."""
+    """Raises InputError if the folder does not exist, was not finished by `encode` or `synthesize`, or was encoded by
+    another VAE than the one in the folder `vae`. Of a folder without a stage's marker only the existence is checked."""
     if not folder.exists():
-        raise InputError(f"config.data.path: {folder}: no such folder; or 'sprites'")
+        raise InputError(f"config.data.path: {folder}: no such folder; expected encoded clips, or 'sprites'")
     if not (folder / MARKER).exists():
         return
-    found = read_object(folder / MARKER, "the marker of a stage")
-    if found.get("complete") is not True:
-        raise InputError(f"config.data.path: {folder}: not finished; run the command that makes it once more")
-    made_with = found.get("made_with")
+    marker = read_object(folder / MARKER, "the marker of a stage")
+    if marker.get("complete") is not True:
+        raise InputError(f"config.data.path: {folder}: not finished; run the command that makes it again")
+    made_with = marker.get("made_with")
     if isinstance(made_with, dict) and "vae" in made_with and made_with["vae"] != folder_fingerprint(vae):
         raise InputError(f"config.data.path: {folder}: expected latents of {vae}, found those of another VAE")
 
 
 class LocalRows:
-    """The examples at `rows` of every batch of an endless dataset, one after the other; a source for grain."""
+    """A source for grain: of every batch of an endless dataset, only the examples at positions `rows`."""
 
     def __init__(self, examples: Any, batch: int, rows: Sequence[int]):
         self.examples, self.batch, self.rows = examples, batch, rows
@@ -80,13 +80,13 @@ class LocalRows:
 def batches(
     folder: epath.PathLike, batch: int, seed: int, rows: Sequence[int] | None = None
 ) -> Sequence[dict[str, Any]]:
-    """Shuffled, endless batches; batch number i is the same whenever it is asked for.
+    """Endless, shuffled batches. Batch number i depends only on the folder, `batch` and `seed`.
 
-    With `rows`, only these of a batch's examples are read: those of one process of many.
+    With `rows`, only these rows of each batch are read: with several processes, each reads its own.
 
-    An element holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings; where the records have text
-    embeddings, also `text`, a list of B arrays [L, D], each as long as its caption. Where the shards lie in a folder a
-    bucket, every batch is of one bucket, and buckets take turns in proportion to their clips.
+    A batch holds `latents` float32 [B, T, H, W, C] and `captions`, a list of B strings. If the records have text
+    embeddings it also holds `text`, a list of B arrays [L, D], L being the caption's length in tokens. If each bucket
+    has a folder of its own, every batch comes from one bucket, and buckets alternate in proportion to their clips.
     """
 
     def collate(records):
@@ -110,7 +110,7 @@ def batches(
 
 
 def padded_text(text: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Text embeddings [B, length, D], zero after each one's end, from B arrays [L, D]."""
+    """Stacks B text embeddings [L, D] to float32 [B, length, D], padded with zeros. Raises InputError if L > length."""
     longest = max(map(len, text))
     if longest > length:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Files of prompts."""
+"""Prompts: the lines of a file, or captions of procedural clips."""
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -6,9 +6,11 @@ from ml_collections import ConfigDict
 from jsurgery.data import sprites
 from jsurgery.errors import InputError
 
+SPRITE_PROMPTS = 10_000_000  # scenes numbered from here on are prompts; training clips are numbered from 0
+
 
 def read_prompts(path: str, flag: str = "--prompts_file=") -> list[str]:
-    """The lines of a file that are not blank; `flag` begins the name of the file in complaints."""
+    """The lines of a file that are not blank. Raises InputError naming the file as `flag` + `path`."""
     try:
         lines = epath.Path(path).read_text().removeprefix("\ufeff").split("\n")
     except (OSError, ValueError) as error:
@@ -19,11 +21,11 @@ def read_prompts(path: str, flag: str = "--prompts_file=") -> list[str]:
     return prompts
 
 
-SPRITE_PROMPTS = 10_000_000  # scene numbers from here on are prompts; training clips are numbered from 0
-
-
 def load_prompts(config: ConfigDict, count: int, *, skip: int = 0) -> list[str]:
-    """`count` prompts after the first `skip`: lines of a file, or captions of the procedural set."""
+    """`count` prompts after the first `skip`: lines of the file `config.prompts`, or captions of procedural clips.
+
+    Raises InputError if there are too few.
+    """
     if config.prompts == "sprites":
         numbers = range(SPRITE_PROMPTS + skip, SPRITE_PROMPTS + skip + count)
         return [sprites.scene_at(config.seed, i, two_sprites=config.data.two_sprites).caption for i in numbers]

@@ -1,6 +1,6 @@
-"""Records of named arrays in ArrayRecord shards: what `trace`, `encode` and `train` leave and what training reads.
+"""Shards of training data: ArrayRecord files, written by `trace`, `encode`, `synthesize` and `train`.
 
-A record is the safetensors encoding of a flat dict of arrays; text travels as UTF-8 bytes in a uint8 array.
+A record is a flat dict of arrays, stored as safetensors; text is stored as UTF-8 bytes in a uint8 array.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def shard_path(folder: epath.PathLike, shard: int) -> epath.Path:
 
 
 class ShardWriter:
-    """A shard under a temporary name; `close` renames it: a shard with the final name is complete."""
+    """Writes a shard under a temporary name, which `close` changes to `path`: a shard with that name is complete."""
 
     def __init__(self, path: epath.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ class ShardWriter:
 
 
 def write_shard(path: epath.Path, records: Iterable[Record]) -> None:
-    """Writes one shard that is there when it is complete."""
+    """Writes one shard; the file appears under its name once it is complete."""
     writer = ShardWriter(path)
     for record in records:
         writer.write(record)
@@ -55,7 +55,7 @@ def write_shard(path: epath.Path, records: Iterable[Record]) -> None:
 
 
 class Records:
-    """Random access to the records of a folder's shards, in order; a source for grain."""
+    """A source for grain: random access to the records of a folder's shards, in the order of the shards' names."""
 
     def __init__(self, folder: epath.PathLike):
         paths = sorted(str(path) for path in epath.Path(folder).glob("*.array_record"))

@@ -1,8 +1,8 @@
 """Sprites: procedural captioned videos, in which everything that a caption says can be measured on the pixels.
 
 A scene is one or two flat shapes over a flat background, each still or moving at constant velocity. A scene is kept in
-units of the frame, so one scene renders at any size and length. Clips are made on demand from (seed, index): a split is
-a range of indices, and nothing is stored.
+units of the frame, so one scene renders at any size and length. Clips are made on demand from (seed, index); a split is
+a range of indices.
 """
 
 import itertools
@@ -26,8 +26,8 @@ BACKGROUNDS = {"black": (12, 12, 12), "grey": (128, 128, 128), "white": (240, 24
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "still": (0, 0)}  # (y, x)
 
 FRAMES, HEIGHT, WIDTH = 17, 192, 160
-TRAVEL = (0.45, 0.6)
-DIAMETER = {1: (0.30, 0.38), 2: (0.26, 0.32)}  # by the number of sprites
+TRAVEL = (0.45, 0.6)  # range of `Sprite.travel`
+DIAMETER = {1: (0.30, 0.38), 2: (0.26, 0.32)}  # range of `Sprite.size`, by the number of sprites
 
 _MENTION = re.compile(rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) (?:stays (still)|moves (left|right|up|down))")
 _BACKGROUND = re.compile(rf"a ({'|'.join(BACKGROUNDS)}) background")
@@ -37,9 +37,10 @@ _BACKGROUND = re.compile(rf"a ({'|'.join(BACKGROUNDS)}) background")
 class Sprite:
     """One moving shape, in units of the frame.
 
-    size: the diameter (side of the bounding box) over the shorter side of the frame.
-    travel: the way over the clip, over the frame's width (left, right) or height (up, down); unused when still.
-    start: (y, x) in [0, 1], where in the room that keeps the whole path inside the frame the path lies.
+    size: the diameter (side of the bounding box), relative to the shorter side of the frame.
+    travel: the distance covered in the clip, relative to the frame's width (left, right) or height (up, down).
+    start: (y, x) in [0, 1]. Of all positions that keep the whole path inside the frame, 0 is the uppermost or leftmost
+        and 1 the lowest or rightmost.
     """
 
     shape: str
@@ -52,11 +53,11 @@ class Sprite:
     def centers(self, frames: int, height: int, width: int) -> np.ndarray:
         """Centre of the bounding box in every frame, [frames, (y, x)], in pixels."""
         extent = np.array([height, width], float)
-        way = np.array(DIRECTIONS[self.direction]) * self.travel * extent
+        displacement = np.array(DIRECTIONS[self.direction]) * self.travel * extent
         diameter = self.diameter(height, width)
-        room = extent - diameter - np.abs(way)
-        first = diameter / 2 + np.array(self.start) * room + np.maximum(-way, 0)
-        return first + np.linspace(0, 1, frames)[:, None] * way
+        room = extent - diameter - np.abs(displacement)
+        first = diameter / 2 + np.array(self.start) * room + np.maximum(-displacement, 0)
+        return first + np.linspace(0, 1, frames)[:, None] * displacement
 
     def diameter(self, height: int, width: int) -> float:
         """Side of the bounding box, in pixels."""
@@ -110,10 +111,10 @@ def all_captions() -> list[str]:
 
 
 def sample_scene(rng: np.random.Generator, *, two_sprites: float = 0.25) -> Scene:
-    """A random scene, with two sprites at probability `two_sprites`.
+    """A random scene; it has two sprites with probability `two_sprites`.
 
     Two sprites may cross, but their bounding boxes are apart in at least half of the frames (at the default size), so
-    that the lower one's attributes can always be seen.
+    that the attributes of the sprite below can always be seen.
     """
     count = 2 if rng.random() < two_sprites else 1
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -147,9 +148,9 @@ def scene_at(seed: int, index: int, *, two_sprites: float = 0.25) -> Scene:
 
 
 def coverage(shape: str, y: np.ndarray, x: np.ndarray, diameter: float | np.ndarray) -> np.ndarray:
-    """Share of the pixel at offset (y, x) from the bounding box's centre that the shape covers, in [0, 1].
+    """Fraction of a pixel that the shape covers, in [0, 1]; (y, x): the pixel's offset from the bounding box's centre.
 
-    Taken from the signed distance to the edge, in pixels, so that edges are one pixel soft.
+    Computed from the signed distance to the edge, so that edges are one pixel soft.
     """
     radius = diameter / 2
     if shape == "circle":

@@ -1,4 +1,4 @@
-"""synthesize: prompts to clips that a teacher makes, straight into shards of latents and text embeddings."""
+"""The command `synthesize`: samples the teacher and writes its latents and text embeddings to shards."""
 
 import hashlib
 import json
@@ -26,30 +26,31 @@ FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_
 
 
 def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.PathLike) -> epath.Path:
-    """Samples a clip for every prompt; returns the folder, `workdir`/synthesized, for `config.data.path`.
+    """Samples a clip for every prompt into shards; returns their folder, `workdir`/synthesized.
 
-    A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], as long as the prompt in tokens, and
-    `caption`: what `encode` leaves of a video. A clip's noise depends on the seed and the prompt's number alone. Host h
-    of H makes every H-th shard of `data.clips_per_shard` clips from h on, `data.batch` clips at once. Shards that are
-    there are kept. `config.mesh` is that of one host's devices.
+    `config.data.path` may name that folder. A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], L
+    being the prompt's length in tokens, and `caption`, as those of `encode` do. A clip's noise depends only on the seed
+    and the prompt's number. A shard has `data.clips_per_shard` clips, of which `data.batch` are sampled at once. Of H
+    hosts, host h makes the shards h, h + H, h + 2 H and so on. Existing shards are kept. `config.mesh` describes the
+    devices of one host.
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
     mesh = make_mesh(config.mesh, jax.local_devices())
     check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
-    listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+    prompts_hash = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
     identity = folder_fingerprint(model_path(config.model.path))
-    stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=listed, teacher=identity)
+    stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=prompts_hash, teacher=identity)
     work = lambda: make_shards(config, prompts, stage.folder, mesh)
     stage.run(lambda: processes.on_all(work), all_processes=True)
     return stage.folder
 
 
 def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, mesh: Mesh) -> None:
-    """This host's shards, as far as they are missing."""
+    """Makes the missing ones of this host's shards."""
     size, hosts = config.data.clips_per_shard, jax.process_count()
-    mine = range(jax.process_index(), -(-len(prompts) // size), hosts)
-    missing = [shard for shard in mine if not shard_path(folder, shard).exists()]
+    own_shards = range(jax.process_index(), -(-len(prompts) // size), hosts)
+    missing = [shard for shard in own_shards if not shard_path(folder, shard).exists()]
     if not missing:
         return
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
@@ -57,10 +58,10 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
     progress, done = Progress("synthesize", total), 0
     with Preemption("synthesize", alone=True) as preemption:
         for shard in missing:
-            of_shard = prompts[shard * size : (shard + 1) * size]
-            made = records(config, pipeline, of_shard, shard * size, progress, done, preemption)
-            write_shard(shard_path(folder, shard), made)
-            done += len(of_shard)
+            batch = prompts[shard * size : (shard + 1) * size]
+            clips = records(config, pipeline, batch, shard * size, progress, done, preemption)
+            write_shard(shard_path(folder, shard), clips)
+            done += len(batch)
 
 
 def records(
@@ -72,16 +73,16 @@ def records(
     done: int,
     preemption: Preemption,
 ) -> Iterator[Record]:
-    """Records of prompts that are number `first` and following, when `done` clips have been made before.
+    """Samples `prompts`, numbered from `first` on, and yields their records. `done`: clips made before, for `progress`.
 
-    A signal ends the work; of the shard that is then open nothing is kept.
+    A signal ends the work; the shard that is then incomplete is discarded.
     """
     for start, batch in batched(prompts, config.data.batch):
         latents = np.asarray(pipeline.sample(batch, config, seed=config.seed, first=first + start)[0], np.float16)
         text = np.asarray(pipeline.embed(batch, config.text_length), np.float16)
         lengths = pipeline.tokenizer(list(batch), config.text_length)[1].sum(1)
-        for prompt, z_TxHxWxC, words, length in zip(batch, latents, text, lengths, strict=True):
-            yield {"latents": z_TxHxWxC, "text": words[:length], "caption": text_array(prompt)}
+        for prompt, z_TxHxWxC, text_LxD, length in zip(batch, latents, text, lengths, strict=True):
+            yield {"latents": z_TxHxWxC, "text": text_LxD[:length], "caption": text_array(prompt)}
         progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)
         preemption.should_stop()
         preemption.stop_if_asked()

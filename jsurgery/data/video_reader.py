@@ -1,4 +1,7 @@
-"""Clips: finding them with their captions, and decoding them to a size, a length and a rate. No JAX here."""
+"""Finds clips with their captions, and decodes them to a size, a length and a frame rate.
+
+Imports no JAX: the worker processes that decode load this file.
+"""
 
 import collections
 import csv
@@ -23,7 +26,7 @@ from PIL import Image
 
 from jsurgery.errors import InputError
 
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # what a plain folder is searched for
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # of the videos that are looked for in a folder
 CAPTION_COLUMNS = ("cap", "caption", "text")
 Item = TypeVar("Item")
 
@@ -31,7 +34,7 @@ Item = TypeVar("Item")
 class Clip(NamedTuple):
     path: str
     caption: str
-    problem: str = ""  # why it cannot be used, as far as the index tells
+    problem: str = ""  # why the clip cannot be used, if that is known before decoding
 
 
 class Bucket(NamedTuple):
@@ -46,12 +49,12 @@ class Bucket(NamedTuple):
 
 
 class ClipLimits(NamedTuple):
-    """What clips are brought to, and the limits of bringing them there."""
+    """The buckets and frame rate that clips are converted to, and how far the conversion may change their frames."""
 
     buckets: Sequence[Bucket]
     fps: int
-    max_crop: float  # share of a frame that may be cut off
-    max_upscale: float  # how many times larger a frame may become to a side
+    max_crop: float  # fraction of a frame that may be cut off
+    max_upscale: float  # factor by which a frame's sides may be enlarged
 
 
 class Skipped(Exception):
@@ -61,8 +64,8 @@ class Skipped(Exception):
 def find_clips(videos: str, root: str | None = None) -> list[Clip]:
     """The clips of a folder (each with its caption in a .txt beside it) or of an index (.jsonl, .json, .csv, .parquet).
 
-    A row of an index has `path`, relative to `root` (default: the folder of the index), and `cap`, `caption` or `text`;
-    of a list of captions the first counts. Paths that lead out of `root` become clips with a problem.
+    A row of an index has `path`, relative to `root` (default: the folder of the index), and `cap`, `caption` or `text`:
+    a caption, or a list whose first entry counts. A path that leads out of `root` gives a clip with a `problem`.
     Raises InputError, naming file and row, for an index that cannot be read.
     """
     source = epath.Path(videos)
@@ -83,7 +86,7 @@ def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[ep
     above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            if path.resolve() not in above:  # links in a circle
+            if path.resolve() not in above:  # a link to a folder above would not end
                 yield from _walk(path, above)
         else:
             yield path
@@ -110,7 +113,7 @@ def _indexed_clip(index: epath.Path, number: int, row: Any, folder: epath.Path) 
     try:
         path = (folder / name).resolve()
         name.encode()
-    except (ValueError, OSError, RuntimeError) as error:  # null bytes, half a character, links in a circle
+    except (ValueError, OSError, RuntimeError) as error:  # null bytes, lone surrogates, circular links
         return _clip(folder / repr(name), caption, f"no path: {error}")
     return _clip(path, caption, "" if path.is_relative_to(folder) else f"outside of {folder}")
 
@@ -161,8 +164,8 @@ def _read_parquet(index: epath.Path) -> list[Any]:
 
 
 def buckets_of(video: Any, several: bool) -> list[Bucket]:
-    """The bucket of `video` (frames, height, width); with `several` also half and a quarter of its length, each also
-    upright and as a square of about as many pixels."""
+    """The bucket of `video` (frames, height, width). With `several`, also half and a quarter of its length, and every
+    length also with height and width exchanged and as a square of about the same area."""
     target = Bucket(video.frames, video.height, video.width)
     if not several:
         return [target]
@@ -173,66 +176,67 @@ def buckets_of(video: Any, several: bool) -> list[Bucket]:
     return list(dict.fromkeys(Bucket(frames, *size) for frames in lengths for size in sizes))
 
 
-def read_clip(clip: Clip, wanted: ClipLimits) -> np.ndarray:
-    """The clip from its start, uint8 [F, H, W, 3], in the bucket of the nearest aspect and, of these, the longest.
+def read_clip(clip: Clip, limits: ClipLimits) -> np.ndarray:
+    """Decodes a clip from its start: uint8 [F, H, W, 3], in the size of the bucket that keeps most of a frame.
 
-    Frames are upright, scaled to cover the bucket and cut at the centre. Raises Skipped for a clip that fits no bucket
-    within the limits and for all that is not a sound video.
+    Of that size's buckets it takes the longest that the clip fills. Frames are turned upright, scaled to cover the
+    bucket and cropped at the centre. Raises Skipped if the clip fits no bucket within the limits, or if the file is not
+    an intact video.
     """
     if clip.problem:
         raise Skipped(clip.problem)
     try:
-        # No protocol is allowed: what calls itself a video may be a playlist that names other files.
+        # No protocol is allowed: a file with a video's name may be a playlist that opens other files.
         with (
             epath.Path(clip.path).open("rb") as file,
             av.open(file, options={"protocol_whitelist": "none"}) as container,
         ):
             if not container.streams.video:
                 raise Skipped("no video stream")
-            return _to_bucket(container, wanted)
+            return _to_bucket(container, limits)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Skipped(" ".join(f"{type(error).__name__}: {reason}".split())) from None
 
 
-def _to_bucket(container: Any, wanted: ClipLimits) -> np.ndarray:
+def _to_bucket(container: Any, limits: ClipLimits) -> np.ndarray:
     stored_aspect = float(container.streams.video[0].sample_aspect_ratio or 1)
-    longest = max(bucket.frames for bucket in wanted.buckets)
+    longest = max(bucket.frames for bucket in limits.buckets)
     size, frames, shown, fitted = None, [], None, None
-    for frame in nearest_frames(timed_frames(container), wanted.fps, longest):
-        if frame is not shown:  # a slow video's frame stands for several
+    for frame in nearest_frames(timed_frames(container), limits.fps, longest):
+        if frame is not shown:  # in a slow video a frame is repeated: convert it once
             shown, turns = frame, round(frame.rotation / 90) % 4
             pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
             pixel_aspect = 1 / stored_aspect if turns % 2 else stored_aspect
-            size = size or choose_size(pixels.shape[0], pixels.shape[1], wanted, pixel_aspect)
+            size = size or choose_size(pixels.shape[0], pixels.shape[1], limits, pixel_aspect)
             fitted = fit(pixels, *size, pixel_aspect)
         frames.append(fitted)
     if size is None:
         raise Skipped("no frames")
-    lengths = [bucket.frames for bucket in wanted.buckets if bucket[1:] == size]
+    lengths = [bucket.frames for bucket in limits.buckets if bucket[1:] == size]
     if len(frames) < min(lengths):
-        raise Skipped(f"{len(frames)} frames at {wanted.fps} a second, expected {min(lengths)}")
+        raise Skipped(f"{len(frames)} frames at {limits.fps} a second, expected {min(lengths)}")
     return np.stack(frames[: max(length for length in lengths if length <= len(frames))])
 
 
-def choose_size(height: int, width: int, wanted: ClipLimits, pixel_aspect: float = 1.0) -> tuple[int, int]:
+def choose_size(height: int, width: int, limits: ClipLimits, pixel_aspect: float = 1.0) -> tuple[int, int]:
     """(height, width) of the bucket that keeps most of a frame. Raises Skipped beyond the limits."""
 
-    def kept(size: tuple[int, int]) -> float:
+    def kept_fraction(size: tuple[int, int]) -> float:
         left, top, right, bottom = crop_box(height, width, *size, pixel_aspect)
         return (right - left) * (bottom - top) / (height * width)
 
-    size = max(((bucket.height, bucket.width) for bucket in wanted.buckets), key=kept)
-    if 1 - kept(size) > wanted.max_crop:
-        raise Skipped(f"{width}x{height}: {1 - kept(size):.0%} of each frame would be cut off")
+    size = max(((bucket.height, bucket.width) for bucket in limits.buckets), key=kept_fraction)
+    if 1 - kept_fraction(size) > limits.max_crop:
+        raise Skipped(f"{width}x{height}: {1 - kept_fraction(size):.0%} of each frame would be cut off")
     _, top, _, bottom = crop_box(height, width, *size, pixel_aspect)
-    if size[0] > (bottom - top) * wanted.max_upscale * (1 + 1e-9):
+    if size[0] > (bottom - top) * limits.max_upscale * (1 + 1e-9):
         raise Skipped(f"{width}x{height}: too small for {size[1]}x{size[0]}")
     return size
 
 
 def timed_frames(container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """(seconds since the first frame, frame) in order; a frame that is not later than the one before is dropped."""
+    """Yields (seconds since the first frame, frame). A frame that is not later than the frame before it is dropped."""
     first = last = None
     for frame in container.decode(video=0):
         if frame.is_corrupt:
@@ -247,9 +251,9 @@ def timed_frames(container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
 
 
 def nearest_frames(timed: Iterable[tuple[Fraction, Item]], fps: int, count: int) -> Iterator[Item]:
-    """At most `count` frames: number i is the one nearest to i / fps, of two the earlier; stops where the video ends.
+    """Yields at most `count` frames: number i is the nearest to second i / fps, and of two the earlier.
 
-    The last frame is taken to stand as long as the one before it.
+    Stops where the video ends; its last frame is assumed to last as long as the frame before it.
     """
     number, before, gap = 0, None, Fraction(0)
     for time, frame in timed:
@@ -271,7 +275,7 @@ def crop_box(
 ) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the largest centred part of a frame that has the aspect of the target.
 
-    It begins at a whole pixel, so that a frame that is only cut is not blurred.
+    It begins at a whole pixel, so that a frame that is cropped but not scaled is not blurred.
     """
     scale = max(to_height / height, to_width / (width * pixel_aspect))
     box_height, box_width = to_height / scale, to_width / (scale * pixel_aspect)
@@ -280,7 +284,7 @@ def crop_box(
 
 
 def fit(frame_HxWx3: np.ndarray, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
-    """A frame cut at the centre to the target's aspect and resized, bicubic, averaging where it shrinks."""
+    """Crops a frame at the centre to the target's aspect and resizes it: bicubic, antialiased where it shrinks."""
     box = crop_box(frame_HxWx3.shape[0], frame_HxWx3.shape[1], height, width, pixel_aspect)
     image = Image.fromarray(np.ascontiguousarray(frame_HxWx3))
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
@@ -289,17 +293,18 @@ def fit(frame_HxWx3: np.ndarray, height: int, width: int, pixel_aspect: float = 
 def decode_in_processes(
     work: Callable[[Item], np.ndarray], items: Iterable[Item], workers: int
 ) -> Generator[np.ndarray | Skipped, None, None]:
-    """`work` of each item, in order, or why it was skipped; `workers` processes are at most two items each ahead.
+    """Yields `work(item)` of every item, in order, or the reason why the item was skipped.
 
-    An item whose process dies is tried once more alone, then skipped; the others go on in new processes.
+    The `workers` processes run ahead of the consumer by at most two items each. When a process dies, its item is tried
+    again in a process of its own, and skipped if that dies too; the other items continue in new processes.
     """
-    left, alone = collections.deque(items), False
+    remaining, alone = collections.deque(items), False
     context = multiprocessing.get_context("spawn")  # a forked JAX may hang
-    while left:
+    while remaining:
         ahead = 1 if alone else 2 * workers
         pool = ProcessPoolExecutor(1 if alone else workers, mp_context=context, initializer=_end_with_parent)
         try:
-            results = collections.deque(pool.submit(work, item) for item in itertools.islice(left, ahead))
+            results = collections.deque(pool.submit(work, item) for item in itertools.islice(remaining, ahead))
             while results:
                 try:
                     result = results.popleft().result()
@@ -309,10 +314,10 @@ def decode_in_processes(
                     if not alone:
                         raise
                     result = Skipped("the decoder crashed")
-                left.popleft()
+                remaining.popleft()
                 yield result
-                if not alone and len(left) >= ahead:
-                    results.append(pool.submit(work, left[ahead - 1]))
+                if not alone and len(remaining) >= ahead:
+                    results.append(pool.submit(work, remaining[ahead - 1]))
             alone = False
         except BrokenProcessPool:
             alone = True
@@ -321,7 +326,7 @@ def decode_in_processes(
 
 
 def _end_with_parent() -> None:
-    """Pool processes outlive a parent that is killed, unless they watch it; what a terminal interrupts, it ends."""
+    """Makes a pool process end with its parent, also when the parent is killed. Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -23,9 +23,9 @@ def check_suffix(path: pathlib.Path) -> None:
 def write_video(
     path: str | os.PathLike[str], video_FxHxWx3: np.ndarray, fps: int, settings: dict[str, Any] | None = None
 ) -> None:
-    """Writes uint8 frames; the suffix says how. `settings` go into the file's metadata as JSON.
+    """Writes uint8 frames in the format of the path's suffix; `settings` go into the file's metadata as JSON.
 
-    The file appears under its name when it is complete.
+    The file appears under its name once it is complete.
     """
     from PIL import Image, PngImagePlugin
 
@@ -33,7 +33,7 @@ def write_video(
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(settings or {})
-    with replacing(path, f".{path.name}{path.suffix}") as temporary:  # writers go by the suffix
+    with replacing(path, f".{path.name}{path.suffix}") as temporary:  # the writers choose the format by the suffix
         if path.suffix == ".mp4":
             _write_mp4(temporary, video_FxHxWx3, fps, comment)
         elif path.suffix == ".gif":
@@ -48,7 +48,7 @@ def write_video(
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that `write_video` left in a file; empty for any other file."""
+    """The settings that `write_video` stored in a file; empty for any other file."""
     import av
     import av.error
     from PIL import Image

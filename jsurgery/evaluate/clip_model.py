@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021, arXiv:2103.00020) of videos: how near frames are to a prompt, and to each other."""
+"""CLIP similarity (Radford et al., 2021, arXiv:2103.00020) of a video's frames to a prompt, and to each other."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from jsurgery.io.files import read_object
 from jsurgery.io.safetensors import open_tensors
 from jsurgery.wan import hub
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of its training images
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-TEXT = {"num_attention_heads": 8, "num_hidden_layers": 12, "max_position_embeddings": 77}  # what a config may leave out
+TEXT = {"num_attention_heads": 8, "num_hidden_layers": 12, "max_position_embeddings": 77}  # defaults
 VISION = {"num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 32, "image_size": 224}
 BOTH = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
@@ -44,7 +44,7 @@ class ClipModel:
     merges: dict[tuple[str, str], int]  # pair -> its rank
 
     def scores(self, video: np.ndarray, prompt: str) -> dict[str, float]:
-        """Of a uint8 video [F, H, W, 3]: mean cosine of its frames with the prompt, and of adjacent frames."""
+        """Mean cosine similarities of a uint8 video [F, H, W, 3]: its frames to the prompt, and adjacent frames."""
         frames_FxD = np.concatenate([self.embed_image(frame) for frame in video])
         adjacent = (frames_FxD[1:] * frames_FxD[:-1]).sum(axis=1)
         return {
@@ -53,21 +53,21 @@ class ClipModel:
         }
 
     def embed_image(self, frame_HxWx3: np.ndarray) -> np.ndarray:
-        """[1, D], of length 1."""
-        image_HxWx3 = fitted(frame_HxWx3, self.vision["image_size"])
+        """A frame's embedding [1, D], normalised to length 1."""
+        image_HxWx3 = preprocess(frame_HxWx3, self.vision["image_size"])
         return np.asarray(_image(self.weights, image_HxWx3[None], *_static(self.vision), self.vision["patch_size"]))
 
     def embed_text(self, prompt: str) -> np.ndarray:
-        """[1, D], of length 1. What is longer than the model reads is cut off."""
+        """A prompt's embedding [1, D], normalised to length 1. Tokens beyond the model's maximum are cut off."""
         length = self.text["max_position_embeddings"]
         ids = [self.vocabulary[START], *self.tokens(prompt)[: length - 2], self.vocabulary[END]]
-        ids_1xL = np.pad(ids, (0, length - len(ids)))[None]  # what follows the end is not attended to
+        ids_1xL = np.pad(ids, (0, length - len(ids)))[None]  # causal attention does not reach the padding
         return np.asarray(_text(self.weights, ids_1xL, len(ids) - 1, *_static(self.text)))
 
     def tokens(self, prompt: str) -> list[int]:
-        """Byte pair encoding of lower-case words."""
+        """Token ids of a prompt: byte pair encoding of its lower-case words."""
         text = re.sub(r"\s+", " ", unicodedata.normalize("NFC", prompt)).lower()
-        found = []
+        ids = []
         for word in WORDS.findall(text):
             parts = [_BYTES[byte] for byte in word.encode()]
             parts[-1] += "</w>"
@@ -78,14 +78,14 @@ class ClipModel:
                     break
                 at = pairs.index(best)
                 parts[at : at + 2] = ["".join(best)]
-            found += [self.vocabulary.get(part, self.vocabulary[END]) for part in parts]
-        return found
+            ids += [self.vocabulary.get(part, self.vocabulary[END]) for part in parts]
+        return ids
 
 
 def load_clip_model(path: str) -> ClipModel:
-    """A folder or a repository of the Hub, such as openai/clip-vit-base-patch32.
+    """Loads a folder, or a repository of the Hub such as openai/clip-vit-base-patch32.
 
-    Raises InputError for files that are missing or no CLIP model's.
+    Raises InputError for missing files and for files that are not those of a CLIP model.
     """
     folder = epath.Path(hub.local_path(path))
     config, tokenizer = (read_object(folder / name) for name in ("config.json", "tokenizer.json"))
@@ -106,14 +106,14 @@ def load_clip_model(path: str) -> ClipModel:
     if missing := sorted(needed - tensors.keys()):
         raise InputError(f"--clip={path}: expected the weights of a CLIPModel, found no {missing[0]}")
     arrays = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items() if "position_ids" not in name}
-    weights = {name: jnp.asarray(_of_tokens(name, array)) for name, array in arrays.items()}
+    weights = {name: jnp.asarray(_with_leading_axes(name, array)) for name, array in arrays.items()}
     return ClipModel(
         weights, text, vision, vocabulary, {(left, right): rank for rank, (left, right) in enumerate(merges)}
     )
 
 
-def fitted(frame_HxWx3: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of a frame, `size` pixels wide, as the model takes it."""
+def preprocess(frame_HxWx3: np.ndarray, size: int) -> np.ndarray:
+    """The centre square of a uint8 frame, [size, size, 3], normalised by the mean and deviation of CLIP's images."""
     height, width = frame_HxWx3.shape[:2]
     scale = size / min(height, width)
     to = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -124,8 +124,8 @@ def fitted(frame_HxWx3: np.ndarray, size: int) -> np.ndarray:
     return (scaled[top : top + size, left : left + size] / 255 - np.array(MEAN)) / np.array(STD)
 
 
-def _of_tokens(name: str, array: np.ndarray) -> np.ndarray:
-    """With an axis for the batch, and one for the tokens, where it is added to tokens."""
+def _with_leading_axes(name: str, array: np.ndarray) -> np.ndarray:
+    """Gives vectors and position embeddings the axes of [B, N, D], because ranks are not promoted."""
     return array[None, None] if array.ndim == 1 else array[None] if "position_embedding" in name else array
 
 
@@ -186,10 +186,10 @@ def _unit(x_Bx1xD: jax.Array) -> jax.Array:
 
 
 def _byte_characters() -> dict[int, str]:
-    """A character that can be seen for every byte, as in GPT-2's vocabulary: its own, or the next from 256 on."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    """A visible character for every byte, as in GPT-2's vocabulary: its own, or a code from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
 _BYTES = _byte_characters()

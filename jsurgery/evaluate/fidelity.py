@@ -1,7 +1,8 @@
-"""fidelity: how near a model stays to its teacher at equal prompts, noise and solver.
+"""The command `evaluate fidelity`: how close models stay to their teacher for equal prompts, noise and solver.
 
-Videos are compared frame by frame, and velocities on the teacher's way from noise to latents, where both models see the
-same x_t. The control is the teacher itself from other noise: what two unrelated videos of a prompt have in common.
+Videos are compared frame by frame. Velocities are compared along the teacher's trajectory from noise to latents, so
+that both models see the same x_t. The control is the teacher itself with different noise: it shows how close two
+unrelated videos of a prompt are.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.config import check_video
+from jsurgery.config import check_video, recorded_section
 from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.errors import InputError
 from jsurgery.evaluate import video_metrics
@@ -36,9 +37,9 @@ from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_fo
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
 from jsurgery.wan.video_size import check_size
 
-STEPS = 10  # of the sampler's, evenly spread, at which velocities are compared
+STEPS = 10  # sampling steps, evenly spaced, at which velocities are compared
 CONTROL = "teacher, other noise"
-COLUMNS = {  # of the table, in its order: numbers of a model, how they are written, whether any video has them
+COLUMNS = {  # of the table: a number's key -> (title, format, whether a single video has it)
     "psnr": ("PSNR (dB)", ".2f", False),
     "ssim": ("SSIM", ".4f", False),
     "lpips": ("LPIPS", ".4f", False),
@@ -54,7 +55,7 @@ OF_ANY_VIDEO = [name for name, (_, _, any_video) in COLUMNS.items() if any_video
 
 @dataclasses.dataclass(frozen=True)
 class MetricNetworks:
-    """Networks whose weights the user has."""
+    """The networks of the metrics that need one; without weights from the user a metric is left out."""
 
     lpips: Weights | None = None
     clip: ClipModel | None = None
@@ -70,11 +71,13 @@ def evaluate_fidelity(
     lpips_weights: str | None = None,
     clip_model: str | None = None,
 ) -> dict[str, Any]:
-    """Compares model folders with the teacher, `config.model.path`; prints a table, leaves `workdir/fidelity.json`.
+    """Compares model folders with the teacher, `config.model.path`: prints a table and writes `workdir/fidelity.json`.
 
-    durations: frames of the videos, each 4k + 1 (default: `config.video.frames`). Prompts that a workdir has already
-    are not made again. `report` names another JSON file. lpips_weights, clip_model: of `load_lpips` and `load_clip`.
-    Raises InputError for models of other latents or text, and for a workdir that was made with other settings.
+    durations: numbers of frames, each 4k + 1 (default: `config.video.frames`). report: a second file for the numbers.
+    lpips_weights, clip_model: paths for `load_lpips` and `load_clip_model`. Prompts that the workdir has numbers of are
+    not sampled again. Returns the numbers.
+    Raises InputError for models whose latents or text embeddings differ from the teacher's, and for a workdir that was
+    made with other settings.
     """
     check_report(report)
     durations = sorted(set(durations)) or [config.video.frames]
@@ -91,18 +94,18 @@ def evaluate_fidelity(
         check_video(frames, config.video.height, config.video.width, prefix="--durations: ")
         check_size(teacher, frames, config.video.height, config.video.width)
     folder = epath.Path(workdir)
-    judges = MetricNetworks(
+    networks = MetricNetworks(
         load_lpips(lpips_weights) if lpips_weights else None, load_clip_model(clip_model) if clip_model else None
     )
-    networks = {}
+    hashes = {}
     if lpips_weights:
-        networks["lpips"] = size_and_sha256(epath.Path(lpips_weights))[1][:16]
+        hashes["lpips"] = size_and_sha256(epath.Path(lpips_weights))[1][:16]
     if clip_model:
-        networks["clip"] = folder_fingerprint(epath.Path(hub.local_path(clip_model)))
-    mark_workdir(folder, config, prompts, networks)
+        hashes["clip"] = folder_fingerprint(epath.Path(hub.local_path(clip_model)))
+    mark_workdir(folder, config, prompts, hashes)
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
     for frames in durations:
-        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), judges)
+        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), networks)
     names = {}
     for path in models:
         part = transformer_folder(model_path(path))
@@ -114,7 +117,7 @@ def evaluate_fidelity(
             transformer = load_transformer(part, jnp.dtype(config.model.dtype))
             pipeline = dataclasses.replace(pipeline, transformer=transformer)
             for frames in durations:
-                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], judges)
+                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], networks)
     result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)
     for file in (folder / "fidelity.json", *([epath.Path(report)] if report else [])):
         write_json(file, {"prompts": list(prompts), **result})
@@ -122,25 +125,26 @@ def evaluate_fidelity(
     return result
 
 
-def mark_workdir(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], networks: dict[str, str]) -> None:
-    """Marks a workdir with what its teacher's videos, and the numbers of all, depend on."""
-    video, sampler = config.video.to_dict(), config.sampler.to_dict()
-    del video["frames"], sampler["guidance_batched"]
+def mark_workdir(folder: epath.Path, config: ConfigDict, prompts: Sequence[str], hashes: dict[str, str]) -> None:
+    """Records in `made_with.json` the settings and networks (`hashes`) that the numbers depend on.
+
+    Raises InputError if the workdir was made with others.
+    """
     made_with = {
         "teacher": transformer_identity(config),
         "prompts": list(prompts),
         "seed": config.seed,
-        **sampler,
-        **video,
+        **recorded_section(config, "sampler", without=["guidance_batched"]),
+        **recorded_section(config, "video", without=["frames"]),
         "text_length": config.text_length,
         "dtype": config.model.dtype,
-        **networks,
+        **hashes,
     }
     marker = folder / "made_with.json"
     if marker.exists():
-        found = json.loads(marker.read_text())
-        if found != made_with:
-            raise InputError(f"{marker}: {describe_changes(found, made_with)}; use another --workdir")
+        recorded = json.loads(marker.read_text())
+        if recorded != made_with:
+            raise InputError(f"{marker}: {describe_changes(recorded, made_with)}; use another --workdir")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,9 +161,9 @@ def with_frames(config: ConfigDict, frames: int) -> ConfigDict:
 
 
 def make_reference(
-    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, judges: MetricNetworks
+    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, networks: MetricNetworks
 ) -> None:
-    """Leaves the teacher's videos and way of every prompt in `folder/teacher`, and the control's numbers."""
+    """Writes the teacher's video and trajectory of every prompt to `folder/teacher`, and the control's numbers."""
     kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
     progress = Progress(f"teacher, {config.video.frames} frames", len(prompts))
     for number in progress.over(range(len(prompts))):
@@ -167,16 +171,16 @@ def make_reference(
         control = folder / "control" / f"{number:04d}.json"
         if file.exists() and control.exists():
             continue
-        latents, way = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
-        way = np.asarray(way)[kept, 0]
+        latents, trajectory = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
+        trajectory = np.asarray(trajectory)[kept, 0]
         video = pipeline.decode(latents)[0]
-        velocity = velocities(pipeline, config, prompts[number], way)
+        velocity = velocities(pipeline, config, prompts[number], trajectory)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, way=way, velocity=velocity, video=video)
-        other = (config.seed + 1) % 2**32
-        latents, _ = pipeline.sample([prompts[number]], config, seed=other, first=number, record=True)
-        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], judges))
+            np.savez(stream, way=trajectory, velocity=velocity, video=video)
+        other_seed = (config.seed + 1) % 2**32
+        latents, _ = pipeline.sample([prompts[number]], config, seed=other_seed, first=number, record=True)
+        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], networks))
 
 
 def compare(
@@ -185,9 +189,9 @@ def compare(
     prompts: Sequence[str],
     folder: epath.Path,
     name: str,
-    judges: MetricNetworks,
+    networks: MetricNetworks,
 ) -> None:
-    """Leaves the numbers of the pipeline's transformer in `folder/NAME`, one file a prompt."""
+    """Writes the numbers of the pipeline's transformer to `folder`/`name`, one file per prompt."""
     progress = Progress(f"{name}, {config.video.frames} frames", len(prompts))
     for number in progress.over(range(len(prompts))):
         file = folder / name / f"{number:04d}.json"
@@ -195,43 +199,44 @@ def compare(
             continue
         with (folder / "teacher" / f"{number:04d}.npz").open("rb") as stream:
             teacher = dict(np.load(stream))
-        # Recorded like the teacher's way: another program may round differently.
+        # record=True as for the teacher's video: without it another program runs, which may round differently.
         latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
-        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"], prompts[number], judges)
+        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"], prompts[number], networks)
         velocity = velocities(pipeline, config, prompts[number], teacher["way"])
         write_numbers(file, numbers | velocity_numbers(velocity, teacher["velocity"]))
 
 
-def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, way_SxTxHxWxC: np.ndarray) -> np.ndarray:
-    """The transformer's velocity, guided as in sampling, at every x_t of a way: float32, of the way's shape."""
+def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, trajectory_SxTxHxWxC: np.ndarray) -> np.ndarray:
+    """The transformer's velocity, guided as in sampling, at every x_t of a trajectory: float32 [S, T, H, W, C]."""
     sampler = config.sampler
     rows = schedule(sampler.solver, sampler.steps, sampler.shift)
     text = pipeline.embed([prompt], config.text_length)
-    blank = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)
-    timesteps = rows.timestep[evenly_spaced_steps(sampler.steps, len(way_SxTxHxWxC))]
-    found = [
-        _velocity(pipeline.transformer, text, blank, x[None], timestep, sampler.guidance, sampler.guidance_batched)
-        for x, timestep in zip(way_SxTxHxWxC, timesteps, strict=True)
+    negative_text = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)
+    timesteps = rows.timestep[evenly_spaced_steps(sampler.steps, len(trajectory_SxTxHxWxC))]
+    guidance = sampler.guidance, sampler.guidance_batched
+    per_step = [
+        _velocity(pipeline.transformer, text, negative_text, x[None], timestep, *guidance)
+        for x, timestep in zip(trajectory_SxTxHxWxC, timesteps, strict=True)
     ]
-    return np.concatenate([np.asarray(velocity, np.float32) for velocity in found])
+    return np.concatenate([np.asarray(velocity, np.float32) for velocity in per_step])
 
 
 @functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
-def _velocity(transformer, text, blank, x, timestep, guidance, batched):
-    return guided_velocity(transformer, text, blank, guidance, batched)(x, jnp.full(x.shape[0], timestep))
+def _velocity(transformer, text, negative_text, x, timestep, guidance, batched):
+    return guided_velocity(transformer, text, negative_text, guidance, batched)(x, jnp.full(x.shape[0], timestep))
 
 
-def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, judges: MetricNetworks) -> dict[str, Any]:
-    """Per frame mse, ssim and LPIPS against the teacher's video; flicker, motion and CLIP's scores of both."""
-    found = {"mse": video_metrics.mse(video, teacher), "ssim": video_metrics.ssim(video, teacher)}
-    if judges.lpips is not None:
-        found["lpips"] = lpips(judges.lpips, video, teacher)
+def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, networks: MetricNetworks) -> dict[str, Any]:
+    """MSE, SSIM and LPIPS of every frame against the teacher's; flicker, motion and CLIP's scores of both videos."""
+    numbers = {"mse": video_metrics.mse(video, teacher), "ssim": video_metrics.ssim(video, teacher)}
+    if networks.lpips is not None:
+        numbers["lpips"] = lpips(networks.lpips, video, teacher)
     for prefix, each in (("", video), ("teacher_", teacher)):
         own = {"flicker": video_metrics.flicker(each), "motion": video_metrics.motion(each)}
-        if judges.clip is not None:
-            own |= judges.clip.scores(each, prompt)
-        found |= {prefix + name: value for name, value in own.items()}
-    return found
+        if networks.clip is not None:
+            own |= networks.clip.scores(each, prompt)
+        numbers |= {prefix + name: value for name, value in own.items()}
+    return numbers
 
 
 def velocity_numbers(velocity_SxTxHxWxC: np.ndarray, teacher_SxTxHxWxC: np.ndarray) -> dict[str, Any]:
@@ -252,7 +257,7 @@ def write_numbers(file: epath.Path, numbers: dict[str, Any]) -> None:
 def collect(
     config: ConfigDict, names: dict[str, str], prompts: int, folder: epath.Path, durations: Sequence[int]
 ) -> dict[str, Any]:
-    """Means over prompts of every model at every duration. PSNR is null where videos are equal."""
+    """Means over prompts at every duration, of the models in `names` (name -> folder). Infinite PSNR becomes None."""
     kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
     timesteps = schedule(config.sampler.solver, config.sampler.steps, config.sampler.shift).timestep[kept]
     result: dict[str, Any] = {"timesteps": timesteps.tolist(), "durations": []}
@@ -267,11 +272,11 @@ def collect(
 
 
 def summarize(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, Any]:
-    """Means over prompts. drift: how fast the root mean square difference grows within a video, in levels a second."""
+    """Means over prompts. drift: slope of the root mean square difference over a video, in grey levels per second."""
     mean = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
     psnr = np.mean([video_metrics.psnr(np.mean(row["mse"])) for row in rows])
     difference_per_frame = np.sqrt(mean["mse"])
-    found = {
+    numbers = {
         "psnr": psnr,
         "ssim": np.mean(mean["ssim"]),
         "drift": np.polyfit(seconds, difference_per_frame, 1)[0] if len(seconds) > 1 else 0.0,
@@ -280,25 +285,25 @@ def summarize(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, 
         "ssim_per_frame": mean["ssim"],
     }
     if "lpips" in mean:
-        found |= {"lpips": np.mean(mean["lpips"]), "lpips_per_frame": mean["lpips"]}
+        numbers |= {"lpips": np.mean(mean["lpips"]), "lpips_per_frame": mean["lpips"]}
     if "velocity_error" in mean:
-        found |= {
+        numbers |= {
             "velocity_error": np.mean(mean["velocity_error_per_step"]),
             "velocity_error_per_step": mean["velocity_error_per_step"],
             "velocity_error_per_frame": np.mean(mean["velocity_error"], axis=0),
         }
-    return {name: _finite(np.asarray(value).tolist()) for name, value in found.items()}
+    return {name: _finite(np.asarray(value).tolist()) for name, value in numbers.items()}
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
+    """None for infinities, which JSON does not have."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if math.isfinite(value) else None
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown, the teacher first at every duration."""
+    """The result as a table in Markdown, the teacher first at every duration."""
     names = [name for name in COLUMNS if any(name in m for m in result["durations"][0]["models"].values())]
     rows = [["", "seconds", *(COLUMNS[name][0] for name in names)], ["---", *["---:"] * (1 + len(names))]]
     for duration in result["durations"]:

@@ -1,16 +1,16 @@
-"""The sprites score: what a generated video shows against what its caption says, measured on the pixels alone.
+"""The sprites score: whether a generated video shows what its caption says, measured on the pixels alone.
 
 Six dimensions per clip, each in [0, 1]:
 
 color       the mentioned colours are there as blobs of plausible size, and no others
 shape       the blob is best explained by the mentioned shape
-direction   the dominant axis and sign of the blob's way, or its stillness, is the mentioned one
+direction   the blob moves along the mentioned axis in the mentioned direction, or stays still
 background  share of the pixels around the sprites that is nearest to the mentioned background
 flicker     1 is steady: the background and each sprite's colour and area stay as they are between adjacent frames
-motion      the length of the blob's way is what the caption calls for (about half of the frame, or none)
+motion      the blob moves as far as the caption calls for (about half of the frame, or not at all)
 
-A sprite whose colour is wrong is still judged for its shape and motion: it is matched to a blob of another colour. Two
-sprites count equally; the frames in which they touch, and one may hide a part of the other, are left out.
+A sprite of the wrong colour is still judged for its shape and motion: it is matched to a blob of another colour. Two
+sprites count equally. Frames in which they touch are left out, because one may hide a part of the other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,13 +25,16 @@ from jsurgery.errors import InputError
 DIMENSIONS = ("color", "shape", "direction", "background", "flicker", "motion")
 
 WORKING_SIZE = 80  # videos are averaged down to about this many pixels on the shorter side
-AREA = (0.2 * min(DIAMETER[2]) ** 2, 2 * max(DIAMETER[1]) ** 2)  # of a blob, over the shorter side squared
+AREA = (
+    0.2 * min(DIAMETER[2]) ** 2,
+    2 * max(DIAMETER[1]) ** 2,
+)  # least and most of a blob, over the shorter side squared
 SEEN = 1 / 3  # share of the frames in which a colour must have a blob to count as a sprite
-APART = 1 / 4  # share of the frames that must be free of other sprites to leave the rest out
-STILL = 0.12  # of the frame: a shorter way counts as still
-FULL_WAY, LONG_WAY = (0.0, 0.4), (1.0, 0.7)  # ways of a moving sprite that score 0 and 1: too short, too long
-STILL_WAY = (0.25, 0.05)  # likewise of a still one
-SAME_SHAPE = 0.6  # IoU with the best template under which a blob has no shape
+APART = 1 / 4  # frames with contact are left out if at least this share of the frames is free of it
+STILL = 0.12  # of the frame: a smaller displacement counts as still
+FULL_WAY, LONG_WAY = (0.0, 0.4), (1.0, 0.7)  # displacements of a moving sprite that score 0 and 1: too short, too long
+STILL_WAY = (0.25, 0.05)  # likewise of a still sprite
+SAME_SHAPE = 0.6  # smallest IoU with the best template at which a blob has its shape
 FLICKER_RANGE = 0.2  # mean change between adjacent frames (1 is black to white) that scores 0
 
 _WITHIN_FRAME = np.zeros((3, 3, 3), bool)  # neighbours within a frame, none across frames
@@ -42,7 +45,10 @@ _SPRITE_COLORS = np.array(list(COLORS.values()), np.float32)
 
 @dataclass(frozen=True)
 class _Track:
-    """The largest blob of one colour in every frame; NaN and empty where there is none of plausible size."""
+    """The largest blob of one colour in every frame.
+
+    Without a blob of plausible size, a frame's mask is empty, its area 0, its centre and colour NaN.
+    """
 
     mask: np.ndarray  # [F, h, w]
     area: np.ndarray  # [F], pixels
@@ -82,9 +88,9 @@ def measure(video: np.ndarray, caption: str) -> dict[str, float]:
             per_sprite.append((0, 0, 0, 0))
             continue
         track, clean = tracks[color], _clean_frames(color, tracks, grown)
-        way = _displacement(track, clean) / size
-        right = _shape(track, clean) == shape, _direction(way) == direction
-        per_sprite.append((*right, _sprite_steadiness(track, clean), _motion(way, direction)))
+        displacement = _displacement(track, clean) / size
+        correct = _shape(track, clean) == shape, _direction(displacement) == direction
+        per_sprite.append((*correct, _sprite_steadiness(track, clean), _motion(displacement, direction)))
     shape, direction, steadiness, motion = np.mean(per_sprite, axis=0)
 
     return {
@@ -108,14 +114,14 @@ def calibrate(
     captions: Sequence[str],
     rng: np.random.Generator,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(upper, chance): mean score of real clips with their own captions, and with captions dealt at random.
+    """(upper, chance): mean scores of real clips with their own captions, and with shuffled ones.
 
-    The clips are to have been through what a generated one goes through too, such as the VAE's encoder and decoder.
-    The chance of flicker is 0, because no caption says anything about it.
+    The clips should have passed the VAE's encoder and decoder, whose errors generated clips have too. The chance of
+    flicker is 0, because captions say nothing about it.
     """
-    dealt = [captions[int(index)] for index in rng.permutation(len(captions))]
+    shuffled = [captions[int(index)] for index in rng.permutation(len(captions))]
     upper = {dimension: float(values.mean()) for dimension, values in score(videos, captions).items()}
-    chance = {dimension: float(values.mean()) for dimension, values in score(videos, dealt).items()}
+    chance = {dimension: float(values.mean()) for dimension, values in score(videos, shuffled).items()}
     return upper, chance | {"flicker": 0.0}
 
 
@@ -129,8 +135,8 @@ def summarize(
     """Per dimension and for "total" (their mean): mean, low, high, upper, chance, normalized.
 
     low, high: 95 % percentile bootstrap interval of the mean; clips, one per prompt, are resampled whole.
-    normalized: (mean - chance) / (upper - chance); 1 is a real clip, 0 knows nothing of the caption. None where real
-    clips score no more than chance.
+    normalized: (mean - chance) / (upper - chance); 1 for real clips, 0 for clips that ignore their captions, None if
+    real clips score no more than chance.
     """
     scores = np.stack([per_clip[dimension] for dimension in DIMENSIONS], axis=1)
     table = np.concatenate([scores, scores.mean(axis=1, keepdims=True)], axis=1)
@@ -171,13 +177,13 @@ def _working_copy(video: np.ndarray) -> np.ndarray:
 def _label_pixels(planes: np.ndarray) -> np.ndarray:
     """Index of the sprite colour of every pixel [F, h, w], -1 for none.
 
-    A pixel is explained as a mixture of the frame's background, its median colour, and one sprite colour. So a soft
-    edge gets the colour of its sprite (a half of red over white is not pink), and counts as it from one half on.
+    A pixel is explained as a mixture of the background (the frame's median colour) and one sprite colour, and gets the
+    label if the sprite's part exceeds one half. So a soft edge gets its sprite's colour: half red on white is not pink.
     """
     ground = np.median(planes.reshape(*planes.shape[:2], -1)[..., ::3], axis=-1)[..., None, None]
     offset = planes - ground
     labels = np.full(planes.shape[1:], -1)
-    explained = np.zeros(planes.shape[1:], np.float32)  # by the best colour, of the squared distance from the ground
+    explained = np.zeros(planes.shape[1:], np.float32)  # squared distance from the ground that the best colour explains
     for index, color in enumerate(_SPRITE_COLORS):
         toward = color[:, None, None, None] - ground
         norm = (toward**2).sum(axis=0)
@@ -217,13 +223,13 @@ def _track(planes: np.ndarray, mask: np.ndarray) -> _Track | None:
 
 
 def _match(mentioned: Sequence[str], tracks: dict[str, _Track]) -> list[str | None]:
-    """Colour of the track that stands for each mentioned sprite: its own, else the largest that nobody mentions."""
+    """Colour of each mentioned sprite's track: its own, else the largest spare track, else None."""
     spare = sorted((c for c in tracks if c not in mentioned), key=lambda c: -tracks[c].area.sum())
     return [color if color in tracks else (spare.pop(0) if spare else None) for color in mentioned]
 
 
 def _clean_frames(color: str, tracks: dict[str, _Track], grown: dict[str, np.ndarray]) -> np.ndarray:
-    """Frames [F] in which the sprite is seen and touches no other; all in which it is seen if those are few."""
+    """Mask [F] of frames in which the sprite is visible and touches no other; if those are few, of all visible ones."""
     visible = tracks[color].visible
     touched = np.zeros_like(visible)
     for other in tracks:
@@ -234,7 +240,7 @@ def _clean_frames(color: str, tracks: dict[str, _Track], grown: dict[str, np.nda
 
 
 def _displacement(track: _Track, clean: np.ndarray) -> np.ndarray:
-    """(y, x) of the whole clip's way in pixels: the least-squares velocity over the clean frames, times its length."""
+    """(y, x) over the whole clip, in pixels: least-squares velocity over the clean frames, times the clip's length."""
     time = np.flatnonzero(clean).astype(float)
     time -= time.mean()
     center = track.center[clean]
@@ -242,16 +248,17 @@ def _displacement(track: _Track, clean: np.ndarray) -> np.ndarray:
     return velocity * (len(clean) - 1)
 
 
-def _direction(way: np.ndarray) -> str | None:
-    if np.abs(way).max() < STILL:
+def _direction(displacement: np.ndarray) -> str | None:
+    length = np.abs(displacement)
+    if length.max() < STILL:
         return "still"
-    step = np.where(np.abs(way) == np.abs(way).max(), np.sign(way), 0)
+    step = np.where(length == length.max(), np.sign(displacement), 0)
     return next((name for name, unit in DIRECTIONS.items() if tuple(step) == unit), None)
 
 
-def _motion(way: np.ndarray, said: str) -> float:
-    length = float(np.hypot(*way))
-    if said == "still":
+def _motion(displacement: np.ndarray, direction: str) -> float:
+    length = float(np.hypot(*displacement))
+    if direction == "still":
         return _ramp(length, *STILL_WAY)
     return min(_ramp(length, *FULL_WAY), _ramp(length, *LONG_WAY))
 
@@ -261,7 +268,7 @@ def _ramp(value: float, zero: float, one: float) -> float:
 
 
 def _shape(track: _Track, clean: np.ndarray) -> str | None:
-    """The shape of which a template of the blob's area, laid on its centroid, overlaps it best over the clean frames.
+    """The shape whose template, of the blob's area and centroid, overlaps it best over the clean frames.
 
     Area and centroid survive the blur that rounds off corners and shortens bounding boxes.
     """
@@ -271,8 +278,8 @@ def _shape(track: _Track, clean: np.ndarray) -> str | None:
     center_y, center_x = track.center[clean].T.astype(np.float32)[..., None, None]
     y = np.arange(height, dtype=np.float32)[:, None] - center_y
     x = np.arange(width, dtype=np.float32) - center_x
-    fill = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # area over diameter squared
-    drop = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # of the centroid below the box's centre
+    fill = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}  # area relative to the diameter squared
+    drop = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6}  # of the centroid below the box's centre, in diameters
     overlap = {}
     for shape in SHAPES:
         diameter = np.sqrt(area / fill[shape])
@@ -287,7 +294,7 @@ def _background_share(planes: np.ndarray, around: np.ndarray, background: str) -
     if not around[:, ::2, ::2].any():
         return 0.0
     palette = np.concatenate([_BACKGROUND_COLORS, _SPRITE_COLORS])
-    pixels = planes[..., ::2, ::2][:, around[:, ::2, ::2]]  # a quarter of them says as much
+    pixels = planes[..., ::2, ::2][:, around[:, ::2, ::2]]  # a quarter of the pixels is enough
     nearest = ((palette**2).sum(axis=1)[:, None] - 2 * palette @ pixels).argmin(axis=0)
     return float(np.mean(nearest == list(BACKGROUNDS).index(background)))
 
@@ -301,7 +308,7 @@ def _background_steadiness(planes: np.ndarray, around: np.ndarray) -> float:
 
 
 def _sprite_steadiness(track: _Track, clean: np.ndarray) -> float:
-    """Over adjacent clean frames: 1 less the change of colour and of area; 0 where the blob comes or goes at once."""
+    """Mean over adjacent clean frames: 1 minus the changes of colour and area; 0 where the blob appears or vanishes."""
     seen = track.visible
     pairs = clean[1:] & clean[:-1]
     pops = (clean[1:] & ~seen[:-1]) | (clean[:-1] & ~seen[1:])

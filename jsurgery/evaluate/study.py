@@ -1,8 +1,7 @@
-"""A blind preference study, as behind the paper's Table 2: one page of pairs of videos, and the table of its answers.
+"""The answers of a blind preference study, as behind the paper's Table 2: their statistics and their table.
 
-The two videos of a pair are one video in the page, side by side, so that they cannot drift apart. Which half is whose
-stands in a key file beside the page and nowhere else; on which side of the screen a half appears, and in which order
-pairs come, each participant's browser draws anew.
+`report/study_page.py` makes the page of a study. Only the key file, which stays with the author, says which model made
+which video.
 """
 
 import pathlib
@@ -25,7 +24,7 @@ ANSWERS = ("first", "none", "second")
 
 
 def prompt_of(file: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
-    """What a video shows: by VBench's name `prompt-N.mp4`, its metadata, or the evaluation that it belongs to."""
+    """A video's prompt: from VBench's name `prompt-N.mp4`, its metadata or its evaluation.json; else its name."""
     named = re.fullmatch(r"(.*\D.*)-\d+", file.stem)
     if named:
         return named[1]
@@ -42,12 +41,12 @@ def prompt_of(file: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
 
 
 def read_dimensions(path: str | None) -> dict[str, list[str]]:
-    """Dimensions of every prompt of VBench's list."""
-    found: dict[str, list[str]] = {}
+    """prompt -> its dimensions, from VBench's list at `path`; empty without one."""
+    dimensions: dict[str, list[str]] = {}
     for entry in read_info(path) if path else ():
-        names = found.setdefault(entry["prompt_en"], [])
+        names = dimensions.setdefault(entry["prompt_en"], [])
         names += [canonical(name).replace("_", " ") for name in entry["dimension"]]
-    return found
+    return dimensions
 
 
 def report_study(files: Sequence[str], key: str | None = None, report: str | None = None) -> None:
@@ -62,7 +61,7 @@ def report_study(files: Sequence[str], key: str | None = None, report: str | Non
 
 
 def read_key(file: pathlib.Path) -> dict[str, Any]:
-    """The key that `build_study` left beside the page."""
+    """The key file that `build_study` wrote beside the page. Raises InputError for any other file."""
     try:
         key = read_object(file)
         sound = {"study", "a", "b", "pairs"} <= key.keys() and all(
@@ -77,10 +76,10 @@ def read_key(file: pathlib.Path) -> dict[str, Any]:
 
 
 def tally(files: Sequence[str], key: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], int]:
-    """(row per dimension and "Total", number of participants) of exported answers.
+    """(rows by dimension and "Total", number of participants) from files of exported answers.
 
-    A prompt of several dimensions counts in each, and once in the total. Of two exports by one participant the later
-    in `files` counts.
+    A prompt of several dimensions counts in each of them, and once in the total. If a participant exported twice, the
+    answers of the later file count. Raises InputError for files that are not answers to this study.
     """
     votes: dict[tuple[str, str], str] = {}
     for path in files:
@@ -111,8 +110,8 @@ def tally(files: Sequence[str], key: dict[str, Any]) -> tuple[dict[str, dict[str
 def statistics(a: int, none: int, b: int) -> dict[str, Any]:
     """Counts, the share of each answer with its 95 % Wilson interval, and the two-sided sign test of a against b.
 
-    The test leaves out those without a preference; it takes answers as independent, which those of one participant, or
-    of one pair, are only in part.
+    The test leaves out answers without a preference. It assumes that answers are independent, which is only partly true
+    for answers of the same participant or to the same pair.
     """
     n = a + none + b
     result: dict[str, Any] = {"n": n, "p": float(binomtest(a, a + b).pvalue) if a + b else None}

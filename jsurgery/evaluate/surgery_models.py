@@ -1,4 +1,4 @@
-"""evaluate: the same prompts and noise through every stage of the surgery, scored and compared with the teacher."""
+"""The stage `evaluate`: samples all models of a surgery from the same prompts and noise, and scores the videos."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def evaluate(
     validation_latents: epath.Path | None,
     folder: epath.Path,
 ) -> None:
-    """Leaves `evaluation.json`, and what `measure_models` does, in `folder`."""
+    """Runs `measure_models` and writes its results to `evaluation.json`, all in `folder`."""
     results = measure_models(config, pipeline, models, validation_latents, folder)
     write_json(folder / "evaluation.json", {"prompts": evaluation_prompts(config), "models": results})
 
@@ -42,36 +42,36 @@ def measure_models(
     models: Mapping[str, Callable[[], WanTransformer]],
     validation_latents: epath.Path | None,
     folder: epath.Path,
-    shares: Mapping[str, range] | None = None,
+    prompt_ranges: Mapping[str, range] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What was measured of every model's samples, by name; leaves it, and for the report `videos/NAME/0000.mp4`, too.
+    """Samples and scores models; returns the measurements by name and writes them to NAME.json in `folder`.
 
-    `models` maps a name to what loads it, the teacher first: distances are to its latents at equal noise. A model that
-    was measured already (NAME.json is there) is not loaded. `shares` names the prompts of models that are not sampled
-    on all of them.
+    `models` maps a name to a function that loads the model. The first is the teacher: distances are to its latents from
+    the same noise. A model whose NAME.json exists is not loaded. `prompt_ranges` gives the prompts of models that are
+    not sampled on all prompts. Also writes clips for the report, `videos/NAME/0000.mp4` and so on.
     """
     prompts, teacher = evaluation_prompts(config), next(iter(models))
     sprites = config.prompts == "sprites"
     reference = sprites_reference(config, pipeline, folder / "reference.json") if sprites else None
-    shares = {name: (shares or {}).get(name, range(len(prompts))) for name in models}
+    ranges = {name: (prompt_ranges or {}).get(name, range(len(prompts))) for name in models}
     for name, load in models.items():
-        file, share = folder / f"{name}.json", shares[name]
+        file, numbers = folder / f"{name}.json", ranges[name]
         if file.exists():
             continue
         teacher_file = folder / f"{teacher}.npy"
         if name != teacher and not teacher_file.exists():
             pipeline = dataclasses.replace(pipeline, transformer=models[teacher]())
-            save_array(teacher_file, sample_all(config, pipeline, prompts, teacher, shares[teacher])[0])
+            save_array(teacher_file, sample_all(config, pipeline, prompts, teacher, ranges[teacher])[0])
         pipeline = dataclasses.replace(pipeline, transformer=load())
-        latents, videos = sample_all(config, pipeline, prompts, name, share)
+        latents, videos = sample_all(config, pipeline, prompts, name, numbers)
         if name == teacher:
             save_array(teacher_file, latents)
-        difference = latents - np.load(teacher_file)[share.start : share.stop]
+        difference = latents - np.load(teacher_file)[numbers.start : numbers.stop]
         result: dict[str, Any] = {"latent_rmse": np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist()}
         if validation_latents is not None:
             result["validation_loss"] = validation_loss(config, pipeline.transformer, pipeline, validation_latents)
         if sprites:
-            per_clip = sprites_score.score(videos, prompts[share.start : share.stop])
+            per_clip = sprites_score.score(videos, prompts[numbers.start : numbers.stop])
             result["per_clip"] = {dimension: values.tolist() for dimension, values in per_clip.items()}
         for number in range(min(config.evaluate.videos, len(videos))):
             write_video(folder / "videos" / name / f"{number:04d}.mp4", videos[number], config.video.fps)
@@ -85,13 +85,13 @@ def measure_models(
 
 
 def sample_all(
-    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], name: str, share: range
+    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], name: str, numbers: range
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, videos uint8) of the prompts of a share; a prompt's noise is the same in any."""
-    latents, videos, progress = [], [], Progress(f"sample {name}", len(share))
-    for first, batch in batched(prompts[share.start : share.stop], config.evaluate.batch):
-        drawn = pipeline.sample(batch, config, seed=config.seed, first=share.start + first)[0]
-        latents.append(np.asarray(drawn))
-        videos.append(pipeline.decode(drawn))
-        progress.show(first + len(batch), last=first + len(batch) == len(share))
+    """(latents [N, T, H, W, C], uint8 videos [N, F, H, W, 3]) of the prompts `numbers`, which also seed the noise."""
+    latents, videos, progress = [], [], Progress(f"sample {name}", len(numbers))
+    for first, batch in batched(prompts[numbers.start : numbers.stop], config.evaluate.batch):
+        batch_latents = pipeline.sample(batch, config, seed=config.seed, first=numbers.start + first)[0]
+        latents.append(np.asarray(batch_latents))
+        videos.append(pipeline.decode(batch_latents))
+        progress.show(first + len(batch), last=first + len(batch) == len(numbers))
     return np.concatenate(latents), np.concatenate(videos)

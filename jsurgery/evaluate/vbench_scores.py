@@ -1,8 +1,8 @@
 """VBench's results per dimension, summed up as its leaderboards do, beside the paper's rows.
 
 Ranges, weights and groups are those of `scripts/constant.py` and `VBench-2.0/scripts/constant.py` in
-github.com/Vchitect/VBench, and the sums those of `cal_final_score.py` beside them; only that a group of which a
-dimension is missing has no score here, where theirs counts the missing one as zero.
+github.com/Vchitect/VBench, and the sums are those of `cal_final_score.py` beside them. One difference: a group with a
+missing dimension has no score here, where VBench counts the missing dimension as zero.
 """
 
 import math
@@ -24,7 +24,7 @@ SEMANTIC = (
     "temporal_style", "overall_consistency",
 )  # fmt: skip
 DIMENSIONS = QUALITY + SEMANTIC
-RANGES = {  # of raw scores; others from 0 to 1
+RANGES = {  # of raw scores; all others range from 0 to 1
     "subject_consistency": (0.1462, 1.0),
     "background_consistency": (0.2615, 1.0),
     "temporal_flickering": (0.6293, 1.0),
@@ -34,7 +34,7 @@ RANGES = {  # of raw scores; others from 0 to 1
     "temporal_style": (0.0, 0.364),
     "overall_consistency": (0.0, 0.364),
 }
-WEIGHTS = {"dynamic_degree": 0.5}  # within its group; others 1
+WEIGHTS = {"dynamic_degree": 0.5}  # within its group; all others weigh 1
 GROUP_WEIGHTS = {"Quality": 4, "Semantic": 1}
 
 CATEGORIES = {
@@ -59,8 +59,8 @@ PUBLISHED = {  # Table 1; * is the paper's own measurement
     "Wan2.1 1.3B*": (83.10, 85.10, 75.12),
     "Attention Surgery 15R2": (83.21, 85.19, 75.25),
 }
-# Table 4, where Physics of Wan2.1 is 53.8, but 53.3 in Table 11 and by the total; CogVideoX-1.5's total is not the mean
-# of its categories.
+# Table 4, with two oddities. It gives Wan2.1's Physics as 53.8, but Table 11 and the total imply 53.3. CogVideoX-1.5's
+# total is not the mean of its categories.
 PUBLISHED_2 = {
     "Wan2.1 1.3B": (56.0, 80.7, 48.7, 34.0, 63.4, 53.3),
     "CogVideoX-1.5 5B": (53.4, 72.1, 43.7, 29.6, 63.2, 48.2),
@@ -69,15 +69,15 @@ PUBLISHED_2 = {
 
 
 def canonical(name: str) -> str:
-    """A dimension's name as it is spelt here: VBench writes it with spaces or underscores, in either case."""
+    """A dimension's name as spelt here: VBench uses spaces or underscores, and upper or lower case."""
     return name.strip().lower().replace(" ", "_")
 
 
 def read_results(paths: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
-    """(score from 0 to 1, number of videos) per dimension from `*_eval_results.json`, or from folders of them.
+    """(score from 0 to 1, number of videos) per dimension, from files `*_eval_results.json` or folders of them.
 
-    Of a dimension in several files the last one counts; files are taken in the order of their names.
-    Raises InputError for files that hold no results of VBench or of both suites.
+    If several files hold a dimension, the last counts; a folder's files are read in the order of their names.
+    Raises InputError for files without results of VBench, and for results of both suites at once.
     """
     files: list[pathlib.Path] = []
     for path in map(pathlib.Path, paths):
@@ -111,7 +111,7 @@ def is_second(scores: Mapping[str, float]) -> bool:
 def summarize(scores: Mapping[str, float]) -> dict[str, float | None]:
     """Per cent: Total, Quality and Semantic, or for VBench-2.0 Total and the five categories.
 
-    None where a dimension is missing.
+    A sum with a missing dimension is None.
     """
     if is_second(scores):
         groups = {name: _mean(scores, members) for name, members in CATEGORIES.items()}
@@ -120,9 +120,9 @@ def summarize(scores: Mapping[str, float]) -> dict[str, float | None]:
         normalized = {name: _normalize(name, score) for name, score in scores.items()}
         groups = {"Quality": _mean(normalized, QUALITY), "Semantic": _mean(normalized, SEMANTIC)}
         weights = GROUP_WEIGHTS
-    found = {name: 100 * value for name, value in groups.items() if value is not None}
-    total = sum(weights[name] * value for name, value in found.items()) / sum(weights.values())
-    return {"Total": total if len(found) == len(groups) else None, **dict.fromkeys(groups), **found}
+    percents = {name: 100 * value for name, value in groups.items() if value is not None}
+    total = sum(weights[name] * value for name, value in percents.items()) / sum(weights.values())
+    return {"Total": total if len(percents) == len(groups) else None, **dict.fromkeys(groups), **percents}
 
 
 def _normalize(name: str, score: float) -> float:

@@ -1,4 +1,4 @@
-"""Numbers of uint8 videos [F, H, W, 3]: how near one is to another, how much it flickers and how much moves in it."""
+"""Metrics of uint8 videos [F, H, W, 3]: the similarity of two videos, and the flicker and motion of a single one."""
 
 import itertools
 import math
@@ -10,10 +10,10 @@ from scipy import ndimage
 from jsurgery.errors import InputError
 
 PEAK = 255.0
-SIGMA, MARGIN = 1.5, 5  # SSIM's Gaussian window, and the pixels at the edge for which it is not whole
-WORKING_SIZE = 96  # flow is found on frames averaged down to about this many pixels on the shorter side
-REACH = 2.0  # flow: sigma of the neighbourhood that moves alike, in pixels of the working copy
-NOISE = 1.0  # flow: squared gradients, of grey levels, that say nothing
+SIGMA, MARGIN = 1.5, 5  # SSIM: of the Gaussian window; pixels at the edge where it does not fit
+WORKING_SIZE = 96  # flow: frames are averaged down to about this many pixels on the shorter side
+REACH = 2.0  # flow: sigma of the neighbourhood that is taken to move alike, in pixels of the averaged frames
+NOISE = 1.0  # flow: squared gradients of grey levels below about this value count as noise
 
 
 def mse(video: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -36,9 +36,9 @@ def ssim(video: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def flicker(video: np.ndarray) -> float:
-    """Mean absolute second difference in time, in grey levels: what a steady change of brightness leaves.
+    """Mean absolute second difference in time, in grey levels.
 
-    0 for a still video and for one that brightens evenly; fewer than three frames have none.
+    0 for a still video, for one that brightens evenly, and for fewer than three frames.
     """
     if len(video) < 3:
         return 0.0
@@ -49,17 +49,17 @@ def flicker(video: np.ndarray) -> float:
 def motion(video: np.ndarray) -> float:
     """Mean length of the optical flow between adjacent frames, in pixels a frame.
 
-    Flat regions, in which nothing can be seen to move, count as still. One frame has no motion.
+    Flat regions count as still, because no motion can be seen in them. The motion of a single frame is 0.
     """
     cell = max(1, round(min(video.shape[1:3]) / WORKING_SIZE))
     height, width = (side // cell * cell for side in video.shape[1:3])
     grey = [_cells(frame[:height, :width].mean(axis=-1), cell) for frame in video]
-    ways = [np.hypot(*flow(first, second)).mean() for first, second in itertools.pairwise(grey)]
-    return float(cell * np.mean(ways)) if ways else 0.0
+    lengths = [np.hypot(*flow(first, second)).mean() for first, second in itertools.pairwise(grey)]
+    return float(cell * np.mean(lengths)) if lengths else 0.0
 
 
 def flow(first: np.ndarray, second: np.ndarray, iterations: int = 3) -> np.ndarray:
-    """(y, x) displacement [2, H, W] of each pixel of the grey image `first` [H, W] on its way to `second`.
+    """(y, x) displacement [2, H, W] of each pixel of the grey image `first` [H, W] in the image `second`.
 
     Lucas and Kanade's least squares over a Gaussian neighbourhood, from coarse to fine.
     """
@@ -67,17 +67,17 @@ def flow(first: np.ndarray, second: np.ndarray, iterations: int = 3) -> np.ndarr
     while min(levels[-1][0].shape) >= 24:
         one, two = levels[-1]
         levels.append((_halve(one), _halve(two)))
-    way = np.zeros((2, *levels[-1][0].shape))
+    displacement = np.zeros((2, *levels[-1][0].shape))
     for one, two in reversed(levels):
-        way = _enlarge(way, one.shape)
+        displacement = _enlarge(displacement, one.shape)
         grid, last = np.indices(one.shape), np.array(one.shape)[:, None, None] - 1
         for _ in range(iterations):
-            points = grid + way
+            points = grid + displacement
             inside = np.all((points >= 0) & (points <= last), axis=0)
             moved = np.where(inside, ndimage.map_coordinates(two, points, order=1, mode="nearest"), one)
-            way += np.clip(_step(one, moved, inside), -1, 1)
-        way = np.stack([ndimage.median_filter(axis, 5) for axis in way])
-    return way
+            displacement += np.clip(_step(one, moved, inside), -1, 1)
+        displacement = np.stack([ndimage.median_filter(axis, 5) for axis in displacement])
+    return displacement
 
 
 def check_same_shape(video: np.ndarray, other: np.ndarray) -> None:
@@ -98,7 +98,7 @@ def _ssim(a_HxWx3: np.ndarray, b_HxWx3: np.ndarray) -> float:
 
 
 def _step(one: np.ndarray, moved: np.ndarray, known: Any) -> np.ndarray:
-    """The displacement [2, H, W] that explains the difference of two images, where it is known, to first order."""
+    """The displacement [2, H, W] that explains the difference of two images to first order, from the `known` pixels."""
     y, x = np.array(np.gradient((one + moved) / 2)) * known
     t = moved - one
     yy, xx, xy, yt, xt = (ndimage.gaussian_filter(product, REACH) for product in (y * y, x * x, x * y, y * t, x * t))
@@ -106,11 +106,11 @@ def _step(one: np.ndarray, moved: np.ndarray, known: Any) -> np.ndarray:
     return np.stack([xy * xt - xx * yt, xy * yt - yy * xt]) / (yy * xx - xy**2)
 
 
-def _enlarge(way: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A displacement field for an image of another size."""
-    factors = np.divide(shape, way.shape[1:])[:, None, None]
+def _enlarge(displacement: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resamples and scales a displacement field to an image of another size."""
+    factors = np.divide(shape, displacement.shape[1:])[:, None, None]
     points = (np.indices(shape) + 0.5) / factors - 0.5
-    return factors * np.stack([ndimage.map_coordinates(axis, points, order=1, mode="nearest") for axis in way])
+    return factors * np.stack([ndimage.map_coordinates(axis, points, order=1, mode="nearest") for axis in displacement])
 
 
 def _halve(image: np.ndarray) -> np.ndarray:

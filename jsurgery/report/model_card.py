@@ -1,6 +1,8 @@
-"""The model card of a folder, for the Hugging Face Hub."""
+"""The model card of a model folder, a README.md for the Hugging Face Hub.
 
-import itertools
+`model_card` joins its sections; each section is a generator of paragraphs, which yields none if it has nothing to say.
+"""
+
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +12,7 @@ from etils import epath
 from jsurgery.attention.feature_maps import HEDGEHOG
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.evaluate.statistics import bootstrap_interval
-from jsurgery.io.results import markdown_table
+from jsurgery.io.results import format_ranges, markdown_table
 from jsurgery.rates import Rate
 from jsurgery.report.run_files import read_json
 from jsurgery.wan import hub
@@ -19,7 +21,7 @@ from jsurgery.wan.model_folder import BUNDLED
 
 CARD = "README.md"
 
-STAGES = {
+STAGES = {  # name of a model in evaluation.json -> what the card calls it
     "teacher": "original",
     "not_distilled": "operated, feature maps not trained",
     "distilled": "operated, feature maps distilled",
@@ -28,15 +30,15 @@ STAGES = {
 
 
 def model_card(folder: epath.Path, network: WanConfig, repo: str) -> str:
-    """README.md for the Hub: a YAML header, the plan, what was measured, and how to load the model."""
+    """The card's text: a YAML header, a description, the plan, measurements, and how to load the model."""
     from huggingface_hub import ModelCardData
 
     base = (read_json(folder / "config.json") or {}).get("base_pipeline")
-    named = hub.repository(base) if base and base not in BUNDLED else None
+    base_repository = hub.repository(base) if base and base not in BUNDLED else None
     header = ModelCardData(
         library_name="jsurgery",
-        license="apache-2.0",  # that of Wan2.1 and of what is bundled
-        base_model=named[0] if named else None,
+        license="apache-2.0",  # the license of Wan2.1 and of the bundled models
+        base_model=base_repository[0] if base_repository else None,
         pipeline_tag="text-to-video",
         tags=["jsurgery", "wan", "text-to-video", *(["hybrid-attention"] if network.hybrid else [])],
     )
@@ -66,7 +68,7 @@ def _description(network: WanConfig, base: str | None) -> Iterable[str]:
 
 
 def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
-    """The blocks of each rate; the shares of plan.json where it is this model's."""
+    """The blocks of each rate, and the cost according to plan.json in the workdir, if that is this model's plan."""
     hybrid = network.hybrid
     if hybrid is None:
         return
@@ -74,7 +76,11 @@ def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
     for block, rate in enumerate(hybrid.rates):
         blocks.setdefault(rate, []).append(block)
     rows = [
-        (str(rate), spans(blocks[rate]), "softmax" if rate == 1 else "linear" if rate == "linear" else "hybrid")
+        (
+            str(rate),
+            format_ranges(blocks[rate], dash="–", separator=", "),
+            "softmax" if rate == 1 else "linear" if rate == "linear" else "hybrid",
+        )
         for rate in sorted(blocks, key=lambda rate: (rate == "linear", rate))
     ]
     yield "## Plan"
@@ -89,6 +95,7 @@ def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
 
 
 def feature_maps(hybrid: HybridConfig) -> str:
+    """The feature maps of the linear branch in words."""
     phi = hybrid.feature_map
     if not hybrid.linear_branch:
         return "none"
@@ -98,7 +105,7 @@ def feature_maps(hybrid: HybridConfig) -> str:
 
 
 def _measured(folder: epath.Path) -> Iterable[str]:
-    """The evaluation of the workdir in which the folder lies."""
+    """The results of the workdir that holds the model folder: nothing if it has no evaluation of this model."""
     evaluation = read_json(folder.parent / "evaluation" / "evaluation.json")
     config = read_json(folder.parent / "config.json") or {}
     operated = "distilled" if config.get("finetune.distilled", True) else "not_distilled"
@@ -110,9 +117,9 @@ def _measured(folder: epath.Path) -> Iterable[str]:
         score = result.get("score", {}).get("total")
         loss = result.get("validation_loss")
         cells = [
-            between(bootstrap_interval(result["latent_rmse"])),
+            _mean_with_interval(bootstrap_interval(result["latent_rmse"])),
             f"{loss:.4f}" if loss is not None else "–",
-            between(score) if score else "–",
+            _mean_with_interval(score) if score else "–",
         ]
         stage = STAGES.get(name) or name
         rows.append((f"{stage} (this model)" if name == subject else stage, *cells))
@@ -129,9 +136,9 @@ def _measured(folder: epath.Path) -> Iterable[str]:
 
 
 def _loading(folder: epath.Path, network: WanConfig, base: str | None, repo: str) -> Iterable[str]:
-    whole = (folder / "vae").exists()
+    complete = (folder / "vae").exists()  # a whole pipeline, not a transformer alone
     yield "## Use"
-    if whole or base:
+    if complete or base:
         yield f'    jsurgery sample --model={repo} --prompt="…" --output=out.mp4'
         yield f'```python\nimport jsurgery\n\npipeline = jsurgery.load_pipeline("{repo}")\n```'
     else:
@@ -139,19 +146,19 @@ def _loading(folder: epath.Path, network: WanConfig, base: str | None, repo: str
             "```python\nimport huggingface_hub\nimport jsurgery\n\n"
             f'transformer = jsurgery.load_transformer(huggingface_hub.snapshot_download("{repo}"))\n```'
         )
-    if whole and not network.hybrid:
+    if complete and not network.hybrid:
         yield "In diffusers:"
         yield f'```python\nfrom diffusers import WanPipeline\n\npipeline = WanPipeline.from_pretrained("{repo}")\n```'
-    elif whole or base:
+    elif complete or base:
         part = "/transformer" if (folder / "transformer").exists() else ""
-        source = f'"{repo if whole else base}"'
+        source = f'"{repo if complete else base}"'
         imports = ["from diffusers import WanPipeline", "from huggingface_hub import snapshot_download", ""]
         imports += ["from jsurgery.export.torch_model import load"]
-        if base in BUNDLED and not whole:
+        if base in BUNDLED and not complete:
             imports += ["from jsurgery.wan.pipeline import model_path"]
             source = f"str(model_path({source}))"
-        elif not whole and (named := hub.repository(base or "")) and named[1]:
-            source = f'"{named[0]}", revision="{named[1]}"'
+        elif not complete and (repository := hub.repository(base or "")) and repository[1]:
+            source = f'"{repository[0]}", revision="{repository[1]}"'
         yield "In torch, inside diffusers' pipeline:"
         yield "\n".join(
             [
@@ -166,12 +173,5 @@ def _loading(folder: epath.Path, network: WanConfig, base: str | None, repo: str
         )
 
 
-def spans(numbers: list[int]) -> str:
-    """([0, 1, 2, 5]) -> "0–2, 5"."""
-    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    ends = [[number for _, number in run] for _, run in runs]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in ends)
-
-
-def between(summary: dict[str, Any]) -> str:
+def _mean_with_interval(summary: dict[str, Any]) -> str:
     return f"{summary['mean']:.3f} ({summary['low']:.3f} to {summary['high']:.3f})"

@@ -1,4 +1,4 @@
-"""train: a whole tiny Wan from scratch, as a diffusers pipeline folder."""
+"""The command `train`: trains a tiny Wan from scratch, as a complete pipeline folder of diffusers."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_folder import model_path
 from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
 
-HOLDOUT_SEED = 1  # the set of scenes that validation clips come from
+HOLDOUT_SEED = 1  # added to the seed for the set of scenes that validation clips come from
 
 MODEL_INDEX = {
     "_class_name": "WanPipeline",
@@ -29,13 +29,14 @@ MODEL_INDEX = {
 
 
 def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
-    """Trains, or goes on where it stopped; returns the model folder. Raises InputError when another run is at it."""
+    """Trains, or continues where a run stopped; returns the model folder. Raises InputError if another run uses it."""
     workdir = epath.Path(workdir)
     with locked(workdir):
         return train_parts(config, workdir, workdir / "model")
 
 
 def train_parts(config: ConfigDict, workdir: epath.Path, model: epath.Path) -> epath.Path:
+    """Makes the missing parts: tokenizer, VAE, encoded clips, transformer with text encoder, pipeline index."""
     init = model_path(config.train.init) if config.train.init else None
     for part in ("tokenizer", "vae"):
         if init is not None and not (model / part).exists():
@@ -60,7 +61,7 @@ def train_parts(config: ConfigDict, workdir: epath.Path, model: epath.Path) -> e
 
 
 def write_pipeline_index(model: epath.Path, shift: float) -> None:
-    """model_index.json and the scheduler: with them, diffusers' WanPipeline loads the folder."""
+    """Writes model_index.json and the scheduler, so that diffusers' WanPipeline loads the folder."""
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "num_train_timesteps": 1000,

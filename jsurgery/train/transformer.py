@@ -1,4 +1,4 @@
-"""Trains a Wan transformer by flow matching, its text encoder with it, on encoded clips."""
+"""Trains a Wan transformer together with its text encoder, by flow matching on encoded clips."""
 
 import functools
 from typing import Any
@@ -29,7 +29,7 @@ VALIDATION_BATCHES = 4
 
 
 class TransformerWithTextEncoder(nnx.Module):
-    """What is trained together: the transformer and the text encoder whose embeddings it reads."""
+    """The transformer and the text encoder whose embeddings it reads; they are trained together."""
 
     def __init__(self, transformer: WanConfig, text_encoder: TextEncoderConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.transformer = WanTransformer(transformer, dtype=dtype, rngs=rngs)
@@ -42,19 +42,25 @@ class TransformerWithTextEncoder(nnx.Module):
 def flow_matching_loss(
     model: TransformerWithTextEncoder, batch: dict, key: jax.Array, *, shift: float, dropout: float
 ) -> jax.Array:
-    """Mean squared velocity error at noise levels spread evenly over [0, 1] and shifted; some captions are blanked."""
+    """Mean squared velocity error at noise levels spread evenly over [0, 1] and then shifted.
+
+    A fraction `dropout` of the captions is replaced by the empty caption.
+    """
     key_noise, key_drop = jax.random.split(key)
     noisy, timesteps_B, velocity = add_noise_at_random_levels(batch["latents"], key_noise, shift)
     size = len(timesteps_B)
-    blank_B = jax.random.permutation(key_drop, jnp.arange(size)) < dropout * size
-    token_ids = jnp.where(blank_B[:, None], batch["blank_ids"], batch["token_ids"])
-    mask = jnp.where(blank_B[:, None], batch["blank_mask"], batch["mask"])
+    dropped_B = jax.random.permutation(key_drop, jnp.arange(size)) < dropout * size
+    token_ids = jnp.where(dropped_B[:, None], batch["blank_ids"], batch["token_ids"])
+    mask = jnp.where(dropped_B[:, None], batch["blank_mask"], batch["mask"])
     return jnp.mean((model(noisy, timesteps_B, token_ids, mask) - velocity) ** 2)
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
-    """Warm-up, a plateau, a decay to zero as 1 - sqrt at the end (arXiv 2405.18392); Muon on the blocks' matrices or
-    AdamW on everything. Equal settings give the same object, so that what was compiled with it is found again."""
+    """Muon on the blocks' matrices, or AdamW on everything; the learning rate warms up, stays, and decays to zero.
+
+    The decay is 1 - sqrt (arXiv 2405.18392). Equal settings return the same object, so that compiled programs are
+    reused.
+    """
     fields = ("learning_rate", "warmup", "steps", "decay", "optimizer")
     return _make_optimizer(FrozenConfigDict({field: train[field] for field in fields}))
 
@@ -113,7 +119,7 @@ validation_loss = jax.jit(loss_of, static_argnames=("graph", "shift", "dropout")
 
 
 def make_update(config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef) -> Any:
-    """The jitted step (state, batch, key) -> (state, metrics, faults); the same one for equal settings."""
+    """The jitted step (state, batch, key) -> (state, metrics, faults). Equal settings return the same function."""
     train = config.train
     return _make_update(optimizer, graph, train.shift, train.condition_dropout, train.ema)
 
@@ -138,9 +144,9 @@ def train_transformer(
     latents: epath.Path,
     init: epath.Path | None = None,
 ) -> TransformerWithTextEncoder:
-    """Trains (or goes on training) on the shards in `latents/train`; returns the averaged (EMA) model.
+    """Trains, or continues training, on the shards in `latents/train`; returns the averaged (EMA) model.
 
-    `init` is a pipeline folder whose weights to begin with. Raises InputError when its sizes are not the config's.
+    init: a pipeline folder with the initial weights. Raises InputError if its sizes differ from the config's.
     """
     train = config.train
     mesh = make_mesh(config.mesh)
@@ -151,9 +157,9 @@ def train_transformer(
     if init is not None:
         model.transformer = load_transformer(init / "transformer", jnp.dtype(config.model.dtype))
         model.text_encoder = load_text_encoder(init / "text_encoder")
-        for part, wanted in (("transformer", transformer), ("text_encoder", text_encoder)):
-            if (found := getattr(model, part).config) != wanted:
-                raise InputError(f"config.train.init: {init / part}: expected {wanted}, found {found}")
+        for part, expected in (("transformer", transformer), ("text_encoder", text_encoder)):
+            if (actual := getattr(model, part).config) != expected:
+                raise InputError(f"config.train.init: {init / part}: expected {expected}, found {actual}")
     model.transformer.set_mesh(mesh, config.mesh.exchange)
     graph, params = nnx.split(model)
     optimizer = make_optimizer(train)
@@ -171,7 +177,7 @@ def train_transformer(
     held_out = batches(latents / "holdout", train.batch, config.seed, rows)
 
     def validate(params) -> float:
-        """On fixed clips, noise and noise levels."""
+        """The loss on fixed clips, noise and noise levels."""
         keys = jax.random.split(jax.random.key(1), VALIDATION_BATCHES)
         settings = {"shift": train.shift, "dropout": 0.0}
         losses = [validation_loss(graph, params, tokenized(held_out[i]), key, **settings) for i, key in enumerate(keys)]

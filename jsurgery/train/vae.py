@@ -1,4 +1,4 @@
-"""Trains a small Wan VAE on crops of sprite clips, and measures its latents' mean and spread."""
+"""Trains a small Wan VAE on crops of sprite clips, and measures the mean and deviation of its latents."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ INITIAL_LOG_VARIANCE = -6.0
 
 
 def loss_fn(vae: WanVae, video_BxFxHxWx3: jax.Array, key: jax.Array, kl_weight: float) -> tuple[jax.Array, dict]:
-    """Mean absolute error of a sampled reconstruction, plus the KL divergence to a unit normal, per latent value."""
+    """Mean absolute error of a sampled reconstruction + kl_weight * mean KL divergence of a latent to a unit normal."""
     mean, logvar = vae.moments(video_BxFxHxWx3)
     logvar = jnp.clip(logvar, -30, 20)
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -35,7 +35,7 @@ def loss_fn(vae: WanVae, video_BxFxHxWx3: jax.Array, key: jax.Array, kl_weight: 
 
 
 def convolutions(params: Any) -> Any:
-    """Muon's view of a convolution: one matrix from all inputs of the window to the outputs."""
+    """Tells Muon to treat a convolution as one matrix, from all inputs of the window to the outputs."""
 
     def of(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
         if "kernel" in jax.tree_util.keystr(path):
@@ -46,7 +46,7 @@ def convolutions(params: Any) -> Any:
 
 
 def crops(config: ConfigDict, step: int) -> np.ndarray:
-    """A batch [B, f, h, w, 3] of float32 crops; three of four hold a piece of a sprite's path."""
+    """A batch [B, f, h, w, 3] of float32 crops; three in four contain a part of a sprite's path."""
     train, video = config.train, config.video
     f, h, w = train.vae_crop
     batch = []
@@ -69,16 +69,16 @@ def crops(config: ConfigDict, step: int) -> np.ndarray:
 
 
 def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> None:
-    """Trains (or goes on training) and writes a diffusers `vae/` folder."""
+    """Trains, or continues training, and writes a diffusers `vae/` folder."""
     train = config.train
     unit = dict(latents_mean=(0.0,) * train.z_dim, latents_std=(1.0,) * train.z_dim)
     sizes = VaeConfig(base_dim=train.vae_base_dim, z_dim=train.z_dim, num_res_blocks=train.vae_res_blocks, **unit)
     vae = nnx.jit(lambda: WanVae(sizes, rngs=nnx.Rngs(config.seed)))()
-    # Residual branches that start at zero: the narrow, deep network is then shallow at first, and learns colours soon.
+    # Residual branches start at zero: the narrow, deep network is then shallow at first and learns colours early.
     for _, module in nnx.iter_modules(vae):
         if isinstance(module, ResidualBlock):
             module.conv2.kernel[...] = jnp.zeros_like(module.conv2.kernel[...])
-    # A posterior that starts narrow: at unit variance, noise would drown the mean before there is one.
+    # The posterior starts narrow: at unit variance, its noise would drown a mean that is not trained yet.
     vae.quant_conv.bias[...] = vae.quant_conv.bias[...].at[train.z_dim :].set(INITIAL_LOG_VARIANCE)
     graph, params = nnx.split(vae)
     schedule = optax.warmup_cosine_decay_schedule(0.0, train.vae_learning_rate, train.vae_steps // 20, train.vae_steps)
@@ -97,8 +97,8 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        params, opt_state, parts, found = update(state["params"], state["opt_state"], crops(config, step), key)
-        return {"params": params, "opt_state": opt_state}, parts, found
+        params, opt_state, parts, faults = update(state["params"], state["opt_state"], crops(config, step), key)
+        return {"params": params, "opt_state": opt_state}, parts, faults
 
     def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         return likely_causes(values["loss"], step, [], state["params"], faults)

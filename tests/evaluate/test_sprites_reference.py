@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jsurgery.evaluate.sprites_reference import calibrate_sprites, kept, sprites_reference
+from jsurgery.evaluate.sprites_reference import calibrate_sprites, packaged_reference, sprites_reference
 from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.load_config import load_config
 from jsurgery.wan.pipeline import load_pipeline
@@ -14,20 +14,20 @@ SIZE = {"video.frames": "5", "video.height": "64", "video.width": "48"}
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_demo_measures_nothing_anew(seed):
-    upper, chance = kept(load_config("tiny", {"seed": str(seed)}))
+    upper, chance = packaged_reference(load_config("tiny", {"seed": str(seed)}))
     assert list(upper) == list(chance) and all(chance[name] < value <= 1 for name, value in upper.items())
 
 
 def test_another_vae_size_or_seed_is_not_kept(tiny_pipeline):
     for other in ({"model.path": str(tiny_pipeline)}, {"video.width": "176"}, {"seed": "77"}):
-        assert kept(load_config("tiny", other)) is None, other
+        assert packaged_reference(load_config("tiny", other)) is None, other
 
 
 def test_what_is_kept_is_what_would_be_measured():
     """Two clips, kept for this test: it fails where a change to clips, score or VAE makes what is kept stale."""
     config = load_config("tiny")
     measured = calibrate_sprites(config, load_pipeline(config.model.path), clips=2)
-    for found, expected in zip(measured, kept(config, clips=2), strict=True):
+    for found, expected in zip(measured, packaged_reference(config, clips=2), strict=True):
         assert found == pytest.approx(expected, abs=0.01), "run python -m jsurgery.evaluate.sprites_reference 0 1 2"
 
 

@@ -17,7 +17,8 @@ from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.cli import main
 from jsurgery.export.torch_model import HybridWanTransformer3DModel
-from jsurgery.report.model_card import feature_maps, model_card, spans
+from jsurgery.io.results import format_ranges
+from jsurgery.report.model_card import feature_maps, model_card
 from jsurgery.report.push import check_folder
 from jsurgery.surgery.operate import save_model
 from jsurgery.wan.checkpoint import read_config
@@ -261,5 +262,8 @@ def test_a_hub_that_refuses_or_is_out_of_reach(tiny_pipeline, asked, monkeypatch
     assert "--repo=org/name: the Hub is out of reach" in line and TOKEN not in line
 
 
-def test_spans():
-    assert [spans(blocks) for blocks in ([], [3], [0, 1, 2, 5], [1, 2, 4, 5])] == ["", "3", "0–2, 5", "1–2, 4–5"]
+@pytest.mark.parametrize(
+    ("blocks", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0–2, 5"), ([1, 2, 4, 5], "1–2, 4–5")]
+)
+def test_ranges_of_blocks(blocks, text):
+    assert format_ranges(blocks, dash="–", separator=", ") == text

@@ -1,6 +1,5 @@
 """Distillation by independent jobs, a set of blocks each, and the one result that all of them make."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import write_json
+from jsurgery.io.results import format_ranges
 from jsurgery.io.safetensors import open_tensors, write_tensors
 from jsurgery.runtime.metrics import Metrics, read_metrics
 from jsurgery.surgery.distillation.saved_maps import INITIAL, TRAINED, read_errors
@@ -20,13 +20,6 @@ BY_BLOCK = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share"
 def job_name(blocks: Sequence[int]) -> str:
     """Where, in the folder of the whole distillation, the job of these blocks leaves its files."""
     return f"blocks_{format_ranges(blocks)}"
-
-
-def format_ranges(blocks: Sequence[int]) -> str:
-    """(0, 1, 2, 5) -> "0-2,5"."""
-    runs = itertools.groupby(enumerate(sorted(blocks)), lambda pair: pair[1] - pair[0])
-    ends = [[block for _, block in run] for _, run in runs]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
 
 
 def job_of_block(jobs: Sequence[epath.Path], blocks: int) -> list[epath.Path]:

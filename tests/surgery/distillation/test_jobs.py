@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from jsurgery.cli import main
 from jsurgery.config import block_numbers
 from jsurgery.errors import InputError
+from jsurgery.io.results import format_ranges
 from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime.metrics import Metrics, read_metrics
-from jsurgery.surgery.distillation.jobs import format_ranges, job_name, merge
+from jsurgery.surgery.distillation.jobs import job_name, merge
+from jsurgery.surgery.stages import job_folder
 
 RATES = (2, "linear")
 FIELDS = {
@@ -100,14 +102,14 @@ def test_plan_merges_the_jobs_of_its_workdir(tiny_pipeline, tmp_path, capsys):
     run = Run(load_config("tiny", fields), str(workdir))
 
     def job(name: str, blocks: list[int], finished: bool = True) -> None:
-        stage = run.distill_job(name)
+        stage = job_folder(run.config, name, run.stages)
         stage.begin()
         leave(stage.folder, blocks)
         if finished:
             stage.end()
 
-    run.trace.begin()
-    run.trace.end()
+    run.stages["trace"].begin()
+    run.stages["trace"].end()
     job("blocks_0", [0])
     job("blocks_1", [1], finished=False)
     for name in ("plan", "distill"):
@@ -119,7 +121,7 @@ def test_plan_merges_the_jobs_of_its_workdir(tiny_pipeline, tmp_path, capsys):
     assert main(["plan", *command]) == 0
     assert json.loads((workdir / "distill" / "errors.json").read_text())["errors"] == [[0, 0.1], [1, 1.1]]
     assert json.loads((workdir / "plan" / "plan.json").read_text())["rates"] == [2, 2]
-    assert run.distill.done()
+    assert run.stages["distill"].done()
     # Other steps are another distillation, other blocks are not.
     assert main(["plan", *command, "--config.distill.blocks=1"]) == 0
     assert main(["plan", *command, "--config.distill.steps=7"]) == 2
