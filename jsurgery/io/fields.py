@@ -1,4 +1,4 @@
-"""The fields of a model's config.json: sizes and switches that a network can be built of."""
+"""Checks the fields of a config: their types, and whether a network of these sizes can be built."""
 
 import dataclasses
 import math
@@ -8,12 +8,16 @@ from typing import Any
 from jsurgery.errors import InputError
 from jsurgery.io.files import shortened
 
-LARGEST = {"num_layers": 1024, "num_res_blocks": 64}  # what is built one by one
+# The largest values of the numbers of layers, which are built one by one, and of all other sizes.
+LARGEST = {"num_layers": 1024, "num_res_blocks": 64}
 LARGEST_SIZE = 1 << 24
 
 
 def check_fields(config: Any, source: str) -> None:
-    """Raises InputError naming the first field of a config dataclass that has not its type or cannot be a size."""
+    """Raises InputError naming the first field of a config dataclass with a wrong type or an impossible size.
+
+    `source` is what the message calls the config.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         expected = _expected(field.type, value, LARGEST.get(field.name, LARGEST_SIZE))
@@ -21,8 +25,14 @@ def check_fields(config: Any, source: str) -> None:
             raise InputError(f"{source}: {field.name}: expected {expected}, found {shortened(value)}")
 
 
+def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys whose values differ, with both values: the first 4, and how many more."""
+    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
 def _expected(kind: Any, value: Any, largest: int) -> str | None:
-    """What a value should be and is not."""
+    """What a value of type `kind` should have been, or None if it is fine."""
     if type(None) in typing.get_args(kind):
         (kind,) = set(typing.get_args(kind)) - {type(None)}
         if value is None:
@@ -32,8 +42,8 @@ def _expected(kind: Any, value: Any, largest: int) -> str | None:
         several = rest == [Ellipsis]
         if type(value) is not tuple or not (several or len(value) == 1 + len(rest)):
             return f"{'numbers' if several else f'{1 + len(rest)} numbers'} in a list"
-        wrong = (_expected(item, one, largest) for one in value)
-        return next((f"only {expected} in the list" for expected in wrong if expected), None)
+        faults = (_expected(item, element, largest) for element in value)
+        return next((f"only {expected} in the list" for expected in faults if expected), None)
     if kind is bool:
         return None if type(value) is bool else "true or false"
     if kind is int:
@@ -42,8 +52,3 @@ def _expected(kind: Any, value: Any, largest: int) -> str | None:
         number = type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
         return None if number else "a finite number"
     return None
-
-
-def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
-    return ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")

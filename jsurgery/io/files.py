@@ -1,4 +1,4 @@
-"""Reads files, saying in one line what is wrong with a bad one, and writes them whole or not at all."""
+"""Reads files, with a message of one line for a bad one, and writes files completely or not at all."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ POINTER, PAGE, PICKLE = "a git-LFS pointer; run `git lfs pull`", "an HTML or XML
 
 
 def describe_foreign_file(start: bytes, size: int) -> str | None:
-    """What a file of `size` bytes that begins with `start` is instead of what was expected, if that can be told."""
+    """What kind of file this is, by its first bytes `start` and its `size`, or None if these do not show it."""
     text = start[:200].lstrip().lower()
     if not size:
         return "an empty file"
@@ -32,14 +32,14 @@ def describe_foreign_file(start: bytes, size: int) -> str | None:
 def damaged(
     file: epath.PathLike, start: bytes, size: int, fault: object, expected: str = "a safetensors file"
 ) -> InputError:
-    """The error for a file that begins with `start` and is not what was expected, with the likely cause."""
+    """The error for a file that is not what was expected, with the likely cause. `start` are the file's first bytes."""
     kind = describe_foreign_file(start, size)
     cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
     return InputError(f"{file}: not {expected}: {cause if kind is None else f'it is {kind}'}")
 
 
 def read_json(path: epath.PathLike, expected: str = "JSON") -> Any:
-    """The content of a JSON file. Raises InputError, with the likely cause, where it is missing or no JSON."""
+    """The content of a JSON file. Raises InputError, with the likely cause, if it is missing or is not JSON."""
     path = epath.Path(path)
     try:
         content = path.read_bytes()
@@ -48,30 +48,30 @@ def read_json(path: epath.PathLike, expected: str = "JSON") -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        found = describe_foreign_file(content[:200], len(content)) or f"{error}"
-        raise InputError(f"{path}: expected {expected}, found {found}") from None
+        actual = describe_foreign_file(content[:200], len(content)) or f"{error}"
+        raise InputError(f"{path}: expected {expected}, found {actual}") from None
 
 
 def read_object(path: epath.PathLike, expected: str = "JSON") -> dict[str, Any]:
-    """The object in a JSON file; otherwise like `read_json`."""
-    found = read_json(path, expected)
-    if not isinstance(found, dict):
+    """The content of a JSON file that must be an object; otherwise like `read_json`."""
+    content = read_json(path, expected)
+    if not isinstance(content, dict):
         expected = "a JSON object" if expected == "JSON" else expected
-        raise InputError(f"{path}: expected {expected}, found {shortened(found)}")
-    return found
+        raise InputError(f"{path}: expected {expected}, found {shortened(content)}")
+    return content
 
 
 def shortened(value: Any, length: int = 80) -> str:
-    """A value in a message, cut where it is long."""
+    """A value's repr for a message, cut after `length` characters."""
     text = repr(value)
     return text if len(text) <= length else text[:length] + "…"
 
 
 @contextlib.contextmanager
 def replacing(path: AnyPath, temporary_name: str | None = None) -> Iterator[AnyPath]:
-    """A temporary path beside `path` to write to; renamed to `path` when the block ends without an error.
+    """A temporary path beside `path` to write to. It is renamed to `path` when the block ends without an error.
 
-    So a file or folder with its final name is complete, whatever stops the process.
+    A file or folder under its final name is therefore complete, whenever the process was stopped.
     """
     temporary = path.with_name(temporary_name or path.name + ".tmp")
     yield temporary

@@ -1,4 +1,4 @@
-"""A manifest: the size and sha256 of every file of a folder. What it does not find changed is as it was written."""
+"""Hashes of files, and manifests: the size and sha256 of every file of a folder, to find damage later."""
 
 import hashlib
 import json
@@ -10,23 +10,30 @@ from etils import epath
 
 from jsurgery.io.files import AnyPath, replacing
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # of a saved training state; see `jsurgery.runtime.checkpoints`
+HASHES = "hashes.json"  # of a model folder; see `jsurgery.wan.folder_hashes`
 BLOCK = 1 << 24  # bytes read at once
 THREADS = 8
 
 
 def write_manifest(folder: epath.Path) -> None:
-    """Hashes every file of the folder. A folder with a manifest is complete."""
-    (folder / (MANIFEST + ".tmp")).unlink(missing_ok=True)  # of a process that was killed
+    """Hashes every file of the folder into its manifest, as the last step of writing it.
+
+    A folder with a manifest is therefore complete.
+    """
+    (folder / (MANIFEST + ".tmp")).unlink(missing_ok=True)  # left by a process that was killed
     names = sorted(files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(names, pool.map(lambda name: size_and_sha256(folder / name), names), strict=True))
+        hashes = dict(zip(names, pool.map(lambda name: size_and_sha256(folder / name), names), strict=True))
     with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(manifest_text(found))
+        temporary.write_text(manifest_text(hashes))
 
 
 def find_damage(folder: epath.Path) -> list[str]:
-    """What the manifest finds changed: a line for every file, named from `folder` on; none when all is as written."""
+    """The differences between a folder and its manifest: one line for each file that is missing or has changed.
+
+    File names are relative to `folder`. A manifest that is missing or damaged is itself reported.
+    """
     try:
         text = (folder / MANIFEST).read_bytes().decode()
         expected = json.loads(text)["files"]
@@ -36,25 +43,26 @@ def find_damage(folder: epath.Path) -> list[str]:
     if not intact:
         return [f"{MANIFEST} is not as it was written"]
 
-    def compared(name: str) -> str | None:
+    def fault(name: str) -> str | None:
         file, (size, digest) = folder / name, expected[name]
         if not file.exists():
             return f"{name} is missing"
-        if (found := file.stat().length) != size:
-            return f"{name} has {found} bytes, was written with {size}"
+        if (length := file.stat().length) != size:
+            return f"{name} has {length} bytes, was written with {size}"
         return f"{name} is not as it was written" if size_and_sha256(file) != [size, digest] else None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return [line for line in pool.map(compared, expected) if line]
+        return [line for line in pool.map(fault, expected) if line]
 
 
-def manifest_text(found: dict[str, list[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    return json.dumps({"files": found, "sha256": digest}, indent=1) + "\n"
+def manifest_text(hashes: dict[str, list[Any]]) -> str:
+    """The JSON of a manifest: [size, sha256] by file name, and a hash of these entries that shows damage to them."""
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return json.dumps({"files": hashes, "sha256": digest}, indent=1) + "\n"
 
 
 def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Names below a folder, from it on."""
+    """The names of all files in a folder and its subfolders, relative to it, except its manifest."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from files(path, f"{prefix}{path.name}/")
@@ -63,8 +71,9 @@ def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def size_and_sha256(file: AnyPath) -> list[Any]:
-    """[bytes, hexadecimal sha256]. Streams of object stores have no `readinto`, which hashlib.file_digest needs."""
+    """[bytes, hexadecimal sha256] of a file."""
     digest, size = hashlib.sha256(), 0
+    # Not hashlib.file_digest, which needs `readinto`: streams of object stores do not have it.
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):
             digest.update(block)
@@ -73,10 +82,13 @@ def size_and_sha256(file: AnyPath) -> list[Any]:
 
 
 def folder_fingerprint(folder: epath.Path) -> str:
-    """A hash of a model folder's small files and of the size and both ends of its large ones; not of its own hashes."""
+    """A short hash that identifies a model folder: of every file's name and size, and of its first and last MiB.
+
+    The folder's hashes.json does not count.
+    """
     digest = hashlib.sha256()
-    files = (path for level in ("*", "*/*") for path in folder.glob(level) if path.name != "hashes.json")
-    for file in sorted(path for path in files if not path.is_dir()):
+    paths = (path for level in ("*", "*/*") for path in folder.glob(level) if path.name != HASHES)
+    for file in sorted(path for path in paths if not path.is_dir()):
         size = file.stat().length
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as stream:
@@ -84,6 +96,3 @@ def folder_fingerprint(folder: epath.Path) -> str:
             stream.seek(max(0, size - (1 << 20)))
             digest.update(stream.read(1 << 20))
     return digest.hexdigest()[:16]
-
-
-HASHES = "hashes.json"

@@ -1,4 +1,4 @@
-"""Safetensors files: looked into without being read, written tensor by tensor; one file, or shards with an index."""
+"""Reads and writes safetensors files, one tensor at a time: a single file, or shards with an index."""
 
 import dataclasses
 import hashlib
@@ -16,11 +16,11 @@ from jsurgery.errors import InputError
 from jsurgery.io.files import damaged, read_object, replacing, write_json
 from jsurgery.io.hashes import HASHES, size_and_sha256
 
-LARGEST_HEADER = 100_000_000  # of the safetensors library, too
-LARGEST_TENSOR = 1 << 46  # bytes, were no axis empty
-SHARD_BYTES = 5_000_000_000  # diffusers' and transformers' own limit
+LARGEST_HEADER = 100_000_000  # bytes; also the safetensors library's limit
+LARGEST_TENSOR = 1 << 46  # elements, with empty axes counted as 1
+SHARD_BYTES = 5_000_000_000  # also the limit of diffusers and transformers
 
-# NumPy has no bfloat16 of its own, which is why its names are not the format's.
+# The format's name of a dtype -> NumPy's dtype. NumPy itself has no bfloat16.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -38,7 +38,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor whose values are fetched each time that NumPy asks for them, and not kept."""
+    """A tensor whose values are fetched each time that NumPy needs them, and are not kept."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -52,9 +52,9 @@ Tensors = Mapping[str, np.ndarray | LazyTensor]
 
 
 def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
-    """All tensors of a .safetensors file, or of a folder of them (sharded, with an index, or not), memory-mapped.
+    """The tensors of a .safetensors file, or of all such files in a folder, with or without an index; memory-mapped.
 
-    Only headers are read here. Raises InputError, naming the file and the likely cause, where a file is missing or
+    Only the headers are read here. Raises InputError, naming the file and the likely cause, if a file is missing or
     damaged.
     """
     path = epath.Path(path)
@@ -79,22 +79,68 @@ def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
         if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name):
             raise InputError(f"{file}: a shard without its index (*.safetensors.index.json); download incomplete?")
         shard = _open_file(file)
-        if twice := tensors.keys() & shard.keys():
+        if duplicates := tensors.keys() & shard.keys():
             raise InputError(
-                f"{file}: holds {min(twice)}, which another file of the folder holds too; keep one variant"
+                f"{file}: holds {min(duplicates)}, which another file of the folder holds too; keep one variant"
             )
         tensors |= shard
     return tensors
 
 
 def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Like `open_tensors`, with all values in memory."""
+    """Like `open_tensors`, with all values read into memory."""
     return {name: np.array(tensor) for name, tensor in open_tensors(path).items()}
 
 
 def check_tensors(path: epath.PathLike) -> None:
-    """Raises InputError where `read_tensors` would, having read the headers of the files and their sizes only."""
+    """Raises InputError where `open_tensors` would; reads only the headers and sizes of the files."""
     open_tensors(path)
+
+
+def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Writes one .safetensors file under a temporary name, then renames it: a file under its final name is complete.
+
+    A hashes.json in its folder is removed before that, as by `write_shards`.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        _write_file(temporary, tensors, metadata)
+        (path.parent / HASHES).unlink(missing_ok=True)
+
+
+def write_shards(
+    folder: epath.PathLike, stem: str, tensors: Tensors, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list]:
+    """Writes `stem`.safetensors, or above `shard_bytes` shards with an index, named as in diffusers and transformers.
+
+    All files are complete before the first one gets its final name, and the index is written last. Before that, an
+    earlier save's hashes.json is removed, then its index; its other shards are removed too.
+    Returns [size, sha256] by file name, for `write_hashes`.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(tensors, shard_bytes)
+    count = len(shards)
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.safetensors"]
+    hashes = {name: _write_file(_temporary(folder / name), shard) for name, shard in zip(names, shards, strict=True)}
+
+    index = folder / f"{stem}.safetensors.index.json"
+    (folder / HASHES).unlink(missing_ok=True)
+    index.unlink(missing_ok=True)
+    for name in names:
+        _temporary(folder / name).replace(folder / name)
+    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    for file in folder.glob("*.safetensors"):
+        if ours.fullmatch(file.name) and file.name not in names:
+            file.unlink()
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
+        write_json(index, content)
+        hashes[index.name] = size_and_sha256(index)
+    return hashes
 
 
 def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
@@ -102,7 +148,7 @@ def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise InputError(f"{index}: expected JSON with a weight_map of tensor to file, found none")
     shards = sorted({shard for shard in shard_of.values() if isinstance(shard, str)})
-    # A name, not a path: an index from elsewhere must not lead to other files of this machine.
+    # Names, not paths: a downloaded index must not lead to other files of this machine.
     if astray := [s for s in shard_of.values() if not isinstance(s, str) or not re.fullmatch(r"[\w-][\w.-]*", s)]:
         raise InputError(f"{index}: expected names of files in this folder, found {astray[0]!r}")
     if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
@@ -118,7 +164,7 @@ def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
 
 
 def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
-    """Each tensor of a file whose size is what its header adds up to."""
+    """The tensors of one file. Raises InputError unless they fill the file exactly, as its header says."""
     try:
         size = file.stat().length
         with file.open("rb") as stream:
@@ -147,17 +193,17 @@ def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
         expected = math.prod(place.shape) * _DTYPES[place.dtype].itemsize
         if place.end - place.begin != expected:
-            found = f"{name} has {place.end - place.begin} bytes for {place.dtype} {place.shape}"
-            raise damaged(file, start, size, found)
+            fault = f"{name} has {place.end - place.begin} bytes for {place.dtype} {place.shape}"
+            raise damaged(file, start, size, fault)
         if place.begin != end:
-            raise damaged(file, start, size, f"{name} begins at {place.begin}, the one before it ends at {end}")
+            raise damaged(file, start, size, f"{name} begins at {place.begin}, the tensor before it ends at {end}")
         end = place.end
         tensors[name] = _stored(file, _DTYPES[place.dtype], place.shape, 8 + header_size + place.begin)
     return {name: tensors[name] for name in places}
 
 
 class _TensorSpan(NamedTuple):
-    """Where in a file a tensor lies: bytes from `begin` to `end` after the header."""
+    """A tensor's entry in a header: its values are the bytes from `begin` to `end` after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -166,7 +212,7 @@ class _TensorSpan(NamedTuple):
 
 
 def _place(dtype: Any, shape: Any, data_offsets: Any) -> _TensorSpan:
-    """Raises ValueError or TypeError for an entry of a header that describes no tensor."""
+    """A header's entry, checked. Raises ValueError or TypeError if it does not describe a tensor."""
     begin, end = data_offsets
     numbers = [begin, end, *shape]
     sound = type(dtype) is str and type(shape) is list and all(type(number) is int for number in numbers)
@@ -179,58 +225,13 @@ def _stored(file: epath.Path, dtype: np.dtype, shape: tuple[int, ...], offset: i
     def fetch() -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if size and "://" not in str(file):
-            # A mapping of its own for each tensor: its pages are given back with it.
+            # Each tensor has its own mapping, so that its memory is released with it.
             return np.memmap(file, dtype, "r", offset, shape)
         with file.open("rb") as stream:
             stream.seek(offset)
             return np.frombuffer(stream.read(size), dtype).reshape(shape)
 
     return LazyTensor(shape, dtype, fetch)
-
-
-def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Writes one .safetensors file under a temporary name, then renames it: a file with the final name is complete.
-
-    Of a model folder the hashes go first, as with `write_shards`.
-    """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        _write_file(temporary, tensors, metadata)
-        (path.parent / HASHES).unlink(missing_ok=True)
-
-
-def write_shards(
-    folder: epath.PathLike, stem: str, tensors: Tensors, shard_bytes: int = SHARD_BYTES
-) -> dict[str, list]:
-    """Writes `stem`.safetensors, or above `shard_bytes` shards with an index, named as diffusers and transformers do.
-
-    All files are complete before the first gets its final name, and the index comes last. What an earlier save of other
-    shards left is removed, its hashes first. Returns what `write_hashes` takes.
-    """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _split(tensors, shard_bytes)
-    count = len(shards)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else [f"{stem}.safetensors"]
-    hashes = {name: _write_file(_temporary(folder / name), shard) for name, shard in zip(names, shards, strict=True)}
-
-    index = folder / f"{stem}.safetensors.index.json"
-    (folder / HASHES).unlink(missing_ok=True)
-    index.unlink(missing_ok=True)
-    for name in names:
-        _temporary(folder / name).replace(folder / name)
-    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
-    for file in folder.glob("*.safetensors"):
-        if ours.fullmatch(file.name) and file.name not in names:
-            file.unlink()
-    if count > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        content = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
-        write_json(index, content)
-        hashes[index.name] = size_and_sha256(index)
-    return hashes
 
 
 def _split(tensors: Tensors, shard_bytes: int) -> list[Tensors]:
@@ -254,8 +255,8 @@ def _temporary(path: epath.Path) -> epath.Path:
 
 
 def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> list[Any]:
-    """One file, never holding more than one tensor, and its fingerprint; one that could not be finished is removed."""
-    # Widest type first, so that every tensor lies aligned.
+    """Writes one file, with one tensor in memory at a time, and returns its [size, sha256]; removes it on an error."""
+    # The widest type first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
@@ -271,7 +272,7 @@ def _write_file(path: epath.Path, tensors: Tensors, metadata: dict[str, str] | N
             stream.write(start)
             digest = hashlib.sha256(start)
             for name in names:
-                # A buffer is written as it lies, so a transposed view has to be copied first.
+                # The buffer is written in memory order, so a transposed view has to be copied first.
                 values = np.asarray(tensors[name], order="C").reshape(-1).view(np.uint8).data
                 stream.write(values)
                 digest.update(values)
