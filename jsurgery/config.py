@@ -5,6 +5,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -190,6 +191,12 @@ MAY_BE_ZERO = {
 
 LARGEST, LARGEST_COUNT = 1e30, 10**9
 
+# A workdir, a video and a measurement record the config that they were made with. They must stay valid when a field is
+# added: a later field is recorded only where it differs from the value given here, which must mean "as before".
+LATER_FIELDS: dict[str, Any] = {"distill.mode": "traces"}
+# A field that has an effect only where another field has a certain value is recorded only there.
+EFFECTIVE_WHERE = {"distill.trajectories": ("distill.mode", "sampling")}
+
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError naming the first field that is out of range, its value and what is allowed."""
@@ -290,6 +297,33 @@ def block_numbers(text: str) -> tuple[int, ...] | None:
             raise InputError(f"config.distill.blocks: expected numbers and ranges like '0-9,12', found {text!r}")
         numbers |= set(range(first, last + 1))
     return tuple(sorted(numbers))
+
+
+def recorded_fields(config: ConfigDict, fields: Sequence[str], without: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result records of the config: `fields` (whole sections or single fields), but none of `without`.
+
+    Fields of LATER_FIELDS with their old value and those of EFFECTIVE_WHERE without effect are left out.
+    """
+    values = dict(flatten(config))
+
+    def counts(field: str) -> bool:
+        if field in LATER_FIELDS and values[field] == LATER_FIELDS[field]:
+            return False
+        other, value = EFFECTIVE_WHERE.get(field, (field, values[field]))
+        return values[other] == value
+
+    covers = lambda field, names: any(field == name or field.startswith(name + ".") for name in names)
+    return {
+        field: value
+        for field, value in values.items()
+        if covers(field, fields) and not covers(field, without) and counts(field)
+    }
+
+
+def recorded_section(config: ConfigDict, section: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The `recorded_fields` of one section, named without it: {"steps": 50, ...}; so are those of `without`."""
+    fields = recorded_fields(config, [section], [f"{section}.{name}" for name in without])
+    return {field.removeprefix(section + "."): value for field, value in fields.items()}
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:

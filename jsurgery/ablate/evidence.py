@@ -105,13 +105,13 @@ def evaluation_stage(run: Run) -> StageFolder:
         "evidence",
         run.config,
         ("evaluate", "finetune"),
-        after=[run.stages["distill"], run.stages["latents"]],
+        after=[run.stages[name] for name in ("distill", "latents")],
     )
 
 
 def finetune_stage(run: Run, name: str) -> StageFolder:
     return StageFolder(
-        run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.stages["distill"], run.stages["latents"]]
+        run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.stages[name] for name in ("distill", "latents")]
     )
 
 

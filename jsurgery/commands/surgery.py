@@ -2,7 +2,6 @@
 
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
-STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
 TEXTS = {
     "surgery": "all stages in order; running it again resumes",
     "trace": "sample the teacher and keep the noisy latents on the way",
@@ -30,9 +29,10 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
     from jsurgery.report.summary import tell_result
     from jsurgery.run import start_run
     from jsurgery.runtime.processes import is_first
+    from jsurgery.surgery.stages import COMMANDS
 
     run = start_run(config, options.workdir)
-    run.stages(STAGES if options.name == "surgery" else (options.name,))
+    run.run_commands(COMMANDS if options.name == "surgery" else (options.name,))
     if not is_first():
         return
     if options.name == "surgery":
@@ -47,10 +47,10 @@ def print_front(config, run) -> None:
     from jsurgery.report.cost_page import neighbours, write_front_page
     from jsurgery.surgery.plan import write_pareto_front
 
-    front = write_pareto_front(config, run.model_config, run.distill.folder, run.plan.folder)
+    front = write_pareto_front(config, run.model_config, run.stages["distill"].folder, run.stages["plan"].folder)
     for row in neighbours(front):
         print("  ".join(row))
     chosen = front["chosen"]
     verdict = "proven optimal" if chosen["proven_optimal"] else f"not optimal: {chosen['optimum']:.5g} is possible"
     print(f"bound {chosen['error_bound']:.5g}; {verdict}")
-    print(write_front_page(run.plan.folder, front))
+    print(write_front_page(run.stages["plan"].folder, front))

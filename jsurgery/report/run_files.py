@@ -1,4 +1,4 @@
-"""What a run has left in its workdir so far, and what it has not."""
+"""Reads the files that a run has left in its workdir so far, and says which are missing."""
 
 import functools
 import json
@@ -14,24 +14,21 @@ from jsurgery.errors import InputError
 from jsurgery.runtime.stage_folder import MARKER
 from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.plan import read_plan
+from jsurgery.surgery.stages import STAGES
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import model_path, transformer_folder
 
 CONFIG = "config.json"
-WITHOUT = {  # file -> what a page missing_part without it, the stage's folder and command
-    "distill/metrics.jsonl": ("the curves of the distillation", "distill", "distill"),
-    "distill/errors.json": ("the errors of the blocks and what trades against them", "distill", "distill"),
-    "plan/plan.json": ("the plan and what it saves", "plan", "plan"),
-    "finetune/metrics.jsonl": ("the curves of the fine-tuning", "finetune", "finetune"),
-    "evaluation/evaluation.json": ("scores and distances", "evaluation", "evaluate"),
+MISSING = {  # file -> what a page lacks without it, the stage's folder and command
+    f"{stage.name}/{file}": (part, stage.name, stage.command) for stage in STAGES for file, part in stage.leaves.items()
 }
-CHECKED = {"distill/errors.json": read_errors, "plan/plan.json": read_plan}  # by the reader that later stages have
+CHECKED = {"distill/errors.json": read_errors, "plan/plan.json": read_plan}  # read and checked as by later stages
 
 
 @dataclass
 class RunFiles:
-    """What there is; None, or no rows, for what there is not. `absent` says that in words."""
+    """The contents of a run's files; None or empty for missing files, which `absent` lists in words."""
 
     workdir: epath.Path
     config: ConfigDict | None = None
@@ -51,7 +48,7 @@ class RunFiles:
 
     @property
     def prompts(self) -> list[str]:
-        """Of the evaluation; before it has ended, those that it takes from the config."""
+        """The evaluation's prompts; before it has ended, those that the config gives it."""
         if self.evaluation is not None:
             return self.evaluation["prompts"]
         if self.config is None:
@@ -64,22 +61,22 @@ class RunFiles:
 
 
 def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFiles:
-    """`config`: the run's own, where it is known; otherwise that which lies in the workdir.
+    """Reads a workdir. config: the run's own; by default the config that is saved in the workdir.
 
-    Raises InputError where the workdir is not there.
+    Raises InputError if the workdir does not exist.
     """
     run = RunFiles(epath.Path(workdir))
     if not run.workdir.is_dir():
         raise InputError(f"{run.workdir}: expected the folder of a run, found none")
     run.config = config or read_run_config(run)
     run.model = read_model(run)
-    found = {name: read(run, name, *missing_part) for name, missing_part in WITHOUT.items() if not skipped(run, name)}
+    found = {name: read(run, name, *missing_part) for name, missing_part in MISSING.items() if not skipped(run, name)}
     run.errors, run.plan = found["distill/errors.json"], found["plan/plan.json"]
     run.evaluation = found["evaluation/evaluation.json"]
     run.distilled = found["distill/metrics.jsonl"] or []
     run.finetuned = found.get("finetune/metrics.jsonl") or []
-    if run.config is None and not any((run.workdir / name).exists() for name in WITHOUT):
-        run.absent = [f"{CONFIG} is not there, nor anything that a stage leaves: nothing has run in {run.workdir}."]
+    if run.config is None and not any((run.workdir / name).exists() for name in MISSING):
+        run.absent = [f"{CONFIG} is not there, nor any file of a stage: nothing has run in {run.workdir}."]
     if (run.workdir / "export" / "parity.json").exists():
         run.parity = read(run, "export/parity.json", "the parity of exports", "export", "export")
     if (run.workdir / "fidelity").exists():
@@ -88,17 +85,17 @@ def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFi
 
 
 def skipped(run: RunFiles, name: str) -> bool:
-    """Whether the config leaves out the stage of a file."""
+    """Whether the config leaves out the stage that writes a file."""
     return name.startswith("finetune/") and run.config is not None and run.config.finetune.steps == 0
 
 
 def read_run_config(run: RunFiles) -> ConfigDict | None:
-    """The config that the run's commands left; what another version wrote differently keeps its default here."""
+    """The config that the run saved. Fields that another version saved in another form keep their defaults."""
     if not (run.workdir / CONFIG).exists():
         run.absent.append(f"{CONFIG} is not there: the config is not known.")
         return None
     try:
-        left = dict(read_json(run.workdir / CONFIG))
+        saved = dict(read_json(run.workdir / CONFIG))
     except (OSError, ValueError, TypeError) as error:
         run.absent.append(f"{CONFIG} cannot be read ({error}): the config is not known.")
         return None
@@ -106,29 +103,29 @@ def read_run_config(run: RunFiles) -> ConfigDict | None:
     for name, _ in flatten(config):
         *sections, leaf = name.split(".")
         node = functools.reduce(getattr, sections, config)
-        value = left.get(name, node[leaf])
+        value = saved.get(name, node[leaf])
         try:
             node[leaf] = tuple(value) if isinstance(value, list) else value
         except TypeError:
-            run.absent.append(f"{CONFIG}: {name}: {value!r} is another version’s; the page goes by {node[leaf]!r}.")
+            run.absent.append(f"{CONFIG}: {name}: {value!r} is of another version; the page uses {node[leaf]!r}.")
     return config
 
 
 def read_model(run: RunFiles) -> WanConfig | None:
-    """The sizes of the run's own model, or of its teacher."""
-    own = [run.workdir / name for name in ("model", "hybrid") if (run.workdir / name / CONFIG).exists()]
+    """The sizes of the run's own model; before that exists, of its teacher."""
+    folders = [run.workdir / name for name in ("model", "hybrid") if (run.workdir / name / CONFIG).exists()]
     try:
-        if own:
-            return read_config(own[0])
+        if folders:
+            return read_config(folders[0])
         return run.config and read_config(transformer_folder(model_path(run.config.model.path)))
     except InputError as error:
         run.absent.append(f"Counted FLOPs need the sizes of the model: {error}")
         return None
 
 
-def read(run: RunFiles, name: str, missing_part: str, folder: str, command: str) -> Any:
-    """A file's content; None, and a word about it, where it is not there or not whole."""
-    path, text = run.workdir / name, f"{missing_part[0].upper()}{missing_part[1:]}: {name}"
+def read(run: RunFiles, name: str, part: str, folder: str, command: str) -> Any:
+    """A file's content; None, with a line in `run.absent` that the page lacks `part`, if it is missing or damaged."""
+    path, text = run.workdir / name, f"{part[0].upper()}{part[1:]}: {name}"
     if not path.exists():
         run.absent.append(f"{text} is not there; {progress(run.workdir / folder, command)}.")
         return None
@@ -137,20 +134,20 @@ def read(run: RunFiles, name: str, missing_part: str, folder: str, command: str)
             return CHECKED[name](path.parent)
         if not name.endswith(".jsonl"):
             return read_json(path)
-        whole, _, _ = path.read_text().rpartition("\n")  # a line without an end is still being written
-        return [json.loads(line) for line in whole.splitlines()]
+        lines, _, _ = path.read_text().rpartition("\n")  # a line without an end is still being written
+        return [json.loads(line) for line in lines.splitlines()]
     except (OSError, ValueError, InputError) as error:
         run.absent.append(f"{text} cannot be read ({error}).")
         return None
 
 
 def read_json(path: epath.Path) -> Any:
-    """None where there is no such file."""
+    """The content of a JSON file; None if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def progress(folder: epath.Path, command: str) -> str:
-    """How far a stage has come, by its marker."""
+    """How far a stage has come, in words, by its marker."""
     try:
         complete = json.loads((folder / MARKER).read_text())["complete"]
     except (OSError, ValueError, KeyError):

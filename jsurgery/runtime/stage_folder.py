@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.config import flatten
+from jsurgery.config import recorded_fields
 from jsurgery.errors import InputError
 from jsurgery.io.fields import describe_changes
 from jsurgery.io.files import read_object, shortened, write_json
@@ -23,7 +23,8 @@ FORMAT_VERSION = 1  # of what stages leave; to be raised when another version co
 class StageFolder:
     """A stage's folder in the workdir and the marker that says with what it was made; its last writing ends the stage.
 
-    `fields` are the config fields (or sections) that change the result, `after` the stages whose results it reads.
+    `fields` are the config fields (or whole sections, but for the fields of `without`) that change the result, `after`
+    the stages whose results it reads.
     """
 
     def __init__(
@@ -33,17 +34,13 @@ class StageFolder:
         config: ConfigDict,
         fields: Sequence[str],
         after: Sequence["StageFolder"] = (),
+        without: Sequence[str] = (),
         **inputs: str,
     ):
         self.name, self.folder = name, epath.Path(workdir) / name
-        chosen = {
-            field: value
-            for field, value in flatten(config)
-            if any(field == prefix or field.startswith(prefix + ".") for prefix in fields)
-        }
-        self.made_with = json.loads(
-            json.dumps({**chosen, **inputs, **{f"stage {s.name}": s.fingerprint for s in after}})
-        )
+        made_with = recorded_fields(config, fields, without) | inputs
+        made_with |= {f"stage {stage.name}": stage.fingerprint for stage in after}
+        self.made_with = json.loads(json.dumps(made_with))  # as it will be read
 
     @property
     def fingerprint(self) -> str:

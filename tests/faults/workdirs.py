@@ -192,7 +192,7 @@ def make_up(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     prompts, kept = config.trace.prompts, config.trace.keep_steps
     text = lambda: noise(config.text_length, model.text_dim)
-    write(run.trace, "text", ({"embedding": text(), "prompt": text_array("")} for _ in range(prompts + 1)))
+    write(run.stages["trace"], "text", ({"embedding": text(), "prompt": text_array("")} for _ in range(prompts + 1)))
     steps = (
         {
             "latents": noise(*shape).astype(np.float16),
@@ -203,18 +203,18 @@ def make_up(config: ConfigDict, workdir: pathlib.Path) -> None:
         for prompt in range(prompts)
         for step in range(kept)
     )
-    write(run.trace, "steps", steps)
+    write(run.stages["trace"], "steps", steps)
     clips = ({"latents": noise(*shape).astype(np.float16), "text": text(), "caption": text_array("")} for _ in range(8))
-    write(run.latents, "train", clips)
+    write(run.stages["latents"], "train", clips)
 
-    run.distill.begin()
+    run.stages["distill"].begin()
     teacher: Any = types.SimpleNamespace(config=model)
     maps = initial_maps(config, teacher)
-    save_maps(run.distill.folder / TRAINED, maps, rates, range(model.num_layers))
+    save_maps(run.stages["distill"].folder / TRAINED, maps, rates, range(model.num_layers))
     table = np.full((model.num_layers, len(rates)), 0.1).tolist()
     names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors")
     found = {"blocks": list(range(model.num_layers)), "rates": list(rates), "samples": 1}
-    write_json(run.distill.folder / "errors.json", found | dict.fromkeys(names, table))
-    run.distill.end()
-    run.run_plan()
-    run.run_operate()
+    write_json(run.stages["distill"].folder / "errors.json", found | dict.fromkeys(names, table))
+    run.stages["distill"].end()
+    run.run_stage("plan")
+    run.run_stage("hybrid")

@@ -76,10 +76,10 @@ def restored():
     return {"step": step, "held": held, "kernel": to_host(kernel).ravel().tolist()}
 
 tell(restored)
-start_run(load_config("tiny", fields | mesh), workdir + "_traced").stage("trace")
+start_run(load_config("tiny", fields | mesh), workdir + "_traced").run_command("trace")
 run = start_run(load_config("tiny", fields | mesh), workdir)
 for stage in stages:
-    run.stage(stage)
+    run.run_command(stage)
 """
 
 
@@ -123,11 +123,11 @@ def alone(fields, tmp_path_factory):
     """A run of one process on one device, and its traces and latents in a workdir of their own."""
     workdir, begun = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     run = Run(load_config("tiny", fields), str(workdir))
-    run.run_trace()
-    run.latents.run(run.encode_latents)
+    run.run_stage("trace")
+    run.run_stage("latents")
     shutil.copytree(workdir, begun, dirs_exist_ok=True)
     for stage in STAGES:
-        run.stage(stage)
+        run.run_command(stage)
     return workdir, begun
 
 
