@@ -1,4 +1,4 @@
-"""Line charts for a page: geometry in percent of the plot area, so that text keeps its size when the chart shrinks."""
+"""Line charts for a page. Positions are in percent of the plot area, so that text keeps its size on small screens."""
 
 import dataclasses
 import math
@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-POINTS = 240  # drawn per line at most
-SMOOTHING = 12  # the running mean spans this fraction of a line
+POINTS = 240  # most that are drawn of a line
+SMOOTHING = 12  # the running mean spans 1 / SMOOTHING of a line
 LOG_RANGE = 4.0  # a y range that spans more than this factor is drawn on a log axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """An SVG path of the raw values and one of their running mean, in a 100 x 100 plot with y downwards."""
+    """SVG paths of the raw values and of their running mean, in a 100 x 100 plot with y downwards."""
 
     label: str
     raw: str
     smooth: str
     last: float  # of the running mean
-    depth: float  # 0 to 1: the place among the chart's lines, for its colour
-    points: tuple[tuple[float, float], ...]  # what is drawn of the raw values
+    depth: float  # position among the chart's lines from 0 to 1, which sets its colour
+    points: tuple[tuple[float, float], ...]  # (x, y) of the raw values that are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Chart:
     log: bool
 
     def hover(self) -> dict[str, Any]:
-        """What a script needs to tell the values under the pointer."""
+        """The data with which page.js shows the values under the pointer."""
         lines = [{"label": line.label, "points": [[rounded(v) for v in p] for p in line.points]} for line in self.lines]
         return {"x": self.x_range, "y": self.y_range, "log": self.log, "lines": lines}
 
@@ -45,9 +45,9 @@ class Chart:
 def line_chart(
     title: str, rows: Sequence[dict[str, float]], names: dict[str, str], from_zero: bool = False
 ) -> Chart | None:
-    """`rows` over their "step", one line for each key of `names` (key -> label); None with fewer than two rows.
+    """A line over "step" for each key of `names` (key -> label); None for fewer than two steps or no finite value.
 
-    from_zero: a linear axis that begins at zero, whatever range the values span.
+    from_zero: makes the y axis linear and begin at zero.
     """
     steps = np.array([row["step"] for row in rows], float)
     series = {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
@@ -104,7 +104,7 @@ def rounded(value: float) -> float:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over a centred window; what is missing or not finite does not count."""
+    """The mean over a centred window. Values that are not finite are left out, and stay NaN."""
     reach = len(values) // (2 * SMOOTHING)
     finite = np.isfinite(values)
     total = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])

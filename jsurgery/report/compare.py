@@ -1,4 +1,4 @@
-"""Several runs on one page: what each saves, how good it is, its plan, its curves, and in what their configs differ."""
+"""One page about several runs: what each saves, its scores, plan and curves, and where their configs differ."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +22,9 @@ SHOWN_PROMPTS = 6
 
 
 def write_comparison(workdirs: Sequence[epath.PathLike], page: epath.PathLike) -> epath.Path:
-    """Writes one page about several runs and returns its path; the page says what each of them has not left.
+    """Writes one page about several runs and returns its path; the page names the files that a run lacks.
 
-    Raises InputError for fewer than two runs, for a folder that is not there, and where the page cannot be written.
+    Raises InputError for fewer than two runs, for a missing folder, and if the page cannot be written.
     """
     if len(workdirs) < 2:
         raise InputError(f"--compare: expected two runs or more, found {len(workdirs)}")
@@ -40,7 +40,7 @@ def write_comparison(workdirs: Sequence[epath.PathLike], page: epath.PathLike) -
 
 
 def names(workdirs: Sequence[epath.PathLike]) -> list[str]:
-    """The end of each folder's path that tells it from the others."""
+    """A short name for each run: the shortest ends of the folders' paths that differ."""
     parts = [epath.Path(workdir).resolve().parts for workdir in workdirs]
     if len(set(parts)) < len(parts):
         raise InputError(f"--compare: expected runs that differ, found {', '.join(map(str, workdirs))}")
@@ -69,29 +69,29 @@ def render_comparison(runs: dict[str, RunFiles]) -> str:
 
 
 def summary(run: RunFiles) -> dict[str, Any]:
-    """A run in a row: None for what it has not left."""
-    found: dict[str, Any] = {"plan": run.plan, "subject": None, "cost": None}
+    """A run's column of the page's first table; None for everything that the run lacks."""
+    result: dict[str, Any] = {"plan": run.plan, "subject": None, "cost": None}
     if run.config is not None and run.model is not None:
         work = workload(run.config, run.model)
-        found["subject"] = describe(run.config, run.model, work)
-        found["cost"] = cost_table(work, run.plan["rates"]) if run.plan else None
-    return found | {"quality": quality(run.evaluation) if run.evaluation else None}
+        result["subject"] = describe(run.config, run.model, work)
+        result["cost"] = cost_table(work, run.plan["rates"]) if run.plan else None
+    return result | {"quality": quality(run.evaluation) if run.evaluation else None}
 
 
 def dimensions(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by dimension of the runs' last models' scores, None where a run has none."""
-    found: dict[str, dict[str, Any]] = {}
+    """Rows by dimension: the score of each run's last model; a run without scores has no cell."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, evaluation in evaluations.items():
         for row in evaluation["rows"]:
-            entry = found.setdefault(row["dimension"], {"meaning": row["meaning"], "cells": {}})
+            entry = rows.setdefault(row["dimension"], {"meaning": row["meaning"], "cells": {}})
             entry["cells"][name] = row["cells"][-1]
-    return [{"dimension": dimension, **row} for dimension, row in found.items()]
+    return [{"dimension": dimension, **row} for dimension, row in rows.items()]
 
 
 def clips(runs: dict[str, RunFiles]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(rows of the player, label of each model): the first run's teacher and every run's last model.
 
-    No rows where the runs were not evaluated on the same prompts.
+    Empty if the runs were evaluated on different prompts.
     """
     evaluated = {name: (run.videos, run.evaluation) for name, run in runs.items() if run.evaluation}
     if not evaluated or len({tuple(evaluation["prompts"]) for _, evaluation in evaluated.values()}) > 1:
@@ -110,7 +110,7 @@ def clips(runs: dict[str, RunFiles]) -> tuple[list[dict[str, Any]], dict[str, st
 
 
 def curves(runs: dict[str, RunFiles]) -> list[Chart]:
-    """A line for each run: the distillation's loss, its mean over rates, and fine-tuning's."""
+    """Charts with a line for each run: the loss of distillation, averaged over rates, and of fine-tuning."""
 
     def distillation(row: dict[str, float]) -> float | None:
         losses = [value for name, value in row.items() if name.startswith("loss_")]
@@ -120,22 +120,22 @@ def curves(runs: dict[str, RunFiles]) -> list[Chart]:
         chart("Distillation: error of the attention, mean over blocks and rates", runs, "distilled", distillation),
         chart("Fine-tuning: loss", runs, "finetuned", lambda row: row.get("loss")),
     ]
-    return [found for found in charts if found]
+    return [chart for chart in charts if chart]
 
 
 def chart(title: str, runs: dict[str, RunFiles], metrics: str, value) -> Chart | None:
     by_step: dict[float, dict[str, float]] = {}
     for name, run in runs.items():
         for row in getattr(run, metrics):
-            if (found := value(row)) is not None:
-                by_step.setdefault(row["step"], {"step": row["step"]})[f"run {name}"] = found
+            if (point := value(row)) is not None:
+                by_step.setdefault(row["step"], {"step": row["step"]})[f"run {name}"] = point
     rows = [by_step[step] for step in sorted(by_step)]
     return line_chart(title, rows, {f"run {name}": name for name in runs})
 
 
 def differences(runs: dict[str, RunFiles]) -> dict[str, list[Any]]:
-    """Field -> its value in every run, of the fields that are not the same in all."""
+    """Field -> its value in every run, for the fields that differ between runs."""
     configs = [dict(flatten(run.config)) if run.config is not None else {} for run in runs.values()]
     fields = dict.fromkeys(field for config in configs for field in config)
-    found = {field: [config.get(field) for config in configs] for field in fields}
-    return {field: values for field, values in found.items() if len({str(v) for v in values if v is not None}) > 1}
+    by_field = {field: [config.get(field) for config in configs] for field in fields}
+    return {field: values for field, values in by_field.items() if len({str(v) for v in values if v is not None}) > 1}

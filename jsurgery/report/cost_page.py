@@ -1,4 +1,4 @@
-"""Pages of figures about cost: one block over duration and rate, and the plans that no other plan beats."""
+"""Two pages about cost: `cost.html` (one block over duration and rate) and `front.html` (the Pareto front of plans)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +19,14 @@ SIDES = {
 
 
 def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str, Any] | None) -> epath.Path:
-    """`cost.html`: what `jsurgery cost` counted, the paper's Fig. 2, and with a front its Fig. 6's trade-off."""
+    """Writes `cost.html`: the result of `jsurgery cost` (the paper's Fig. 2) and, if given, the front (Fig. 6)."""
     video = result["video"]
     prefix, scale = si_prefix(result["block"]["1"]["flops"]["total"] / 100)
     sections = [
         {
             "title": "One block by duration",
-            "text": "TFLOP of one block over frames at 320 × 480, as in the paper’s Fig. 2: what surgery changes, what "
-            "stands beside it in the attention layer, and all of the block.",
+            "text": "TFLOP of one block over frames at 320 × 480, as in the paper’s Fig. 2: the attention core, which "
+            "surgery changes; the attention layer with its projections; and the whole block.",
             "charts": duration_charts(result["durations"]),
         },
         {
@@ -36,8 +36,8 @@ def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str,
             "table": {
                 "head": ["rate", *(part.replace("_", " ") for part in PARTS)],
                 "rows": [
-                    [rate_name(rate), *(f"{found['flops'][part] / scale:,.1f}" for part in PARTS)]
-                    for rate, found in result["block"].items()
+                    [rate_name(rate), *(f"{row['flops'][part] / scale:,.1f}" for part in PARTS)]
+                    for rate, row in result["block"].items()
                 ],
             },
         },
@@ -52,8 +52,8 @@ def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str,
     sections.append(
         {
             "title": "Beside the paper",
-            "text": "Wan2.1 1.3B, counted, whatever model this page is about. The paper’s slips are named: Table 7’s "
-            "70 GFLOP contradicts its own 3.9 M parameters, which make it 99.4.",
+            "text": "Counted for Wan2.1 1.3B, whichever model this page is about. Differences are explained: Table 7’s "
+            "70 GFLOP contradicts its own 3.9 M parameters, which give 99.4.",
             "table": {
                 "head": ["claim", "printed", "counted", ""],
                 "rows": [list(row.values()) for row in result["paper"]],
@@ -64,7 +64,7 @@ def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str,
 
 
 def write_front_page(folder: epath.Path, front: dict[str, Any]) -> epath.Path:
-    """`front.html`: the front of `jsurgery plan --front`, with the chosen plan between its neighbours."""
+    """Writes `front.html`: the result of `jsurgery plan --front`, with the chosen plan between its neighbours."""
     return write_page(folder / "front.html", "Cost against error", [front_section(front)])
 
 
@@ -78,8 +78,8 @@ def front_section(front: dict[str, Any]) -> dict[str, Any]:
     head = ["", f"cost, {front['unit']}", "of the teacher", "error", "rates"]
     return {
         "title": "The Pareto front",
-        "text": f"Plans of rates {rates} that no other plan beats in both cost and estimated error, the trade-off of "
-        f"the paper’s Fig. 6: {len(front['plans'])}. Beside them those that convert blocks at one rate. {verdict} "
+        "text": f"The {len(front['plans'])} plans of rates {rates} that no other plan beats in both cost and estimated "
+        f"error, as in the paper’s Fig. 6, and the plans that convert blocks at a single rate. {verdict} "
         f"Mixing plans could not go below {chosen['error_bound']:.4g}.",
         "charts": [front_chart(front)],
         "front": True,
@@ -88,19 +88,19 @@ def front_section(front: dict[str, Any]) -> dict[str, Any]:
 
 
 def neighbours(front: dict[str, Any]) -> list[list[str]]:
-    """Rows of text: the chosen plan between the nearest on the front that cost less and more."""
+    """Rows of a table: the chosen plan between its nearest cheaper and dearer plans on the front."""
     chosen = front["chosen"]
     plans = {"next cheaper": chosen["cheaper"], "chosen": chosen, "next dearer": chosen["dearer"]}
     return [
         [
             name,
-            f"{found['cost']:.4g}",
-            f"{100 * found['share_of_teacher']:.2f} %",
-            f"{found['error']:.5g}",
-            " ".join(map(str, found["rates"])),
+            f"{plan['cost']:.4g}",
+            f"{100 * plan['share_of_teacher']:.2f} %",
+            f"{plan['error']:.5g}",
+            " ".join(map(str, plan["rates"])),
         ]
-        for name, found in plans.items()
-        if found is not None
+        for name, plan in plans.items()
+        if plan is not None
     ]
 
 
@@ -121,17 +121,17 @@ def conversion_chart(conversions: dict[str, list[float]]) -> Chart | None:
 
 
 def front_chart(front: dict[str, Any]) -> Chart | None:
-    """Error over cost in percent of the teacher; the front is thinned to what a chart draws, the rest is whole.
+    """Error over cost in percent of the teacher's. The front is thinned to as many points as a chart draws.
 
-    None where all plans cost the same.
+    None if all plans cost the same.
     """
 
-    def point(name: str, found: dict[str, Any]) -> dict[str, float]:
-        return {"step": 100 * found["share_of_teacher"], name: found["error"]}
+    def point(name: str, plan: dict[str, Any]) -> dict[str, float]:
+        return {"step": 100 * plan["share_of_teacher"], name: plan["error"]}
 
     points = [point("chosen", front["chosen"])]
     for rate, plans in front["homogeneous"].items():
-        points += [point(rate, found) for found in plans]
+        points += [point(rate, plan) for plan in plans]
     plans, room = front["plans"], max(2, POINTS - len(points))
     kept = sorted({round(i * (len(plans) - 1) / (room - 1)) for i in range(room)})
     points += [point("front", plans[i]) for i in kept]

@@ -1,4 +1,4 @@
-"""How near a run's models stay to their teacher: what `evaluate fidelity` has left in the run's folder."""
+"""The page's section on fidelity to the teacher, from the numbers of `evaluate fidelity` in the run's folder."""
 
 import pathlib
 from typing import Any
@@ -7,7 +7,7 @@ from jsurgery.evaluate.fidelity import CONTROL, OF_ANY_VIDEO
 from jsurgery.report.charts import Chart, line_chart
 
 STAGES = {"hybrid": "distilled", "model": "finetuned"}  # folder of a run -> the stage whose model it is
-COLUMNS = {  # of a model's numbers: what is said of them, and digits
+COLUMNS = {  # a number's key -> (title, explanation, digits)
     "psnr": ("PSNR", "dB, higher is closer", 2),
     "ssim": ("SSIM", "1 is the same clip", 4),
     "lpips": ("LPIPS", "0 is the same clip", 4),
@@ -20,22 +20,22 @@ COLUMNS = {  # of a model's numbers: what is said of them, and digits
 }
 
 
-def fidelity(found: dict[str, Any], stages: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """Tables by duration, with a row for the teacher, and charts.
+def fidelity(numbers: dict[str, Any], stages: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """A table for every duration, with a row for the teacher, and charts.
 
-    `found` is a fidelity.json, `stages` have the labels of a run's models. Cells are (value, digits); a value is None
-    where videos are equal and PSNR infinite, a cell where nothing was measured.
+    numbers: a fidelity.json. stages: name -> (label, meaning) of the run's models. A cell is (value, digits), or None
+    if nothing was measured; a value of None is the infinite PSNR of equal videos.
     """
-    labels = labelled(list(found["durations"][0]["models"]), stages)
-    measured = found["durations"][0]["models"].values()
-    columns = {name: about for name, about in COLUMNS.items() if any(name in numbers for numbers in measured)}
+    labels = model_labels(list(numbers["durations"][0]["models"]), stages)
+    measured = numbers["durations"][0]["models"].values()
+    columns = {name: column for name, column in COLUMNS.items() if any(name in model for model in measured)}
     tables = []
-    for duration in found["durations"]:
+    for duration in numbers["durations"]:
         own = next(iter(duration["models"].values()))
         teacher = [(own[f"teacher_{name}"], columns[name][2]) if name in OF_ANY_VIDEO else None for name in columns]
         rows = [
-            (labels[path], [(numbers[name], about[2]) if name in numbers else None for name, about in columns.items()])
-            for path, numbers in duration["models"].items()
+            (labels[path], [(model[name], column[2]) if name in model else None for name, column in columns.items()])
+            for path, model in duration["models"].items()
         ]
         tables.append(
             {
@@ -45,15 +45,15 @@ def fidelity(found: dict[str, Any], stages: dict[str, tuple[str, str]]) -> dict[
             }
         )
     return {
-        "columns": [about[:2] for about in columns.values()],
+        "columns": [column[:2] for column in columns.values()],
         "tables": tables,
-        "prompts": len(found["prompts"]),
-        "charts": charts(found, labels),
+        "prompts": len(numbers["prompts"]),
+        "charts": charts(numbers, labels),
     }
 
 
-def labelled(paths: list[str], stages: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """A name for each model: its stage's, else the end of its path."""
+def model_labels(paths: list[str], stages: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """path -> label of a model: its stage's label, else the end of its path."""
     names = {path: pathlib.PurePath(path).name for path in paths}
     unique = {path: name for path, name in names.items() if list(names.values()).count(name) == 1}
     return {
@@ -66,25 +66,29 @@ def labelled(paths: list[str], stages: dict[str, tuple[str, str]]) -> dict[str, 
     }
 
 
-def charts(found: dict[str, Any], labels: dict[str, str]) -> list[Chart]:
-    """Over the frames of the longest clips, over the timestep, and over durations where there are several."""
-    longest = found["durations"][-1]
+def charts(numbers: dict[str, Any], labels: dict[str, str]) -> list[Chart]:
+    """SSIM over the frames of the longest clips, velocity error over the timestep, SSIM over durations."""
+    longest = numbers["durations"][-1]
     within = [
-        {"step": frame, **{path: numbers["ssim_per_frame"][frame] for path, numbers in longest["models"].items()}}
+        {"step": frame, **{path: model["ssim_per_frame"][frame] for path, model in longest["models"].items()}}
         for frame in range(longest["frames"])
     ]
-    moved = {path: numbers for path, numbers in longest["models"].items() if "velocity_error_per_step" in numbers}
+    with_velocity = {path: m for path, m in longest["models"].items() if "velocity_error_per_step" in m}
     errors = [
-        {"step": timestep, **{path: numbers["velocity_error_per_step"][i] for path, numbers in moved.items()}}
-        for i, timestep in enumerate(found["timesteps"])
+        {"step": timestep, **{path: model["velocity_error_per_step"][i] for path, model in with_velocity.items()}}
+        for i, timestep in enumerate(numbers["timesteps"])
     ]
     lengths = [
-        {"step": duration["frames"], **{path: numbers["ssim"] for path, numbers in duration["models"].items()}}
-        for duration in found["durations"]
+        {"step": duration["frames"], **{path: model["ssim"] for path, model in duration["models"].items()}}
+        for duration in numbers["durations"]
     ]
     candidates = [
         line_chart(f"SSIM by frame, clips of {longest['frames']}", within, labels),
-        line_chart("Error of the velocity by timestep, 1000 is noise", errors[::-1], {p: labels[p] for p in moved}),
+        line_chart(
+            "Error of the velocity by timestep, 1000 is noise",
+            errors[::-1],
+            {path: labels[path] for path in with_velocity},
+        ),
         line_chart("SSIM over the frames of a clip", lengths, labels),
     ]
     return [chart for chart in candidates if chart]

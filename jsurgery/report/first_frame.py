@@ -1,4 +1,4 @@
-"""The first frame that a run samples: a picture to look at while the rest of it is still to come."""
+"""The first frame that a run samples, shown in its page while the run goes on."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ FILE = "first_frame.png"
 
 
 def write_first_frame(workdir: epath.Path, frame_HxWx3: np.ndarray, prompt: str) -> epath.Path:
-    """Leaves the frame, uint8, in `workdir` with its prompt in the metadata; returns the file."""
+    """Writes the uint8 frame to `workdir` as PNG, with its prompt in the metadata; returns the file."""
     text, picture = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_itxt("prompt", prompt)
     Image.fromarray(frame_HxWx3).save(picture, format="png", pnginfo=text)
@@ -24,7 +24,7 @@ def write_first_frame(workdir: epath.Path, frame_HxWx3: np.ndarray, prompt: str)
 
 
 def read_first_frame(workdir: epath.Path) -> dict[str, str] | None:
-    """`picture`, PNG as base64, and its `prompt`; None where there is no such file or another's."""
+    """`picture` (PNG as base64) and its `prompt`; None if the file is missing or not from `write_first_frame`."""
     try:
         content = (workdir / FILE).read_bytes()
         with Image.open(io.BytesIO(content)) as image:

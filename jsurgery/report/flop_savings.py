@@ -14,16 +14,20 @@ from jsurgery.wan.cost import Workload, block_flops, core_flops, model_flops
 from jsurgery.wan.models import PUBLISHED
 from jsurgery.wan.video_size import num_tokens
 
-FULL_SIZE = {"frames": 81, "height": 480, "width": 832}  # what savings are also computed for, with Wan2.1 1.3B
+FULL_SIZE = {
+    "frames": 81,
+    "height": 480,
+    "width": 832,
+}  # the video for which savings of Wan2.1 1.3B are computed
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
-LENGTHS = np.linspace(1, 4, 13)  # of a video, in those of the run
+LENGTHS = np.linspace(1, 4, 13)  # of a video, relative to the run's
 
 
 def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dict[str, Any]]:
-    """`cost_table` of this model; then, if that is another, of Wan2.1 1.3B at full size with the same mix of rates.
+    """`cost_table` and `duration_charts` of this model, and of Wan2.1 1.3B at full size with the same mix of rates.
 
-    Beside each its `duration_charts`.
+    The second is left out if this model is Wan2.1 1.3B at full size.
     """
     subjects = [(work, config.video.to_dict(), False)]
     tokens = num_tokens(FULL_SIZE["frames"], FULL_SIZE["height"], FULL_SIZE["width"])
@@ -42,7 +46,7 @@ def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dic
 
 
 def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
-    """FLOPs by part: a block at each rate, the plan's mean block, what it saves; and those of a whole forward pass."""
+    """FLOPs by part of a block: at each rate, the plan's mean, and what that saves; also of a whole forward pass."""
     used = sorted({1, *rates}, key=rate_key)
     by_rate = {rate: {part: getattr(block_flops(work, rate), part) for part in PARTS} for rate in used}
     mean = {part: sum(by_rate[rate][part] for rate in rates) / len(rates) for part in PARTS}
@@ -63,7 +67,7 @@ def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
 
 
 def duration_charts(work: Workload, rates: Sequence[Rate], size: dict[str, int]) -> list[Chart | None]:
-    """FLOPs of one forward pass over frames, of the teacher and of a mix of rates: of attention, and in all."""
+    """FLOPs of one forward pass over frames, of the teacher and of a mix of rates: attention cores, then all parts."""
     frames = sorted({4 * round(size["frames"] * length / 4) + 1 for length in LENGTHS})
     works = [dataclasses.replace(work, tokens=num_tokens(n, size["height"], size["width"])) for n in frames]
     blocks = work.config.num_layers

@@ -4,7 +4,7 @@
   const data = (id) => JSON.parse(element(id)?.textContent ?? "null");
   const digits = (value) => (value === 0 || Math.abs(value) >= 0.001 ? String(Number(value.toPrecision(4))) : value.toExponential(2));
 
-  // What lies under the pointer.
+  // The tooltip: details of what is under the pointer.
   const tip = element("tip");
 
   function tell(text, x, y) {
@@ -57,7 +57,7 @@
     });
   }
 
-  // Another budget, another plan.
+  // The slider that shows the best plan within another budget.
   function budgets({ front, depths }) {
     const { shares, errors, plans, rates, chosen, forward } = front;
     const slider = element("budget-slider");
@@ -115,7 +115,7 @@
     showOwn();
   }
 
-  // All models' clips of a prompt are one video, drawn to the canvases: they cannot drift apart.
+  // All models' clips of a prompt are one video, from which the canvases are drawn, so that they stay in step.
   function play(rows) {
     const [left, right, difference] = ["left", "right", "difference"].map(element);
     const models = [element("left-model"), element("right-model")];
@@ -123,7 +123,7 @@
     const [toggle, scrub, shown] = [player.querySelector("button"), player.querySelector("[type=range]"), player.querySelector("output")];
     const options = { willReadFrequently: true };
     const video = document.createElement("video");
-    const whole = document.createElement("canvas"); // the video may go on between two readings of it
+    const whole = document.createElement("canvas"); // holds a frame while its clips are read: the video may advance meanwhile
     const GAIN = 4;
     let row = rows[0];
     let drawn = "";
@@ -150,11 +150,11 @@
     }
 
     function note(side, model) {
-      const found = row.notes?.[model] ?? {};
+      const numbers = row.notes?.[model] ?? {};
       const parts = [];
       if (!row.models.includes(model)) parts.push("This clip is missing.");
-      if (found.score !== undefined) parts.push(`score ${found.score.toFixed(2)} of 1`);
-      if (found.distance) parts.push(`distance ${found.distance.toFixed(2)}`);
+      if (numbers.score !== undefined) parts.push(`score ${numbers.score.toFixed(2)} of 1`);
+      if (numbers.distance) parts.push(`distance ${numbers.distance.toFixed(2)}`);
       element(`${side}-note`).textContent = parts.join(", ");
     }
 

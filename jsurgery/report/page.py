@@ -1,4 +1,4 @@
-"""report: one self-contained page that says what a surgery did, what it saved and what it cost in quality."""
+"""The stage `report`: one self-contained page about what a surgery did, saved, and cost in quality."""
 
 import dataclasses
 import importlib.metadata
@@ -33,7 +33,7 @@ from jsurgery.wan.models import PUBLISHED
 
 TINY = 100_000_000  # parameters under which a model is called tiny
 MODELS = ("teacher", "not_distilled", "distilled", "finetuned")
-STAGES = {  # by their commands: what a page gets from them
+STAGES = {  # a stage's command -> what the page gets from it
     "trace": "the teacher’s samples, from which the new parts learn",
     "distill": "new parts for every block at every rate, and how far off they are",
     "plan": "how much exact attention each block keeps",
@@ -45,15 +45,15 @@ STAGES = {  # by their commands: what a page gets from them
 
 
 def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: Sequence[str] = ()) -> epath.Path:
-    """Writes `report.html` in `workdir` from what the stages have left there so far, and returns its path.
+    """Writes `workdir/report.html` from the files that the stages have left so far, and returns its path.
 
-    The page says what is absent and shows the rest. Without a config it is the one that lies in `workdir`. Beside the
-    page `comparison.gif`: the teacher's clips in the upper row, the final model's in the lower. The page loads nothing
-    from anywhere, by its content security policy too, and stays under 15 MB. Raises InputError where there is no such
-    folder.
+    The page names missing files and shows the rest. It loads nothing from outside, which its content security policy
+    enforces, and stays under 15 MB. Also writes `comparison.gif`: the teacher's clips above the final model's.
+    Raises InputError if the folder does not exist.
 
-    With the stages that are still `coming` in a run under way, the page says so instead, reloads itself and leaves the
-    clips, which take longest to write, to the last.
+    config: the run's own; by default the config that is saved in `workdir`.
+    coming: the stages that a running surgery has yet to run. The page then lists them instead of missing files, reloads
+        itself, and has no clips, because these take longest to write.
     """
     run = read_run(workdir, config)
     text = render_run(run, coming)
@@ -68,9 +68,9 @@ def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: 
 
 
 def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
-    """The page of one run, under way with some stages still `coming`, or not."""
+    """The page of one run; `coming` as in `write_report`."""
     config, plan = run.config, run.plan
-    traded, subject, tables = trade_off(run), None, []
+    front, subject, tables = trade_off(run), None, []
     if config is not None and run.model is not None:
         work = workload(config, run.model)
         subject = describe(config, run.model, work)
@@ -85,8 +85,8 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
         plan=plan,
         depth=depths(rates),
         depth_of={rate_name(rate): depth for rate, depth in depths(rates).items()},
-        front=traded[0] if traded else None,
-        front_chart=traded[1] if traded else None,
+        front=front[0] if front else None,
+        front_chart=front[1] if front else None,
         costs=tables,
         heat=heat_map(run.errors, plan["rates"] if plan else None) if run.errors else None,
         scores=scores(run.evaluation) if run.evaluation else None,
@@ -105,7 +105,7 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
 
 
 def describe(config: ConfigDict, model: WanConfig, work: Workload) -> dict[str, Any]:
-    """What was operated on, in words."""
+    """The facts about the teacher that the page's texts need: name, size, and whether it is published or tiny."""
     model = dataclasses.replace(model, hybrid=None)
     names = [name for name, published in PUBLISHED.items() if published == model]
     size = parameters(model)
@@ -121,7 +121,7 @@ def describe(config: ConfigDict, model: WanConfig, work: Workload) -> dict[str, 
 
 
 def stages(config: ConfigDict | None) -> dict[str, tuple[str, str]]:
-    """(label, meaning) of the models that are compared."""
+    """name -> (label, meaning) of the models that the page compares."""
     control, steps, start = False, None, "the hybrid model"
     if config is not None:
         control, steps = config.finetune.subject == "teacher", config.finetune.steps
@@ -139,12 +139,12 @@ def stages(config: ConfigDict | None) -> dict[str, tuple[str, str]]:
 
 
 def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str, Any]:
-    """Rows by rate, cells by block: the error, trained and not, and the softmax tokens' share, the teacher's beside it.
+    """Rows by rate, cells by block: errors before and after training, and the attention share of the softmax tokens.
 
-    `heat` is the square root of the error's part of the largest; softmax is the teacher's own and has none.
+    heat: square root of error over largest error, for a cell's colour. A softmax block is the teacher's: error 0.
     """
     largest = max(map(max, errors["errors"])) or 1.0
-    theirs = errors["teacher_softmax_share"]
+    teacher_share = errors["teacher_softmax_share"]
     rows = []
     if chosen and 1 in chosen and 1 not in errors["rates"]:
         cells = [{"block": b, "error": 0.0, "heat": 0.0, "chosen": rate == 1} for b, rate in enumerate(chosen)]
@@ -158,7 +158,7 @@ def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str,
                 "chosen": chosen is not None and chosen[block] == rate,
                 "initial": errors["initial_errors"][block][column],
                 "share": errors["softmax_share"][block][column],
-                "teacher_share": theirs[block][column] if theirs else None,
+                "teacher_share": teacher_share[block][column] if teacher_share else None,
             }
             for block, row in enumerate(errors["errors"])
         ]
@@ -168,14 +168,14 @@ def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str,
         "rows": rows,
         "blocks": len(errors["errors"]),
         "samples": errors["samples"],
-        "with_teacher": bool(theirs),
+        "with_teacher": bool(teacher_share),
         "velocity": velocity_rows(errors, chosen),
         "velocity_samples": errors.get("velocity_samples"),
     }
 
 
 def velocity_rows(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> list[dict[str, Any]]:
-    """Rows by rate, cells by block, of the velocity's relative RMS error; none where it was not measured."""
+    """Rows by rate, cells by block, of the velocity's relative RMS error; empty if it was not measured."""
     measured = np.sqrt(errors.get("velocity_errors", [])).tolist()
     largest = max(map(max, measured), default=0.0) or 1.0
     rows = []
@@ -193,7 +193,7 @@ def velocity_rows(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> list
 
 
 def clips(run: RunFiles) -> dict[str, Any] | None:
-    """What the player needs: a row for each prompt, with its models' scores and distances; None without a clip."""
+    """The player's data: a row for each prompt, with scores and distances of its clips; None if there are no clips."""
     models = run.evaluation["models"] if run.evaluation else {}
     names = list(models) or [name for name in MODELS if (run.videos / name).is_dir()]
     prompts = run.prompts
@@ -201,7 +201,7 @@ def clips(run: RunFiles) -> dict[str, Any] | None:
     rows, missing = embed({name: run.videos / name for name in names}, prompts[:shown])
     if not rows:
         if run.evaluation:
-            run.absent.append("The clips: evaluation/videos has none that can be read.")
+            run.absent.append("The clips: no file in evaluation/videos can be read.")
         return None
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -213,15 +213,15 @@ def clips(run: RunFiles) -> dict[str, Any] | None:
 
 
 def clip_numbers(model: dict[str, Any], prompt: int) -> dict[str, float]:
-    """The score of a clip, where it is measured, and its distance to the teacher's."""
-    found = {"distance": model["latent_rmse"][prompt]}
+    """A clip's distance to the teacher's clip and, if measured, its score."""
+    numbers = {"distance": model["latent_rmse"][prompt]}
     if per_clip := model.get("per_clip"):
-        found["score"] = float(np.mean([values[prompt] for values in per_clip.values()]))
-    return found
+        numbers["score"] = float(np.mean([values[prompt] for values in per_clip.values()]))
+    return numbers
 
 
 def training_charts(run: RunFiles) -> list[Chart]:
-    """Losses of distillation, by rate, and of fine-tuning."""
+    """The losses of distillation by rate, and loss and gradient norm of fine-tuning."""
     if run.config is None:
         return []
     rates = sorted(run.config.hybrid.rates, key=rate_key)
@@ -236,19 +236,19 @@ def training_charts(run: RunFiles) -> list[Chart]:
 
 
 def parity(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each kind of artefact: how many parts, the worst of them, the bound, and how many are over it."""
+    """A row for each format and precision: number of parts, the worst part, its bound, and how many exceed it."""
     key = lambda row: (row["format"], row["precision"], row.get("chip", ""), row["part"] in ("all", "video"))
     size = lambda row: math.inf if row["relative_error"] is None else row["relative_error"]
-    found = []
+    worst_rows = []
     for _, group in itertools.groupby(sorted(rows, key=key), key=key):
         group = list(group)
         worst = max(group, key=size)
-        found.append({**worst, "parts": len(group), "over": sum(not row["passed"] for row in group)})
-    return found
+        worst_rows.append({**worst, "parts": len(group), "over": sum(not row["passed"] for row in group)})
+    return worst_rows
 
 
 def grouped_fields(config: ConfigDict) -> dict[str, list[tuple[str, Any]]]:
-    """The config's fields by section; those outside of any come first."""
+    """The config's fields by section; fields outside of sections come first."""
     groups: dict[str, list[tuple[str, Any]]] = {"": []}
     for field, value in flatten(config):
         groups.setdefault(field.rpartition(".")[0], []).append((field, value))
@@ -256,6 +256,6 @@ def grouped_fields(config: ConfigDict) -> dict[str, list[tuple[str, Any]]]:
 
 
 def versions() -> dict[str, str]:
-    """Of what made this page."""
+    """The versions of the packages that made this page."""
     packages = {package: importlib.metadata.version(package) for package in ("jax", "flax")}
     return {"jsurgery": __version__} | packages | {"python": platform.python_version()}

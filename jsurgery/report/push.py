@@ -1,4 +1,4 @@
-"""push: a model folder to the Hugging Face Hub, with a model card that says what surgery did to it."""
+"""The command `push`: uploads a model folder to the Hugging Face Hub, with a model card about the surgery."""
 
 import pathlib
 
@@ -28,10 +28,10 @@ PICKLES = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt")
 def push(model: str, repo: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads a model folder in one commit and returns the repository's address.
 
-    `repo` is ORG/NAME, made if it is not there; `revision` a branch, made too. A README.md in the folder is the card,
-    else one is written into the commit. Only safetensors, JSON and SentencePiece files go along; all that can be
-    checked is checked before the network is asked for anything. Raises InputError where the folder is incomplete or
-    holds pickles, and where the Hub refuses or is out of reach. The token is the one that huggingface_hub finds.
+    repo: ORG/NAME, created if it does not exist. revision: a branch, created likewise. A README.md in the folder is the
+    card; otherwise one is written into the commit. Only safetensors, JSON and SentencePiece files are uploaded.
+    The folder is checked before any request. The token is the one that huggingface_hub finds.
+    Raises InputError if the folder is incomplete or holds pickles, and if the Hub refuses or cannot be reached.
     """
     folder = epath.Path(model)
     network = check_folder(folder)
@@ -61,7 +61,7 @@ def push(model: str, repo: str, *, private: bool = False, revision: str | None =
 
 
 def check_folder(folder: epath.Path) -> WanConfig:
-    """The transformer's config. Raises InputError for a folder that others could not load or should not."""
+    """The transformer's config. Raises InputError for a folder that others could not load, or that holds pickles."""
     if not pathlib.Path(folder).is_dir():
         raise InputError(f"--model={folder}: no such folder on this machine")
     if pickles := [path.name for path in every_file(folder) if path.suffix in PICKLES]:
@@ -85,7 +85,7 @@ def check_folder(folder: epath.Path) -> WanConfig:
 
 
 def upload_files(folder: epath.Path) -> dict[str, pathlib.Path]:
-    """What goes along, by its path in the repository."""
+    """Path in the repository -> file, of everything that is uploaded."""
     return {
         str(path.relative_to(folder)): path
         for path in every_file(folder)
@@ -94,6 +94,6 @@ def upload_files(folder: epath.Path) -> dict[str, pathlib.Path]:
 
 
 def every_file(folder: epath.Path) -> list[pathlib.Path]:
-    """All files but hidden ones and those in hidden folders, such as the Hub's own cache of a download."""
-    found = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """All files that are not hidden or in hidden folders, such as the cache that a download from the Hub leaves."""
+    paths = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return sorted(path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts))

@@ -1,4 +1,4 @@
-"""How good the models of a run are: scores, distances and losses, with intervals over prompts."""
+"""Scores, distances and losses of a run's models, with bootstrap intervals over prompts."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ DIMENSIONS = {
 
 
 def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of scores: a row for each dimension, cells in the models' order; None where nothing was measured."""
+    """The table of scores: a row for each dimension, a cell for each model, None if it was not measured."""
     models = evaluation["models"]
     scored = [model["score"] for model in models.values() if "score" in model]
     first = scored[0] if scored else {}
@@ -45,20 +45,20 @@ def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality(evaluation: dict[str, Any]) -> dict[str, Any] | None:
-    """The last model against the teacher, and against what the operation alone would have left."""
+    """The last model against the teacher, and its distance against that of the model without distillation."""
     models = evaluation["models"]
     last = next((name for name in reversed(models) if name != "teacher"), None)
     if last is None or "teacher" not in models:
         return None
     teacher, final = models["teacher"], models[last]
-    found = {"model": last, "distance": bootstrap_interval(final["latent_rmse"])}
+    result = {"model": last, "distance": bootstrap_interval(final["latent_rmse"])}
     if last != "not_distilled" and "not_distilled" in models:
-        found["undistilled_distance"] = bootstrap_interval(models["not_distilled"]["latent_rmse"])
+        result["undistilled_distance"] = bootstrap_interval(models["not_distilled"]["latent_rmse"])
     if "score" in teacher and "score" in final:
-        found["scores"] = teacher["score"]["total"]["mean"], final["score"]["total"]["mean"]
+        result["scores"] = teacher["score"]["total"]["mean"], final["score"]["total"]["mean"]
         if "per_clip" in teacher and "per_clip" in final:
             totals = [np.mean(list(model["per_clip"].values()), axis=0) for model in (teacher, final)]
-            found["difference"] = bootstrap_interval(totals[1] - totals[0])
+            result["difference"] = bootstrap_interval(totals[1] - totals[0])
     if "validation_loss" in teacher and "validation_loss" in final:
-        found["losses"] = teacher["validation_loss"], final["validation_loss"]
-    return found
+        result["losses"] = teacher["validation_loss"], final["validation_loss"]
+    return result

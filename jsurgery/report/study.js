@@ -2,13 +2,13 @@
 (() => {
   const { study, pairs } = JSON.parse(document.getElementById("study").textContent);
   const byId = new Map(pairs.map((pair) => [pair.id, pair]));
-  const place = `jsurgery study ${study}`;
+  const storageKey = `jsurgery study ${study}`;
   const element = (id) => document.getElementById(id);
   const canvases = [element("one"), element("two")];
   const buttons = [...document.querySelectorAll("[data-answer]")];
   const keys = { ArrowLeft: "one", 1: "one", ArrowDown: "none", 0: "none", ArrowRight: "two", 2: "two" };
   const video = document.createElement("video");
-  const frame = document.createElement("canvas"); // of both halves: the video may go on between two readings of it
+  const frame = document.createElement("canvas"); // holds a frame while both halves are drawn: the video may advance meanwhile
   video.muted = video.loop = video.playsInline = true;
   let state = restore() ?? begin();
   let shownAt = 0;
@@ -31,9 +31,9 @@
 
   function restore() {
     try {
-      const found = JSON.parse(localStorage.getItem(place));
-      const whole = found.order.every((id) => byId.has(id) && found.first[id]) && found.order.length === pairs.length;
-      return whole && found.answers ? found : null;
+      const saved = JSON.parse(localStorage.getItem(storageKey));
+      const fits = saved.order.every((id) => byId.has(id) && saved.first[id]) && saved.order.length === pairs.length;
+      return fits && saved.answers ? saved : null;
     } catch {
       return null;
     }
@@ -41,9 +41,9 @@
 
   function keep() {
     try {
-      localStorage.setItem(place, JSON.stringify(state));
+      localStorage.setItem(storageKey, JSON.stringify(state));
     } catch {
-      fault("This browser does not keep your answers when the page is closed: finish in one go.");
+      fault("This browser does not keep your answers when the page is closed: please finish without closing it.");
     }
   }
 
@@ -140,7 +140,7 @@
   element("return").addEventListener("click", () => go(pairs.length - 1));
   element("save").addEventListener("click", save);
   element("again").addEventListener("click", () => {
-    if (!confirm("Your answers will be gone from this browser. Start anew?")) return;
+    if (!confirm("This deletes your answers from this browser. Start again?")) return;
     state = begin();
     show();
     keep();

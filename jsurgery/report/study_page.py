@@ -1,4 +1,8 @@
-"""The page on which people say which of two videos they prefer, and the key to its answers."""
+"""The page of a blind preference study: people say which of two videos they prefer.
+
+The two videos of a pair are one video in the page, side by side, so that they stay in step. Only the key file beside
+the page says which half is whose. Each participant's browser draws the order of the pairs and the sides of the halves.
+"""
 
 import base64
 import pathlib
@@ -22,12 +26,12 @@ from jsurgery.runtime.progress import Progress, say
 def build_study(
     a: str, b: str, output: str, *, prompts: int = 50, info: str | None = None, seed: int = 0
 ) -> pathlib.Path:
-    """Writes `output/study.html` and its key from two folders with videos of the same names; returns the page.
+    """Writes `output/study.html` and its key from two folders with videos of the same names; returns the page's path.
 
-    prompts: how many are drawn, by `seed`, of those that both have; of a prompt's videos one is drawn.
-    info: VBench's list of prompts with their dimensions (default: `full_info.json` beside the folder `a`, if it is
-        there). Without one the table has a single row.
-    Raises InputError for folders with no video in common, pairs of different sizes, and a study that is there already.
+    prompts: number of prompts to draw, with `seed`, from those in both folders; one video of each prompt is drawn.
+    info: VBench's list of prompts with their dimensions (default: `full_info.json` beside the folder `a`, if there).
+        Without it the table of answers has a single row.
+    Raises InputError for folders with no video in common, pairs of different sizes, and an existing study.
     """
     if seed < 0:
         raise InputError(f"--seed: expected a whole number from 0, found {seed}")
@@ -47,14 +51,14 @@ def build_study(
     if alone:
         say(f"study: {alone} videos are in one folder only and left out")
 
-    said: dict[str, list[pathlib.Path]] = {}
+    files_by_prompt: dict[str, list[pathlib.Path]] = {}
     for file in common:
-        said.setdefault(prompt_of(file, list(folders.values())), []).append(file)
+        files_by_prompt.setdefault(prompt_of(file, list(folders.values())), []).append(file)
     rng = np.random.default_rng(seed)
-    if len(said) < prompts:
-        say(f"study: {len(said)} of {prompts} prompts are there; all are taken")
-    chosen = [list(said)[i] for i in sorted(rng.permutation(len(said))[:prompts])]
-    drawn = {prompt: said[prompt][rng.integers(len(said[prompt]))] for prompt in chosen}
+    if len(files_by_prompt) < prompts:
+        say(f"study: {len(files_by_prompt)} of {prompts} prompts are there; all are taken")
+    chosen = [list(files_by_prompt)[i] for i in sorted(rng.permutation(len(files_by_prompt))[:prompts])]
+    drawn = {prompt: (files := files_by_prompt[prompt])[rng.integers(len(files))] for prompt in chosen}
     beside = folders["a"].parent / "full_info.json"
     dimensions = read_dimensions(info or (str(beside) if beside.exists() else None))
 

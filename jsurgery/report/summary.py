@@ -1,4 +1,4 @@
-"""What a surgery has achieved, in plain words, for its last lines on a terminal."""
+"""The last lines that a surgery prints: what it achieved, and what to do next."""
 
 import pathlib
 import shlex
@@ -12,7 +12,7 @@ from jsurgery.report.run_files import RunFiles, read_run
 from jsurgery.report.scores import quality
 from jsurgery.runtime.progress import say
 
-LONGEST_PROMPT = 100  # that is repeated in a command
+LONGEST_PROMPT = 100  # characters; a longer prompt is not repeated in the suggested command
 
 
 def tell_result(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -21,20 +21,21 @@ def tell_result(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def command() -> str:
-    """What the user typed to run jsurgery."""
+    """The command that the user typed to run jsurgery."""
     return sys.argv[0] if pathlib.Path(sys.argv[0]).name == "jsurgery" else "jsurgery"
 
 
 def result_lines(run: RunFiles, command: str) -> list[str]:
-    """Lines: what the surgery saves and what it costs, where the page is, what to type next."""
-    said, page = [], run.workdir / "report.html"
+    """Lines: what the surgery saves and costs in quality, where the page is, and a command to try next."""
+    achieved, page = [], run.workdir / "report.html"
     if run.plan is not None:
         converted, share = sum(rate != 1 for rate in run.plan["rates"]), run.plan["share_of_teacher"]
         work = f"{abs(1 - share):.0%} {'less' if share <= 1 else 'more'} attention work"
-        said.append(f"{converted} of {len(run.plan['rates'])} attention layers rebuilt, {work}")
-    if run.evaluation is not None and (found := quality(run.evaluation)) is not None:
-        said.append(told(found, run.evaluation["models"], stages(run.config)[found["model"]][0].lower()))
-    lines = [f"done: {'; '.join(said)}."] if said else []
+        achieved.append(f"{converted} of {len(run.plan['rates'])} attention layers rebuilt, {work}")
+    if run.evaluation is not None and (result := quality(run.evaluation)) is not None:
+        name = stages(run.config)[result["model"]][0].lower()
+        achieved.append(quality_text(result, run.evaluation["models"], name))
+    lines = [f"done: {'; '.join(achieved)}."] if achieved else []
     lines.append(f"look: open {page} in a browser.")
     if run.prompts and (run.workdir / "model").exists():
         prompt = shlex.quote(run.prompts[0]) if len(run.prompts[0]) <= LONGEST_PROMPT else "'…'"
@@ -43,14 +44,14 @@ def result_lines(run: RunFiles, command: str) -> list[str]:
     return lines
 
 
-def told(found: dict, models: dict, name: str) -> str:
-    """The teacher's and the last model's quality, and what there would be without distillation."""
-    if "scores" in found:
-        before, after = found["scores"]
+def quality_text(result: dict, models: dict, name: str) -> str:
+    """The result of `quality` in words; `name` is that of the last model."""
+    if "scores" in result:
+        before, after = result["scores"]
         text = f"score {before:.2f} before, {after:.2f} after ({name})"
-        bare = models.get("not_distilled", {}).get("score")
-        return text + (f", {bare['total']['mean']:.2f} without distillation" if bare else "")
-    if "losses" in found:
-        before, after = found["losses"]
+        undistilled = models.get("not_distilled", {}).get("score")
+        return text + (f", {undistilled['total']['mean']:.2f} without distillation" if undistilled else "")
+    if "losses" in result:
+        before, after = result["losses"]
         return f"validation loss {before:.3f} before, {after:.3f} after ({name})"
-    return f"distance to the original's clips {found['distance']['mean']:.2f} ({name})"
+    return f"distance to the original's clips {result['distance']['mean']:.2f} ({name})"

@@ -1,4 +1,4 @@
-"""Pages from templates: what they share, and how numbers and rates are written."""
+"""Renders pages from templates, and formats the numbers in them."""
 
 import base64
 import hashlib
@@ -17,7 +17,10 @@ MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def render(template: str, *, assets: str = "page", **values: Any) -> str:
-    """A page with the style and script of `assets` inside; its policy lets no other script run and loads nothing."""
+    """Renders a page that contains the style and script named `assets`.
+
+    Its content security policy allows this script alone, and no requests.
+    """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -35,12 +38,12 @@ def render(template: str, *, assets: str = "page", **values: Any) -> str:
 
 
 def player_data(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the rows of `clips.embed` what a script needs; the videos stand beside it."""
+    """The rows of `video_player.embed` without their videos, which the page holds in elements of their own."""
     return [{field: value for field, value in row.items() if field != "video"} for row in rows]
 
 
 def depths(rates: Sequence[Rate]) -> dict[Rate, int]:
-    """How strongly each rate is coloured, in percent: softmax not at all, the fewest softmax tokens fully."""
+    """Strength of each rate's colour in percent: 0 for softmax, 100 for the rate with the fewest softmax tokens."""
     ordered = sorted({1, *rates}, key=rate_key)
     last = len(ordered) - 1
     return {rate: 100 if i and i == last else 55 * i // max(1, last - 1) for i, rate in enumerate(ordered)}
@@ -53,7 +56,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def short(value: float | None) -> str:
-    """Two digits of a number of any size."""
+    """A number of any magnitude with two digits: 1.3e-05."""
     return NOTHING if value is None else f"{value:.1e}".replace("-", MINUS)
 
 

@@ -1,4 +1,4 @@
-"""The clips of a page: all models' clips of a prompt as one video, side by side, so that they cannot drift apart."""
+"""The clips of a page. All models' clips of a prompt are one video, side by side, so that they stay in step."""
 
 import base64
 import io
@@ -12,20 +12,20 @@ import numpy as np
 from etils import epath
 
 PAGE_BYTES = 8_000_000  # of all videos together, before base64 adds a third
-PROMPT_BYTES = 400_000  # the video of a prompt is not squeezed below this: later prompts are left out instead
-CLIP_HEIGHT = 320  # of a clip in the page
-GRID_HEIGHT = 192  # of a clip in the grid
-BLOCK = 16  # clips start at multiples of it, so that the codec's blocks belong to one
+PROMPT_BYTES = 400_000  # share of a prompt's video; prompts are left out before they get less
+CLIP_HEIGHT = 320  # pixels, of a clip in the page
+GRID_HEIGHT = 192  # pixels, of a clip in `side_by_side`
+BLOCK = 16  # pixels; clips start at multiples of it, so that no block of the codec holds two clips
 SPEED = {"b:v": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # of VP9, which every browser plays
-QUALITIES = (22, 34, 46, 56, 63)  # its CRF: the first, and what comes next where that is too large
+QUALITIES = (22, 34, 46, 56, 63)  # CRF of VP9: the first is tried first, the next when a video is too large
 
 
 def embed(folders: dict[str, epath.Path], prompts: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row for each prompt with clips, the files that are missing or broken).
 
-    `folders` has the clips `0000.mp4`, ... of each model. A row has its number among the prompts, `video` (WebM as
-    base64), the `width` and `height` of a clip, the `offset` from one to the next, `fps`, `frames` and `models`, from
-    left to right. Later prompts are left out where a page would grow too large.
+    folders: model -> folder of its clips `0000.mp4` and so on. A row has the prompt and its `number`, `video` (WebM as
+    base64), the `width` and `height` of a clip, the `offset` in pixels from one clip to the next, `fps`, `frames`, and
+    the `models` from left to right. If the page would grow too large, the last prompts are left out.
     """
     rows, faults = [], []
     for number, prompt in enumerate(prompts):
@@ -49,7 +49,7 @@ def embed(folders: dict[str, epath.Path], prompts: Sequence[str]) -> tuple[list[
 
 
 def join(clips: dict[str, tuple[np.ndarray, Fraction]]) -> dict[str, Any]:
-    """Clips as one video; those of another size or length than the first are fitted to it."""
+    """Clips as one video, all scaled to the size of the first and cut to the length of the shortest."""
     first, rate = next(iter(clips.values()))
     height, width = first.shape[1:3]
     frames = min(len(clip) for clip, _ in clips.values())
@@ -66,14 +66,14 @@ def join(clips: dict[str, tuple[np.ndarray, Fraction]]) -> dict[str, Any]:
 
 
 def abreast(videos: Sequence[np.ndarray]) -> np.ndarray:
-    """Videos of one size from left to right, each filled up to a multiple of `BLOCK`."""
+    """Videos of one size from left to right, each padded to a multiple of `BLOCK`."""
     height, width = videos[0].shape[1:3]
     margin = ((0, 0), (0, -height % BLOCK), (0, -width % BLOCK), (0, 0))
     return np.concatenate([np.pad(video, margin, mode="edge") for video in videos], axis=2)
 
 
 def encode(video_FxHxWx3: np.ndarray, rate: Fraction, quality: int = QUALITIES[0]) -> bytes:
-    """WebM (VP9) of constant quality."""
+    """The uint8 video as WebM (VP9) of constant quality; `rate` in frames per second."""
     result = io.BytesIO()
     with av.open(result, "w", format="webm") as target:
         stream = target.add_stream("libvpx-vp9", rate=rate, options=SPEED | {"crf": str(quality)})
@@ -85,7 +85,7 @@ def encode(video_FxHxWx3: np.ndarray, rate: Fraction, quality: int = QUALITIES[0
 
 
 def squeeze(video: bytes, size: int) -> bytes:
-    """The video in `size` bytes if the worst quality takes no more; as it is when it is no larger."""
+    """The video in at most `size` bytes, or at the worst quality if that is not enough."""
     frames, rate = decode(video)
     for quality in QUALITIES[1:]:
         if len(video) <= size:
@@ -97,7 +97,7 @@ def squeeze(video: bytes, size: int) -> bytes:
 def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray | None:
     """One video of the clips: uint8 [F, rows * h, columns * w, 3], a row for each model and a column for each prompt.
 
-    Only prompts of which every model has a clip; None where there is none.
+    A prompt without a clip of every model is left out; None if none is left.
     """
     columns = []
     for number in range(count):
@@ -109,7 +109,7 @@ def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray
 
 
 def read_clip(file: epath.Path, height: int) -> tuple[np.ndarray, Fraction] | None:
-    """`decode` of a file; None where it is missing or broken."""
+    """`decode` of a file; None if it is missing or broken."""
     try:
         return decode(file.read_bytes(), height)
     except (av.error.FFmpegError, OSError, IndexError, ValueError):
@@ -117,7 +117,7 @@ def read_clip(file: epath.Path, height: int) -> tuple[np.ndarray, Fraction] | No
 
 
 def decode(clip: bytes, height: int | None = None) -> tuple[np.ndarray, Fraction]:
-    """(uint8 [F, h, w, 3], frames a second), scaled down to at most `height`."""
+    """(uint8 [F, h, w, 3], frames per second) of a video file, scaled down to at most `height` pixels."""
     with av.open(io.BytesIO(clip)) as source:
         rate = source.streams.video[0].average_rate or Fraction(16)
         frames = list(source.decode(video=0))  # type: ignore[attr-defined]
