@@ -1,8 +1,8 @@
-"""The ablations on the teacher of `configs/evidence_teacher.py`: a GPU's work.
+"""The ablations on the teacher of `configs/evidence_teacher.py`, for a GPU.
 
     jsurgery ablate --table=all --config=evidence_ablations --workdir=runs/evidence_ablations
 
-Another teacher seed: `--config.model.path=runs/evidence_teacher1/model`. Nothing has been run with it yet.
+For a teacher of another seed, `--config.model.path=runs/evidence_teacher1/model`. This config has not been run yet.
 """
 
 from jsurgery.config import base

@@ -4,8 +4,8 @@ of the clips, which may cross. For one GPU of 80 GB.
     jsurgery train --config=evidence_teacher --workdir=runs/evidence_teacher
     jsurgery train --config=evidence_teacher --workdir=runs/evidence_teacher1 --config.seed=1   # and so on
 
-Then its tables, by `configs/evidence_ablations.py`. By arithmetic, not measured: 53 M parameters, 32 TFLOP a step, so
-an hour and a half at 100 TFLOP/s for 16,000 steps; some 40 GB of activations. Nothing has been trained with it yet.
+`configs/evidence_ablations.py` then runs the tables. Computed, not measured: 53 M parameters, 32 TFLOP per step, so an
+hour and a half at 100 TFLOP/s for 16,000 steps; some 40 GB of activations. This config has not been run yet.
 """
 
 from jsurgery.config import base

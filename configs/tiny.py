@@ -2,9 +2,9 @@
 
     jsurgery surgery --config=tiny --workdir=runs/demo
 
-At the cost of half of the blocks at rate 8, as the paper's 15R8 of 30; the planner spends it as it likes. What this
-shows is about a tiny model on procedural clips, not about Wan2.1 1.3B. Prompts, clips and steps are as few as still
-show it; `tiny_evidence` has as many as a table needs.
+The budget is the cost of half of the blocks at rate 8, like the paper's 15R8 of 30 blocks; the planner may choose other
+rates for it. Results are about a tiny model on procedural clips, not about Wan2.1 1.3B. Prompts, clips and steps are
+few, for a demonstration; `tiny_evidence` has enough for a table.
 """
 
 from jsurgery.config import base

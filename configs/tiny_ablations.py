@@ -2,8 +2,8 @@
 
     jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/ablations
 
-Differs from tiny.py in numbers of prompts, clips and steps, in the learning rate of distillation, and in the rates that
-a plan may choose: the paper's.
+Differs from tiny.py in the numbers of prompts, clips and steps, in the learning rate of distillation, and in the rates
+of a plan, which are the paper's.
 """
 
 from jsurgery.config import base

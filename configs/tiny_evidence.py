@@ -1,4 +1,4 @@
-"""The tiny surgery with the prompts, clips and steps that a table needs: hours on two CPU cores for three seeds.
+"""The tiny surgery with enough prompts, clips and steps for a table: hours on two CPU cores for three seeds.
 
     jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence
 

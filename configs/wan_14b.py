@@ -1,16 +1,16 @@
-"""Wan2.1 14B at 480x832, 81 frames: 32,760 tokens, 40 blocks. The paper takes this model as a source of clips only.
+"""Wan2.1 14B at 480x832, 81 frames: 32,760 tokens, 40 blocks. The paper only makes clips with this model.
 
     jsurgery surgery --config=wan_14b@v5p:8x8x8 --workdir=gs://bucket/run \\
         --config.model.path=/path/to/Wan2.1-T2V-14B-Diffusers --config.prompts=prompts.txt --config.data.path=latents/
 
 Fine-tuning keeps 229 GB of weights, gradients and AdamW moments, spread over `fsdp`, and 13.4 GB of block inputs per
-example: 32 TPU v5p of 95 GB with 16 examples a batch, by that arithmetic. Half of the blocks become hybrids, as in the
-1.3B of the paper. Of `TOPOLOGIES`, the eight chips sample and synthesise; the others also fine-tune, and at 720p.
+example: by this count, 32 TPU v5p of 95 GB with 16 examples per batch. Half of the blocks become hybrid, as in the
+paper's 1.3B. Of `TOPOLOGIES`, the eight v6e are for sampling and synthesis; the v5p also fine-tune, up to 720p.
 """
 
 from jsurgery.config import base
 
-# Distillation sees as many examples as in 10,000 steps of one.
+# Distillation sees as many examples as in 10,000 steps with one example each.
 BATCHES = {"trace.batch": 16, "distill.batch": 16, "distill.steps": 625, "evaluate.batch": 16}
 TOPOLOGIES = {
     "v6e:2x4": {"mesh.context": 2, "mesh.tensor": 4, "evaluate.batch": 1},
