@@ -1,4 +1,4 @@
-"""Hybrid softmax-linear attention for JAX."""
+"""Hybrid softmax-linear attention for JAX. `pallas_kernels.api` describes it; nothing here depends on jsurgery."""
 
 from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state
 from pallas_kernels.feature_map import (

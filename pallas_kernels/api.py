@@ -1,4 +1,4 @@
-"""The door to every implementation of hybrid attention."""
+"""The public functions of hybrid attention, and the choice of an implementation for them."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.feature_map import FeatureMap
 
-IMPLEMENTATIONS = ("xla", "reference", "tpu", "gpu", "stock")  # modules of that name
+IMPLEMENTATIONS = ("xla", "reference", "tpu", "gpu", "stock")  # each the name of a module in this package
 STABILIZERS = ("max", "lse")
 
 
@@ -39,24 +39,24 @@ def hybrid_attention(
         v: values [B, M, H, D].
         query_map: phi_q; None where num_softmax = M.
         key_map: phi_k; None where num_softmax = M.
-        num_softmax: how many keys keep softmax, 0 to M. M is full softmax attention; 0 is pure linear attention, whose
-            denominator is n_L + `EPSILON`.
-        key_valid: bool [B, M], False for padding. Unless num_softmax is 0, every batch entry needs a valid softmax key.
+        num_softmax: the number of keys that keep softmax, 0 to M. M is full softmax attention; 0 is pure linear
+            attention, whose denominator is n_L + `EPSILON`.
+        key_valid: bool [B, M], False at padding. Unless num_softmax is 0, every batch entry needs a valid softmax key.
         stabilizer: c_i: "max", the largest s_ij over the valid softmax keys (the paper), or "lse", their log-sum-exp,
             with which n_S = 1.
         implementation: "xla" (any backend), "reference" (O(N^2) memory), "tpu" and "gpu" (Pallas kernels), "stock" (the
-            softmax branch by cuDNN on GPU and by jax's flash attention on TPU; "lse" alone). None: of the kernels of
-            the platform the first that take the arguments, on GPU the stock ones before ours, or "xla": on CPU, in
-            float32 on GPU, and where XLA has to partition the arrays over several devices, which it cannot do with a
-            kernel (`sharded_self_attention` partitions them itself). The platform is that of the `shard_map` around, or
-            of the default device; a program to be lowered for another names its implementation.
+            softmax branch by cuDNN on GPU and by jax's flash attention on TPU; only for "lse"). None chooses the first
+            of the platform's kernels that supports the arguments; on GPU, "stock" is tried before "gpu". It chooses
+            "xla" on CPU, in float32 on GPU, and where XLA has to partition the arrays over several devices, since XLA
+            cannot partition a kernel (`sharded_self_attention` does it instead). The platform is that of the enclosing
+            `shard_map` or else of the default device. To lower a program for another platform, name the implementation.
 
     Returns:
         [B, N, H, D] in v's dtype.
 
     Raises:
         ValueError: shapes that do not fit, a missing map, an unknown stabilizer or implementation.
-        NotImplementedError: arguments that the implementation does not take; says which, and why.
+        NotImplementedError: arguments that the implementation does not support; the message says which, and why.
     """
     _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -70,9 +70,10 @@ def hybrid_attention(
 def linear_state(
     k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """What the linear branch keeps of keys and values [B, L, H, D]: S [B, H, F, D] and z [B, H, F], float32.
+    """The linear branch's state of keys and values [B, L, H, D]: S [B, H, F, D] and z [B, H, F], float32.
 
-    States of disjoint sets of keys add up. F is the number of phi_k's features.
+    S = sum_j phi_k(k_j)^T v_j and z = sum_j phi_k(k_j); F is the number of phi_k's features. The state of a union of
+    disjoint sets of keys is the sum of their states.
     """
     return _first(_with_state(), "linear_state", k, v, key_map, key_valid=key_valid)
 
@@ -87,18 +88,19 @@ def attend_with_state(
     key_valid: jax.Array | None = None,
     stabilizer: str = "max",
 ) -> jax.Array:
-    """`hybrid_attention` of softmax keys and values [B, S, H, D], with the `linear_state` of all linear ones."""
+    """`hybrid_attention` with softmax keys and values [B, S, H, D] and the `linear_state` of all linear keys."""
     options = {"key_valid": key_valid, "stabilizer": stabilizer}
     return _first(_with_state(), "attend_with_state", q, k, v, query_map, state, **options)
 
 
 def _with_state() -> tuple[str, ...]:
+    """The implementations of `linear_state` and `attend_with_state` to try, in this order."""
     platform, whole = _place()
     return ("tpu", "xla") if platform == "tpu" and whole else ("xla",)
 
 
 def _place() -> tuple[str, bool]:
-    """The platform, "cpu", "gpu" or "tpu", and whether a device has all of the arrays that are seen here."""
+    """The platform, "cpu", "gpu" or "tpu", and whether each device holds all of the arrays that this code sees."""
     mesh = jax.sharding.get_abstract_mesh()
     mapped = not mesh.empty and mesh.are_all_axes_manual
     device = mesh.abstract_device if mapped else None
@@ -108,6 +110,7 @@ def _place() -> tuple[str, bool]:
 
 
 def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
+    """The implementations of `hybrid_attention` to try, in this order."""
     if not whole:
         return ("xla",)
     if platform == "gpu" and dtype != jnp.float32:  # cuDNN has no float32, and Triton no tensor cores for it
@@ -116,7 +119,10 @@ def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
 
 
 def _first(names: tuple[str, ...], function: str, *arguments: Any, **options: Any) -> Any:
-    """What the first implementation that takes the arguments returns; the last one's objection is everybody's."""
+    """Calls `function` of the first implementation that supports the arguments.
+
+    If none does, the NotImplementedError of the last implementation is raised.
+    """
     for name in names:
         more = {"platform": _place()[0]} if name == "stock" else {}
         try:

@@ -1,10 +1,13 @@
-"""What the TPU compiler believes a program costs, with no TPU: static estimates, never measurements.
+"""Static estimates, never measurements, of a program's cost on a TPU, from the compiler's schedules, without a TPU.
 
-A kernel's figure is the length of the schedule of one grid step, which the compiler can print, or the time of its
-matrix units if that is longer, times its grid steps; of what stands under `pl.when`, times the steps that run it. Other
-waits and traffic with HBM are not in it, so of a kernel bound by bandwidth it is too low. The compiler can also play
-its schedule step by step (`--xla_jf_dump_static_llo_profile_to`), in gigabytes and minutes, but takes scalars that it
-had to spill for 0, and so runs steps that are not there: half again as many in kernels with several outputs.
+The compiler can print a kernel's schedule for one grid step. The estimate is the length of that schedule, or the time
+that its matrix units are busy if that is longer, times the number of grid steps. Code under `pl.when` counts only in
+the steps that run it. Other waits and the traffic with HBM are not counted, so the estimate is too low for a kernel
+that is bound by bandwidth.
+
+The compiler can also simulate its schedule step by step (`--xla_jf_dump_static_llo_profile_to`), which takes gigabytes
+and minutes. That is not used here, because the simulation takes spilled scalars for 0 and therefore runs steps that do
+not exist: half as many again in kernels with several outputs.
 """
 
 import concurrent.futures
@@ -24,18 +27,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun, jaxprs_in_params
 
-# The smallest slice of each chip's topology, and the accelerator type that libtpu is told.
+# The smallest slice of each chip's topology, and its accelerator type as libtpu names it.
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
-# Cycles of a matrix unit for a `vmatmul`, 16 rows in bfloat16: it takes one row a cycle, of 256 x 256 two.
+# Cycles that a matrix unit needs for a `vmatmul` of 16 rows in bfloat16: one per row, or half with a 256 x 256 unit.
 MATMUL_CYCLES = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8}
+
+# In HLO: the instruction of a kernel, with its name in JAX, "jit(f)/transpose(jvp(NAME))/pallas_call"; and an
+# instruction of XLA's own, with XLA's estimate.
+KERNEL = re.compile(r'%(\S+) = [^\n]*"tpu_custom_call"[^\n]*op_name="[^"]*?([^"/()]+)\)*/pallas_call"')
+XLA_OPERATION = re.compile(r'%(\S+) = [^\n]*"estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel's number of grid steps and, for each of its `pl.when` in order, the share of the steps that run it."""
+
+    steps: int
+    shares: tuple[float, ...]
 
 
 def topology(name: str, **options: Any) -> Sequence[Any]:
-    """Devices to compile for, of a topology like "v5e:4x4", on a machine that has none of them.
+    """The devices of a topology like "v5e:4x4", to compile for on a machine without them.
 
-    libtpu must be installed, and loads once per process; JAX_PLATFORMS=cpu keeps a process off other accelerators.
-    `options` are those of `jax.experimental.topologies.get_topology_desc`.
+    libtpu must be installed; a process can load it only once. JAX_PLATFORMS=cpu keeps the process off other
+    accelerators. `options` are those of `jax.experimental.topologies.get_topology_desc`.
     """
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
@@ -50,7 +66,7 @@ def topology(name: str, **options: Any) -> Sequence[Any]:
 
 
 def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
-    """`function` compiled for one TPU chip on a machine that has none: what `jax.jit(...).lower().compile()` returns.
+    """`function` compiled for one TPU chip on a machine without it, as `jax.jit(...).lower().compile()` returns it.
 
     Args:
         chip: a key of `CHIPS`.
@@ -66,10 +82,10 @@ def compile_ahead(chip: str, function: Callable, *shapes: Any) -> Any:
 
 
 def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> tuple[dict[str, int], dict[str, int]]:
-    """Estimated cycles of a compiled program's Pallas kernels, and of XLA's own operations, by their names in the HLO.
+    """(cycles of a compiled program's Pallas kernels, cycles of XLA's own operations), by their names in the HLO.
 
-    A kernel's name is the one its `pallas_call` was given, with JAX's transformations and a number about it. Copies
-    that run beside other work are free, and a `while` loop's body counts once. A process of its own does it.
+    A kernel's name is that of its `pallas_call`, with JAX's transformations and a number added. Copies that run beside
+    other work are free, and the body of a `while` loop counts once. The compiler runs in a new process.
 
     Args:
         chip: a key of `CHIPS`.
@@ -78,11 +94,11 @@ def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> tuple[dict[s
 
     Raises:
         ValueError: an unknown chip.
-        RuntimeError: the compiler failed, or its schedule of a kernel is not there.
+        RuntimeError: the compiler failed, or did not print the schedule of a kernel.
     """
     _check(chip)
     with tempfile.TemporaryDirectory() as folder:
-        # libtpu reads its arguments when it loads, so the process is a new one.
+        # libtpu reads its arguments when it is loaded, hence the new process.
         with concurrent.futures.ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), initializer=_dump_schedules, initargs=(folder,)
         ) as process:
@@ -100,42 +116,30 @@ def estimate_cycles(chip: str, function: Callable, *shapes: Any) -> tuple[dict[s
         return kernels, {name: int(cycles) for name, cycles in XLA_OPERATION.findall(text)}
 
 
-# In HLO: a kernel's instruction and what it is called in JAX, "jit(f)/transpose(jvp(NAME))/pallas_call"; and one of
-# XLA's own, with its estimate.
-KERNEL = re.compile(r'%(\S+) = [^\n]*"tpu_custom_call"[^\n]*op_name="[^"]*?([^"/()]+)\)*/pallas_call"')
-XLA_OPERATION = re.compile(r'%(\S+) = [^\n]*"estimated_cycles":"(\d+)"')
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """Its grid steps, and of each of its sections under `pl.when`, in order, the share of the steps that run it."""
-
-    steps: int
-    shares: tuple[float, ...]
-
-
 def kernels_of(jaxpr: Any, within: str = "") -> dict[str, list[Kernel]]:
-    """The kernels called in a jaxpr by their names; by that of the scope or function about one that has none."""
-    found: dict[str, list[Kernel]] = {}
+    """The kernels called in a jaxpr, by name. A kernel without a name gets that of the enclosing scope or function."""
+    by_name: dict[str, list[Kernel]] = {}
     for equation in jaxpr.eqns:
         scope = str(equation.source_info.name_stack).rpartition("/")[2].rpartition("(")[2].rstrip(")") or within
         if equation.primitive.name == "pallas_call":
             grid = equation.params["grid_mapping"].grid
-            made = Kernel(math.prod(grid), section_shares(equation.params["jaxpr"], grid))
-            found.setdefault(equation.params["name"] or scope, []).append(made)
+            kernel = Kernel(math.prod(grid), section_shares(equation.params["jaxpr"], grid))
+            by_name.setdefault(equation.params["name"] or scope, []).append(kernel)
             continue
         for inner in jaxprs_in_params(equation.params):
             for name, kernels in kernels_of(inner, equation.params.get("name", scope)).items():
-                found.setdefault(name, []).extend(kernels)
-    return found
+                by_name.setdefault(name, []).extend(kernels)
+    return by_name
 
 
 def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
-    """Of each condition of a kernel's jaxpr that depends on the step alone, the share of steps at which it holds; 1 of
-    any other."""
+    """For each condition in a kernel's jaxpr, the share of the grid's steps at which it holds.
+
+    It is 1 for a condition that depends on more than the step.
+    """
 
     def conditions(index: jax.Array) -> list[Any]:
-        known, found = {}, []
+        known, taken = {}, []
         for equation in kernel.eqns:
             kind = equation.primitive.name
             values = [x.val if isinstance(x, Literal) else known.get(x) for x in equation.invars]
@@ -144,7 +148,7 @@ def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
             elif kind == "num_programs":
                 values = [grid[equation.params["axis"]]]
             elif kind == "cond":
-                found.append(jnp.asarray(-1 if values[0] is None else values[0], jnp.int32))
+                taken.append(jnp.asarray(-1 if values[0] is None else values[0], jnp.int32))
                 continue
             elif not values or any(value is None for value in values):
                 continue
@@ -154,32 +158,33 @@ def section_shares(kernel: Any, grid: Sequence[int]) -> tuple[float, ...]:
                 result = equation.primitive.bind(*values, **equation.params)
                 values = result if equation.primitive.multiple_results else [result]
             known.update(zip(equation.outvars, values, strict=True))
-        return found
+        return taken
 
     steps = jnp.stack(jnp.meshgrid(*map(jnp.arange, grid), indexing="ij"), axis=-1).reshape(-1, len(grid))
-    held = [taken.astype(float).mean() for taken in jax.vmap(conditions)(steps)]
-    return tuple(1.0 if share < 0 else float(share) for share in held)
+    shares = [taken.astype(float).mean() for taken in jax.vmap(conditions)(steps)]
+    return tuple(1.0 if share < 0 else float(share) for share in shares)
 
 
 def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
-    """Cycles of a kernel, of whose schedule every line is a bundle of instructions: "0x1f LB: > { ... }".
+    """The cycles of a kernel with this schedule, in which every line is a bundle of instructions: "0x1f LB: > { ... }".
 
-    A bundle takes a cycle, but of a step's `vmatmul`s each keeps its matrix unit for `matmul_cycles`, and the busiest
-    unit may take longer. Sections are what branches inside the body of the loop over steps jump over. Of those that
-    run at every step or at none, the compiler leaves all or nothing. Where there are as many neither way, each counts
-    in every step; warns of how much too much that may be.
+    A bundle takes a cycle. A `vmatmul` keeps its matrix unit busy for `matmul_cycles`, so the busiest unit may take
+    longer than the bundles. A section is the code that a branch jumps over, inside the body of the loop over steps.
+    Sections are matched with the kernel's `pl.when` in order, either with all of them or only with those that run at
+    some steps and not at others, since the compiler may remove the other branches. If neither number fits, every
+    section counts in every step, and a warning says how much too high the result may be.
     """
     starts, branches, products, address = {}, [], [], 0
     for line in schedule.splitlines():
-        if found := re.match(r" *0x([0-9a-f]+) ", line):
-            address = int(found[1], 16)
+        if match := re.match(r" *0x([0-9a-f]+) ", line):
+            address = int(match[1], 16)
         starts |= {int(region): address for region in re.findall(r"Start(?:/End empty)? region (\d+)", line)}
         branches += [(address, int(target)) for target in re.findall(r"sbr\.rel [^;}]*target = \$region(\d+)", line)]
         products += [(address, int(unit)) for unit in re.findall(r"vmatmul\.\S+\.mxu(\d)", line)]
     jumps = [(start, starts[target]) for start, target in branches if starts[target] > start]
     begin, end = max(jumps, key=lambda ends: ends[1] - ends[0], default=(0, 0))
     sections = [(start, stop) for start, stop in jumps if begin < start and stop <= end]
-    share = np.ones(address + 1)  # of the steps that run a bundle
+    share = np.ones(address + 1)  # the share of the steps that run each bundle
     conditional = tuple(of_section for of_section in kernel.shares if of_section not in (0, 1))
     shares = kernel.shares if len(sections) == len(kernel.shares) else conditional
     if len(sections) == len(shares):

@@ -1,6 +1,6 @@
-"""Feature maps phi of linear attention, as pytrees: an attention kernel calls them, or reads and fuses their weights.
+"""Feature maps phi of linear attention, as pytrees. An attention kernel calls a map, or computes it from its weights.
 
-A map takes heads [B, N, H, D] and returns non-negative features [B, N, H, F]. Its leaves are float32; callers may stack
+A map takes heads [B, N, H, D] and returns non-negative features [B, N, H, F]. Its leaves are float32. Callers may stack
 maps over blocks or rates and `jax.vmap` over the stack.
 """
 
@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-# Non-negative all, so that odd powers keep the features, hence the attention weights, non-negative.
+# All are non-negative, so that odd powers, and with them the features and the attention weights, are non-negative too.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,
@@ -22,9 +22,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class FeatureMap(Protocol):
-    """What attention asks of phi: heads [B, N, H, D] -> non-negative features [B, N, H, F].
+    """What attention needs of phi: a function of heads [B, N, H, D] to non-negative features [B, N, H, F].
 
-    A pytree whose leaves have the head as first axis, so that kernels can take one head at a time.
+    It is a pytree whose leaves have the head as first axis, so that kernels can process one head at a time.
     """
 
     def __call__(self, x: jax.Array, /) -> jax.Array: ...
@@ -41,7 +41,7 @@ class PolynomialMap:
     Attributes:
         kernels: per layer [H, d_in, d_out].
         biases: per layer [H, d_out].
-        log_scale: [H]. Sets the mass of the linear branch; of a pair of maps, calibration sets the key's.
+        log_scale: [H]. It sets the mass of the linear branch. Calibration sets that of the key's map alone.
         degree: P.
         activation: a key of `ACTIVATIONS`.
     """
@@ -99,7 +99,7 @@ class HedgehogMap:
 
     kernel: jax.Array
     log_scale: jax.Array
-    activation = "hedgehog"  # these four as a PolynomialMap has them
+    activation = "hedgehog"  # activation, degree, kernels and biases correspond to those of a PolynomialMap
     degree = 1
 
     @property

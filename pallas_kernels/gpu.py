@@ -1,8 +1,9 @@
 """Hybrid attention on GPUs, as Pallas kernels that Triton compiles.
 
-A *state* kernel sums S and z over the suffix, phi_k computed inside; an *attention* kernel is flash attention over the
-prefix whose last step reads the state out with phi_q. Backward: two flash kernels, one for the queries and one for the
-prefix's keys and values; the linear branch's part is a chain of plain matrix products, which XLA runs in chunks.
+Forward, a *state* kernel sums S and z over the suffix and computes phi_k itself. An *attention* kernel is flash
+attention over the prefix; its last step reads the state out with phi_q. Backward, there are two flash kernels, one for
+the queries and one for the prefix's keys and values. The backward of the linear branch is a chain of matrix products,
+which XLA runs in chunks.
 """
 
 import math
@@ -21,17 +22,16 @@ from pallas_kernels.feature_map import ACTIVATIONS, FeatureMap, PolynomialMap
 from pallas_kernels.reference import EPSILON
 
 WIDTHS = (16, 32, 64, 128)
-# Tokens that one program of the state kernel sums over: short enough to occupy a GPU, long enough that the partial sums
-# are few.
+# Tokens that one program of the state kernel sums over: few enough that the programs occupy a GPU, and enough that
+# there are few partial sums.
 STATE_CHUNK = 2048
-# The score of a masked key: finite, so that a tile of nothing else makes no NaN; its weight is undone by the first key.
-MASKED = -1e30
-LOG2_E = math.log2(math.e)
-
-
-# Bytes of weights that a program of the state kernel may read: Triton keeps them in shared memory (227 KB on Hopper),
+# Bytes of weights that a program of the state kernel may read. Triton keeps them in shared memory (227 KB on Hopper),
 # beside tiles of k and v.
 STATE_WEIGHTS = 2**17
+# The score of a masked key. It is finite, so that a tile of masked keys alone gives no NaN. The first valid key then
+# scales the weights of such a tile to zero.
+MASKED = -1e30
+LOG2_E = math.log2(math.e)
 
 
 class BlockSizes(NamedTuple):
@@ -52,7 +52,7 @@ BLOCK_SIZES = {jnp.dtype(jnp.bfloat16): BlockSizes(128, 64, 64), jnp.dtype(jnp.f
 
 
 class Options(NamedTuple):
-    """What is static in one call."""
+    """The static arguments of one call."""
 
     num_softmax: int
     row_max: bool
@@ -75,15 +75,15 @@ def hybrid_attention(
 ) -> jax.Array:
     """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`.
 
-    Of several keys that share the largest score, the first takes c_i's gradient. float32 is multiplied as such: slowly,
-    and a minute in the compiler.
+    If several keys share the largest score, the first one gets c_i's gradient. Products of float32 are computed in full
+    float32: they are slow, and take a minute to compile.
 
     Args:
-        block_sizes: None for what `tuning` knows of this chip in bfloat16, or the defaults.
+        block_sizes: None for the sizes that `tuning` has for this chip in bfloat16, or else the defaults.
         interpret: runs on any backend, slowly.
 
     Raises:
-        NotImplementedError: widths, dtypes or maps that the kernels do not take.
+        NotImplementedError: widths, dtypes or maps that the kernels do not support.
     """
     _check(q, k, v, query_map, key_map, num_softmax)
     maps = None if num_softmax == k.shape[1] else (query_map, key_map)
@@ -133,7 +133,7 @@ def _attend_backward(options, residuals, dy):
         return dq, dk, dv, None, None
 
     query_map, key_map = maps
-    do = dy / saved["denominator"].swapaxes(1, 2)[..., None]  # the cotangent of both numerators
+    do = dy / saved["denominator"].swapaxes(1, 2)[..., None]  # the cotangent of both branches' numerators
     dn = -_head_dot(do, y)
     _, read_pullback = jax.vjp(xla.read_out, q, query_map, *sums)
     dq_L, d_query_map, *d_sums = read_pullback((do.swapaxes(1, 2), dn))
@@ -159,12 +159,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _head_dot(x_BxNxHxD: jax.Array, y_BxNxHxD: jax.Array) -> jax.Array:
-    """[B, H, N] in float32."""
+    """The dot products of x and y over channels, [B, H, N] in float32."""
     return jnp.einsum("bnhd,bnhd->bhn", x_BxNxHxD, y_BxNxHxD.astype(jnp.float32))
 
 
 def _forward(options: Options, q, k, v, maps, valid, residuals: bool):
-    """y; what the backward needs besides; S and z."""
+    """(y, what the backward needs besides if `residuals`, (S, z))."""
     batch, num_queries, heads, width = q.shape
     num_softmax = options.num_softmax
     query_map, sums, flops, read = None, None, 0, 0
@@ -205,7 +205,7 @@ def _forward(options: Options, q, k, v, maps, valid, residuals: bool):
 
 
 def _attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *, options: Options):
-    """Flash attention of one block of queries over the prefix, then the read-out of the suffix's state."""
+    """Flash attention of one block of queries over the prefix, followed by the read-out of the suffix's state."""
     num_queries, width = q_ref.shape
     rows, in_range = _range(pl.program_id(0), options.blocks.query, num_queries)
     q = _load_rows(q_ref, rows, in_range)
@@ -249,11 +249,11 @@ def _attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *
 
 
 def _state(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[jax.Array, jax.Array]:
-    """S [B, H, F, D] and z [B, H, F] over the suffix; float32."""
+    """S [B, H, F, D] and z [B, H, F] of the suffix, float32."""
     batch, num_keys, heads, width = k.shape
     degree, length = key_map.degree, num_keys - options.num_softmax
     features = degree * width
-    # Every power is a program of its own, and computes the hidden layers anew: S of all would not fit the registers.
+    # S of all powers does not fit the registers, so every power has its own program, which computes all hidden layers.
     hidden = degree * sum(kernel[0].size for kernel in key_map.kernels[:-1])
     last = key_map.kernels[-1][0].size
     if (hidden + last) // degree * k.dtype.itemsize > STATE_WEIGHTS:
@@ -306,9 +306,10 @@ def _state_kernel(k_ref, v_ref, valid_ref, map_ref, state_ref, z_ref, *, options
 
 
 def _softmax_backward(options: Options, q, k, v, valid, dy, lse, delta, tops):
-    """Cotangents of q and of the prefix of k and v; dy is that of softmax's output.
+    """Cotangents of q and of the prefix of k and v. `dy` is the cotangent of the softmax branch's output.
 
-    `tops`: for every query the key with the largest score, and the cotangent of log n_S, which that key's score gives.
+    `tops` are, for every query, the key with the largest score and the cotangent of log n_S, which goes to that score;
+    None if c_i has no gradient of its own.
     """
     batch, num_queries, heads, width = q.shape
     num_softmax, block = options.num_softmax, options.blocks.backward
@@ -375,7 +376,7 @@ def _key_gradient_kernel(q_ref, k_ref, v_ref, valid_ref, dy_ref, per_row_ref, dk
 
 
 def _tile_gradient(q, k, v, dy, per_row, attended, first_key):
-    """Softmax weights and the scores' cotangent of one tile. Queries past the end are zero, and so is theirs."""
+    """Softmax weights and the scores' cotangent of one tile. Queries past the end are zero; so is their cotangent."""
     lse, delta, tops = per_row
     p = jnp.exp2(_scores(q, k, attended) - lse[:, None])
     ds = p * (_dot(dy, v, trans_b=True) - delta[:, None])
@@ -387,13 +388,13 @@ def _tile_gradient(q, k, v, dy, per_row, attended, first_key):
 
 
 def _scores(q, k, attended):
-    """Scores in units of log 2, so that exp2 weighs them."""
+    """Scores in units of log 2, for exp2."""
     s = _dot(q, k, trans_b=True) * (q.shape[1] ** -0.5 * LOG2_E)
     return jnp.where(attended[None, :], s, MASKED)
 
 
 def _hidden(map_ref: PolynomialMap, x) -> list[jax.Array]:
-    """The input of phi's last layer: tiles as wide as the head, since Triton's are powers of two."""
+    """The input of phi's last layer, in tiles as wide as the head, since sizes in Triton are powers of two."""
     tiles = [x]
     for layer in range(len(map_ref.kernels) - 1):
         tiles = [_layer(map_ref, layer, tiles, slot).astype(x.dtype) for slot in range(map_ref.degree)]
@@ -410,6 +411,7 @@ def _power(map_ref: PolynomialMap, hidden: list[jax.Array], slot) -> jax.Array:
 
 
 def _layer(map_ref: PolynomialMap, layer: int, tiles: list[jax.Array], slot) -> jax.Array:
+    """Columns [slot * D, (slot + 1) * D] of a layer's output, for its input in tiles."""
     kernel, bias, width = map_ref.kernels[layer], map_ref.biases[layer], tiles[0].shape[1]
     columns = pl.ds(slot * width, width)
     products = [_dot(tile, kernel[pl.ds(row * width, width), columns]) for row, tile in enumerate(tiles)]
@@ -422,7 +424,7 @@ def _dot(a, b, **transposed) -> jax.Array:
 
 
 def _range(number, block: int, length: int, first=0):
-    """Where block `number` of the tokens from `first` on lies, and which of its tokens come before `length`."""
+    """The slice of block `number`, counted from token `first` on, and which of its tokens come before `length`."""
     start = first + number * block
     return pl.ds(start, block), start + lax.iota(jnp.int32, block) < length
 
@@ -441,6 +443,7 @@ def _load_queries(q_ref, dy_ref, per_row_ref, rows, in_range):
 
 
 def _attended(valid_ref, keys, in_range):
+    """Which keys of a block are in range and valid."""
     if valid_ref is None:
         return in_range
     return in_range & (triton.load(valid_ref.at[keys], mask=in_range, other=0) != 0)
@@ -451,13 +454,13 @@ def _mask(valid: jax.Array | None) -> jax.Array | None:
 
 
 def _in_dtype(feature_map: PolynomialMap, dtype) -> PolynomialMap:
-    """Kernels in the dtype of the products; biases and scales stay in float32."""
+    """A map whose kernels have the dtype of the products. Biases and scales stay in float32."""
     kernels = tuple(kernel.astype(dtype) for kernel in feature_map.kernels)
     return PolynomialMap(kernels, feature_map.biases, feature_map.log_scale, feature_map.degree, feature_map.activation)
 
 
 def _input_specs(*arguments):
-    """Of q, k, v [B, N, H, D], of key_valid, of a map and of (S, z), each known by its rank or its type."""
+    """Block specs of q, k, v [B, N, H, D], key_valid, a map and (S, z), each recognised by its rank or type."""
     axes = {2: "bn", 4: "bnhd"}
 
     def specs(argument):
@@ -471,7 +474,7 @@ def _input_specs(*arguments):
 
 
 def _spec(x, axes: str) -> pl.BlockSpec:
-    """All of one head of one batch entry."""
+    """The block spec for all of one head of one batch entry."""
     block = tuple(None if axis in "bh" else size for axis, size in zip(axes, x.shape, strict=True))
     return pl.BlockSpec(block, lambda i, h, b: tuple({"b": b, "h": h}.get(axis, 0) for axis in axes))
 

@@ -1,7 +1,8 @@
 """Hybrid attention whose softmax and linear keys differ from one block of queries to the next.
 
-`hybrid_attention` is the case of one block: all queries, softmax over a prefix of the keys, the rest linear. Chunks of
-a video that attend to themselves with softmax and to their past through a state are another.
+`hybrid_attention` is the special case of one block with all queries, softmax over a prefix of the keys, and a linear
+branch over the rest. Another case is a video in chunks, each of which attends to itself by softmax and to earlier
+chunks through a linear state.
 """
 
 from collections.abc import Sequence
@@ -42,27 +43,28 @@ def attention_by_query_blocks(
     key_valid: jax.Array | None = None,
     stabilizer: str = "max",
 ) -> jax.Array:
-    """Eq. 5 of Attention Surgery with S and L of every query those of its block.
+    """Eq. 5 of Attention Surgery, in which every query's S and L are those of its block.
 
-    Every linear key is mapped once: states are summed between all the ranges' ends, and added up for each block. The
-    kernels are those of `hybrid_attention`; blocks are unrolled, so compile time grows with their number.
+    phi_k is computed once for each linear key: the ends of all ranges cut the keys into pieces, each piece has one
+    state, and a block adds up the states of its pieces. The kernels are those of `hybrid_attention`. Blocks are
+    unrolled, so compile time grows with their number.
 
     Args:
         q: queries [B, N, H, D], not yet scaled.
         k: keys [B, M, H, D].
         v: values [B, M, H, D].
-        query_map: phi_q; None where no block has linear keys.
+        query_map: phi_q; None if no block has linear keys.
         key_map: phi_k; likewise.
-        blocks: in the order of their queries, of which they leave none out.
-        key_valid: bool [B, M], False for padding.
+        blocks: in the order of their queries; together they hold every query once.
+        key_valid: bool [B, M], False at padding.
         stabilizer: as in `hybrid_attention`.
 
     Returns:
         [B, N, H, D] in v's dtype.
 
     Raises:
-        ValueError: blocks that do not follow one another, ranges beyond the keys or that overlap within a block, a
-            block without keys, linear keys without maps.
+        ValueError: blocks that leave out or repeat queries, ranges beyond the keys, ranges of one block that overlap, a
+            block without keys, or linear keys without maps.
     """
     _check(blocks, q.shape[1], k.shape[1], query_map is not None and key_map is not None)
     edges = sorted({edge for block in blocks for keys in block.linear for edge in keys})
@@ -80,11 +82,11 @@ def attention_by_query_blocks(
     def attend(block: QueryBlock) -> jax.Array:
         queries, keys, values = cut(q, block.queries), cut(k, block.softmax), cut(v, block.softmax)
         mask = valid(block.softmax)
-        found = [states[piece] for piece in pieces if within(piece, block)]
-        if not found:
+        parts = [states[piece] for piece in pieces if within(piece, block)]
+        if not parts:
             return hybrid_attention(queries, keys, values, None, None, num_softmax=keys.shape[1], key_valid=mask)
         assert query_map is not None
-        total = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found)
+        total = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
         return attend_with_state(queries, keys, values, query_map, total, key_valid=mask, stabilizer=stabilizer)
 
     return jnp.concatenate([attend(block) for block in blocks], axis=1)

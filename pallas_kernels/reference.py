@@ -1,12 +1,12 @@
-"""Hybrid attention in plain jnp, O(N^2) in time and memory: the truth that other implementations are tested against."""
+"""Hybrid attention in plain jnp, O(N^2) in time and memory. The other implementations are tested against it."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.feature_map import FeatureMap
 
-# Added to the denominator of pure linear attention (num_softmax = 0), in which every feature may be zero. In a hybrid
-# nothing is added: the softmax mass n_S is at least 1.
+# Added to the denominator of pure linear attention (num_softmax = 0), whose features may all be zero. A hybrid needs
+# nothing of the kind, because its softmax mass n_S is at least 1.
 EPSILON = 1e-6
 
 
@@ -39,7 +39,8 @@ def softmax_share(
 ) -> jax.Array:
     """The softmax branch's share of eq. 5's denominator, n_S / (n_S + n_L): float32 [B, N, H], in [0, 1].
 
-    Near 1 everywhere, the linear branch is bypassed. The arguments are those of `hybrid_attention`; memory is O(N^2).
+    If it is near 1 everywhere, the linear branch has no effect. The arguments are those of `hybrid_attention`. Memory
+    is O(N^2).
     """
     (_, n_S), (_, n_L) = _branches(q, k, k, query_map, key_map, num_softmax, key_valid, stabilizer)
     return (n_S / (n_S + n_L)).swapaxes(1, 2)
@@ -55,7 +56,7 @@ def _branches(
     key_valid: jax.Array | None,
     stabilizer: str,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Numerator [B, H, N, D] and denominator [B, H, N] of the softmax branch, then of the linear branch."""
+    """(numerator [B, H, N, D], denominator [B, H, N]) of the softmax branch, and the same of the linear branch."""
     if key_valid is None:
         key_valid = jnp.ones(k.shape[:2], bool)
     f32 = jnp.float32

@@ -1,8 +1,9 @@
-"""Hybrid attention of tokens that lie spread over a mesh: batch, sequence and heads, each on its own axes.
+"""Hybrid attention of tokens that are spread over a mesh, with batch, sequence and heads on different axes.
 
-A device has some queries, and the keys and values of the same tokens. Either the softmax keys of all devices come to
-each ("gather": N / R of them, and one state of the linear branch, summed), or devices trade sequence for heads
-("all_to_all": every token of some heads), which moves less where the sequence has more than 2 R pieces.
+A device holds a piece of the sequence: its queries, keys and values. There are two ways to reach the other pieces:
+"gather" brings the softmax keys of all pieces, N / R, to every device, and sums the state of the linear branch over
+the devices. "all_to_all" exchanges sequence for heads, so that a device holds every token of some of the heads. It
+moves less data if the sequence has more than 2 R pieces.
 """
 
 from functools import partial
@@ -32,14 +33,14 @@ def sharded_self_attention(
     stabilizer: str = "max",
     exchange: str = "gather",
 ) -> jax.Array:
-    """`hybrid_attention` of tokens [B, N, H, D] over a mesh, each piece of the sequence in prefix order of its own.
+    """`hybrid_attention` of tokens [B, N, H, D] over a mesh; each piece of the sequence is in its own prefix order.
 
     Args:
-        query_map: None, as `key_map`, for softmax over the softmax keys alone.
-        sharding: of q, k and v: mesh axes of the batch, one of the tokens or None, mesh axes of the heads.
-        num_softmax: how many tokens of each piece, the first, keep softmax.
+        query_map: phi_q; None, together with `key_map`, for softmax attention to the softmax keys alone.
+        sharding: of q, k and v: mesh axes of the batch, a mesh axis of the tokens or None, mesh axes of the heads.
+        num_softmax: the number of tokens of each piece that keep softmax, the first ones.
         key_valid: bool [N], False at padding. Unless num_softmax is 0, some piece must have a valid softmax key.
-        exchange: "gather", or "all_to_all", which needs the pieces of the sequence to divide a device's heads.
+        exchange: "gather" or "all_to_all". The latter needs a number of pieces that divides a device's heads.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, found {exchange!r}")
@@ -51,12 +52,12 @@ def sharded_self_attention(
         local = {"gather": _by_gathering, "all_to_all": _by_heads}[exchange]
         local = partial(local, axis=axis, num_softmax=num_softmax, stabilizer=stabilizer)
     specs = (tokens, tokens, tokens, P(heads), P(heads), P(axis))
-    spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
-    return spread(q, k, v, query_map, key_map, key_valid)
+    attention = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return attention(q, k, v, query_map, key_map, key_valid)
 
 
 def sharded_cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sharding: NamedSharding) -> jax.Array:
-    """Softmax attention of tokens [B, N, H, D], spread by `sharding`, to keys [B, M, H, D] that no axis cuts."""
+    """Softmax attention of tokens [B, N, H, D], split by `sharding`, to keys [B, M, H, D], each device having all M."""
     batch, axis, heads = (*sharding.spec, None, None, None)[:3]
     tokens, keys = P(batch, axis, heads), P(batch, None, heads)
 
@@ -64,12 +65,12 @@ def sharded_cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, shardin
         return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
 
     specs = (tokens, keys, keys)
-    spread = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
-    return spread(q, k, v)
+    attention = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=tokens, check_vma=False)
+    return attention(q, k, v)
 
 
 def _whole(q, k, v, query_map, key_map, valid, *, num_softmax, stabilizer):
-    """Attention to keys of which the device has all, in prefix order."""
+    """Attention on a device that holds all keys, in prefix order."""
     valid = None if valid is None else jnp.broadcast_to(valid, k.shape[:2])
     if key_map is None:
         k, v, valid = jax.tree.map(lambda x: x[:, :num_softmax], (k, v, valid))
@@ -78,6 +79,7 @@ def _whole(q, k, v, query_map, key_map, valid, *, num_softmax, stabilizer):
 
 
 def _by_gathering(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):
+    """A device's part of the exchange "gather"."""
     valid = None if valid is None else jnp.broadcast_to(valid, k.shape[:2])
     gather = lambda x: lax.all_gather(x[:, :num_softmax], axis, axis=1, tiled=True)
     k_S, v_S, valid_S = jax.tree.map(gather, (k, v, valid))
@@ -89,13 +91,14 @@ def _by_gathering(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stab
 
 
 def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):
+    """A device's part of the exchange "all_to_all"."""
     pieces, length = lax.axis_size(axis), k.shape[1]
     q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
 
     def softmax_first(x):
-        """[B, pieces * length, ...], piece after piece, with the softmax tokens of all moved to the front."""
-        apart = x.reshape(x.shape[0], pieces, length, *x.shape[2:])
-        parts = apart[:, :, :num_softmax], apart[:, :, num_softmax:]
+        """x [B, pieces * length, ...], which is piece after piece, with the softmax tokens of all pieces in front."""
+        by_piece = x.reshape(x.shape[0], pieces, length, *x.shape[2:])
+        parts = by_piece[:, :, :num_softmax], by_piece[:, :, num_softmax:]
         return jnp.concatenate([part.reshape(x.shape[0], -1, *x.shape[2:]) for part in parts], axis=1)
 
     if valid is not None:

@@ -1,6 +1,6 @@
-"""Hybrid attention around the softmax kernels that JAX ships, to use and to compare with: stabilizer "lse" alone.
+"""Hybrid attention built on the softmax kernels that JAX ships; only for stabilizer "lse".
 
-With c = LSE the softmax branch is plain attention over the prefix, y_S, and y = (y_S + phi_q S) / (1 + phi_q z).
+With c = LSE, the softmax branch is plain attention over the prefix, y_S, and y = (y_S + phi_q S) / (1 + phi_q z).
 """
 
 import math
@@ -12,7 +12,7 @@ from pallas_kernels import xla
 from pallas_kernels.feature_map import FeatureMap
 
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
-# Tokens that the TPU kernel fetches at a time: the fastest that fit every TPU. Its own default, 128, is far slower.
+# Tokens that the TPU kernel fetches at a time: the fastest sizes that fit every TPU. Its default, 128, is far slower.
 QUERY_BLOCK, KEY_BLOCK = 1024, 2048
 
 
@@ -31,15 +31,15 @@ def hybrid_attention(
     """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`.
 
     Args:
-        platform: "gpu": cuDNN where the dtype allows it; "tpu": `flash_attention` of `jax.experimental.pallas`;
-            otherwise, and for float32 on GPU, `jax.nn.dot_product_attention` with its scores in memory.
+        platform: "gpu" takes cuDNN if the dtype allows it, "tpu" takes `flash_attention` of `jax.experimental.pallas`.
+            Every other platform, and float32 on GPU, takes `jax.nn.dot_product_attention`, with all scores in memory.
 
     Raises:
         NotImplementedError: stabilizer "max" in a hybrid, or key_valid beside softmax keys.
     """
     if stabilizer == "max" and 0 < num_softmax < k.shape[1]:
         raise NotImplementedError(
-            "implementation 'stock': stock attention leaves no row maximum, which stabilizer 'max' of a hybrid needs; "
+            "implementation 'stock': stock attention returns no row maximum, which stabilizer 'max' of a hybrid needs; "
             "take stabilizer 'lse' or another implementation"
         )
     if key_valid is not None and num_softmax:
@@ -60,7 +60,7 @@ def hybrid_attention(
 
 
 def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> jax.Array:
-    """[B, N, H, D]."""
+    """Softmax attention to every key: [B, N, H, D]."""
     if platform == "tpu":
         return _flash(q, k, v)
     return jax.nn.dot_product_attention(
@@ -69,7 +69,7 @@ def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, platform: str) -> jax.Arr
 
 
 def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """jax's kernel for TPU, on lengths padded to whole blocks; padding is a segment of its own."""
+    """jax's kernel for TPU. Lengths are padded to whole blocks, and padding is a separate segment, which is masked."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     q_BxHxTxD, q_block = _whole_blocks(q, QUERY_BLOCK)
@@ -95,7 +95,7 @@ def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _whole_blocks(x_BxNxHxD: jax.Array, largest: int) -> tuple[jax.Array, int]:
-    """[B, H, T, D] with T whole blocks, and the size of a block."""
+    """x as [B, H, T, D], padded so that T is a whole number of blocks, and the size of a block, at most `largest`."""
     length = x_BxNxHxD.shape[1]
     block = min(largest, -(-length // 128) * 128)
     padding = -length % block

@@ -1,4 +1,7 @@
-"""Hybrid attention on TPU: Pallas kernels compiled by Mosaic, and their gradient."""
+"""Hybrid attention on TPU: the public functions around the Pallas kernels, which Mosaic compiles, and gradients.
+
+The kernels themselves are in `tpu_forward` and `tpu_backward`.
+"""
 
 import dataclasses
 import functools
@@ -29,12 +32,13 @@ def hybrid_attention(
     """Eq. 5 of Attention Surgery; see `pallas_kernels.hybrid_attention`.
 
     Args:
-        block_sizes: None for those of `blocks_for` this chip.
+        block_sizes: None for this chip's `blocks_for`.
         interpret: True, or a `pltpu.InterpretParams`, to run on any backend, slowly.
 
     Raises:
-        NotImplementedError: what the kernels do not do: maps other than a pair of `PolynomialMap` of one kind, dtypes
-            that are not all bfloat16 or all float32, heads that are no multiple of 64 wide (when compiled).
+        NotImplementedError: arguments that the kernels do not support: maps other than two `PolynomialMap`s of the same
+            degree and activation, dtypes that are not all bfloat16 or all float32, heads whose width is no multiple of
+            64 (when compiled).
     """
     query_map, key_map = _polynomial("query_map", query_map), _polynomial("key_map", key_map)
     _check(q, k, v, query_map, key_map, interpret)
@@ -46,9 +50,9 @@ def hybrid_attention(
 
 
 def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
-    """What `tuning` knows of a chip, else what won in static estimates for v6e and v5e.
+    """The sizes that `tuning` has for a chip, or else the best in static estimates for v6e and v5e.
 
-    While all softmax keys are one step of the backward, no dq is kept, and there is room for more queries.
+    If all softmax keys are one step of the backward pass, no dq is kept in VMEM, which leaves room for more queries.
     """
     defaults = BlockSizes()
     one_step = {"backward_query": 2048} if num_softmax <= defaults.backward_key else {}
@@ -64,7 +68,7 @@ def linear_state(
     block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The linear branch's S [B, H, F, D] and z [B, H, F] in float32; see `pallas_kernels.linear_state`."""
+    """S [B, H, F, D] and z [B, H, F]; see `pallas_kernels.linear_state`."""
     polynomial = _polynomial("key_map", key_map)
     _check(k, k, v, polynomial, polynomial, interpret)
     problem = _problem(k, k, polynomial, 0, key_valid, "lse", block_sizes, interpret)
@@ -83,7 +87,7 @@ def attend_with_state(
     block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Eq. 5 of softmax keys and the state of the others; see `pallas_kernels.attend_with_state`."""
+    """Eq. 5 with softmax keys and the state of the linear keys; see `pallas_kernels.attend_with_state`."""
     polynomial = _polynomial("query_map", query_map)
     _check(q, k, v, polynomial, polynomial, interpret)
     problem = _problem(q, k, polynomial, k.shape[1], key_valid, stabilizer, block_sizes, interpret)
@@ -114,7 +118,7 @@ def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpr
 
 
 def _row(key_valid: jax.Array | None) -> jax.Array | None:
-    """[B, 1, M]."""
+    """key_valid as the kernels take it: float32 [B, 1, M]."""
     return None if key_valid is None else key_valid[:, None].astype(jnp.float32)
 
 
@@ -147,7 +151,7 @@ def _check(q, k, v, query_map, key_map, interpret) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(problem: Problem, arrays: tuple, maps: tuple, valid: jax.Array | None) -> jax.Array:
-    """y of (q, k, v), all packed, and (query_map, key_map)."""
+    """y, packed, for packed (q, k, v) and (query_map, key_map)."""
     return _forward(problem, arrays, maps, valid, with_stats=False)[0]
 
 
@@ -200,7 +204,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _state(problem: Problem, arrays: tuple, key_map: PolynomialMap, valid: jax.Array | None) -> tuple:
-    """S and z of (k, v), packed, of which every key is linear."""
+    """S and z of packed (k, v), all of whose keys are linear."""
     return _state_forward(problem, arrays, key_map, valid)[0]
 
 
@@ -224,7 +228,7 @@ _state.defvjp(_state_forward, _state_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(problem: Problem, arrays: tuple, query_map: PolynomialMap, state: tuple, valid: jax.Array | None):
-    """y of (q, k, v), packed, of which every key keeps softmax, and of S and z."""
+    """y, packed, for packed (q, k, v), all of whose keys keep softmax, and for S and z."""
     (q, k, v), (S, z) = arrays, _scaled(state, query_map.log_scale)
     return attend(problem, query_map, q, k, v, valid, S, z, with_stats=False)[0]
 

@@ -1,11 +1,12 @@
 """Backward of hybrid attention on TPU: a kernel for each feature map, and one pass over the softmax scores.
 
-Everything but the forward's inputs and two numbers per query is recomputed. Scores and features lie transposed, tokens
-of the queries along lanes, so that what is known per query is a row, and every product takes its operands as they are.
+The forward pass keeps its inputs, its output and two numbers per query; the rest is recomputed. Scores and features are
+transposed, with the tokens of the queries along lanes. What is known per query is then a row, and no product has to
+transpose its operands.
 
-With g = dy / n, n eq. 5's denominator, delta = dy . y, and T_i = -phi_q,i . dphi_q,i, all that the softmax branch needs
-to know of the linear one, the scores' gradient is w (g . v - delta / n), less T at the row's maximum for stabiliser
-"max" (half of it each at two equal ones), or less w T for "lse".
+Let n be eq. 5's denominator, g = dy / n, delta = dy . y, and T_i = -phi_q,i . dphi_q,i. T is all that the softmax
+branch needs to know about the linear branch. The gradient of the scores is w (g . v - delta / n), minus a term for the
+stabiliser: T at the row's maximum for "max" (shared between equal maxima of one tile), and w T for "lse".
 """
 
 import functools
@@ -35,19 +36,19 @@ from pallas_kernels.tpu_forward import (
     within,
 )
 
-# Queries whose dq is held in VMEM at once, in float32: 20 MiB at width 128.
+# Queries whose dq is kept in VMEM at once, in float32: 20 MiB at width 128.
 RESIDENT_QUERIES = 40960
 
 
 def _map_operands(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """`columns`, then the kernels the other way round, [H, d_in, d_out]."""
+    """`columns`, followed by the kernels [H, d_in, d_out], which are the transposes of those in `columns`."""
     arrays, specs = columns(phi, problem.dtype)
-    turned = [kernel.astype(problem.dtype) for kernel in phi.kernels]
-    return arrays + turned, specs + [whole(*kernel.shape[1:]) for kernel in turned]
+    transposed = [kernel.astype(problem.dtype) for kernel in phi.kernels]
+    return arrays + transposed, specs + [whole(*kernel.shape[1:]) for kernel in transposed]
 
 
 def _map_results(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
-    """Gradients of the kernels [B, H, d_out, d_in], and of the biases [B, H, d_out, 128], to be summed over lanes."""
+    """The gradients' shapes and specs: kernels [B, H, d_out, d_in], biases [B, H, d_out, 128], unsummed lanes."""
     shapes = [(kernel.shape[2], kernel.shape[1]) for kernel in phi.kernels]
     shapes += [(bias.shape[1], LANES) for bias in phi.biases]
     arrays = [jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32) for shape in shapes]
@@ -55,14 +56,14 @@ def _map_results(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.ShapeDt
 
 
 def _map_gradient(phi: PolynomialMap, sums: list[jax.Array]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """(kernels, biases) from what `_map_results` describes."""
+    """The gradients of phi's kernels and of its biases, from the arrays that `_map_results` describes."""
     layers = len(phi.kernels)
     kernels = tuple(kernel.sum(axis=0).swapaxes(1, 2) for kernel in sums[:layers])
     return kernels, tuple(bias.sum(axis=(0, 3)) for bias in sums[layers:])
 
 
 def _map_backward(problem: Problem, x_TxD, after, dphi_FxT, operands, sums) -> jax.Array:
-    """dx [T, D]; adds what tokens [T, D] give the weights to the references of `sums`, in `_map_results`' order."""
+    """dx [T, D] of tokens [T, D]. Adds their gradients of the weights to the references `sums` of `_map_results`."""
     layers = len(after)
     slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
     d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
@@ -87,10 +88,10 @@ def _per_query(count: int, size: int, index) -> pl.BlockSpec:
 
 
 def known_per_query(problem: Problem, y, dy, stats) -> jax.Array:
-    """What the other kernels know of a query, float32 [B, H, 3, N]: base and shift (see `attend`), and delta = dy . y.
+    """The other kernels' numbers per query, float32 [B, H, 3, N]: base and shift (see `attend`), and delta = dy . y.
 
-    To sum y * dy in this layout, XLA would write it in float32 and turn it, which at a fast rate takes a third as long
-    as all kernels.
+    This is a kernel because XLA, to sum y * dy in this layout, would write the product in float32 and transpose it. At
+    a fast rate that takes a third as long as all kernels together.
     """
     size = problem.blocks.backward_state
 
@@ -116,8 +117,8 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
     """Backward of phi_q's read-out.
 
     Args:
-        per_query: of `known_per_query`.
-        state: S [B, H, F, D], with both maps' scales.
+        per_query: the result of `known_per_query`.
+        state: S [B, H, F, D], with the scales of both maps.
         z: [B, H, F], likewise.
 
     Returns:
@@ -185,7 +186,7 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
 
 
 def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz):
-    """Backward of `summarize`: dk and dv, packed, whose softmax keys are left unset, and phi_k's gradients."""
+    """Backward of `summarize`: dk and dv, packed, with undefined values at softmax keys, and phi_k's gradients."""
     size = problem.blocks.backward_state
     first = problem.num_softmax // size
     features = dstate.shape[2]
@@ -252,11 +253,11 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
 def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):
     """Backward of softmax over the prefix, in one pass: five products per tile of scores.
 
-    dk and dv of a block of keys stay in VMEM while the queries go by. Where there are several such blocks, so does dq
-    of `RESIDENT_QUERIES`; a call takes no more of them.
+    dk and dv of a block of keys stay in VMEM while the kernel runs over the queries. If there are several blocks of
+    keys, dq stays in VMEM too, and a call processes at most `RESIDENT_QUERIES` queries.
 
     Args:
-        per_query: of `known_per_query`.
+        per_query: the result of `known_per_query`.
         linear: T [B, H, 1, N]; None in full softmax.
         dq_linear: the linear branch's part of dq, packed; None in full softmax.
 
@@ -303,9 +304,9 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
         (unclaimed,) = take(refs, 1, at_maximum)
         (valid_column,) = take(refs, 1, problem.masked)
         key_step, query_step = pl.program_id(2), pl.program_id(3)
-        one = key_steps == 1  # then no dq is kept, nor is any condition on the step
-        first_keys, last_keys = one or key_step == 0, one or key_step == key_steps - 1
-        slot = 0 if one else query_step
+        only_step = key_steps == 1  # then no dq is kept between steps, and no code depends on the key step
+        first_keys, last_keys = only_step or key_step == 0, only_step or key_step == key_steps - 1
+        slot = 0 if only_step else query_step
 
         @pl.when(query_step == 0)
         def _():
@@ -336,12 +337,12 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
                 start = (query_blocks.start + query_step) * queries
                 inside = within(start, queries, 0, problem.num_queries, 0)
                 q_QxD, dy_QxD = jnp.where(inside, q_QxD, 0), jnp.where(inside, dy_QxD, 0)
-                # Beyond the last query: weights of zero whatever the scores, and gradients of zero.
+                # Past the last query, weights are zero whatever the scores are, and so are gradients.
                 inside = within(start, queries, 0, problem.num_queries, 1)
                 base, delta, linear_Q = (jnp.where(inside, x, 0.0) for x in (base, delta, linear_Q))
                 shift = jnp.where(inside, shift, -MASKED)
             left = unclaimed[slot] if at_maximum else jnp.ones_like(delta)
-            # A product of another shape than the forward's may round another way.
+            # The forward computes the scores by products of another shape, which may round differently.
             near_base = base - 1e-5 * jnp.maximum(jnp.abs(base), 1.0)
             dq_DxQ = dq_sum[slot]
             for start in range(0, count, chunk):
@@ -387,7 +388,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
 
     query_block = lambda j, i: query_blocks.start + i
     key_block = lambda j, i: j
-    # Written out once, as the last keys go by: until then the window waits on the first block.
+    # dq is written out during the last block of keys. Before that, its window stays on the first block.
     at_last = lambda j, i: i if key_steps == 1 else jnp.where(j == key_steps - 1, i, 0)
     operands = [q, dy, per_query, k, v, *masks]
     specs = [

@@ -1,8 +1,9 @@
 """Forward of hybrid attention on TPU: a kernel for the state of the linear keys, and flash attention that reads it out.
 
-`summarize` runs over the suffix of K and V and leaves S = sum phi(k)^T v and z = sum phi(k), phi computed inside.
-`attend` runs over the prefix, and in each query block's last key step computes phi(q), reads S and z, and combines: the
-branches never meet in memory. Row maxima and sums stay replicated over lanes, where broadcasting them is free.
+`summarize` runs over the suffix of K and V, computes phi itself, and returns S = sum phi(k)^T v and z = sum phi(k).
+`attend` runs over the prefix. In the last key step of each query block it computes phi(q), reads S and z, and combines
+the branches, so that neither branch's output is written to memory. Row maxima and sums are replicated over lanes, where
+broadcasting them is free.
 """
 
 import dataclasses
@@ -20,13 +21,14 @@ from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
 from pallas_kernels.reference import EPSILON
 
 LANES = 128
-# Finite, so that a row whose keys are all masked so far stays free of NaN; the first valid key then wipes it out.
+# The score of a masked key. It is finite, so that a row of masked keys alone gives no NaN. The first valid key then
+# scales the weights of such keys to zero.
 MASKED = -1e30
 LOG2_E = 1.4426950408889634
 VMEM_LIMIT = 60 * 2**20
-# Mosaic has no expm1, of which jax.nn.elu is made.
+# Mosaic has no expm1, which jax.nn.elu needs.
 KERNEL_ACTIVATIONS = ACTIVATIONS | {"elu1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))}
-# Slopes of the activations as functions of what comes out, so that what went in need not be kept.
+# The activations' derivatives as functions of their outputs, so that their inputs need not be kept.
 SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": lambda y: jnp.where(y > 0, 1.0, 0.0),
     "softplus": lambda y: 1.0 - jnp.exp(-y),
@@ -66,7 +68,7 @@ class BlockSizes:
                 raise ValueError(f"block size {field.name} must be a positive multiple of {LANES}, found {size}")
 
     def fit(self, num_queries: int, num_keys: int, num_softmax: int) -> "BlockSizes":
-        """No block longer than what it cuts up."""
+        """The sizes, each limited to the length of what it divides, rounded up to whole lanes."""
         longest = {
             "query": num_queries,
             "key": num_softmax,
@@ -83,7 +85,7 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is static in one call of hybrid attention."""
+    """The static arguments of one call of hybrid attention."""
 
     batch: int
     num_queries: int
@@ -105,16 +107,17 @@ class Problem:
 
     @property
     def packed(self) -> bool:
-        """Whether a head is a whole number of lanes, so that a block can be cut out of [B, N, H*D]."""
+        """Whether a head's width is a whole number of lanes, so that a block can be cut out of [B, N, H*D]."""
         return self.width % LANES == 0
 
     def pack(self, x_BxNxHxD: jax.Array) -> jax.Array:
-        """[B, N, H*D] or [B, H, N, D], whichever kernels read."""
+        """x in the kernels' layout: [B, N, H*D] if `packed`, else [B, H, N, D]."""
         if self.packed:
             return x_BxNxHxD.reshape(*x_BxNxHxD.shape[:2], -1)
         return x_BxNxHxD.swapaxes(1, 2)
 
     def unpack(self, x: jax.Array) -> jax.Array:
+        """[B, N, H, D] from the kernels' layout."""
         if self.packed:
             return x.reshape(*x.shape[:2], self.heads, self.width)
         return x.swapaxes(1, 2)
@@ -125,16 +128,19 @@ class Problem:
         return self.batch, self.heads, length, self.width
 
     def tokens(self, size: int, index) -> pl.BlockSpec:
-        """`size` tokens of one head of a packed array; `index` maps the grid's axes after (B, H) to a block."""
+        """The block spec for `size` tokens of one head of a packed array.
+
+        `index` maps the grid's indices after (B, H) to the number of a block.
+        """
         if self.packed:
             return pl.BlockSpec((None, size, self.width), lambda b, h, *g: (b, index(*g), h))
         return pl.BlockSpec((None, None, size, self.width), lambda b, h, *g: (b, h, index(*g), 0))
 
     def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-        """A product with float32 accumulation, of the problem's dtype: full float32 where that is its dtype."""
+        """A product of operands in the problem's dtype, accumulated in float32; float32 operands in full precision."""
         precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
         a, b = a.astype(self.dtype), b.astype(self.dtype)
-        if self.interpret:  # The CPU has no product of bfloat16 into float32; this one is the same.
+        if self.interpret:  # The CPU has no product of bfloat16 into float32; this gives the same result.
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return lax.dot_general(
             a,
@@ -145,9 +151,9 @@ class Problem:
         )
 
     def call(self, kernel, name: str, grid: tuple[int, ...], parallel: int, flops: int, exps: int, **options):
-        """`pl.pallas_call` over (B, H, *grid), of whose axes the last but the first `parallel` run in order.
+        """`pl.pallas_call` over (B, H, *grid). Steps along the first `parallel` axes of `grid` may run in any order.
 
-        flops and exps are those of one head; HBM traffic is estimated as every operand once.
+        flops and exps are those of one head. HBM traffic is estimated as every operand and result once.
         """
         per_call = self.batch * self.heads
 
@@ -173,12 +179,12 @@ class Problem:
 
 
 def take(refs: Iterator[Any], count: int, present: bool = True) -> Any:
-    """A kernel's next `count` references, or as many times None where it has none of the kind."""
+    """A kernel's next `count` references, or `count` times None if it has no references of this kind."""
     return [next(refs) if present else None for _ in range(count)]
 
 
 def whole(*shape: int, per_batch: bool = False) -> pl.BlockSpec:
-    """All of one head's part of [H, *shape], or of [B, H, *shape]."""
+    """The block spec for all of one head's part of [H, *shape], or with `per_batch` of [B, H, *shape]."""
     zeros = (0,) * len(shape)
     if per_batch:
         return pl.BlockSpec((None, None, *shape), lambda b, h, *g: (b, h, *zeros))
@@ -186,7 +192,7 @@ def whole(*shape: int, per_batch: bool = False) -> pl.BlockSpec:
 
 
 def row(size: int, index) -> pl.BlockSpec:
-    """`size` tokens of key_valid, [B, 1, M]."""
+    """The block spec for `size` tokens of key_valid, [B, 1, M]."""
     return pl.BlockSpec((None, 1, size), lambda b, h, *g: (b, 0, index(*g)))
 
 
@@ -208,13 +214,13 @@ def rows(phi: PolynomialMap, dtype: Any) -> tuple[list[jax.Array], list[pl.Block
 
 
 def powers(psi: jax.Array, degree: int, axis: int) -> jax.Array:
-    """[psi_1, psi_2^2, ..., psi_P^P] of the slices of psi along axis."""
+    """[psi_1, psi_2^2, ..., psi_P^P] of the P = degree slices of psi along `axis`."""
     slices = jnp.split(psi, degree, axis)
     return jnp.concatenate([lax.integer_pow(x, p) for p, x in enumerate(slices, start=1)], axis)
 
 
 def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> list[jax.Array]:
-    """Activations [d_out, T] of phi's layers on tokens [T, D], in float32."""
+    """The outputs [d_out, T] of all of phi's layers for tokens [T, D], in float32."""
     layers = len(weights) // 2
     after = []
     for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
@@ -224,7 +230,7 @@ def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> list[jax.Arra
 
 
 def features_rows(problem: Problem, x_TxD: jax.Array, weights) -> jax.Array:
-    """phi without its scale, [T, F], of tokens [T, D]."""
+    """phi [T, F] of tokens [T, D], without its scale."""
     layers = len(weights) // 2
     h = x_TxD
     for kernel, bias in zip(weights[:layers], weights[layers:], strict=True):
@@ -238,13 +244,16 @@ def lane_sums(x: jax.Array) -> jax.Array:
 
 
 def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
-    """Whether tokens start .. start + size lie in low .. high, along axis of a two-dimensional mask."""
+    """Which of the tokens from `start` to `start + size` lie in low .. high, along `axis` of a two-dimensional mask."""
     token = start + lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
     return (token >= low) & (token < high)
 
 
 def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
-    """`body` of how many keys a step has: `keys`, but `tail` in the last. One piece of code where one does."""
+    """Calls `body` with the number of keys of this step: `tail` in the last step, `keys` in the others.
+
+    If the two are equal or there is only one step, the kernel contains `body` once.
+    """
     if tail == keys or steps == 1:
         body(tail)
         return
@@ -253,7 +262,7 @@ def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail
 
 
 def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:
-    """S [B, H, F, D] and z [B, H, F] of the linear keys in float32, without phi's scale; k and v packed."""
+    """S [B, H, F, D] and z [B, H, F] of the linear keys, float32, without phi's scale; k and v are packed."""
     size = problem.blocks.state
     first = problem.num_softmax // size
     steps = pl.cdiv(problem.num_keys, size) - first
@@ -309,10 +318,10 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
 def attend(
     problem: Problem, query_map: PolynomialMap | None, q, k, v, valid, state, z, *, with_stats: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """y, packed, and with_stats what the backward needs: float32 [B, H, 2, N], base and shift of every query.
+    """y, packed, and with_stats what the backward needs: base and shift of every query, float32 [B, H, 2, N].
 
-    The weight of key j for query i is exp2(s_ij - shift_i), with s in powers of two; exp2(shift - base) is eq. 5's
-    denominator, and base is c_i but in full softmax and pure linear attention, where any would do.
+    With scores s in units of log 2, the weight of key j for query i is exp2(s_ij - shift_i), and exp2(shift - base) is
+    eq. 5's denominator. base is c_i in a hybrid. In full softmax and pure linear attention its value does not matter.
     """
     queries, keys, chunk = problem.blocks.query, problem.blocks.key, problem.blocks.key_chunk
     key_steps = pl.cdiv(problem.num_softmax, keys)

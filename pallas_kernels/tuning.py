@@ -1,4 +1,4 @@
-"""Block sizes that measured or were estimated best, per chip and problem, kept in tuned.json beside this file."""
+"""The best block sizes per chip and problem, measured or estimated, which tuned.json beside this file holds."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 
 PATH = pathlib.Path(__file__).with_name("tuned.json")
-# What jax calls a chip (`Device.device_kind`), and what it is called here.
+# jax's name of a chip (`Device.device_kind`) -> its name in tuned.json.
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -23,21 +23,23 @@ DEVICE_KINDS = {
 
 
 def current_chip() -> str:
-    """The default device's name in tuned.json, or what jax calls it."""
+    """The default device's name in tuned.json; jax's name for it if `DEVICE_KINDS` has none."""
     kind = str(jax.devices()[0].device_kind)
     return DEVICE_KINDS.get(kind, kind)
 
 
 def load(chip: str, path: pathlib.Path = PATH) -> list[dict]:
-    """A chip's entries: {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}, "source": "measured" or "static
-    estimate"}; none for an unknown chip."""
+    """The chip's entries in tuned.json, an empty list for an unknown chip.
+
+    An entry is {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}, "source": "measured" or "static estimate"}.
+    """
     return json.loads(path.read_text()).get(chip, [])
 
 
 def save(
     chip: str, num_keys: int, num_softmax: int, blocks: Mapping[str, int], source: str, path: pathlib.Path = PATH
 ) -> None:
-    """Adds an entry, in place of the chip's earlier one for the same number of keys and of softmax keys."""
+    """Adds an entry. It replaces the chip's entry for the same number of keys and of softmax keys, if there is one."""
     chips = json.loads(path.read_text()) if path.exists() else {}
     entries = [e for e in chips.get(chip, []) if (e["num_keys"], e["num_softmax"]) != (num_keys, num_softmax)]
     entries.append({"num_keys": num_keys, "num_softmax": num_softmax, "blocks": dict(blocks), "source": source})
@@ -46,7 +48,7 @@ def save(
 
 
 def lookup(chip: str, num_keys: int, num_softmax: int, path: pathlib.Path = PATH) -> dict[str, int]:
-    """Blocks of the entry nearest in softmax keys and in keys, on a log scale; empty where none is within twofold."""
+    """The blocks of the entry nearest in keys and softmax keys, on a log scale; empty if none is within twofold."""
 
     def distances(entry: dict) -> tuple[float, float]:
         apart = lambda ours, theirs: abs(math.log2((1 + ours) / (1 + theirs)))

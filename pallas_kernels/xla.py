@@ -1,8 +1,9 @@
-"""Hybrid attention in chunks of tokens, for any backend: differentiable, never N x N, nor all features, in memory.
+"""Hybrid attention in chunks of tokens, for any backend: differentiable, with neither N x N scores nor all features
+in memory.
 
-Each branch has a backward of its own, which recomputes all but its inputs, outputs and log-sum-exps. On CPU both loop
-over heads, each cut out of the tokens as its turn comes: a tile of scores that fits the cache is several times faster
-there than one batched product.
+Each branch has its own backward pass, which keeps inputs, outputs and log-sum-exps and recomputes the rest. On CPU both
+branches loop over heads and cut each head out of the tokens in its turn. A tile of scores that fits the cache is
+several times faster there than one batched product.
 """
 
 import math
@@ -16,7 +17,7 @@ from jax import lax
 from pallas_kernels.feature_map import FeatureMap
 from pallas_kernels.reference import EPSILON
 
-# Scores, or features, per head and tile, and the fewest tokens of a tile, however many keys there are.
+# The number of scores, or of features, in a head's tile; and the fewest tokens of a tile, however many keys there are.
 TILE = 2**19
 MIN_TOKENS = 256
 
@@ -45,7 +46,7 @@ def hybrid_attention(
 def linear_state(
     k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The linear branch's S [B, H, F, D] and z [B, H, F] in float32, of keys and values [B, L, H, D]."""
+    """S [B, H, F, D] and z [B, H, F]; see `pallas_kernels.linear_state`."""
     return _state(k, v, key_map, jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid)
 
 
@@ -59,7 +60,7 @@ def attend_with_state(
     key_valid: jax.Array | None = None,
     stabilizer: str = "max",
 ) -> jax.Array:
-    """Eq. 5 of softmax keys and values [B, S, H, D] and of the state of all linear ones; None where there are none."""
+    """See `pallas_kernels.attend_with_state`. `query_map` and `state` are None if there are no linear keys."""
     if state is None:
         y_BxHxNxD = _softmax(q, k, v, key_valid, False)[0]
     else:
@@ -74,17 +75,19 @@ def attend_with_state(
     return y_BxHxNxD.swapaxes(1, 2).astype(v.dtype)
 
 
-# Where inputs have the axes that `_over` takes from them: batch and head, or the head alone.
+# The axes over which `_over` runs, by the kind of input: batch and head, or the head alone. None: the input has none.
 TOKENS, MASK, ROWS = (0, 2), (0, None), (0, 1)  # [B, N, H, ...], [B, N], [B, H, ...]
 HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_MAP = (2,), (None,), (1,), (0,)
 
 
 def _over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs):
-    """`function` over `axes` of each input's leaves, in the order of its results' first: a loop in float32 on CPU,
-    batched elsewhere."""
+    """Runs `function` over the given axes of each input's leaves, which become the first axes of the results.
+
+    On CPU it is a loop in float32, elsewhere a batched call. `axes` has a tuple for each input, all of one length.
+    """
     batched, depth = function, len(axes[0])
     for level in reversed(range(depth)):
-        # The axes outside are gone by then, all of them before this one.
+        # The outer vmaps have removed `level` axes by then, all of which came before this one.
         left = tuple(None if (axis := each[level]) is None else axis - level for each in axes)
         batched = jax.vmap(batched, in_axes=left)
     expected = jax.eval_shape(batched, *inputs)
@@ -112,7 +115,7 @@ def _over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs):
 def _softmax_primal(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, row_max: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention [B, H, N, D] and its mass n_S [B, H, N]: sum exp(s - max s) with row_max, else 1; float32.
+    """Softmax attention [B, H, N, D] and its mass n_S [B, H, N], float32: sum exp(s - max s) with row_max, else 1.
 
     q [B, N, H, D], k and v [B, S, H, D], valid [B, S].
     """
@@ -160,7 +163,7 @@ def _softmax_head(q_NxD, k_SxD, v_SxD, valid_S, *, row_max):
 
 
 def _softmax_head_backward(q_NxD, k_SxD, v_SxD, valid_S, rows, *, row_max):
-    """(dq, dk, dv) of one head; rows: dy, lse, delta = dy . y, and the cotangent of log n_S = lse - max s."""
+    """(dq, dk, dv) of one head. `rows` are dy, lse, delta = dy . y, and the cotangent of log n_S = lse - max s."""
     scale = q_NxD.shape[-1] ** -0.5
 
     def chunk(sums, rows):
@@ -185,7 +188,10 @@ def _softmax_head_backward(q_NxD, k_SxD, v_SxD, valid_S, rows, *, row_max):
 
 
 def _over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_per_row: int):
-    """`lax.scan` of chunk over equal pieces of rows [N, ...], zeros (False) after the last."""
+    """`lax.scan` of `chunk` over equal pieces of rows [N, ...], padded with zeros (False) at the end.
+
+    `numbers_per_row` is how many scores or features a row has; it determines the length of a piece.
+    """
     length = rows[0].shape[0]
     chunks = max(1, -(-length // max(MIN_TOKENS, TILE // numbers_per_row)))
     if chunks == 1:
@@ -202,7 +208,7 @@ def _over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_pe
 
 @jax.custom_vjp
 def _state(k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F] in float32; k, v [B, L, H, D], valid [B, L]."""
+    """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F], float32, for k, v [B, L, H, D] and valid [B, L]."""
     return _swap(_over(_state_head, STATE_AXES, k, v, valid, key_map))
 
 
@@ -254,7 +260,7 @@ def _state_head_backward(k_BxLxD, v_BxLxD, valid_BxL, key_map, d_state_and_z):
 
 @jax.custom_vjp
 def read_out(q: jax.Array, query_map: FeatureMap, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """phi_q S [B, H, N, D] and phi_q z [B, H, N] in float32, of q [B, N, H, D] and `linear_state`'s S and z."""
+    """phi_q S [B, H, N, D] and phi_q z [B, H, N], float32, for q [B, N, H, D] and `linear_state`'s S and z."""
     o_HxNxBxD, n_HxNxB = _over(_read_head, READ_AXES, q, query_map, (state, z))
     return jnp.moveaxis(o_HxNxBxD, 2, 0), jnp.moveaxis(n_HxNxB, 2, 0)
 
@@ -304,7 +310,7 @@ def _read_head_backward(q_BxNxD, query_map, state_and_z, cotangents):
 
 
 def _features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
-    """phi of one head, whose map has lost the head axis of its leaves."""
+    """phi of one head, given a map whose leaves have no head axis."""
     one_head = jax.tree.map(lambda leaf: leaf[None], feature_map)
     return one_head(x_CxBxD[:, :, None])[:, :, 0]
 
@@ -314,7 +320,7 @@ def _num_features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> int:
 
 
 def _swap(tree):
-    """The first two axes exchanged."""
+    """Every leaf with its first two axes exchanged."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
 
 
