@@ -1,0 +1,97 @@
+"""The declared stages: every config field counts where it should, and workdirs of earlier versions stay valid."""
+
+import json
+import pathlib
+
+import pytest
+
+from jsurgery import config as config_module
+from jsurgery.config import base, flatten, recorded_fields, recorded_section
+from jsurgery.errors import InputError
+from jsurgery.surgery.stages import RECORDED_NOWHERE, STAGES, stage_folders
+
+RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded_by_0_1.json").read_text())
+TEACHER = "0123456789abcdef"
+
+
+def old_config(fields):
+    """The config that an older version wrote: fields that came later have the value that means "as before"."""
+    config = base()
+    with config.unlocked(), config.ignore_type():
+        for name, value in (config_module.LATER_FIELDS | fields).items():
+            config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
+    return config
+
+
+def later_field(monkeypatch, section, before, default):
+    """Adds a field `section`.new to the schema, with a default and the value that stands for what was before it."""
+    original = config_module.base
+
+    def extended():
+        config = original()
+        with config.unlocked():
+            config[section].new = default
+        return config.lock()
+
+    monkeypatch.setitem(config_module.LATER_FIELDS, f"{section}.new", before)
+    monkeypatch.setattr(config_module, "base", extended)
+    return extended
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_version_0_1_recorded_the_same(kind, tmp_path):
+    """Made by the code of version 0.1, with its own list of fields for every stage."""
+    folders = stage_folders(old_config(RECORDED[kind]["config"]), tmp_path, TEACHER)
+    assert {name: folder.made_with for name, folder in folders.items()} == RECORDED[kind]["made_with"]
+
+
+def test_every_field_is_recorded_by_a_stage_or_named_as_one_that_is_not():
+    """With distill.mode=sampling, which gives distill.trajectories an effect."""
+    config = base()
+    config.distill.mode = "sampling"
+    recorded = {field for stage in STAGES for field in recorded_fields(config, stage.fields, stage.without)}
+    nowhere = {
+        field
+        for field, _ in flatten(config)
+        if any(field == name or field.startswith(name + ".") for name in RECORDED_NOWHERE)
+    }
+    assert recorded | nowhere == {field for field, _ in flatten(config)}
+    assert not recorded & nowhere
+
+
+@pytest.mark.parametrize("section, stage", [("sampler", "trace"), ("distill", "distill"), ("data", "latents")])
+def test_a_field_added_later_counts_only_where_it_differs(section, stage, monkeypatch, tmp_path):
+    before = stage_folders(base(), tmp_path, TEACHER)
+    for folder in before.values():
+        folder.begin()
+        folder.end()
+
+    extended = later_field(monkeypatch, section, before="as before", default="as before")
+    after = stage_folders(extended(), tmp_path, TEACHER)
+    assert all(folder.done() for folder in after.values())
+
+    changed = extended()
+    changed[section].new = "otherwise"
+    folders = stage_folders(changed, tmp_path, TEACHER)
+    with pytest.raises(InputError, match=f"{section}.new was None, is 'otherwise'"):
+        folders[stage].done()
+
+
+def test_a_field_that_no_list_names_counts_at_once(monkeypatch, tmp_path):
+    """A new field of a recorded section makes old results out of date, unless somebody decides that it does not."""
+    extended = later_field(monkeypatch, "distill", before="as before", default="as before")
+    monkeypatch.delitem(config_module.LATER_FIELDS, "distill.new")
+    assert "distill.new" in stage_folders(extended(), tmp_path, TEACHER)["distill"].made_with
+
+
+def test_sections_are_recorded_likewise(monkeypatch):
+    """What videos and fidelity workdirs record."""
+    config = base()
+    recorded = recorded_section(config, "sampler", without=["guidance_batched"])
+    assert recorded == {
+        "solver": "euler", "steps": 50, "shift": 3.0, "guidance": 5.0, "negative_prompt": "",
+    }  # fmt: skip
+    extended = later_field(monkeypatch, "sampler", before=0, default=0)()
+    assert recorded_section(extended, "sampler", without=["guidance_batched"]) == recorded
+    extended.sampler.new = 1
+    assert recorded_section(extended, "sampler", without=["guidance_batched"]) == recorded | {"new": 1}
