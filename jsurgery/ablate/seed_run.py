@@ -25,6 +25,7 @@ from jsurgery.ablate.tables import STEPS, Arm, scaled
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import validate
 from jsurgery.errors import Diverged, InputError
+from jsurgery.io.fields import as_recorded
 from jsurgery.io.files import write_json
 from jsurgery.rates import parse_block_budget
 from jsurgery.run import Run
@@ -169,7 +170,7 @@ class SeedRun:
         arm, config, rates = operation.arm, operation.config, operation.plan["rates"]
         hybrid = dataclasses.replace(HybridConfig.of(config, rates), linear_branch=arm.maps != "none")
         made_from = [self.run.stages["trace"]] if arm.maps == "none" else [self.distillation(config)]
-        inputs = {"hybrid": json.dumps(dataclasses.asdict(hybrid)), "maps": arm.maps}
+        inputs = {"hybrid": json.dumps(as_recorded(hybrid)), "maps": arm.maps}
 
         def build() -> WanTransformer:
             maps = None

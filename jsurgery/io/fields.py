@@ -52,3 +52,17 @@ def _expected(kind: Any, value: Any, largest: int) -> str | None:
         number = type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
         return None if number else "a finite number"
     return None
+
+
+def as_recorded(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass as a result records them: like dataclasses.asdict, without later fields "as before".
+
+    A field that was added after a release has metadata {"before": value}. It is left out where it has that value, so
+    that what older versions recorded stays valid.
+    """
+    fields = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if "before" not in field.metadata or value != field.metadata["before"]:
+            fields[field.name] = as_recorded(value) if dataclasses.is_dataclass(value) else value
+    return fields

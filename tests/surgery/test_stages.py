@@ -1,13 +1,16 @@
 """The declared stages: every config field counts where it should, and workdirs of earlier versions stay valid."""
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from jsurgery import config as config_module
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import base, flatten, recorded_fields, recorded_section
 from jsurgery.errors import InputError
+from jsurgery.io.fields import as_recorded
 from jsurgery.surgery.stages import RECORDED_NOWHERE, STAGES, stage_folders
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded_by_0_1.json").read_text())
@@ -95,3 +98,16 @@ def test_sections_are_recorded_likewise(monkeypatch):
     assert recorded_section(extended, "sampler", without=["guidance_batched"]) == recorded
     extended.sampler.new = 1
     assert recorded_section(extended, "sampler", without=["guidance_batched"]) == recorded | {"new": 1}
+
+
+def test_hybrid_models_are_recorded_likewise():
+    """What the names of kept measurements hash."""
+    hybrid = HybridConfig(rates=(1, 2, "linear"))
+    assert as_recorded(hybrid) == dataclasses.asdict(hybrid)
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(HybridConfig):
+        new: str = dataclasses.field(default="as before", metadata={"before": "as before"})
+
+    assert as_recorded(Later(rates=(1, 2, "linear"))) == as_recorded(hybrid)
+    assert as_recorded(Later(rates=(1, 2, "linear"), new="x")) == as_recorded(hybrid) | {"new": "x"}
