@@ -219,7 +219,7 @@ ALL = {"clips", "scores", "plan", "errors", "training", "flops", "config"}
             {"scores"},
             ["Scores and distances: evaluation/evaluation.json is not there"],
         ),
-        (("evaluation/videos",), {"clips"}, ["The clips: evaluation/videos has none"]),
+        (("evaluation/videos",), {"clips"}, ["The clips: no file in evaluation/videos can be read."]),
         (("evaluation/videos/distilled/0001.mp4",), set(), ["missing or cannot be read: distilled/0001.mp4."]),
         (("plan",), {"plan", "flops"}, ["The plan and what it saves: plan/plan.json is not there"]),
         (("distill/errors.json",), {"errors"}, ["The errors of the blocks and what trades against them"]),
@@ -323,7 +323,7 @@ def test_an_empty_folder_and_a_config_of_another_version(workdir, config, tmp_pa
 
     write(workdir / "config.json", read(workdir / "config.json") | {"model.remat": False, "gone": 1})
     page = report(None, workdir)
-    assert page.sections == ALL and "model.remat: False is another version’s" in page.text
+    assert page.sections == ALL and "model.remat: False is of another version" in page.text
     assert read_run(workdir).config.hybrid.rates == config.hybrid.rates
 
 
@@ -372,7 +372,7 @@ def test_fidelity_to_the_teacher(config, workdir):
     write_fidelity(workdir)
     page = report(config, workdir)
     assert page.sections == ALL | {"fidelity"} and "What this page lacks" not in page.text
-    text = re.sub(r"\s+", " ", page.text[page.text.index("How near the clips") : page.text.index("The plan:")])
+    text = re.sub(r"\s+", " ", page.text[page.text.index("How close the clips") : page.text.index("The plan:")])
     assert "9 frames, 1.1 s" in text and "17 frames, 2.1 s" in text and "LPIPS" not in text
     for row in ("Distilled∞1.00000.00000.502.501.25", "Fine-tuned23.440.81250.21880.502.501.25",
                 "Teacher, other noise14.060.5000–0.502.501.25", "Teacher––––2.251.50"):  # fmt: skip
