@@ -1,1 +1,1 @@
-"""Models outside JAX: a torch module that reads what surgery writes, and what is made from it for other runtimes."""
+"""Models outside JAX: a torch module that loads the folders that surgery writes, and exports to other runtimes."""

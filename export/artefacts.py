@@ -1,4 +1,4 @@
-"""The files that an export leaves, each with a record of how it was made."""
+"""The files of an export. Beside each lies a JSON record of how it was made."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ from .formats import SUFFIXES
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """A part in one format and precision: a file, and beside it a JSON that is written last."""
+    """A part in one format and precision: a file, and a JSON record beside it, which is written last."""
 
     folder: pathlib.Path
     format: str
     precision: str
     part: str
-    variant: str = ""  # of a compiled format: the chip
+    variant: str = ""  # the chip, of formats that compile for one
 
     @property
     def path(self) -> pathlib.Path:
@@ -34,18 +34,18 @@ class Artefact:
         return self.path.with_name(self.path.name + ".json")
 
     def record(self, fingerprint: str) -> dict[str, Any] | None:
-        """What was recorded of it, if it is there and whole and was made by this job."""
+        """The artefact's record; None if a file is missing, is not complete or was made by another job."""
         if not self.record_path.exists() or not self.path.exists():
             return None
-        found = json.loads(self.record_path.read_text())
-        same = found["made_with"] == fingerprint and found["bytes"] == self.path.stat().st_size
-        return found if same else None
+        record = json.loads(self.record_path.read_text())
+        same = record["made_with"] == fingerprint and record["bytes"] == self.path.stat().st_size
+        return record if same else None
 
     def finish(self, fingerprint: str, written: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """Gives the file written under a temporary name its own, and records it."""
+        """Renames the finished temporary file `written` and writes the record, which it returns."""
         size, sha256 = size_and_sha256(written)
         written.replace(self.path)
-        found = {
+        record = {
             "part": self.part,
             "format": self.format,
             "precision": self.precision,
@@ -56,15 +56,14 @@ class Artefact:
             "made_with": fingerprint,
             **facts,
         }
-        write_json(self.record_path, found)
-        return found
+        write_json(self.record_path, record)
+        return record
 
 
-Make = Callable[[Artefact, pathlib.Path], dict[str, Any]]
-
-
-def make_all(fingerprint: str, artefacts: Iterable[Artefact], make: Make) -> None:
-    """`make(artefact, file)` for each that is not there yet: it writes the file and returns what is recorded of it."""
+def make_all(
+    fingerprint: str, artefacts: Iterable[Artefact], make: Callable[[Artefact, pathlib.Path], dict[str, Any]]
+) -> None:
+    """Makes the artefacts that are missing. `make(artefact, file)` writes the file and returns facts for its record."""
     artefacts = list(artefacts)
     for number, artefact in enumerate(artefacts, start=1):
         if artefact.record(fingerprint) is not None:
@@ -73,9 +72,9 @@ def make_all(fingerprint: str, artefacts: Iterable[Artefact], make: Make) -> Non
         artefact.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = artefact.path.with_name(f"tmp.{artefact.path.name}")
         facts = make(artefact, temporary)
-        found = artefact.finish(fingerprint, temporary, facts)
-        note = f"{found['bytes'] / 1e6:.1f} MB"
-        if found.get("relative_error") is not None:
-            note += f", error {found['relative_error']:.1e}"
+        record = artefact.finish(fingerprint, temporary, facts)
+        note = f"{record['bytes'] / 1e6:.1f} MB"
+        if record.get("relative_error") is not None:
+            note += f", error {record['relative_error']:.1e}"
         took = clock(time.monotonic() - began)
         say(f"export: {artefact.format} {number}/{len(artefacts)}  {artefact.path.name}  {note}, {took}")

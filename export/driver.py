@@ -1,9 +1,9 @@
-"""Text to video from an export alone: what an app does, in Python. It needs NumPy, sentencepiece, ftfy and LiteRT.
+"""Text to video from the files of an export: what an app does, in Python. Needs NumPy, sentencepiece, ftfy, LiteRT.
 
     python driver.py EXPORT --prompt="a red circle moves left over a grey background" --output=out.gif
 
-An app keeps named tensors, runs the parts in the manifest's order and hands each the tensors that it names. Nothing
-here knows what a part computes.
+The app keeps a dictionary of named tensors and runs the parts in the manifest's order. Each part reads the tensors that
+the manifest names and adds its outputs. Nothing here knows what a part computes.
 """
 
 import argparse
@@ -22,42 +22,45 @@ Tensors = dict[str, np.ndarray]
 
 
 class Graph:
-    """A part's TFLite file."""
+    """A part's TFLite file, as a function of named tensors."""
 
     def __init__(self, folder: pathlib.Path, record: dict[str, Any], threads: int):
         self.inputs, self.outputs = record["inputs"], record["outputs"]
         self.runner = Interpreter(str(folder / record["file"]), num_threads=threads).get_signature_runner()
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        made = self.runner(**{own: tensors[name] for name, own in self.inputs.items()})
-        return {name: made[own] for name, own in self.outputs.items()}
+        outputs = self.runner(**{own: tensors[name] for name, own in self.inputs.items()})
+        return {name: outputs[own] for name, own in self.outputs.items()}
 
 
 class Pipeline:
-    """An export folder's TFLite parts in one precision."""
+    """The TFLite parts of an export folder in one precision.
+
+    Raises FileNotFoundError where a part has no file in that precision.
+    """
 
     def __init__(self, folder: str | pathlib.Path, precision: str = "float32", threads: int = 2):
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
-        found = {
+        records = {
             record["part"]: record
             for record in self.manifest["artefacts"]
             if (record["format"], record["precision"]) == ("tflite", precision)
         }
-        missing = [part["name"] for part in self.manifest["parts"] if part["name"] not in found]
+        missing = [part["name"] for part in self.manifest["parts"] if part["name"] not in records]
         if missing:
             raise FileNotFoundError(f"{self.folder}: no {precision} TFLite file of {', '.join(missing)}")
-        self.graphs = {name: Graph(self.folder, record, threads) for name, record in found.items()}
+        self.graphs = {name: Graph(self.folder, record, threads) for name, record in records.items()}
 
     def run(self, step: str, tensors: Tensors) -> Tensors:
-        """All tensors after the parts of a step ("once a prompt", "every step", "once a video")."""
+        """The tensors, with outputs of all parts of a step ("once a prompt", "every step" or "once a video") added."""
         for part in self.manifest["parts"]:
             if part["step"] == step:
                 tensors = tensors | self.graphs[part["name"]](tensors)
         return tensors
 
     def tokens(self, prompt: str) -> Tensors:
-        """The prompt, cleaned as Wan cleans it, as token ids and mask."""
+        """Token ids and mask, both [1, L], of the prompt after Wan's text cleaning."""
         settings = self.manifest["tokenizer"]
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.folder / settings["file"]))
         text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -69,23 +72,27 @@ class Pipeline:
         }
 
     def velocity(self, latents: np.ndarray, timestep: float, text_embeddings: np.ndarray) -> np.ndarray:
-        given = {"latents": latents, "timestep": np.array([timestep], np.float32), "text_embeddings": text_embeddings}
-        return self.run("every step", given)["velocity"]
+        """The transformer's output [T, H, W, C] for one prompt, without guidance."""
+        inputs = {"latents": latents, "timestep": np.array([timestep], np.float32), "text_embeddings": text_embeddings}
+        return self.run("every step", inputs)["velocity"]
 
     def __call__(self, prompt: str, noise: np.ndarray, fresh_noise: np.ndarray | None = None) -> np.ndarray:
-        """Video uint8 [F, H, W, 3] from noise [T, H, W, C]; `fresh_noise` [steps, T, H, W, C] for a solver of that."""
+        """The video, uint8 [F, H, W, 3], that a prompt and noise [T, H, W, C] give.
+
+        `fresh_noise` [steps, T, H, W, C] is used by solvers that add noise at every step; None: drawn by step number.
+        """
         sampler = self.manifest["sampler"]
         guidance, rows = sampler["guidance"], sampler["schedule"]
         text = self.run("once a prompt", self.tokens(prompt))["text_embeddings"]
         if guidance != 1:
-            blank = self.run("once a prompt", self.tokens(sampler["negative_prompt"]))["text_embeddings"]
+            negative_text = self.run("once a prompt", self.tokens(sampler["negative_prompt"]))["text_embeddings"]
         x = noise.astype(np.float32)
         previous, older, last = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
         for i in range(sampler["steps"]):
             velocity = self.velocity(x, rows["timestep"][i], text)
             if guidance != 1:
-                away = self.velocity(x, rows["timestep"][i], blank)
-                velocity = away + guidance * (velocity - away)
+                negative = self.velocity(x, rows["timestep"][i], negative_text)
+                velocity = negative + guidance * (velocity - negative)
             data = x - np.float32(rows["sigma"][i]) * velocity
             corrected = combine(rows["corrector"][i], x, previous, older, last, data)
             x = combine(rows["predictor"][i], corrected, last, data)
@@ -98,6 +105,7 @@ class Pipeline:
 
 
 def combine(weights: list[float], *terms: np.ndarray) -> np.ndarray:
+    """The weighted sum of the terms, in float32."""
     total = np.zeros_like(terms[0])
     for weight, term in zip(weights, terms, strict=True):
         total += np.float32(weight) * term
@@ -105,7 +113,7 @@ def combine(weights: list[float], *terms: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Text to video from an export alone.")
+    parser = argparse.ArgumentParser(description="Text to video from the files of an export.")
     parser.add_argument("folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--output", default="out.gif", help=".gif, or .npy for the frames")

@@ -1,20 +1,21 @@
-"""The velocity through all TFLite parts in a row, as an app runs them, beside JAX's."""
+"""The velocity through all TFLite parts in order, as an app runs them, against JAX's velocity."""
 
 import pathlib
 
 from etils import epath
 
 from jsurgery.io.files import write_json
+from jsurgery.io.results import relative_error
 from jsurgery.runtime.progress import say
 
 from .driver import Pipeline
 from .formats import BOUNDS
-from .parity import load_sample, relative_error
+from .parity import load_sample
 from .parts import ExportJob
 
 
 def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
-    """Writes `chain/PRECISION.json`, rows of parity.json."""
+    """Writes `chain/PRECISION.json`, a row of parity.json, for each precision."""
     (folder / "chain").mkdir(exist_ok=True)
     latents, timestep, text, expected = load_sample(folder, 0, ("latents", "timestep", "text_embeddings", "velocity"))
     for precision in precisions:

@@ -1,6 +1,16 @@
-"""The formats of an export: what each needs, its precisions, file names and bounds of parity."""
+"""The formats of an export: their precisions, file suffixes, required packages and largest errors against JAX."""
 
-# What each format imports, and the package to name where that is missing.
+# The precisions of each format. The others are made from the first.
+PRECISIONS = {
+    "tflite": ("float32", "fp16", "int8", "int4", "w8a16"),
+    "savedmodel": ("float32",),
+    "onnx": ("float32",),
+    "qnn": ("fp16",),
+}
+
+SUFFIXES = {"tflite": ".tflite", "savedmodel": ".tflite", "onnx": ".onnx", "qnn": ".bin"}
+
+# The modules that each format imports, and the package that installs each.
 PACKAGES = {
     "tflite": {"torch": "torch", "litert_torch": "litert-torch", "ai_edge_quantizer": "ai-edge-quantizer"},
     "savedmodel": {"tensorflow": "tensorflow", "ai_edge_litert": "ai-edge-litert"},
@@ -9,7 +19,7 @@ PACKAGES = {
     "ai_hub": {"qai_hub": "qai-hub"},
 }
 
-# Relative errors |ours - JAX's| / |JAX's| of a part's outputs.
+# Largest relative errors |ours - JAX's| / |JAX's| of a part's outputs. "torch" is the module before conversion.
 BOUNDS = {
     ("torch", "float32"): 1e-5,
     ("tflite", "float32"): 1e-5,
@@ -21,13 +31,3 @@ BOUNDS = {
     ("onnx", "float32"): 1e-5,
     ("qnn", "fp16"): 5e-3,
 }
-
-# Precisions of each format; the first is what the others are made from.
-PRECISIONS = {
-    "tflite": ("float32", "fp16", "int8", "int4", "w8a16"),
-    "savedmodel": ("float32",),
-    "onnx": ("float32",),
-    "qnn": ("fp16",),
-}
-
-SUFFIXES = {"tflite": ".tflite", "savedmodel": ".tflite", "onnx": ".onnx", "qnn": ".bin"}

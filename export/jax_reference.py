@@ -1,4 +1,4 @@
-"""What our JAX model says: every named tensor of an export, on traced inputs, and each part as a JAX function."""
+"""The reference of an export: each part as a JAX function, and every named tensor that they compute from samples."""
 
 import functools
 import pathlib
@@ -12,6 +12,7 @@ from flax import nnx
 
 from jsurgery.diffusion import initial_noise, schedule
 from jsurgery.io.files import replacing
+from jsurgery.io.results import relative_error
 from jsurgery.runtime.progress import say
 from jsurgery.surgery.trace import TraceSteps
 from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
@@ -22,12 +23,12 @@ from jsurgery.wan.transformer import WanTransformer, layer_norm
 from pallas_kernels import reference as brute_force
 
 from .mobile_layout import TokenLayout
-from .parity import missing_samples, relative_error
+from .parity import missing_samples
 from .parts import STEPS, ExportJob, Part
 
 
 class JaxParts:
-    """The parts of a job as functions of arrays, in float32. The transformer is not loaded before it is needed."""
+    """The parts of a job as functions of arrays, in float32. Models are loaded when a part first needs them."""
 
     def __init__(self, job: ExportJob):
         self.job, self.config = job, job.config
@@ -40,7 +41,10 @@ class JaxParts:
         return load_transformer(self.job.transformer)
 
     def function(self, part: Part, plain: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
-        """The part; `plain` spells attention out, without loops over chunks."""
+        """The part as a function of its inputs that returns a tuple of its outputs.
+
+        With `plain`, attention is the O(N^2) reference, without loops over chunks.
+        """
         if part.name == "text_encoder":
             encoder = load_text_encoder(f"{self.job.base}/text_encoder")
             return compiled(encoder, lambda encoder, ids, mask: (encode_prompts(encoder, ids, mask),))
@@ -49,7 +53,7 @@ class JaxParts:
             return compiled(vae, lambda vae, latents: (vae.decode(latents[None])[0],))
         model = self.model
         if part.name == "condition":
-            return compiled(model.condition, lambda condition, *given: condition(*given))
+            return compiled(model.condition, lambda condition, *inputs: condition(*inputs))
         if part.name == "embed":
             return self.embed
         if part.name == "head":
@@ -60,14 +64,16 @@ class JaxParts:
 
     @functools.cached_property
     def whole(self) -> Callable[..., tuple[jax.Array]]:
-        """(latents, timestep, text embeddings) -> velocity by the model itself, in its own order; compiled once."""
-        return compiled(self.model, lambda model, latents, *given: (model(latents[None], *given)[0],))
+        """(latents, timestep, text embeddings) -> velocity, by the model's own forward; compiled once."""
+        return compiled(self.model, lambda model, latents, *inputs: (model(latents[None], *inputs)[0],))
 
     def embed(self, latents: jax.Array) -> tuple[jax.Array]:
+        """Latents [T, H, W, C] -> tokens [1, N, D] in the order of the mobile form."""
         patches = self.model.patchify(latents[None])
         return (self.model.patch_embedding(patches[:, self.layout.order.permutation]),)
 
     def head(self, x: jax.Array, time: jax.Array) -> tuple[jax.Array]:
+        """Tokens [1, N, D] and time embedding [1, D] -> velocity [T, H, W, C]."""
         model = self.model
         shift, scale = jnp.split(model.scale_shift_table[None] + time[:, None], 2, axis=1)
         x = model.proj_out(layer_norm(x, self.config.eps) * (1 + scale) + shift)
@@ -75,25 +81,27 @@ class JaxParts:
         return (model.unpatchify(x[:, natural], self.layout.grid)[0],)
 
     def spelled_out(self, latents, timestep, text_embeddings) -> tuple[jax.Array]:
+        """The whole transformer with `plain` attention."""
         time, modulation, text = self.model.condition(timestep, text_embeddings)
         (x,) = self.blocks(*self.embed(latents), text, modulation, range(self.config.num_layers), True)
         return self.head(x, time)
 
     def blocks(self, x, text, modulation, numbers, plain: bool) -> tuple[jax.Array]:
+        """Tokens after the blocks of these numbers."""
         stacked, hybrid = nnx.state(self.model.blocks), self.config.hybrid
         for number in numbers:
             maps = None
             if hybrid is not None and hybrid.linear_branch and number in hybrid.converted:
                 slot = hybrid.converted.index(number)
-                both = self.model.query_maps.maps, self.model.key_maps.maps
-                maps = jax.tree.map(lambda leaf, i=slot: leaf[i], both)
+                stacked_maps = self.model.query_maps.maps, self.model.key_maps.maps
+                maps = jax.tree.map(lambda leaf, i=slot: leaf[i], stacked_maps)
             state = jax.tree.map(lambda leaf, i=number: leaf[i], stacked)
             x = self.block(state, maps, x, text, modulation, self.config.rates[number], plain)
         return (x,)
 
     @functools.cached_property
     def block(self) -> Callable[..., jax.Array]:
-        """(state, maps, x, text, modulation, rate, plain) -> x: compiled once a rate, not once a block."""
+        """(state, maps, x, text, modulation, rate, plain) -> x. Compiled once for each rate, not for each block."""
         graph, hybrid = nnx.graphdef(self.model.blocks), self.config.hybrid
         order = hybrid.token_order(self.layout.grid) if hybrid else None
 
@@ -111,63 +119,65 @@ class JaxParts:
 
     def attend(self, q, k, v, rate=1, maps=(None, None)) -> jax.Array:
         """Attention by the O(N^2) reference; by default full softmax."""
-        kept = k.shape[1] if rate == 1 else self.layout.softmax[rate]
+        num_softmax = k.shape[1] if rate == 1 else self.layout.softmax[rate]
         if maps[1] is None:
-            k, v = k[:, :kept], v[:, :kept]
+            k, v = k[:, :num_softmax], v[:, :num_softmax]
         stabilizer = self.config.hybrid.stabilizer if self.config.hybrid else "lse"
-        return brute_force.hybrid_attention(q, k, v, *maps, num_softmax=kept, stabilizer=stabilizer)
+        return brute_force.hybrid_attention(q, k, v, *maps, num_softmax=num_softmax, stabilizer=stabilizer)
 
 
 def compiled(module: nnx.Module, function: Callable) -> Callable:
-    """`function(module, ...)` of arrays, compiled with the module's weights as arguments."""
+    """`function(module, ...)` as a compiled function of arrays. Weights are arguments of the program, not constants."""
     graph, state = nnx.split(module)
-    return functools.partial(jax.jit(lambda state, *given: function(nnx.merge(graph, state), *given)), state)
+    return functools.partial(jax.jit(lambda state, *inputs: function(nnx.merge(graph, state), *inputs)), state)
 
 
 def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> None:
-    """Writes `reference/SAMPLE/TENSOR.npy` for every tensor of the job; samples that are there are kept.
+    """Writes `reference/SAMPLE/TENSOR.npy` for every tensor of the job, for samples that are missing.
 
-    `choices` is how many samples are wanted.
+    `choices` holds the number of samples. Raises AssertionError where the parts together differ from the whole model.
     """
     count = int(choices[0])
-    todo = missing_samples(folder, count)
-    if not todo:
+    missing = missing_samples(folder, count)
+    if not missing:
         return
     parts = JaxParts(job)
     functions = {part.name: parts.function(part) for part in job.parts()}
-    given = samples(job)
-    for number in todo:
-        known = dict(given[number])
+    inputs = samples(job)
+    for number in missing:
+        tensors = dict(inputs[number])
         for part in job.parts():
             if part.step == STEPS[2] and number:
-                continue  # nothing else reads a decoded video
-            known |= dict(zip(part.outputs, run(functions[part.name], known, part.inputs), strict=True))
+                continue  # the decoded video is only compared with, on sample 0
+            outputs = run(functions[part.name], tensors, part.inputs)
+            tensors |= dict(zip(part.outputs, outputs, strict=True))
         if job.blocks_per_file:
-            (whole,) = run(parts.whole, known, ("latents", "timestep", "text_embeddings"))
-            error = relative_error(known["velocity"], whole)
+            (whole,) = run(parts.whole, tensors, ("latents", "timestep", "text_embeddings"))
+            error = relative_error(tensors["velocity"], whole)
             if not error < 1e-5:
                 raise AssertionError(f"the parts differ from the whole model by {error:.1e}")
         with replacing(folder / "reference" / str(number)) as temporary:
             temporary.mkdir(parents=True, exist_ok=True)
-            for name, tensor in known.items():
+            for name, tensor in tensors.items():
                 np.save(temporary / f"{name}.npy", np.asarray(tensor))
         say(f"export: reference {number + 1}/{count}")
 
 
-def run(function: Callable, known: dict[str, np.ndarray], names: tuple[str, ...]) -> list[np.ndarray]:
+def run(function: Callable, tensors: dict[str, np.ndarray], names: tuple[str, ...]) -> list[np.ndarray]:
+    """The outputs of a function for the named tensors, with matmuls in full float32."""
     with jax.default_matmul_precision("highest"):
-        return [np.asarray(made) for made in function(*(jnp.asarray(known[name]) for name in names))]
+        return [np.asarray(output) for output in function(*(jnp.asarray(tensors[name]) for name in names))]
 
 
 def samples(job: ExportJob) -> list[dict[str, np.ndarray]]:
-    """What the parts begin from: noisy latents of the trace with their timestep and prompt, else noise and prompts."""
+    """The inputs of every sample: traced latents with timestep and prompt, or without a trace noise and prompts."""
     shapes, rng = job.tensors(), np.random.default_rng(job.seed)
     rows = schedule(job.sampler["solver"], job.sampler["steps"], job.sampler["shift"])
     tokenizer = Tokenizer(f"{job.base}/tokenizer") if job.text_encoder else None
     traced = TraceSteps(epath.Path(job.trace)) if job.trace else None
     # Artefacts are compared on the first sample, from the middle of a trajectory. The others span all of it.
     shares = [0.5, *np.linspace(0, 1, job.samples - 1)]
-    found = []
+    inputs = []
     for number, share in enumerate(shares):
         if traced is not None:
             traced_prompt = traced.prompts[number % len(traced.prompts)]
@@ -179,11 +189,11 @@ def samples(job: ExportJob) -> list[dict[str, np.ndarray]]:
             embeddings = rng.normal(size=shapes["text_embeddings"].shape)
             latents = initial_noise(job.seed, [number], shapes["latents"].shape)[0]
             timestep = rows.timestep[round(share * (len(rows.timestep) - 1))]
-        known = {"latents": latents, "timestep": np.atleast_1d(timestep)}
+        tensors = {"latents": latents, "timestep": np.atleast_1d(timestep)}
         if tokenizer is None:
-            known["text_embeddings"] = embeddings
+            tensors["text_embeddings"] = embeddings
         else:
-            token_ids, known["mask"] = tokenizer([prompt], job.text_length)
-        known = {name: np.asarray(tensor, np.float32) for name, tensor in known.items()}
-        found.append(known if tokenizer is None else known | {"token_ids": token_ids})
-    return found
+            token_ids, tensors["mask"] = tokenizer([prompt], job.text_length)
+        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        inputs.append(tensors if tokenizer is None else tensors | {"token_ids": token_ids})
+    return inputs

@@ -1,4 +1,4 @@
-"""How tokens lie in the mobile form: a prefix order by slices, where a permutation would be a gather."""
+"""The token order of the mobile form: a prefix order made of strided slices. A permutation would need a gather."""
 
 import dataclasses
 import math
@@ -14,10 +14,11 @@ from jsurgery.wan.model_config import WanConfig
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSlices:
-    """Strided slices of the tokens in natural order that, one after the other, are the tokens in a prefix order.
+    """Strided slices of the natural token order which, concatenated, give the tokens in a prefix order.
 
-    The zones are those of `TokenOrder`; within one, tokens lie by their residue, which attention does not care about.
-    On the staggered lattice, whose positions move by one a frame, each frame is a segment of its own.
+    The zones are those of `TokenOrder`. Within a zone tokens are sorted by residue, where `TokenOrder` has them in
+    another order; attention does not depend on it. On the staggered lattice, which shifts by one position a frame, each
+    frame is a segment of its own.
     """
 
     segments: tuple[tuple[int, int, int], ...]  # (first token, tokens, lattice position of the first)
@@ -25,7 +26,7 @@ class PrefixSlices:
 
     @classmethod
     def of(cls, hybrid: HybridConfig | None, grid: tuple[int, int, int]) -> "PrefixSlices":
-        """Those of a (time, height, width) token grid; the identity where no block is converted."""
+        """The slices for a (time, height, width) token grid; one slice of all tokens if no block is converted."""
         frames, height, width = grid
         size = height * width
         if hybrid is None or not hybrid.converted:
@@ -41,15 +42,15 @@ class PrefixSlices:
 
     @cached_property
     def pieces(self) -> list[tuple[int, int, slice]]:
-        """(segment, residue within the segment, slice of the natural order) of each piece, empty ones left out."""
+        """(segment, residue within the segment, slice of the natural order) of each piece that has tokens."""
         zone = lambda residue: sum(residue % rate != 0 for rate in self.chain)
-        found = []
+        pieces = []
         for residue in sorted(range(self.period), key=zone):
             for number, (start, size, position) in enumerate(self.segments):
                 local = (residue - position) % self.period
                 if local < size:
-                    found.append((number, local, slice(start + local, start + size, self.period)))
-        return found
+                    pieces.append((number, local, slice(start + local, start + size, self.period)))
+        return pieces
 
     @cached_property
     def permutation(self) -> np.ndarray:
@@ -59,7 +60,7 @@ class PrefixSlices:
 
     @cached_property
     def places(self) -> dict[tuple[int, int], tuple[int, int]]:
-        """(segment, residue within it) -> (first, end) of that piece in prefix order."""
+        """(segment, residue within the segment) -> (first, end) of that piece in prefix order."""
         ends = np.cumsum([len(range(piece.start, piece.stop, piece.step)) for _, _, piece in self.pieces]).tolist()
         starts = [0, *ends]
         return {key[:2]: place for key, place in zip(self.pieces, zip(starts, ends, strict=False), strict=True)}
@@ -67,20 +68,21 @@ class PrefixSlices:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """How a model's tokens lie for latents of one size (T, H, W)."""
+    """The token order of a model for latents of one size (T, H, W)."""
 
     grid: tuple[int, int, int]
     order: PrefixSlices
-    softmax: dict[Rate, int]  # rate -> tokens that keep softmax
+    softmax: dict[Rate, int]  # rate -> number of softmax tokens
 
     @classmethod
     def of(cls, config: WanConfig, latent_shape: tuple[int, int, int]) -> "TokenLayout":
+        """Raises InputError for patches of more than one frame."""
         if config.patch_size[0] != 1:
             raise InputError(f"patch_size: the mobile form takes patches of one frame, found {config.patch_size}")
         grid = config.token_grid(latent_shape)
         order = config.hybrid.token_order(grid) if config.hybrid else None
-        kept = {rate: math.prod(grid) if order is None else order.num_softmax(rate) for rate in config.rates}
-        return cls(grid, PrefixSlices.of(config.hybrid, grid), kept)
+        softmax = {rate: math.prod(grid) if order is None else order.num_softmax(rate) for rate in config.rates}
+        return cls(grid, PrefixSlices.of(config.hybrid, grid), softmax)
 
     @property
     def tokens(self) -> int:

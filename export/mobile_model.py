@@ -1,11 +1,15 @@
 """The mobile form of the transformer: graphs of static shape and rank at most 4, without gathers, for one video.
 
-It computes what `torch_model` does, with these differences, all made once when a graph is built:
-rotated channels lie as halves instead of pairs (rows of the query and key projections, their norms' gains and the rows
-of the feature maps move along); 1 / sqrt(D) is part of the query norm's gain; the linear state is a mean over its
-tokens, and its length and the scales of both maps are spread evenly over query and key features, so that 16 bits hold
-them (a block without softmax, of which a ratio alone is left, leaves the length out); heads, queries and linear keys
-are taken a few at a time. The softmax branch is a plain softmax, which compilers have as one operation.
+It computes what `torch_model` computes, up to rounding. The differences are made once, when a graph is built:
+
+- RoPE rotates the two halves of a head's channels instead of channel pairs. Rows of the query and key projections,
+  their norms' gains and the input channels of the feature maps are permuted to match.
+- 1 / sqrt(D) is part of the query norm's gain.
+- The linear state is a mean over its tokens instead of a sum, so that 16 bits hold it. The number of linear tokens and
+  the scales of both feature maps are divided evenly between query and key features. A block without softmax leaves the
+  number out: it cancels.
+- Heads, queries and linear keys are processed a few at a time.
+- The softmax branch is a plain softmax, which compilers have as one operation.
 """
 
 import functools
@@ -25,13 +29,13 @@ from .mobile_layout import TokenLayout
 from .torch_attention import ACTIVATIONS
 from .torch_model import HybridWanTransformer3DModel, plain_norm
 
-# Heads, and queries or linear keys, that attention takes at a time: at 256 features a head, more does not stay in the
-# NPU's own 8 MB. A softmax over all tokens its compiler tiles better by itself (`--ddr_table`).
+# Heads, and queries or linear keys, that attention processes at a time. With 256 features a head, more would not fit
+# into the NPU's 8 MB of memory. Full softmax is not tiled: the NPU's compiler tiles it better (see `--ddr_table`).
 HEADS, TILE = 4, 512
 
 
 def half_split(head_dim: int) -> torch.Tensor:
-    """Indices of a head's channels, the first of every rotated pair before all the second ones."""
+    """Indices of a head's channels: first all even channels, then all odd ones. RoPE rotates pairs (even, odd)."""
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
 
@@ -41,6 +45,8 @@ def split_heads(x_1xNxD: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a fixed gain."""
+
     gain_D: torch.Tensor
 
     def __init__(self, gain_D: torch.Tensor, eps: float):
@@ -49,11 +55,12 @@ class RMSNorm(nn.Module):
         self.register_buffer("gain_D", gain_D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.gain_D.shape, self.gain_D, self.eps)  # a pattern that the NPU's compiler knows
+        # The NPU's compiler has an operation for this pattern.
+        return F.rms_norm(x, self.gain_D.shape, self.gain_D, self.eps)
 
 
 class Projection(nn.Linear):
-    """A linear layer of given tensors."""
+    """A linear layer with fixed weight [out, in] and bias."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -63,10 +70,10 @@ class Projection(nn.Linear):
 
 
 class MobileFeatureMap(nn.Module):
-    """phi of a few heads times their `scale_H`, on channels in half-split order, themselves divided by `gain`; each
-    power's [1, H, N, D].
+    """phi of a group of heads, times `scale_H`, as a list of the features of each power, each [1, H, N, D].
 
-    A ReLU lets its last layer take the scale up, s ^ (1 / p) for power p.
+    The input has its channels in half-split order and is multiplied by `gain`, which phi undoes. With ReLU the scale is
+    part of the last layer, as s ** (1 / p) for power p.
     """
 
     scale: torch.Tensor
@@ -102,16 +109,16 @@ class MobileFeatureMap(nn.Module):
 
 
 def tiles(tokens: int, size: int) -> list[slice]:
-    """Even pieces of a run of tokens, or heads, of at most `size` each."""
+    """Slices that divide a number of tokens or heads evenly into pieces of at most `size`."""
     count = -(-tokens // size)
     bounds = [round(i * tokens / count) for i in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens in prefix order where `rope` is given, else cross-attention.
+    """Self-attention over tokens in prefix order if `rope` is given, else cross-attention.
 
-    With a `tile` it takes `HEADS` heads, and so many queries or linear keys, at a time.
+    With a `tile` it processes `HEADS` heads, and `tile` queries or linear keys, at a time.
     """
 
     cos: torch.Tensor
@@ -143,7 +150,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(source.norm_k.weight.detach()[rows], source.norm_k.eps)
         self.num_softmax, self.stabilizer = num_softmax, source.stabilizer
         self.groups = tiles(self.heads, HEADS if tile else self.heads)
-        self.phi_q, self.phi_k = nn.ModuleList(), nn.ModuleList()  # of each group of heads
+        self.phi_q, self.phi_k = nn.ModuleList(), nn.ModuleList()  # one for each group of heads
         if source.phi_q is not None and source.phi_k is not None and num_softmax != tokens:
             assert tokens is not None and num_softmax is not None
             self.linear = tokens - num_softmax
@@ -160,12 +167,12 @@ class Attention(nn.Module):
 
     def forward(self, x_1xNxD: torch.Tensor, context_1xMxD: torch.Tensor) -> torch.Tensor:
         q, k = self.norm_q(self.to_q(x_1xNxD)), self.norm_k(self.to_k(context_1xMxD))
-        v, made = self.to_v(context_1xMxD), []
+        v, outputs = self.to_v(context_1xMxD), []
         head_dim = q.shape[2] // self.heads
         for group, heads in enumerate(self.groups):
             channels = slice(heads.start * head_dim, heads.stop * head_dim)
-            made.append(self.attend_group(group, q[:, :, channels], k[:, :, channels], v[:, :, channels]))
-        return self.to_out(torch.cat(made, dim=2) if len(made) > 1 else made[0])
+            outputs.append(self.attend_group(group, q[:, :, channels], k[:, :, channels], v[:, :, channels]))
+        return self.to_out(torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0])
 
     def attend_group(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         heads = self.groups[group].stop - self.groups[group].start
@@ -176,7 +183,7 @@ class Attention(nn.Module):
         return y_1xNxHxD.reshape(1, y_1xNxHxD.shape[1], -1)
 
     def attend(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Eq. 5 for a group of heads; queries are scaled already. [1, H, N, D]."""
+        """Eq. 5 for one group of heads: [1, H, N, D]. The queries carry the factor 1 / sqrt(D) already."""
         softmax = phi_q = state = None
         if self.num_softmax != 0:
             softmax = k[:, :, : self.num_softmax].transpose(2, 3), v[:, :, : self.num_softmax]
@@ -205,14 +212,15 @@ class Attention(nn.Module):
         n_L_1xHxTx1 = functools.reduce(torch.add, (phi_1xHxTxD @ z for phi_1xHxTxD, _, z in powers))
         if softmax is None:
             return o_L_1xHxTxD / (n_L_1xHxTx1 + EPSILON / self.linear)
-        if self.stabilizer == "max":  # n_S = 1 / max p divides the linear terms, as o_S is divided by it already
-            most_1xHxTx1 = p_1xHxTxS.amax(dim=-1, keepdim=True)
-            o_L_1xHxTxD, n_L_1xHxTx1 = o_L_1xHxTxD * most_1xHxTx1, n_L_1xHxTx1 * most_1xHxTx1
+        if self.stabilizer == "max":
+            # n_S = 1 / max p. The softmax output is divided by n_S already, so the linear terms are divided here.
+            max_p_1xHxTx1 = p_1xHxTxS.amax(dim=-1, keepdim=True)
+            o_L_1xHxTxD, n_L_1xHxTx1 = o_L_1xHxTxD * max_p_1xHxTx1, n_L_1xHxTx1 * max_p_1xHxTx1
         return (o_S_1xHxTxD + o_L_1xHxTxD) / (1.0 + n_L_1xHxTx1)
 
 
 def state_of_tile(phi_k: nn.Module, k_1xHxTxD: torch.Tensor, v_1xHxTxD: torch.Tensor) -> list[torch.Tensor]:
-    """What a tile of keys adds to S [1, H, D, D] and z [1, H, D, 1] of each power, S and z by turns."""
+    """A tile's terms of the linear state, as a list S, z, S, z, ...: for each power S [1, H, D, D], z [1, H, D, 1]."""
     sums = []
     for phi_1xHxTxD in phi_k(k_1xHxTxD):
         sums += [phi_1xHxTxD.transpose(2, 3) @ v_1xHxTxD, phi_1xHxTxD.sum(dim=2, keepdim=True).transpose(2, 3)]
@@ -301,7 +309,8 @@ class Head(nn.Module):
         return x.reshape(frames, height * ph, width * pw, -1)
 
     def natural(self, x_1xNxP: torch.Tensor) -> torch.Tensor:
-        """Tokens out of prefix order: the pieces of a segment side by side as channels are its tokens in a row."""
+        """Tokens back in natural order, without a gather. The pieces of a segment are its residues: joined along the
+        channels and reshaped, they are the segment's tokens in order."""
         if self.order.period == 1:
             return x_1xNxP
         period, segments = self.order.period, []
@@ -331,7 +340,8 @@ class Transformer(nn.Module):
 
 
 def mobile_block(model: HybridWanTransformer3DModel, index: int, layout: TokenLayout, tile: int = TILE) -> Block:
-    """Block `index` for one size; where it is converted, attention takes at most `tile` queries or keys at a time."""
+    """Block `index` for one video size. In a converted block attention processes at most `tile` queries or keys at a
+    time."""
     config = model.config
     source: Any = model.blocks[index]
     rope, num_softmax = mobile_rope(config, layout), layout.softmax[config.rates[index]]
@@ -350,7 +360,7 @@ def mobile_rope(config: WanConfig, layout: TokenLayout) -> tuple[torch.Tensor, t
 def mobile_transformer(
     model: HybridWanTransformer3DModel, latent_shape: tuple[int, int, int], tile: int = TILE
 ) -> Transformer:
-    """The whole mobile form of a float32 model for latents of one size (T, H, W)."""
+    """The mobile form of a whole float32 model, for latents of one size (T, H, W)."""
     layout = TokenLayout.of(model.config, latent_shape)
     blocks = Blocks(*(mobile_block(model, i, layout, tile) for i in range(model.config.num_layers)))
     return Transformer(Embed(model, layout), Condition(model), blocks, Head(model, layout)).eval()

@@ -1,4 +1,4 @@
-"""A job's parts as torch modules of static shape; what TFLite and ONNX are made from."""
+"""The parts of a job as torch modules of static shape, from which TFLite and ONNX files are made."""
 
 import functools
 import pathlib
@@ -16,7 +16,7 @@ from .torch_model import load
 
 
 class MobileParts:
-    """Builds one part at a time; the transformer is loaded once, when a part of it is asked for."""
+    """Builds one part at a time. The transformer is loaded once, when one of its parts is first built."""
 
     def __init__(self, job: ExportJob, folder: pathlib.Path):
         self.job, self.folder = job, folder
@@ -44,11 +44,11 @@ class MobileParts:
         return blocks[0] if len(blocks) == 1 else Blocks(*blocks).eval()
 
     def arguments(self, part: Part, sample: int = 0) -> tuple[torch.Tensor, ...]:
-        """The part's inputs in a sample of the reference."""
+        """The part's inputs, from a sample of the reference."""
         return tuple(torch.from_numpy(tensor) for tensor in load_sample(self.folder, sample, part.inputs))
 
     def error(self, part: Part, module: nn.Module) -> dict[str, float | None]:
-        """Of the torch module itself."""
+        """Errors of the torch module's outputs against JAX's."""
         with torch.no_grad():
-            made = module(*self.arguments(part))
-        return errors(part, made if isinstance(made, tuple) else (made,), self.folder)
+            outputs = module(*self.arguments(part))
+        return errors(part, outputs if isinstance(outputs, tuple) else (outputs,), self.folder)

@@ -1,4 +1,4 @@
-"""UMT5's encoder as a graph of static shape, from the tensors of a text_encoder folder."""
+"""UMT5's encoder as a torch graph of static shape, from the tensors of a text_encoder folder."""
 
 import pathlib
 
@@ -13,11 +13,11 @@ from jsurgery.wan.text_encoder import position_buckets
 from .mobile_model import Projection, RMSNorm, split_heads
 from .torch_files import read_json, read_tensors
 
-MASKED = -1e4  # added to the logits of padding: gone after softmax, and within the range of 16 bits
+MASKED = -1e4  # added to the logits of padding: softmax makes it zero, and float16 can hold it
 
 
 class Layer(nn.Module):
-    """Self-attention with a constant bias of relative position, then a gated feed-forward."""
+    """Self-attention with a relative position bias, which is constant for a fixed length, and a gated feed-forward."""
 
     bias_1xHxLxL: torch.Tensor
 
@@ -61,7 +61,7 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(path: str | pathlib.Path, length: int) -> TextEncoder:
-    """From a `text_encoder/` folder, for prompts of `length` tokens."""
+    """Loads a `text_encoder/` folder, for prompts of `length` tokens. Raises InputError for a missing tensor."""
     folder = pathlib.Path(path)
     config = TextEncoderConfig.from_json(read_json(folder / "config.json"))
     tensors = {name: tensor.float() for name, tensor in read_tensors(folder).items()}

@@ -1,6 +1,6 @@
-"""The VAE's decoder as a graph of static shape and rank 4: frames [T, H, W, C] instead of videos.
+"""The VAE's decoder as a torch graph of static shape and rank 4, on frames [T, H, W, C] instead of videos.
 
-A causal convolution is one 2-D convolution whose channels hold the frames that it sees.
+A causal 3-D convolution becomes a 2-D convolution: the frames that it sees are joined along the channels.
 """
 
 import pathlib
@@ -18,14 +18,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Convolution(nn.Module):
-    """A convolution over [T, H, W, C] that keeps the size, of kernel [O, C, kh, kw] or causal [O, C, kt, kh, kw]."""
+    """A size-preserving convolution over [T, H, W, C]. Its weight is [O, C, kh, kw], or causal [O, C, kt, kh, kw]."""
 
     def __init__(self, tensors: Tensors, name: str):
         super().__init__()
         weight = tensors[f"{name}.weight"]
         self.frames = weight.shape[2] if weight.ndim == 5 else 1
         if weight.ndim == 5:
-            weight = weight.transpose(1, 2).flatten(1, 2)  # channels in frames, as they are joined
+            weight = weight.transpose(1, 2).flatten(1, 2)  # [O, kt * C, kh, kw], as `forward` joins the frames
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
 
@@ -40,7 +40,7 @@ class Convolution(nn.Module):
 
 
 class Norm(nn.Module):
-    """The channel vector at length sqrt(C), times gamma. Its squares are taken of 1/16 of it, which 16 bits hold."""
+    """Scales the channel vector to length sqrt(C), then by gamma. It squares x / 16, which float16 can hold."""
 
     gain_C: torch.Tensor
 
@@ -54,6 +54,8 @@ class Norm(nn.Module):
 
 
 class Residual(nn.Module):
+    """Two convolutions, each after a norm and SiLU, added to the input or to its 1x1 convolution."""
+
     def __init__(self, tensors: Tensors, name: str):
         super().__init__()
         self.norm1, self.norm2 = (Norm(tensors, f"{name}.norm{i}") for i in (1, 2))
@@ -85,7 +87,7 @@ class FrameAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides and, where there is a temporal convolution, the frames after the first."""
+    """Doubles height and width and, if it has a temporal convolution, all frames but the first."""
 
     def __init__(self, tensors: Tensors, name: str):
         super().__init__()
@@ -106,7 +108,7 @@ class Upsample(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Normalised latents [T, H, W, C] -> video [F, 8 H, 8 W, 3] in [-1, 1]; memory grows with T."""
+    """Normalised latents [T, H, W, C] -> video [F, 8 H, 8 W, 3] in [-1, 1]. All frames are in memory at once."""
 
     mean_C: torch.Tensor
     std_C: torch.Tensor
@@ -132,7 +134,7 @@ class VaeDecoder(nn.Module):
 
 
 def load_vae_decoder(path: str | pathlib.Path) -> VaeDecoder:
-    """From a diffusers `vae/` folder."""
+    """Loads the decoder from a diffusers `vae/` folder. Raises InputError for a missing tensor."""
     folder = pathlib.Path(path)
     config = VaeConfig.from_json(read_json(folder / "config.json"))
     tensors = {name: tensor.float() for name, tensor in read_tensors(folder).items()}

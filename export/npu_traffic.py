@@ -1,8 +1,8 @@
-"""Memory traffic of one block on the NPU, as the compiler expects it: the paper's Table 8, without a phone.
+"""Memory traffic of one block on the NPU as its compiler estimates it: the paper's Table 8, without a phone.
 
-    python -m jsurgery.export.npu_traffic FOLDER CHIP CONFIG.JSON
+    python -m jsurgery.export.npu_traffic FOLDER CHIP SETTINGS_AS_JSON
 
-Weights are random: traffic depends on shapes alone.
+The weights are random: traffic depends only on shapes.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ VARIANTS = ("softmax", "softmax, tiled", "hybrid R8", "linear, HedgeHog", "linea
 
 
 class MobileHedgehogMap(nn.Module):
-    """softmax([W x, -W x]): the paper's linear baseline."""
+    """HedgeHog's feature map softmax([W x, -W x]), the paper's linear baseline; [1, H, N, D] -> [1, H, N, 2 D]."""
 
     def __init__(self, heads: int, width: int):
         super().__init__()
@@ -44,14 +44,14 @@ class MobileHedgehogMap(nn.Module):
 
 
 class NoAttention(Attention):
-    """The control: projections alone."""
+    """The control: projections without attention between them."""
 
     def attend(self, group: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return q + k + v
 
 
 def block(config: WanConfig, variant: str, latent_shape: tuple[int, int, int], tile: int) -> Block:
-    """A block of the variant with random weights; the size in T, H, W of its latents."""
+    """A block of a variant with random weights, for latents of shape (T, H, W)."""
     torch.manual_seed(0)
     rate = {"softmax": 1, "softmax, tiled": 1, "no attention": 1, "hybrid R8": 8}.get(variant, "linear")
     hybrid = HybridConfig((rate,), feature_map=FeatureMapConfig())
@@ -59,8 +59,8 @@ def block(config: WanConfig, variant: str, latent_shape: tuple[int, int, int], t
     layout = TokenLayout.of(config, latent_shape)
     source = torch_model.Block(config, rate).requires_grad_(False)
     kind = NoAttention if variant == "no attention" else Attention
-    taken = None if variant in ("softmax", "no attention") else tile
-    attention = kind(source.attn1, mobile_rope(config, layout), layout.softmax[rate], layout.tokens, taken)
+    tile_or_none = None if variant in ("softmax", "no attention") else tile
+    attention = kind(source.attn1, mobile_rope(config, layout), layout.softmax[rate], layout.tokens, tile_or_none)
     if variant == "linear, HedgeHog":
         for group, heads in enumerate(attention.groups):
             sizes = heads.stop - heads.start, config.attention_head_dim
@@ -78,30 +78,34 @@ def traffic(
     text_length: int,
     tile: int,
 ) -> dict:
-    """{"ddr", "bytes", "npu_share", "seconds"} of a block for a video of `size`, frames, height, width; or "failed"."""
+    """The row of a block, for a video of `size` = (frames, height, width): its DDR traffic in bytes, the size of its
+    binary, the share of nodes on the NPU; or "failed", the compiler's reason."""
     frames, height, width = size
     latent_shape = (frames - 1) // 4 + 1, height // 8, width // 8
     tokens, began = math.prod(config.token_grid(latent_shape)), time.monotonic()
-    found = {"variant": variant, "frames": frames, "height": height, "width": width, "tokens": tokens}
-    found |= {"chip": chip, "tile": tile}
+    row = {"variant": variant, "frames": frames, "height": height, "width": width, "tokens": tokens}
+    row |= {"chip": chip, "tile": tile}
     model, binary = folder / "tmp.block.onnx", folder / "tmp.block.bin"
     shapes = (1, tokens, config.dim), (1, text_length, config.dim), (1, 6, config.dim)
     try:
         module = block(config, variant, latent_shape, tile)
         onnx.convert(module, tuple(torch.zeros(shape) for shape in shapes), PART, model)
         facts = qnn.compile_model(model, binary, chip)
-        found |= {name: facts[name] for name in ("ddr", "nodes", "npu_share", "off_npu")}
-        found["bytes"] = binary.stat().st_size
+        row |= {name: facts[name] for name in ("ddr", "nodes", "npu_share", "off_npu")}
+        row["bytes"] = binary.stat().st_size
     except InputError as error:
-        found["failed"] = str(error)
+        row["failed"] = str(error)
     finally:
         for file in folder.glob("*block.*"):
             file.unlink()
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+    return row | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def main(folder: pathlib.Path, chip: str, settings: dict) -> None:
-    """Measures every variant and number of frames of `settings` that `ddr.json` does not hold yet; prints the table."""
+    """Compiles every variant and number of frames of `settings` that `ddr.json` lacks, and prints the table.
+
+    `settings` has the keys model, frames, height, width, text_length and tile.
+    """
     file = folder / "ddr.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     sizes: dict[str, Any] = settings["model"] | {"patch_size": tuple(settings["model"]["patch_size"])}
@@ -124,19 +128,19 @@ def main(folder: pathlib.Path, chip: str, settings: dict) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Lines of text: MB written and read by the variants at each number of tokens."""
+    """Lines of text: for each number of tokens, MB written and read by every variant."""
     variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
     lines = ["frames  tokens  " + "".join(f"{variant:>20}" for variant in variants)]
     for frames, tokens in sorted({(row["frames"], row["tokens"]) for row in rows}):
         cells = []
         for variant in variants:
-            found = [row for row in rows if (row["variant"], row["frames"]) == (variant, frames)]
-            if not found:
+            measured = [row for row in rows if (row["variant"], row["frames"]) == (variant, frames)]
+            if not measured:
                 cells.append("-")
-            elif "failed" in found[-1] or None in found[-1]["ddr"].values():
+            elif "failed" in measured[-1] or None in measured[-1]["ddr"].values():
                 cells.append("not compiled")
             else:
-                ddr = found[-1]["ddr"]
+                ddr = measured[-1]["ddr"]
                 cells.append(f"{ddr['write_total'] / 1e6:.0f} / {ddr['read_total'] / 1e6:.0f}")
         lines.append(f"{frames:>6}{tokens:>8}  " + "".join(f"{cell:>20}" for cell in cells))
     for row in rows:

@@ -1,4 +1,4 @@
-"""torch to ONNX, checked with ONNX Runtime; what Qualcomm's compilers take."""
+"""Parts from torch to ONNX, which Qualcomm's compilers read; their outputs are checked in ONNX Runtime."""
 
 import collections
 import contextlib
@@ -18,7 +18,7 @@ from .parts import ExportJob, Part
 
 
 def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
-    """Every part in float32; inputs and outputs carry the tensors' names."""
+    """Writes every part in float32. Inputs and outputs have the names of the job's tensors."""
     parts, modules = {part.name: part for part in job.parts()}, MobileParts(job, folder)
 
     def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
@@ -28,13 +28,14 @@ def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = (
         convert(module, modules.arguments(part), part, file)
         operations = collections.Counter(node.op_type for node in onnx.load(file).graph.node)
         names = {"inputs": {n: n for n in part.inputs}, "outputs": {n: n for n in part.outputs}}
-        made = run(file, part, load_sample(folder, 0, part.inputs))
-        return facts | names | {"operations": dict(operations.most_common())} | errors(part, made, folder)
+        outputs = run(file, part, load_sample(folder, 0, part.inputs))
+        return facts | names | {"operations": dict(operations.most_common())} | errors(part, outputs, folder)
 
     make_all(job.fingerprint, job.artefacts(folder, "onnx"), make)
 
 
 def convert(module: torch.nn.Module, arguments: tuple, part: Part, file: pathlib.Path) -> None:
+    """Writes a module of static shape as an ONNX file, with the part's names of inputs and outputs."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         names: dict[str, Any] = {"input_names": list(part.inputs), "output_names": list(part.outputs)}
         program = torch.onnx.export(module, arguments, dynamo=True, **names)
@@ -43,6 +44,7 @@ def convert(module: torch.nn.Module, arguments: tuple, part: Part, file: pathlib
 
 
 def run(file: pathlib.Path, part: Part, arguments: list[np.ndarray]) -> list[np.ndarray]:
+    """The part's outputs, in order, by ONNX Runtime on the CPU."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    made: list[Any] = list(session.run(list(part.outputs), dict(zip(part.inputs, arguments, strict=True))))
-    return made
+    outputs: list[Any] = list(session.run(list(part.outputs), dict(zip(part.inputs, arguments, strict=True))))
+    return outputs

@@ -1,7 +1,7 @@
-"""What an export consists of: parts, each one graph, and the named tensors that they hand to one another.
+"""The parts of an export, each one graph, and the named tensors that pass between them.
 
-An app keeps a dictionary of tensors and runs the parts in order, each on the tensors that it names. Everything here is
-plain Python and NumPy: every format's process reads the same job.
+An app keeps a dictionary of tensors and runs the parts in order; each reads and adds named tensors. This module is
+plain Python, so that the process of every format can read the same job.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ STEPS = ("once a prompt", "every step", "once a video")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A named tensor: static shape, NumPy's name of its type, what it is."""
+    """A named tensor: its static shape, the NumPy name of its type, and its meaning in words."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,36 +31,36 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One graph: the tensors that it takes and gives, in order, and when an app runs it."""
+    """One graph: the names of its inputs and outputs, in order, and when an app runs it (one of `STEPS`)."""
 
     name: str
     step: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    blocks: tuple[int, ...] = ()  # of the transformer
+    blocks: tuple[int, ...] = ()  # numbers of the transformer blocks in it
 
     @property
     def quantizes(self) -> bool:
-        """Whether integers may take the place of its weights; the other parts get 16-bit floats instead."""
+        """Whether integer precisions quantise this part; the other parts get 16-bit floats instead."""
         return bool(self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportJob:
-    """What is exported, from where and for which size; the fields of job.json."""
+    """What is exported, from which folders and for which video size: the fields of job.json."""
 
-    transformer: str  # a folder
-    base: str  # the folder of vae/, text_encoder/ and tokenizer/; "": the transformer alone
-    text_encoder: bool  # False: too large for one file, left out
+    transformer: str  # its folder
+    base: str  # the folder of vae/, text_encoder/ and tokenizer/; "": only the transformer is exported
+    text_encoder: bool  # whether it is exported; one that is too large for a file is not
     identity: str  # hash of the weights
     frames: int
     height: int
     width: int
     text_length: int
     blocks_per_file: int  # 0: the whole transformer is one part
-    samples: int  # of tensors to compare with and to calibrate on
-    trace: str  # a folder of traced steps; "": samples begin from noise
-    prompts: tuple[str, ...]
+    samples: int  # of the reference: the first is compared with, the others calibrate
+    trace: str  # folder of traced steps; "": samples begin from noise
+    prompts: tuple[str, ...]  # of samples that begin from noise
     sampler: dict[str, Any]
     seed: int
 
@@ -74,7 +74,7 @@ class ExportJob:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that changes an artefact; where folders lie does not."""
+        """Hash of all that changes an artefact. The paths of folders are left out."""
         fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
         fields |= {name: bool(fields[name]) for name in ("transformer", "base", "trace")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
@@ -89,12 +89,12 @@ class ExportJob:
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that passes between parts or between them and the app."""
+        """Every tensor that parts read or write, by name."""
         config = self.config
         tokens, dim, length = 1, config.dim, self.text_length
         for size in config.token_grid(self.latent_shape):
             tokens *= size
-        found = {
+        every = {
             "token_ids": Tensor((1, length), "int32", "ids of the prompt's pieces, then the end, then padding"),
             "mask": Tensor((1, length), "float32", "1 on pieces and the end, 0 on padding"),
             "text_embeddings": Tensor((1, length, config.text_dim), "float32", "the prompt; zero on padding"),
@@ -108,22 +108,22 @@ class ExportJob:
         }
         for block in range(config.num_layers + 1):
             meaning = "tokens in prefix order, " + (f"after {block} blocks" if block else "before the blocks")
-            found[f"tokens_{block:02d}"] = Tensor((1, tokens, dim), "float32", meaning)
+            every[f"tokens_{block:02d}"] = Tensor((1, tokens, dim), "float32", meaning)
         used = {name for part in self.parts() for name in (*part.inputs, *part.outputs)}
-        return {name: tensor for name, tensor in found.items() if name in used}
+        return {name: tensor for name, tensor in every.items() if name in used}
 
     def parts(self) -> list[Part]:
-        """In the order in which an app runs them."""
+        """All parts, in the order in which an app runs them."""
         prompt, step, video = STEPS
         transformer = self.transformer_parts(step)
         encoder = Part("text_encoder", prompt, ("token_ids", "mask"), ("text_embeddings",))
         decoder = Part("vae_decoder", video, ("latents",), ("video",))
         return [*([encoder] if self.text_encoder else []), *transformer, *([decoder] if self.base else [])]
 
-    def artefacts(self, folder: pathlib.Path, format: str, choices: tuple[str, ...] = ()) -> list["Artefact"]:
-        """What a format makes of the job, in that order; `choices` are the precisions of tflite, the chips of qnn.
+    def artefacts(self, folder: pathlib.Path, format: str, choices: tuple[str, ...] = ()) -> list[Artefact]:
+        """The artefacts of a format, in order. `choices` are the precisions for tflite and the chips for qnn.
 
-        Text and timestep stay off the NPU: one looks up a table, the other needs the angles of float32.
+        qnn leaves two parts out: the text encoder looks up a table, and the condition needs float32 for its angles.
         """
         names = [part.name for part in self.parts()]
         if format == "qnn":
@@ -133,16 +133,17 @@ class ExportJob:
         return [Artefact(folder, format, precision, name) for name in names for precision in precisions]
 
     def transformer_parts(self, step: str) -> list[Part]:
+        """The transformer as one part, or as condition, embed, groups of blocks, and head."""
         layers, size = self.config.num_layers, self.blocks_per_file
         if size == 0:
-            taken = ("latents", "timestep", "text_embeddings")
-            return [Part("transformer", step, taken, ("velocity",), tuple(range(layers)))]
+            inputs = ("latents", "timestep", "text_embeddings")
+            return [Part("transformer", step, inputs, ("velocity",), tuple(range(layers)))]
         blocks = []
         for first in range(0, layers, size):
             end = min(first + size, layers)
             name = f"block_{first:02d}" if end - first == 1 else f"blocks_{first:02d}_{end - 1:02d}"
-            taken = (f"tokens_{first:02d}", "text", "modulation")
-            blocks.append(Part(name, step, taken, (f"tokens_{end:02d}",), tuple(range(first, end))))
+            inputs = (f"tokens_{first:02d}", "text", "modulation")
+            blocks.append(Part(name, step, inputs, (f"tokens_{end:02d}",), tuple(range(first, end))))
         return [
             Part("condition", step, ("timestep", "text_embeddings"), ("time", "modulation", "text")),
             Part("embed", step, ("latents",), ("tokens_00",)),

@@ -1,6 +1,6 @@
-"""A compile for Qualcomm's Hexagon NPU (HTP) with no phone and no account, by ONNX Runtime's QNN provider on x86.
+"""Compiles parts for Qualcomm's Hexagon NPU (HTP) on x86, through ONNX Runtime's QNN provider: no phone, no account.
 
-What it says of memory traffic is the compiler's own estimate. It says nothing of latency: that takes a device.
+Memory traffic is the compiler's own estimate. Latency is unknown without a device.
 """
 
 import collections
@@ -19,13 +19,13 @@ from .artefacts import Artefact, make_all
 from .parity import errors, load_sample
 from .parts import ExportJob
 
-SIMULATED = 4e9  # multiply-adds of a part up to which the simulator is asked to run it
+SIMULATED = 4e9  # multiply-adds: larger parts would take the simulator too long
 ERROR = re.compile(r"\[E:|<E>|Error|FAIL|error code|out of memory")
 SUMMARY = re.compile(r"\b((?:spill|fill|write_total|read_total)_bytes)=(\d+)")
 
 
 def export(job: ExportJob, folder: pathlib.Path, chips: tuple[str, ...]) -> None:
-    """A context binary of every part that belongs on the NPU, from its ONNX artefact."""
+    """Compiles the ONNX artefact of every part that runs on the NPU into a context binary, for each chip."""
     parts = {part.name: part for part in job.parts()}
     if "transformer" in parts:
         raise InputError("--formats=qnn: timesteps need float32, and the NPU has 16 bits: not with --one_file")
@@ -37,14 +37,14 @@ def export(job: ExportJob, folder: pathlib.Path, chips: tuple[str, ...]) -> None
         inputs = load_sample(folder, 0, part.inputs)
         if multiply_adds(model) > SIMULATED:
             return facts | {"simulated": False}
-        made = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
-        return facts | {"simulated": True} | errors(part, made, folder)
+        outputs = simulate(model, artefact.variant, dict(zip(part.inputs, inputs, strict=True)), file.parent)
+        return facts | {"simulated": True} | errors(part, outputs, folder)
 
     make_all(job.fingerprint, job.artefacts(folder, "qnn", chips), make)
 
 
 def multiply_adds(model: pathlib.Path) -> int:
-    """Of an ONNX file's matrix products and convolutions."""
+    """Multiply-adds of an ONNX file's matrix products and convolutions."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
@@ -61,7 +61,11 @@ def multiply_adds(model: pathlib.Path) -> int:
 
 
 def compile_model(model: pathlib.Path, file: pathlib.Path, chip: str) -> dict[str, Any]:
-    """Compiles in a process of its own; leaves the binary as `file`, and beside it the ONNX file that runs it."""
+    """Compiles in a process of its own: the binary becomes `file`, and beside it lies the ONNX file that runs it.
+
+    Returns {"nodes", "off_npu": types of nodes that stay on the CPU, "npu_share", "ddr": bytes of memory traffic}.
+    Raises InputError where nothing compiles.
+    """
     import onnx
 
     wrapper = file.with_suffix(".context.onnx")
@@ -70,7 +74,7 @@ def compile_model(model: pathlib.Path, file: pathlib.Path, chip: str) -> dict[st
         stale.unlink(missing_ok=True)
     output = call("compile", str(model), str(wrapper), chip)
     compiled = onnx.load(wrapper, load_external_data=False)
-    left = [node for node in compiled.graph.node if node.op_type != "EPContext"]
+    on_cpu = [node for node in compiled.graph.node if node.op_type != "EPContext"]
     contexts = [node for node in compiled.graph.node if node.op_type == "EPContext"]
     total = len(onnx.load(model, load_external_data=False).graph.node)
     if not contexts or not binary.exists():
@@ -85,44 +89,44 @@ def compile_model(model: pathlib.Path, file: pathlib.Path, chip: str) -> dict[st
     traffic = {name: int(value) for name, value in SUMMARY.findall(output)}
     return {
         "nodes": total,
-        "off_npu": sorted(node.op_type for node in left),
-        "npu_share": 1 - len(left) / total,
+        "off_npu": sorted(node.op_type for node in on_cpu),
+        "npu_share": 1 - len(on_cpu) / total,
         "ddr": {name: traffic.get(f"{name}_bytes") for name in ("write_total", "read_total", "spill", "fill")},
     }
 
 
 def simulate(model: pathlib.Path, chip: str, inputs: dict[str, np.ndarray], folder: pathlib.Path) -> list[np.ndarray]:
-    """The outputs in order, by the compiler's simulator of the NPU."""
-    given, made = folder / "tmp.inputs.npz", folder / "tmp.outputs.npz"
+    """The model's outputs, in order, by the compiler's simulator of the NPU."""
+    input_file, output_file = folder / "tmp.inputs.npz", folder / "tmp.outputs.npz"
     arrays: dict[str, Any] = inputs
-    np.savez(given, **arrays)
-    call("simulate", str(model), str(made), chip, str(given))
-    with np.load(made) as found:
-        outputs = [found[name] for name in found.files]
-    given.unlink()
-    made.unlink()
+    np.savez(input_file, **arrays)
+    call("simulate", str(model), str(output_file), chip, str(input_file))
+    with np.load(output_file) as file:
+        outputs = [file[name] for name in file.files]
+    input_file.unlink()
+    output_file.unlink()
     return outputs
 
 
 def call(*arguments: str) -> str:
-    """`qnn_process` for one action; of what the compiler prints, figures, errors and the end."""
+    """Runs an action of `qnn_process`. Returns the last lines that it prints, and all lines with figures or errors."""
     command = [sys.executable, "-m", "jsurgery.export.qnn_process", *arguments]
-    told, last = [], collections.deque(maxlen=50)
+    notable, last = [], collections.deque(maxlen=50)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, **pipes, text=True, errors="replace") as process:
         assert process.stdout is not None
         for line in process.stdout:
             last.append(line)
             if SUMMARY.search(line) or ERROR.search(line):
-                told.append(line)
-    output = "".join([*last, *told])
+                notable.append(line)
+    output = "".join([*last, *notable])
     if process.returncode:
         raise InputError(f"{arguments[1]}: {arguments[0]} for {arguments[3]} failed; {reason(output)}")
     return output
 
 
 def reason(output: str) -> str:
-    """The last line that tells of an error, else the last one."""
+    """The last line about an error, or the last line if there is none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    told = [line for line in lines if ERROR.search(line)]
-    return (told or lines or ["it said nothing"])[-1][-300:]
+    error_lines = [line for line in lines if ERROR.search(line)]
+    return (error_lines or lines or ["it printed nothing"])[-1][-300:]

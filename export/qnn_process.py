@@ -1,8 +1,8 @@
-"""The process of the NPU's compiler or simulator, one for each graph: a crash of either costs that graph alone.
+"""Runs the NPU's compiler or simulator on one graph, in a process of its own: a crash costs only that graph.
 
 python -m jsurgery.export.qnn_process compile|simulate MODEL.ONNX TARGET CHIP [INPUTS.NPZ]
 
-It imports nothing of jsurgery that loads JAX: starting would take longer than a small graph's compile.
+It imports no module that loads JAX, which would take longer than compiling a small graph.
 """
 
 import os
@@ -13,11 +13,12 @@ import numpy as np
 
 from .child_process import end_with_parent
 
-CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> QNN's number of the chip, version of its HTP
+CHIPS = {"SM8750": (69, 79), "SM8650": (57, 75)}  # name -> (QNN's number of the chip, version of its HTP)
 
 
 def session(model: str, chip: str, context: str | None):
-    """A session of ONNX Runtime on the NPU's compiler; nodes that it refuses go to the CPU when compiling."""
+    """An ONNX Runtime session on the QNN provider. With the path of a `context` it compiles into that file, and nodes
+    that QNN refuses stay on the CPU; without, it simulates the NPU, and such nodes are an error."""
     import onnxruntime
     import onnxruntime_qnn
 
@@ -47,19 +48,20 @@ def session(model: str, chip: str, context: str | None):
 
 
 def main(action: str, model: str, target: str, chip: str, inputs: str = "") -> None:
+    """Compiles the model into `target`, or simulates it on `inputs` and writes its outputs to `target`."""
     end_with_parent()
     if action == "compile":
         session(model, chip, target)
         return
-    with np.load(inputs) as given:
-        found = dict(given)
+    with np.load(inputs) as file:
+        arrays = dict(file)
     running = session(model, chip, None)
     names = [output.name for output in running.get_outputs()]
-    made: dict[str, Any] = dict(zip(names, running.run(names, found), strict=True))
-    np.savez(target, **made)
+    outputs: dict[str, Any] = dict(zip(names, running.run(names, arrays), strict=True))
+    np.savez(target, **outputs)
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(0)  # the compiler's threads are not waited for
+    os._exit(0)  # does not wait for the compiler's threads

@@ -1,6 +1,6 @@
-"""JAX to TFLite through a TensorFlow SavedModel: a second way, which shares nothing with the torch one but the weights.
+"""Parts from JAX to TFLite through a TensorFlow SavedModel: a second path that shares only weights with the torch path.
 
-Attention is spelled out here, O(N^2): the graphs are for comparing, and for tools that read SavedModels.
+Attention is the O(N^2) reference here: the files serve comparisons, and tools that read SavedModels.
 """
 
 import os
@@ -23,7 +23,7 @@ from .parts import ExportJob
 
 
 def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = ()) -> None:
-    """Every part as a SavedModel folder and the .tflite file made from it."""
+    """Writes every part as a SavedModel folder and converts that to a .tflite file."""
     parts, functions, tensors = {part.name: part for part in job.parts()}, JaxParts(job), job.tensors()
 
     def make(artefact: Artefact, file: pathlib.Path) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...] = (
         interpreter = Interpreter(model_path=str(file), num_threads=2)
         runner = interpreter.get_signature_runner()
         arguments: dict[str, np.ndarray] = dict(zip(part.inputs, load_sample(folder, 0, part.inputs), strict=True))
-        made = runner(**arguments)
+        outputs = runner(**arguments)
         facts = {
             "saved_model": f"savedmodel/{part.name}",
             "inputs": {name: name for name in part.inputs},
             "outputs": {name: name for name in part.outputs},
         }
-        return facts | errors(part, [made[name] for name in part.outputs], folder)
+        return facts | errors(part, [outputs[name] for name in part.outputs], folder)
 
     make_all(job.fingerprint, job.artefacts(folder, "savedmodel"), make)

@@ -1,6 +1,6 @@
-"""torch to TFLite by litert-torch, and lower precisions of it by ai-edge-quantizer.
+"""Parts from torch to TFLite by litert-torch, and to lower precisions by ai-edge-quantizer.
 
-Importing litert-torch switches the whole process to JAX's 64 bits: see `worker`.
+Importing litert-torch turns on 64-bit types in JAX for the whole process; hence `worker`.
 """
 
 import collections
@@ -20,21 +20,22 @@ from .mobile_parts import MobileParts
 from .parity import errors, load_sample
 from .parts import ExportJob, Part
 
-LARGE = 1 << 30  # bytes of weights from which the converter is asked to save memory
+LARGE = 1 << 30  # bytes of weights from which the converter saves memory
 SIGNATURE = "serving_default"
-MARGIN = 4  # of ranges over those calibrated: two of 16 bits, against clipping what other inputs reach
+# Activation ranges are the calibrated ones times this, so that other inputs are not clipped. It costs 2 of 16 bits.
+MARGIN = 4
 
 
 def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...]) -> None:
-    """Every part in every precision of `precisions`, some of PRECISIONS["tflite"]."""
+    """Writes every part in every one of `precisions`, which are some of PRECISIONS["tflite"]."""
     parts, modules = {part.name: part for part in job.parts()}, MobileParts(job, folder)
 
     @functools.lru_cache(maxsize=1)
     def float32(name: str) -> tuple[pathlib.Path, dict[str, Any]]:
-        """The part in float32, which the others are made from: the artefact, or a file for this run."""
-        kept = Artefact(folder, "tflite", "float32", name)
-        if kept.record(job.fingerprint) is not None:
-            return kept.path, {}
+        """The float32 file from which the other precisions of a part are made, and facts of the torch module."""
+        artefact = Artefact(folder, "tflite", "float32", name)
+        if artefact.record(job.fingerprint) is not None:
+            return artefact.path, {}
         part, file = parts[name], folder / "tflite" / "tmp.float32.tflite"
         module = modules.module(part).requires_grad_(False)
         facts = {"torch": modules.error(part, module)}
@@ -59,14 +60,14 @@ def export(job: ExportJob, folder: pathlib.Path, precisions: tuple[str, ...]) ->
 
 
 def convert(module, arguments: tuple, file: pathlib.Path) -> None:
-    """A module of static shape to a .tflite file."""
+    """Writes a module of static shape as a .tflite file."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     with quiet():
         litert_torch.convert(module, arguments, lightweight_conversion=size > LARGE).export(str(file))
 
 
 def describe(file: pathlib.Path, part: Part) -> dict[str, Any]:
-    """The graph's operations, its highest rank, and what its signature calls the part's tensors."""
+    """Facts of a .tflite file: names of the part's tensors in its signature, counts of operations, highest rank."""
     interpreter = Interpreter(model_path=str(file), experimental_default_delegate_latest_features=False)
     signature = interpreter.get_signature_list()[SIGNATURE]
     operations = collections.Counter(op["op_name"] for op in interpreter._get_ops_details())
@@ -79,20 +80,18 @@ def describe(file: pathlib.Path, part: Part) -> dict[str, Any]:
     }
 
 
-def _number(name: str) -> int:
-    """args_10 comes after args_9."""
-    return int("".join(filter(str.isdigit, name.rpartition("_")[2])) or 0)
-
-
 def run(file: pathlib.Path, facts: dict[str, Any], arguments: list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs, in order, by the interpreter."""
+    """The part's outputs, in order, by LiteRT's interpreter."""
     runner = Interpreter(model_path=str(file), num_threads=2).get_signature_runner()
-    made = runner(**dict(zip(facts["inputs"].values(), arguments, strict=True)))
-    return [made[name] for name in facts["outputs"].values()]
+    outputs = runner(**dict(zip(facts["inputs"].values(), arguments, strict=True)))
+    return [outputs[name] for name in facts["outputs"].values()]
 
 
 def quantize(source: pathlib.Path, recipe: list, calibration: list[list[np.ndarray]], file: pathlib.Path) -> None:
-    """Writes `source` by a recipe of ai-edge-quantizer; activations are calibrated on inputs in order."""
+    """Quantises `source` by a recipe of ai-edge-quantizer into `file`.
+
+    `calibration` holds samples of the inputs, in order, from which recipes with integer activations take ranges.
+    """
     file.unlink(missing_ok=True)
     with quiet():
         worker = quantizer.Quantizer(str(source), recipe)
@@ -101,8 +100,8 @@ def quantize(source: pathlib.Path, recipe: list, calibration: list[list[np.ndarr
             names = sorted(Interpreter(model_path=str(source)).get_signature_runner().get_input_details(), key=_number)
             data = [dict(zip(names, arguments, strict=True)) for arguments in calibration]
             ranges = {
-                tensor: {end: value * MARGIN if end in ("min", "max") else value for end, value in seen.items()}
-                for tensor, seen in worker.calibrate({SIGNATURE: data}).items()
+                tensor: {end: value * MARGIN if end in ("min", "max") else value for end, value in range_of.items()}
+                for tensor, range_of in worker.calibrate({SIGNATURE: data}).items()
             }
         worker.quantize(ranges).export_model(str(file))
 
@@ -112,6 +111,7 @@ Algorithm = algorithm_manager.AlgorithmName
 
 
 def half_weights() -> list:
+    """Weights in float16, computation in float32."""
     recipe = recipe_manager.RecipeManager()
     half = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
     config = qtyping.OpQuantizationConfig(
@@ -122,20 +122,22 @@ def half_weights() -> list:
 
 
 def dynamic_int8() -> list:
+    """Weights in 8 bits; activations in 8 bits with ranges taken at run time."""
     recipe = recipe_manager.RecipeManager()
     recipe.add_dynamic_config(".*", Everything, 8)
     return recipe.get_quantization_recipe()
 
 
 def int4_weights() -> list:
+    """Weights in 4 bits, computation in float32."""
     recipe = recipe_manager.RecipeManager()
     recipe.add_weight_only_config(".*", Everything, 4)
     return recipe.get_quantization_recipe()
 
 
 def w8a16() -> list:
-    """Linear layers with weights in 8 bits and activations in 16. Attention stays float32: its linear branch divides
-    numbers of a range that a fixed step does not span."""
+    """Linear layers with 8-bit weights and 16-bit activations. Attention stays float32: the numbers that its linear
+    branch divides have too wide a range for a fixed step size."""
     recipe = recipe_manager.RecipeManager()
     recipe.add_static_config(".*", qtyping.TFLOperationName.FULLY_CONNECTED, 16, 8)
     return recipe.get_quantization_recipe()
@@ -146,6 +148,11 @@ RECIPES = {"fp16": half_weights, "int8": dynamic_int8, "int4": int4_weights, "w8
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps the libraries' progress bars from the command's own lines."""
+    """Hides the libraries' progress bars, which would break up the command's own lines."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+def _number(name: str) -> int:
+    """The number at the end of a tensor's name, to sort args_10 after args_9."""
+    return int("".join(filter(str.isdigit, name.rpartition("_")[2])) or 0)

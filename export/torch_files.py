@@ -1,4 +1,4 @@
-"""A model folder's JSON and tensors for torch, with nothing but safetensors."""
+"""Reads a model folder's JSON and tensors for torch. Needs only torch and safetensors."""
 
 import json
 import pathlib
@@ -12,6 +12,7 @@ from jsurgery.errors import InputError
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError where there is no such file or it holds no JSON."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected a transformer folder in the diffusers layout")
     try:
@@ -21,7 +22,10 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder's safetensors, one file or the shards that an index names."""
+    """All tensors of the folder's safetensors: the shards that an index names, or every file without one.
+
+    Raises InputError where a file is missing or damaged, or where two files hold the same tensor.
+    """
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})

@@ -1,7 +1,8 @@
 """The Wan2.1 diffusion transformer in torch, with full softmax or hybrid self-attention in each block.
 
-Modules are named so that their state dict is a checkpoint in the diffusers layout plus the feature maps `phi_q` and
-`phi_k` of the converted blocks. diffusers itself is not needed, unless a caller asks for its output class.
+The state dict has the tensor names of a checkpoint in the diffusers layout, plus the feature maps `phi_q` and `phi_k`
+of converted blocks. diffusers is not needed, unless a caller asks for its output class. Published model cards import
+`jsurgery.export.torch_model.load`: that name must stay.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from jsurgery.wan.rope import rope_tables
 from .torch_attention import TorchFeatureMap, apply_rope, hybrid_attention
 from .torch_files import read_json, read_tensors
 
-# What stays float32 whatever `load`'s dtype is, by parts of tensor names.
+# Tensors whose names contain one of these stay float32 whatever the dtype of `load`.
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "log_scale")
 
 
@@ -58,7 +59,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and norms of an attention layer; queries and keys are normalised over the full width."""
+    """An attention layer with its projections and norms. Queries and keys are normalised over all heads together."""
 
     def __init__(self, config: WanConfig, *, converted: bool = False):
         super().__init__()
@@ -90,7 +91,7 @@ class Attention(nn.Module):
 
 
 class GeluLinear(nn.Module):
-    """The first layer of a feed-forward with its activation, which the checkpoint calls `proj`."""
+    """The first layer of a feed-forward, which checkpoints call `proj`, and its activation."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -110,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the timestep scales, shifts and gates (adaLN)."""
+    """Self-attention, cross-attention to the text and feed-forward, modulated by the timestep (adaLN)."""
 
     def __init__(self, config: WanConfig, rate: Rate):
         super().__init__()
@@ -130,7 +131,7 @@ class Block(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         num_softmax: int,
     ) -> torch.Tensor:
-        """Tokens in prefix order, of which the first `num_softmax` keep softmax; `rope` in the same order."""
+        """The tokens and `rope` are in prefix order: the first `num_softmax` tokens are the softmax keys."""
         x, dtype = x_BxNxD, x_BxNxD.dtype
         modulation = self.scale_shift_table.float() + modulation_Bx6xD.float()
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
@@ -161,7 +162,7 @@ class TwoLayers(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Timestep and text, brought to the model's width."""
+    """Embeds the timestep and projects the text embeddings, both to the model's width."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -181,9 +182,9 @@ class ConditionEmbedder(nn.Module):
 
 
 class HybridWanTransformer3DModel(nn.Module):
-    """What `diffusers.WanPipeline` takes for its transformer, called and named as diffusers' WanTransformer3DModel is.
+    """A drop-in transformer for `diffusers.WanPipeline`. It is called like diffusers' WanTransformer3DModel.
 
-    diffusers checks the class of what `from_pretrained` is given, so the pipeline is built of its components:
+    `WanPipeline.from_pretrained` checks the transformer's class, so build the pipeline from its components:
 
         base = WanPipeline.from_pretrained(folder)
         pipeline = WanPipeline(**base.components | {"transformer": load(hybrid_folder)})
@@ -201,7 +202,7 @@ class HybridWanTransformer3DModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of latents, text and matmuls."""
+        """The dtype of latents, text and matmuls."""
         return self.patch_embedding.weight.dtype
 
     @property
@@ -209,7 +210,7 @@ class HybridWanTransformer3DModel(nn.Module):
         return self.patch_embedding.weight.device
 
     def cache_context(self, name: str, **step: Any) -> contextlib.AbstractContextManager[None]:
-        """Where diffusers announces the pass that comes next; nothing is cached here."""
+        """diffusers calls this around each forward, to name the guidance branch. This model caches nothing."""
         return contextlib.nullcontext()
 
     def forward(
@@ -221,10 +222,11 @@ class HybridWanTransformer3DModel(nn.Module):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Velocity of latents [B, C, T, H, W], timesteps [B] in [0, 1000] and text embeddings [B, M, text_dim].
+        """The velocity [B, C, T, H, W] for latents [B, C, T, H, W], timesteps [B] and text embeddings [B, M, text_dim].
 
-        Returns diffusers' Transformer2DModelOutput, or (velocity,) when not `return_dict`. Raises InputError for sizes
-        that do not divide into patches or outgrow RoPE's table, and for inputs that only other Wan models have.
+        Timesteps lie in [0, 1000]. Returns diffusers' Transformer2DModelOutput, or (velocity,) without `return_dict`.
+        Raises InputError for sizes that do not divide into patches or exceed RoPE's table, and for inputs that only
+        other Wan models have.
         """
         if encoder_hidden_states_image is not None:
             raise InputError("encoder_hidden_states_image: a text-to-video transformer takes none")
@@ -267,10 +269,10 @@ class HybridWanTransformer3DModel(nn.Module):
 
 
 def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> HybridWanTransformer3DModel:
-    """A transformer from a local folder in the diffusers layout, published or operated on, in evaluation mode.
+    """Loads a transformer from a local folder in the diffusers layout, hybrid or not, in evaluation mode.
 
-    `dtype` is that of matmuls; norms, modulation, the time embedding and the scales of the feature maps stay float32.
-    Raises InputError naming the file that is missing, damaged or does not fit, and the tensors that do not.
+    `dtype` is the dtype of matmuls. Norms, modulation, the time embedding and the feature maps' scales stay float32.
+    Raises InputError that names a missing or damaged file, or the tensors that do not fit.
     """
     folder = pathlib.Path(path)
     config = WanConfig.from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
@@ -278,18 +280,18 @@ def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> Hybrid
     with torch.device("meta"):
         model = HybridWanTransformer3DModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name} {found[name]}" for name in sorted(found.keys() - expected.keys())]
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - actual.keys())]
+    problems += [f"unexpected {name} {actual[name]}" for name in sorted(actual.keys() - expected.keys())]
     problems += [
-        f"{name} should be {shape}, is {found[name]}"
+        f"{name} should be {shape}, is {actual[name]}"
         for name, shape in expected.items()
-        if found.get(name, shape) != shape
+        if actual.get(name, shape) != shape
     ]
     if problems:
         raise InputError(f"{folder}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
     for name, tensor in tensors.items():
-        kept = any(part in name for part in FLOAT32)
-        tensors[name] = tensor.to(torch.float32 if kept else dtype)
+        stays_float32 = any(part in name for part in FLOAT32)
+        tensors[name] = tensor.to(torch.float32 if stays_float32 else dtype)
     model.load_state_dict(tensors, assign=True)
     return model.eval()

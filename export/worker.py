@@ -1,4 +1,4 @@
-"""One format of an export, in a process of its own: its libraries change settings that the others' would not survive.
+"""Makes one format of an export in a process of its own, since its libraries change settings that others rely on.
 
 python -m jsurgery.export.worker FORMAT FOLDER [CHOICE ...]
 """
@@ -15,20 +15,22 @@ from jsurgery.errors import InputError
 from .child_process import divert, end_with_parent
 from .parts import ExportJob
 
-LOG = "{}.log"  # of a format
+LOG = "{}.log"  # file name, by format
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Runs the format's `export`. Exit code 2: bad input, described in `error.txt` in the export folder."""
     end_with_parent()
     format, folder, *choices = arguments
     divert(pathlib.Path(folder) / LOG.format(format))
-    logging.disable(logging.WARNING)  # what the libraries miss or will change, none of it for whoever runs this
+    # The libraries warn of optional packages and of coming changes, which the user cannot act on.
+    logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     try:
         module = importlib.import_module(f"jsurgery.export.{format}")
         module.export(ExportJob.read(folder), pathlib.Path(folder), tuple(choices))
     except InputError as error:
-        (pathlib.Path(folder) / "error.txt").write_text(str(error))  # for the command to tell
+        (pathlib.Path(folder) / "error.txt").write_text(str(error))  # the command reports it
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""What the reference of an export begins from: the steps that `trace` left."""
+"""The samples on which an export's reference is computed: steps that `trace` left."""
 
 import numpy as np
 import pytest
@@ -8,21 +8,24 @@ from jsurgery.data.shards import Records, array_text
 from jsurgery.export.jax_reference import samples
 from jsurgery.export.run_export import SAMPLES, make_job
 from jsurgery.load_config import load_config
-from jsurgery.run import Run
+from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.surgery.trace import trace
+from jsurgery.wan.pipeline import load_pipeline
 from jsurgery.wan.tokenizer import Tokenizer
 
 KEPT = 3  # steps of each traced prompt
 FIELDS = {
     "video.frames": "5", "video.height": "32", "video.width": "48", "text_length": "7", "sampler.steps": "3",
-    "trace.prompts": "4", "trace.holdout": "2", "trace.keep_steps": str(KEPT), "trace.batch": "2", "plan.budget": "1R2",
+    "trace.prompts": "4", "trace.holdout": "2", "trace.keep_steps": str(KEPT), "trace.batch": "2",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "traced"), [("traces", [0, 1, 2, 3]), ("sampling", [2, 3])])
 def test_samples_are_spread_over_the_traced_prompts_and_steps(tiny_pipeline, tmp_path, mode, traced):
-    """Also where `trace` kept the steps of the held-out prompts alone."""
+    """With mode=sampling `trace` keeps only the steps of held-out prompts."""
     config = load_config("tiny", FIELDS | {"model.path": str(tiny_pipeline), "distill.mode": mode})
-    Run(config, str(tmp_path)).run_trace()
+    stage = StageFolder(tmp_path, "trace", config, ("video", "text_length", "trace"))
+    stage.run(lambda: trace(config, load_pipeline(str(tiny_pipeline)), stage.folder))
     job, _ = make_job(config, tmp_path, str(tiny_pipeline), blocks_per_file=1)
     assert job.trace == str(tmp_path / "trace")
 
