@@ -111,7 +111,11 @@ def evaluation_stage(run: Run) -> StageFolder:
 
 def finetune_stage(run: Run, name: str) -> StageFolder:
     return StageFolder(
-        run.workdir, f"finetune_{name}", run.config, ("finetune",), after=[run.stages[name] for name in ("distill", "latents")]
+        run.workdir,
+        f"finetune_{name}",
+        run.config,
+        ("finetune",),
+        after=[run.stages[name] for name in ("distill", "latents")],
     )
 
 
