@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -59,7 +59,7 @@ class FeatureMapParams(nnx.Module):
         return build_feature_map(config, lambda name: leaves[name][...])
 
 
-def named_leaves(maps: LearnedMap | FeatureMapParams) -> dict[str, jax.Array]:
+def named_leaves(maps: LearnedMap | FeatureMapParams) -> dict[str, Any]:
     """The leaves of a map as "kernels.0", "biases.0", ..., "log_scale"; of a FeatureMapParams, its parameters."""
     layers = {f"kernels.{j}": kernel for j, kernel in enumerate(maps.kernels)}
     layers |= {f"biases.{j}": bias for j, bias in enumerate(maps.biases)}
