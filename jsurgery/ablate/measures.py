@@ -61,7 +61,8 @@ def sample_items(result: dict[str, Any], reference: Reference | None) -> Items:
         clips = {name: np.array(result["per_clip"][name]) for name in DIMENSIONS}
         bounds = {name: (random[name], real[name]) for name in DIMENSIONS}
         clips["total"] = np.mean(list(clips.values()), axis=0)
-        bounds["total"] = tuple(float(np.mean([of[name] for name in DIMENSIONS])) for of in (random, real))
+        mean = lambda of: float(np.mean([of[name] for name in DIMENSIONS]))
+        bounds["total"] = mean(random), mean(real)
         for name, values in clips.items():
             low, high = bounds[name]
             items[name] = ((values - low) / (high - low) if high > low else np.full(len(values), np.nan)).tolist()
