@@ -50,7 +50,7 @@ fuzz: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python tests/faults/fuzz.py all --minutes=10
 
 kernels: $(VENV)/test.stamp
-	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/kernels tests/wan/test_sharded_model.py \
+	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/pallas_kernels tests/wan/test_sharded_model.py \
 		tests/surgery/distillation/test_sharded.py
 
 evidence: $(VENV)/base.stamp

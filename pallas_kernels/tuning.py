@@ -1,13 +1,14 @@
-"""The best block sizes per chip and problem, measured or estimated, which tuned.json beside this file holds."""
+"""The best block sizes per chip and problem, measured or estimated, kept as tuned.json in the user's cache folder."""
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
 import jax
 
-PATH = pathlib.Path(__file__).with_name("tuned.json")
+PATH = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pallas_kernels" / "tuned.json"
 # jax's name of a chip (`Device.device_kind`) -> its name in tuned.json.
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -29,11 +30,11 @@ def current_chip() -> str:
 
 
 def load(chip: str, path: pathlib.Path = PATH) -> list[dict]:
-    """The chip's entries in tuned.json, an empty list for an unknown chip.
+    """The chip's entries in tuned.json; an empty list for a chip that nobody tuned for.
 
     An entry is {"num_keys": M, "num_softmax": S, "blocks": {name: tokens}, "source": "measured" or "static estimate"}.
     """
-    return json.loads(path.read_text()).get(chip, [])
+    return json.loads(path.read_text()).get(chip, []) if path.exists() else []
 
 
 def save(
@@ -44,7 +45,10 @@ def save(
     entries = [e for e in chips.get(chip, []) if (e["num_keys"], e["num_softmax"]) != (num_keys, num_softmax)]
     entries.append({"num_keys": num_keys, "num_softmax": num_softmax, "blocks": dict(blocks), "source": source})
     chips[chip] = sorted(entries, key=lambda e: (e["num_keys"], e["num_softmax"]))
-    path.write_text(json.dumps(dict(sorted(chips.items())), indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(dict(sorted(chips.items())), indent=1) + "\n")
+    temporary.replace(path)
 
 
 def lookup(chip: str, num_keys: int, num_softmax: int, path: pathlib.Path = PATH) -> dict[str, int]:

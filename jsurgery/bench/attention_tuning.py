@@ -28,7 +28,7 @@ def tune_attention(
     runs: int,
     chip: str | None = None,
 ) -> None:
-    """Searches the best block sizes of each rate in bfloat16 and saves them in tuned.json.
+    """Searches the best block sizes of each rate in bfloat16 and saves them in the user's cache (`tuning.PATH`).
 
     They are timed on this accelerator (medians of `runs`). With the name of a TPU as `chip` the compiler's static
     estimates decide, and no TPU is needed. Each entry says which of both it is. Raises InputError without either.
