@@ -1,4 +1,4 @@
-"""Training state in Orbax: written asynchronously, sealed by a manifest, resumed from the newest, sharded as asked."""
+"""Checkpoints of a training state: Orbax writes them in the background, a manifest of hashes completes each."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,21 +18,23 @@ from jsurgery.runtime.progress import say
 class Checkpoints:
     """Checkpoints of one stage's training state, any pytree of arrays, each in a folder named by its step.
 
-    Every `every` steps one is due; the `keep` newest stay, and those of the multiples of `keep_every` (0: no others).
-    Orbax commits a checkpoint in the background, then process 0 hashes its files: with the manifest, written last, it
-    is whole. One without is what a kill in the middle of a save left, and as good as not there.
-    `on_damage` is what to do when a whole checkpoint is not as it was written: "stop", or go on from an "older" one.
+    A checkpoint is due every `every` steps. The newest `keep` checkpoints stay, and those whose step is a multiple of
+    `keep_every` (0: no others).
+    Orbax writes a checkpoint in the background. Then process 0 hashes its files and writes the manifest, which makes
+    the checkpoint complete. A checkpoint without a manifest comes from a save that was cut short, and is ignored.
+    `on_damage` says what to do if the files of a complete checkpoint do not match its manifest: "stop", or resume from
+    an "older" checkpoint.
 
-    Leaving the `with` block waits for the save under way. Raises InputError, here or at the next save, where the file
-    system refuses one: what was saved before is still there.
+    Leaving the `with` block waits for the save in progress. Raises InputError, there or at the next save, if the file
+    system refuses a save; earlier checkpoints stay.
     """
 
     def __init__(self, folder: epath.PathLike, *, every: int, keep: int, keep_every: int = 0, on_damage: str = "stop"):
         self.folder = epath.Path(folder)
-        if "://" not in str(folder):  # `resolve` takes a bucket for a folder of the working directory
+        if "://" not in str(folder):  # `resolve` would take gs:// for a relative path
             self.folder = self.folder.resolve()
         self.every, self.keep, self.keep_every, self.on_damage = every, keep, keep_every, on_damage
-        self.saved: int | None = None  # the newest step, under way or whole
+        self.saved: int | None = None  # the newest step that is saved or being saved
         self._orbax = ocp.StandardCheckpointer()
         self._background, self._sealing = ThreadPoolExecutor(1), None
 
@@ -42,20 +44,20 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
             self.close()
-        elif self._sealing is not None:  # the other processes may have had no error, and would not answer
+        elif self._sealing is not None:  # `close` would wait for the others, which may have had no error
             wait([self._sealing])
 
     def complete_steps(self) -> list[int]:
-        """Steps of the checkpoints that have a manifest, ascending."""
+        """The steps of all complete checkpoints, ascending."""
         numbered = [path for path in self._folders() if path.name.isdecimal()]
         return sorted(int(path.name) for path in numbered if (path / MANIFEST).exists())
 
     def restore(self, state: Any) -> tuple[int, Any]:
-        """(step, state) of the newest whole checkpoint, placed like `state`; (0, state) when there is none.
+        """(step, state) of the newest complete checkpoint, sharded like `state`; (0, state) if there is none.
 
-        All its files are compared with the manifest first. Raises InputError naming those that are damaged.
+        First compares all files of the checkpoint with its manifest. Raises InputError naming the damaged files.
         """
-        step = processes.on_first(self._intact)
+        step = processes.on_first(self._newest_intact)
         if step is None:
             return 0, state
         self.saved = step
@@ -63,19 +65,19 @@ class Checkpoints:
         return step, self._orbax.restore(self.folder / str(step), abstract)
 
     def save(self, step: int, state: Any, *, last: bool = False, check: Callable[[], None] = lambda: None) -> None:
-        """Saves when the interval asks for it, or when this is the last step; `check` may object just before."""
+        """Saves if a checkpoint is due or this is the `last` step. Calls `check` first, which may raise an error."""
         if step == self.saved or (step % self.every and not last):
             return
         check()
         self.wait()
         with self._explained(step):
             if processes.is_first():
-                (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # of one that was damaged
+                (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # of a damaged checkpoint
             self._orbax.save(self.folder / str(step), state, force=True)
         self.saved, self._sealing = step, self._background.submit(self._seal, step)
 
     def wait(self) -> None:
-        """Until the save under way is whole, or has failed."""
+        """Waits until the save in progress is complete, or has failed."""
         sealing, self._sealing = self._sealing, None
         if sealing is not None:
             processes.on_all(lambda: self._outcome(sealing))
@@ -96,8 +98,8 @@ class Checkpoints:
         except Exception as error:
             if (reason := file_system_reason(error)) is None:
                 raise
-            whole = self.complete_steps()
-            left = f"the checkpoint of step {whole[-1]} is still there" if whole else "no checkpoint was written before"
+            steps = self.complete_steps()
+            left = f"the checkpoint of step {steps[-1]} is still there" if steps else "there is no earlier checkpoint"
             raise InputError(f"{self.folder / str(step)}: could not be saved: {reason}; {left}") from error
 
     def _seal(self, step: int) -> None:
@@ -107,35 +109,36 @@ class Checkpoints:
             self._prune()
 
     def _prune(self) -> None:
-        """Removes what is neither new nor to be kept, leftovers of kills among it."""
-        whole = self.complete_steps()
-        stay = {*whole[-self.keep :], *(step for step in whole if self.keep_every and step % self.keep_every == 0)}
+        """Removes all checkpoints that are not to be kept, and what interrupted saves left."""
+        steps = self.complete_steps()
+        stay = {*steps[-self.keep :], *(step for step in steps if self.keep_every and step % self.keep_every == 0)}
         for path in self._folders():
             if path.name not in map(str, stay):
-                (path / MANIFEST).unlink(missing_ok=True)  # from here on it is not whole
+                (path / MANIFEST).unlink(missing_ok=True)  # a kill from here on leaves an incomplete checkpoint
                 path.rmtree()
 
     def _folders(self) -> list[epath.Path]:
         return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
 
-    def _intact(self) -> int | None:
+    def _newest_intact(self) -> int | None:
+        """The step of the newest checkpoint whose files match its manifest; later ones are removed."""
         for path in self._folders():
             if not (path / MANIFEST).exists():
-                say(f"{path}: has no {MANIFEST}: its saving was cut short; not used")
-        whole, passed, told = self.complete_steps(), list[epath.Path](), ""
-        for step in reversed(whole):
+                say(f"{path}: ignored, because it has no {MANIFEST}: its saving was cut short")
+        steps, damaged, message = self.complete_steps(), list[epath.Path](), ""
+        for step in reversed(steps):
             path = self.folder / str(step)
-            if not (found := find_damage(path)):
-                for path in passed:
+            if not (files := find_damage(path)):
+                for path in damaged:
                     (path / MANIFEST).unlink()
                 self._prune()
                 return step
-            passed.append(path)
-            told = f"{path}: damaged: {', '.join(found[:4])}" + (f" and {len(found) - 4} more" * (len(found) > 4))
+            damaged.append(path)
+            message = f"{path}: damaged: {', '.join(files[:4])}" + (f" and {len(files) - 4} more" * (len(files) > 4))
             if self.on_damage == "stop":
-                hint = "config.checkpoint.on_damage=older goes on from an older one"
-                raise InputError(f"{told}; restore the file, or remove the folder; {hint}")
-            say(f"{told}; trying an older one")
-        if whole:
-            raise InputError(f"{self.folder}: no checkpoint is intact; {told}; remove the folder to begin anew")
+                hint = "config.checkpoint.on_damage=older resumes from an older checkpoint"
+                raise InputError(f"{message}; restore the file, or remove the folder; {hint}")
+            say(f"{message}; trying an older checkpoint")
+        if steps:
+            raise InputError(f"{self.folder}: no checkpoint is intact; {message}; remove the folder to start again")
         return None

@@ -1,4 +1,4 @@
-"""Compiled programs kept in the user's cache folder, so that a later process does not compile them again."""
+"""Compiled programs, kept in the user's cache folder so that a later process does not compile them again."""
 
 import contextlib
 import hashlib
@@ -14,11 +14,11 @@ CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
 def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int = MOST_BYTES) -> None:
-    """Makes JAX keep every program that it compiles in `folder`, and take from there what it finds.
+    """Makes JAX store every program that it compiles in `folder`, and reuse the programs stored there.
 
-    Without `folder`, it lies in the user's cache folder; the environment's JAX_COMPILATION_CACHE_DIR comes first. The
-    files that were not used for longest are removed until the others take at most half of `most_bytes`, when more than
-    that are there. JAX compiles what it cannot read, so that a damaged file costs one program's compilation.
+    The default is a folder in the user's cache folder, unless the environment sets JAX_COMPILATION_CACHE_DIR. If the
+    files take more than `most_bytes`, the least recently used are removed until the rest take at most half of that. JAX
+    compiles again what it cannot read, so a damaged file costs only the compilation of one program.
     """
     import jax
 
@@ -26,7 +26,7 @@ def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int =
         if jax.config.values["jax_compilation_cache_dir"] is not None:
             return
         folder = default_folder()
-    with contextlib.suppress(OSError):  # a home that cannot be written: JAX warns, and compiles
+    with contextlib.suppress(OSError):  # a home that is read-only: JAX warns, and compiles
         prune(pathlib.Path(folder), most_bytes)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -34,7 +34,7 @@ def use_compile_cache(folder: str | os.PathLike | None = None, most_bytes: int =
 
 
 def default_folder() -> pathlib.Path:
-    """A folder for each kind of processor: machines that share a home cannot run each other's programs."""
+    """One folder for each kind of processor, since machines that share a home cannot run each other's programs."""
     features = [line for line in cpu_lines() if line.startswith(("model name", "flags", "Features"))]
     kind = hashlib.sha256("\n".join([platform.machine(), *features[:2]]).encode()).hexdigest()[:12]
     return platformdirs.user_cache_path("jsurgery") / "compiled" / kind
@@ -45,22 +45,22 @@ def cpu_lines() -> list[str]:
 
 
 def prune(folder: pathlib.Path, most_bytes: int) -> None:
-    """Removes the files that were not used for longest. Other processes may add and remove files meanwhile."""
+    """Removes the least recently used files. Other processes may add and remove files meanwhile."""
     files = sorted(sizes(folder), reverse=True)
-    left = sum(size for _, size, _ in files)
-    if left <= most_bytes:
+    total = sum(size for _, size, _ in files)
+    if total <= most_bytes:
         return
-    while files and left > most_bytes // 2:
+    while files and total > most_bytes // 2:
         _, size, file = files.pop()
         file.unlink(missing_ok=True)
-        left -= size
+        total -= size
 
 
 def sizes(folder: pathlib.Path) -> Iterator[tuple[float, int, pathlib.Path]]:
-    """(when last used, bytes, path) of each file."""
+    """(time of the last use, bytes, path) of each file."""
     if not folder.is_dir():
         return
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            found = entry.stat()
-            yield max(found.st_atime, found.st_mtime), found.st_size, pathlib.Path(entry.path)
+            stat = entry.stat()
+            yield max(stat.st_atime, stat.st_mtime), stat.st_size, pathlib.Path(entry.path)

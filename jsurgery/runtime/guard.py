@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found on the device in every step, in time for the update; told one step later."""
+"""Losses and gradients that are not finite: the device skips their update, the host reports them one step later."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,74 +12,77 @@ from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import leaf_name, to_host
 from jsurgery.runtime.progress import say
 
-STACKED = ("blocks/", "query_maps/", "key_maps/")  # whose leaves have a row for every block (or converted block)
+STACKED = ("blocks/", "query_maps/", "key_maps/")  # leaves with a row for every block (or converted block)
 
 
 def keep_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
-    """The new state of a step whose numbers are finite, otherwise the old one."""
+    """`new` if the step's numbers were finite, otherwise `old`: the states after and before the step."""
     return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
 
 
 def non_finite(tree: Any) -> Any:
-    """For every leaf whether it holds numbers that are not finite, of stacked leaves by row."""
+    """For every leaf, whether it holds numbers that are not finite: bool [], or [rows] for stacked leaves."""
 
-    def of(path: tuple, leaf: jax.Array) -> jax.Array:
+    def has_non_finite(path: tuple, leaf: jax.Array) -> jax.Array:
         stacked = leaf.ndim > 0 and any(part in leaf_name(path) + "/" for part in STACKED)
         return ~jnp.isfinite(leaf).all(axis=tuple(range(int(stacked), leaf.ndim)))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(has_non_finite, tree)
 
 
 class Guard:
-    """What a step's numbers (losses, norms) say is looked at when the next step has begun: the host never waits.
+    """Stops training when losses or gradients are not finite.
 
-    The update of a step that has one that is not finite was not applied. Up to `allowed` such steps of a run are said
-    and passed over. `explain(step, numbers, details)` tells where they may come from.
+    The device discards such an update by itself. The host reads the values one step later, so that it never waits. Up
+    to `allowed` such steps of a run are reported and skipped. `likely_cause(step, numbers, details)` is the text that
+    says where a non-finite number may come from.
     """
 
-    def __init__(self, stage: str, allowed: int, explain: Callable[[int, Any, Any], str]):
-        self.stage, self.allowed, self.explain, self.skipped = stage, allowed, explain, 0
+    def __init__(self, stage: str, allowed: int, likely_cause: Callable[[int, Any, Any], str]):
+        self.stage, self.allowed, self.likely_cause, self.skipped = stage, allowed, likely_cause, 0
         self._last: tuple[int, Any, Any] | None = None
 
     def record(self, step: int, numbers: Any, details: Any = None) -> None:
-        """Takes the numbers of a step, and `details` for `explain`; raises Diverged if the step before has failed."""
+        """Takes the losses and norms of a step, with `details` for `likely_cause`, and checks the step before it.
+
+        Raises Diverged if that step was not finite and no further step may be skipped.
+        """
         for leaf in jax.tree.leaves(numbers):
             if leaf.is_fully_replicated:
                 leaf.copy_to_host_async()
         last, self._last = self._last, (step, numbers, details)
-        self._look(last)
+        self._check(last)
 
     def check_last(self) -> None:
-        """Waits for the last step; after it, nothing that was saved is in doubt."""
+        """Waits for the last recorded step and checks it, so that its state may be saved."""
         last, self._last = self._last, None
-        self._look(last)
+        self._check(last)
 
     @property
     def metrics(self) -> dict[str, int]:
         return {"skipped": self.skipped} if self.allowed else {}
 
-    def _look(self, seen: tuple[int, Any, Any] | None) -> None:
-        if seen is None:
+    def _check(self, recorded: tuple[int, Any, Any] | None) -> None:
+        if recorded is None:
             return
-        step, numbers, details = seen
+        step, numbers, details = recorded
         values = to_host(numbers)
         if all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values)):
             return
         self.skipped += 1
-        where = self.explain(step, values, details)
-        told = f"{self.stage}: step {step + 1}: {where}; its update was not made"
+        message = f"{self.stage}: step {step + 1}: {self.likely_cause(step, values, details)}; the update was skipped"
         if self.skipped > self.allowed:
-            limit = f"after {self.allowed} such steps passed over" if self.allowed else "see config.max_skipped"
-            raise Diverged(f"{told}; stopped, {limit}; what is saved is finite")
-        say(f"{told}; passed over, {self.skipped} of at most {self.allowed}")
+            limit = f"at most {self.allowed} steps may be skipped (config.max_skipped)"
+            raise Diverged(f"{message}; stopped: {limit}; all saved checkpoints are finite")
+        say(f"{message} ({self.skipped} of at most {self.allowed} skipped steps, config.max_skipped)")
 
 
 def describe_non_finite(flags: Any) -> str:
-    """Names of the leaves that `faults` found, with their blocks."""
+    """The names of the leaves that `non_finite` has flagged, with their blocks."""
     names = []
-    for path, found in jax.tree_util.tree_leaves_with_path(to_host(flags)):
-        if found.any():
-            rows = ", ".join(map(str, np.flatnonzero(found))) if found.ndim else ""
+    for path, flag in jax.tree_util.tree_leaves_with_path(to_host(flags)):
+        if flag.any():
+            rows = ", ".join(map(str, np.flatnonzero(flag))) if flag.ndim else ""
             names.append(f"{leaf_name(path)}" + (f" of block {rows}" if rows else ""))
     total = len(jax.tree.leaves(flags))
     if len(names) > 3:
@@ -88,23 +91,29 @@ def describe_non_finite(flags: Any) -> str:
 
 
 def rows_with_faults(examples: Any, rows: Any) -> list[int]:
-    """Which of a batch's examples, of which this process has `rows`, hold numbers that are not finite; all ask."""
+    """The rows of a batch whose examples hold numbers that are not finite, on all processes together.
+
+    `examples` are this process's `rows` of the batch. All processes must call it.
+    """
     bad = {
         int(row)
         for leaf in jax.tree.leaves(examples)
         for row, values in zip(rows, leaf, strict=True)
         if np.issubdtype(np.asarray(values).dtype, np.floating) and not np.isfinite(values).all()
     }
-    return sorted({row for found in processes.gather_messages(sorted(bad)) for row in found})
+    return sorted({row for bad_rows in processes.gather_messages(sorted(bad)) for row in bad_rows})
 
 
 def likely_causes(loss: Any, batch: int, bad_rows: list[int], params: Any, gradients: Any = None) -> str:
-    """Where a loss or gradient that is not finite may come from: examples, weights; `gradients` are of `faults`."""
-    told = [f"loss {float(loss):.4g} and its gradients are not all finite: batch {batch}"]
+    """Where a loss or gradient that is not finite may come from: examples of the batch, weights, or gradients.
+
+    `gradients` are the flags that `non_finite` returns for them.
+    """
+    causes = [f"loss {float(loss):.4g} and its gradients are not all finite: batch {batch}"]
     if bad_rows:
-        told[0] += f", whose examples {', '.join(map(str, bad_rows))} are not finite"
+        causes[0] += f", whose examples {', '.join(map(str, bad_rows))} are not finite"
     if weights := describe_non_finite(jax.jit(non_finite)(params)):
-        told.append(f"weights {weights}")
-    if gradients is not None and (found := describe_non_finite(gradients)):
-        told.append(f"gradients of {found}")
-    return "; ".join(told)
+        causes.append(f"weights {weights}")
+    if gradients is not None and (names := describe_non_finite(gradients)):
+        causes.append(f"gradients of {names}")
+    return "; ".join(causes)

@@ -18,10 +18,10 @@ NAME = "lock"
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
-    """Holds `folder`, which is made if it is not there; of several processes the first does, for all.
+    """Locks `folder` and creates it if needed. With several processes, process 0 holds the lock for all of them.
 
-    The kernel gives the lock back when its process ends, in whatever way. Object stores (gs://) know no locks: there,
-    keeping two runs apart is the user's business. Raises InputError that names who holds it.
+    The kernel releases the lock when its process ends, even if it is killed. Object stores (gs://) have no locks: there
+    the user must keep two runs apart. Raises InputError that names the process that holds the lock.
     """
     if "://" in str(folder):
         yield
@@ -44,11 +44,13 @@ def _held(folder: pathlib.Path) -> Iterator[None]:
             stream.seek(0)
             holder = stream.read().strip()
             stream.close()
-            raise InputError(f"{folder}: in use by another run: {described(holder)}; wait for it, or end it") from None
+            raise InputError(
+                f"{folder}: in use by another run: {describe_holder(holder)}; wait for it, or end it"
+            ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
                 break
-        stream.close()  # its last holder removed it between opening and locking
+        stream.close()  # the last holder removed the file between our opening and locking it
     try:
         stream.truncate(0)
         stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -59,9 +61,9 @@ def _held(folder: pathlib.Path) -> Iterator[None]:
         stream.close()
 
 
-def described(holder: str) -> str:
+def describe_holder(text: str) -> str:
     try:
-        found = json.loads(holder)
-        return f"process {found['pid']} on {found['host']}"
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}"
     except (ValueError, KeyError, TypeError):
         return "a process that has just begun"

@@ -1,4 +1,4 @@
-"""The loop of every stage that trains: it resumes, guards, logs, saves, and stops at a signal."""
+"""The loop of every stage that trains: it resumes, checks that numbers are finite, logs, saves, and obeys signals."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,21 +29,22 @@ def run_steps(
     validate: Callable[[Any], dict[str, float]] | None = None,
     profile: epath.Path | None = None,
 ) -> Any:
-    """The state after `steps` steps; `state` is that of step 0, placed as it is to be restored.
+    """The state after `steps` steps. `state` is the state of step 0; a restored checkpoint is sharded like it.
 
     Args:
-        update: (state, step) -> (state, numbers, details); it makes no change where a number is not finite.
-        checkpoints: their folder.
-        metrics: the folder of what is logged.
-        format_metrics: (numbers, on the host) -> (what to log, a note for the progress line), every `log_every` steps.
-        likely_cause: (step, numbers, details, the newest state) -> where numbers that are not finite may come from.
-        validate: (state) -> more to log, whenever a checkpoint is due.
-        profile: gets the trace of `config.profile` steps.
+        update: (state, step) -> (state, numbers, details). It keeps the state if one of the numbers is not finite.
+        checkpoints: the folder of the checkpoints.
+        metrics: the folder of the logged metrics.
+        format_metrics: (numbers as NumPy arrays) -> (values to log, a note for the progress line); called every
+            `log_every` steps.
+        likely_cause: (step, numbers, details, newest state) -> a text on where non-finite numbers may come from.
+        validate: (state) -> more values to log; called whenever a checkpoint is due.
+        profile: the folder for a profiler trace of `config.profile` steps.
 
     Raises:
         InputError: a checkpoint is damaged or cannot be written.
-        Diverged: more than `config.max_skipped` steps not finite.
-        Terminated, Interrupted: a signal came; the step under way is saved.
+        Diverged: more than `config.max_skipped` steps were not finite.
+        Terminated, Interrupted: a signal came; the current step is saved.
     """
     saved = Checkpoints(checkpoints, **config.checkpoint)
     start, state = saved.restore(state)

@@ -1,4 +1,4 @@
-"""One mesh, four axes, and the one table that says which array dimension lies along which axis."""
+"""The device mesh with its four axes, and the one table that maps array dimensions to axes."""
 
 import math
 import re
@@ -27,13 +27,13 @@ LOGICAL: dict[str | None, Any] = {
     None: None,
 }
 
-# Parameter path -> logical dimensions, the trailing ones; anything else is replicated.
+# Parameter path -> the logical names of its trailing dimensions. All other dimensions and parameters are replicated.
 PARAMETERS = [
     (r"(to_q|to_k|to_v)/kernel$", ("embed", "heads")),
     (r"to_out/kernel$", ("heads", "embed")),
     (r"ffn_in/kernel$", ("embed", "mlp")),
     (r"ffn_out/kernel$", ("mlp", "embed")),
-    # phi of every head, in a model and in distillation
+    # the feature maps of every head, in a model and in distillation
     (r"kernels/\d+$", ("heads", None, None)),
     (r"biases/\d+$", ("heads", None)),
     (r"log_scale$", ("heads",)),
@@ -41,20 +41,23 @@ PARAMETERS = [
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config.mesh`, of all processes' devices. Raises DoesNotFit when it asks for more than there are, of
-    several processes for fewer (each must hold a part), or for axes that are not sides of a TPU's torus."""
+    """The mesh of `config.mesh` over the devices of all processes.
+
+    Raises DoesNotFit if the mesh needs more devices than there are; if it leaves devices of several processes unused,
+    since each process must hold a part; or if its axes are not sides of a TPU's torus.
+    """
     shape = tuple(config[axis] for axis in AXES)
     devices = jax.devices() if devices is None else devices
-    wanted = math.prod(shape)
+    size = math.prod(shape)
     hosts = len({device.process_index for device in devices})
     sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
-    if wanted > len(devices) or (hosts > 1 and wanted < len(devices)):
-        held = f" in {hosts} processes; expected all of them" if hosts > 1 else ""
-        found = f"found {len(devices)} ({devices[0].platform}){held}"
-        raise DoesNotFit(f"config.mesh: {sizes} = {wanted} devices, {found}")
+    if size > len(devices) or (hosts > 1 and size < len(devices)):
+        several = f" in {hosts} processes; expected all of them" if hosts > 1 else ""
+        actual = f"found {len(devices)} ({devices[0].platform}){several}"
+        raise DoesNotFit(f"config.mesh: {sizes} = {size} devices, {actual}")
     try:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])
-    except NotImplementedError:  # of a torus of TPUs
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:size])
+    except NotImplementedError:  # JAX's answer for a torus of TPUs
         raise DoesNotFit(f"config.mesh: {sizes}: expected axes that are whole sides of the topology") from None
 
 
@@ -70,61 +73,63 @@ def leaf_name(path: tuple) -> str:
 
 
 def parameter_shardings(mesh: Mesh, state: Any) -> Any:
-    """A sharding for every array of an NNX state (or anything shaped like one), by `PARAMETERS`."""
+    """A sharding for every array of an NNX state (or a tree with the same paths), by `PARAMETERS`."""
 
-    def of(path: tuple, leaf: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
         for pattern, dimensions in PARAMETERS:
             if re.search(pattern, leaf_name(path)):
                 return sharding(mesh, *(None,) * (leaf.ndim - len(dimensions)), *dimensions)
         return sharding(mesh)
 
-    return jax.tree_util.tree_map_with_path(of, state)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, state)
 
 
 def put_state(mesh: Mesh, state: Any) -> Any:
-    """A training state (parameters, optimiser moments, counters) placed as a step returns it: no second compile.
+    """A training state (parameters, optimiser moments, counters), sharded as a training step returns it.
 
-    Of several processes each brings all values, or its part of those that are spread already.
+    With another sharding, the second step would be compiled again. With several processes, each passes either the full
+    arrays or arrays that are already sharded over all processes.
     """
 
     def put(leaf: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
         if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
             return jax.device_put(leaf, where)
-        values = np.asarray(leaf)  # device_put would send them round, to see that all processes have the same
+        values = np.asarray(leaf)  # device_put would communicate, to compare the values of all processes
         return jax.make_array_from_callback(leaf.shape, where, lambda index: values[index])
 
     return jax.tree.map(put, state, parameter_shardings(mesh, state))
 
 
 def to_host(tree: Any) -> Any:
-    """Whole NumPy arrays in every process; all must ask."""
+    """Full NumPy arrays in every process. All processes must call it."""
 
-    def whole(leaf: Any) -> np.ndarray:
-        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
-        return multihost_utils.process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
+    def gather(leaf: Any) -> np.ndarray:
+        sharded = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated
+        return multihost_utils.process_allgather(leaf, tiled=True) if sharded else np.asarray(leaf)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather, tree)
 
 
 def abstract_mesh(config: ConfigDict) -> AbstractMesh:
-    """The mesh of `config.mesh` without devices: what can be checked anywhere."""
+    """The mesh of `config.mesh` without devices, for checks on any machine."""
     return AbstractMesh(tuple(config[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """In how many pieces a batch lies on the mesh."""
+    """The number of shards that the mesh divides a batch into."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL["batch"])
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch: int) -> None:
-    """Raises DoesNotFit when the mesh does not divide a batch."""
+    """Raises DoesNotFit if the mesh does not divide a batch evenly."""
     if batch % batch_shards(mesh):
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in LOGICAL["batch"])
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
 
 
 def check_heads(mesh: Mesh | AbstractMesh, heads: int, exchange: str) -> None:
-    """Raises DoesNotFit when the mesh, with this exchange between pieces of the sequence, does not divide the heads."""
+    """Raises DoesNotFit if the heads do not divide evenly over the mesh: over its tensor axis, and with the exchange
+    "all_to_all" over its context axis too."""
     tensor, context = mesh.shape[LOGICAL["heads"]], mesh.shape[LOGICAL["sequence"]]
     parts, name = tensor, f"tensor {tensor}"
     if exchange == "all_to_all":
@@ -134,43 +139,42 @@ def check_heads(mesh: Mesh | AbstractMesh, heads: int, exchange: str) -> None:
 
 
 def local_rows(mesh: Mesh, batch: int) -> Sequence[int]:
-    """Which of a batch's examples this process's devices hold, ascending."""
+    """The rows of a batch that this process's devices hold, ascending."""
     check_batch(mesh, batch)
     slices = sharding(mesh, "batch").addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[index] for index in slices])).tolist()
 
 
 def global_batch(mesh: Mesh, rows: Sequence[int], batch: int, examples: Any) -> Any:
-    """Global arrays [batch, ...] of which this process has the `rows` alone, in leaves [b, ...]."""
+    """Global arrays [batch, ...] from `examples`, whose leaves [b, ...] are this process's `rows` of the batch."""
 
     def put(leaf: np.ndarray) -> jax.Array:
-        held = lambda index: leaf[np.searchsorted(rows, np.arange(batch)[index[0]])]
-        return jax.make_array_from_callback((batch, *leaf.shape[1:]), sharding(mesh, "batch"), held)
+        shard = lambda index: leaf[np.searchsorted(rows, np.arange(batch)[index[0]])]
+        return jax.make_array_from_callback((batch, *leaf.shape[1:]), sharding(mesh, "batch"), shard)
 
     return jax.tree.map(put, examples)
 
 
 def shard_module(mesh: Mesh, module: nnx.Module) -> None:
     """Moves a module's parameters onto the mesh, in place."""
-    state = nnx.state(module)
-    nnx.update(module, put_state(mesh, state))
+    nnx.update(module, put_state(mesh, nnx.state(module)))
 
 
 def gather_to_first_process(module: nnx.Module) -> None:
-    """Brings parameters that are spread over several processes to process 0, in place; all must ask.
+    """Brings parameters that are sharded over several processes to process 0, in place. All processes must call it.
 
-    Stacked parameters come row by row: no device ever holds more than a block's.
+    Stacked parameters are gathered row by row, so that no device ever holds more than one block's parameters.
     """
 
-    def whole(leaf: jax.Array) -> Any:
+    def gather(leaf: jax.Array) -> Any:
         if leaf.is_fully_addressable:
             return leaf
         rows = range(len(leaf)) if leaf.ndim > 2 else [slice(None)]
         values = np.empty(leaf.shape, leaf.dtype) if processes.is_first() else None
         for row in rows:
-            found = to_host(leaf[row])
+            row_values = to_host(leaf[row])
             if values is not None:
-                values[row] = found
+                values[row] = row_values
         return leaf if values is None else values
 
-    nnx.update(module, jax.tree.map(whole, nnx.state(module)))
+    nnx.update(module, jax.tree.map(gather, nnx.state(module)))

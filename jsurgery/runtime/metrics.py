@@ -1,4 +1,4 @@
-"""The metrics of training steps: a line of JSON each, and TensorBoard's events."""
+"""The metrics of training steps: one line of JSON for each logged step, and TensorBoard events."""
 
 import json
 from typing import Any
@@ -10,9 +10,9 @@ from jsurgery.runtime import processes
 
 
 class Metrics:
-    """Scalars of a stage: `metrics.jsonl` (one object a logged step, read by the report) and TensorBoard events.
+    """Scalars of a stage, in `metrics.jsonl` (one object for each logged step, read by the report) and TensorBoard.
 
-    A resumed run drops what was logged after the step that it restarts from. Of several processes the first writes.
+    A resumed run drops everything logged after `resume_step`. With several processes, process 0 alone writes.
     """
 
     def __init__(self, folder: epath.PathLike, resume_step: int = 0):
@@ -20,9 +20,8 @@ class Metrics:
         if not processes.is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
-        self.rows = kept
-        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it then imports
+        self.rows = [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
+        from tensorboardX import SummaryWriter  # slow to import: it imports torch if that is installed
 
         self.board = SummaryWriter(str(self.folder / "tensorboard"))
 

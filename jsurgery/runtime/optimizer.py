@@ -1,4 +1,4 @@
-"""One update of a model's parameters: gradients of a batch taken in pieces, clipping, AdamW, an average of weights."""
+"""One update of a model's parameters: gradient accumulation, clipping, AdamW, a moving average of the weights."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from jsurgery.runtime.guard import keep_if_finite, non_finite
 
-Loss = Callable[[Any, Any], jax.Array]  # of parameters and a batch, a mean over its examples
+Loss = Callable[[Any, Any], jax.Array]  # (parameters, batch) -> the mean over the batch's examples
 
 
 def learning_rate(settings: ConfigDict | FrozenConfigDict) -> optax.Schedule:
-    """Up from zero over `warmup` steps, then constant, or down to zero along a cosine at the last of `steps`."""
+    """Rises from zero over `warmup` steps; then constant, or a cosine that reaches zero at the last of `steps`."""
     peak, warmup = settings.learning_rate, settings.warmup
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(settings.steps, warmup + 1))
@@ -24,9 +24,9 @@ def learning_rate(settings: ConfigDict | FrozenConfigDict) -> optax.Schedule:
 
 
 def adamw(settings: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with `learning_rate` and `weight_decay`, on gradients whose norm is cut to `clip_norm`.
+    """AdamW with `learning_rate` and `weight_decay`, on gradients whose global norm is clipped to `clip_norm`.
 
-    Equal settings give the same object, so that what was compiled with it is found again.
+    Equal settings give the same object, so that a jitted step that closes over it is not compiled again.
     """
     fields = ["learning_rate", "warmup", "schedule", "weight_decay", "clip_norm"]
     fields += ["steps"] if settings.schedule == "cosine" else []
@@ -40,9 +40,9 @@ def _adamw(settings: FrozenConfigDict) -> optax.GradientTransformation:
 
 
 def value_and_gradients(loss: Loss, params: Any, batch: Any, pieces: int) -> tuple[jax.Array, Any]:
-    """The mean loss of a batch (leaves [B, ...]) and its gradients, in `pieces` equal pieces one after the other.
+    """The mean loss of a batch (leaves [B, ...]) and its gradients, accumulated over `pieces` equal pieces.
 
-    A piece takes every `pieces`-th example, so that a batch spread over devices stays where it is.
+    Each piece takes every `pieces`-th example, so that no example of a sharded batch moves to another device.
     """
     gradient = jax.value_and_grad(loss)
     if pieces == 1:
@@ -54,7 +54,7 @@ def value_and_gradients(loss: Loss, params: Any, batch: Any, pieces: int) -> tup
 
 
 def initial_train_state(params: Any, optimizer: optax.GradientTransformation, ema: float) -> dict[str, Any]:
-    """What is trained and saved; with `ema` > 0 also the average of the parameters."""
+    """The state that training updates and checkpoints hold; with `ema` > 0 also the average of the parameters."""
     state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
     return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema else {})
 
@@ -62,9 +62,10 @@ def initial_train_state(params: Any, optimizer: optax.GradientTransformation, em
 def train_step(
     state: dict[str, Any], loss: Loss, batch: Any, optimizer: optax.GradientTransformation, *, pieces: int, ema: float
 ) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
-    """The state after one step, its `loss` and `gradient_norm`, and `faults`; to be jitted by the caller.
+    """(state after one step, its `loss` and `gradient_norm`, faults); to be jitted by the caller.
 
-    Where one of the two is not finite the state stays as it is, and the faults tell in which gradients.
+    If the loss or the norm is not finite, the state stays unchanged. The faults flag the gradients that are not finite
+    (see `guard.non_finite`).
     """
     value, gradients = value_and_gradients(loss, state["params"], batch, pieces)
     norm = optax.tree.norm(gradients)
@@ -73,16 +74,16 @@ def train_step(
     params = optax.apply_updates(state["params"], updates)
     new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
     if ema:
-        # A young average would remember the initialisation for long.
+        # A smaller decay in the first steps, so that the average soon forgets the initialisation.
         decay = jnp.minimum(ema, (1 + state["step"]) / (10 + state["step"]))
         new["ema"] = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, state["ema"], params)
-    clean = lambda gradients: jax.tree.map(
+    no_faults = lambda gradients: jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, bool), jax.eval_shape(non_finite, gradients)
     )
-    found = lax.cond(finite, clean, non_finite, gradients)
-    return keep_if_finite(finite, new, state), {"loss": value, "gradient_norm": norm}, found
+    faults = lax.cond(finite, no_faults, non_finite, gradients)
+    return keep_if_finite(finite, new, state), {"loss": value, "gradient_norm": norm}, faults
 
 
 def trained_parameters(state: dict[str, Any]) -> Any:
-    """The average where there is one."""
+    """The moving average if the state has one, otherwise the parameters of the last step."""
     return state.get("ema", state["params"])

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a stage works: it ends after the step under way, with that step saved."""
+"""SIGTERM and SIGINT during a stage: the stage finishes its current step, saves it, and ends."""
 
 import collections
 import functools
@@ -18,10 +18,10 @@ KINDS = {signal.SIGTERM: Terminated, signal.SIGINT: Interrupted}
 
 
 class Preemption:
-    """While its `with` block runs, signals are noted only; a second SIGINT ends the process at once.
+    """Inside the `with` block a signal is only noted; a second SIGINT ends the process at once.
 
-    Of several processes all stop after the same step when any is told to, unless each works `alone`. What they were
-    told travels over the devices and is read when the next step has begun, so that none waits for the others.
+    If any process gets a signal, all stop after the same step, except with `alone`. The signal is shared by a device
+    reduction whose result is read one step later, so that no process waits.
     """
 
     def __init__(self, stage: str, *, alone: bool = False):
@@ -31,8 +31,8 @@ class Preemption:
 
     def __enter__(self) -> Self:
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            # A handler of JAX's, in C++, is None here: it would not save.
+        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+            # A handler that JAX installed in C++ reads as None here, and Python cannot restore it.
             self._before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in KINDS}
         return self
 
@@ -46,30 +46,30 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
 
     def should_stop(self) -> bool:
-        """Whether to stop after this step; to be asked once in each, by all processes."""
+        """Whether to stop after this step. All processes must call it exactly once in every step."""
         if not self._together:
             self.agreed = self.signal_number
             return bool(self.agreed)
-        self._pending.append(largest(self.signal_number))
+        self._pending.append(largest_over_processes(self.signal_number))
         if len(self._pending) > 1:
             self.agreed = int(self._pending.popleft())
         return bool(self.agreed)
 
     def stop_if_asked(self) -> None:
-        """Ends the stage if that was asked: raises Terminated or Interrupted."""
+        """Raises Terminated or Interrupted if `should_stop` was true."""
         if self.agreed:
             name = signal.Signals(self.agreed).name
             raise KINDS[signal.Signals(self.agreed)](
-                f"{self.stage}: stopped by {name}; what was done is saved, and the same command goes on from there"
+                f"{self.stage}: stopped by {name}; its steps are saved, and the same command goes on from there"
             )
 
 
-def largest(number: int) -> jax.Array:
-    """The largest of what the processes say; all must call it."""
+def largest_over_processes(number: int) -> jax.Array:
+    """The largest `number` of all processes, int32 []. All processes must call it."""
     mesh = Mesh(np.array(jax.devices()), "devices")
     where = NamedSharding(mesh, PartitionSpec("devices"))
-    told = jax.make_array_from_callback((mesh.size,), where, lambda index: np.full(1, number, np.int32))
-    return _maximum(mesh)(told)
+    numbers = jax.make_array_from_callback((mesh.size,), where, lambda index: np.full(1, number, np.int32))
+    return _maximum(mesh)(numbers)
 
 
 @functools.cache

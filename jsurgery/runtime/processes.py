@@ -1,4 +1,7 @@
-"""Many processes at one run: they meet, what there is one of is written by process 0, and a failure of one is all's."""
+"""Several processes working on one run.
+
+Process 0 writes every file that exists once. If one process fails, all of them stop with its error.
+"""
 
 import itertools
 import json
@@ -16,28 +19,28 @@ from jsurgery import errors
 from jsurgery.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = 300  # seconds until a process that nobody answers gives up
-FOREVER = 7 * 24 * 3600 * 1000  # milliseconds that others may work while this process waits
-MESSAGE_BYTES = 1024  # messages are padded to multiples of it: few shapes to compile
+PATIENCE = 300  # seconds to wait for the other processes to start
+FOREVER = 7 * 24 * 3600 * 1000  # milliseconds that process 0 may work while the others wait
+MESSAGE_BYTES = 1024  # messages are padded to multiples of this, so that few shapes are compiled
 _points = itertools.count()
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Makes this process one of several, before JAX is used; with no argument it stays alone.
+    """Makes this process one of several; to be called before JAX is used. Without arguments it stays alone.
 
-    `coordinator` is where process 0 listens, HOST:PORT, or "auto" on TPU pods and under Slurm or Open MPI, which say
-    who is who. Raises InputError for arguments that do not go together, and where nobody listens.
+    `coordinator` is the HOST:PORT on which process 0 listens, or "auto" on TPU pods and under Slurm or Open MPI, which
+    number the processes themselves. Raises InputError for arguments that contradict each other, and if nobody listens.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    there = [f"--{name}" for name, value in given.items() if value is not None]
-    if not there:
+    arguments = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    flags = [f"--{name}" for name, value in arguments.items() if value is not None]
+    if not flags:
         return
     if coordinator == "auto":
-        if len(there) > 1:
-            raise InputError(f"{there[1]}: --coordinator=auto finds it out; leave it away")
+        if len(flags) > 1:
+            raise InputError(f"{flags[1]}: leave it out, as --coordinator=auto finds its value")
     elif coordinator is None or num_processes is None or process_id is None:
         raise InputError(
-            f"{', '.join(there)}: expected --coordinator=HOST:PORT, --num_processes and --process_id together, "
+            f"{', '.join(flags)}: expected --coordinator=HOST:PORT, --num_processes and --process_id together, "
             "or --coordinator=auto alone"
         )
     elif num_processes < 1:
@@ -57,27 +60,27 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             jax.distributed.initialize()
         else:
             jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:  # a port that is taken, or no pod
+    except (RuntimeError, ValueError) as error:  # the port is in use, or this is no pod
         raise InputError(f"--coordinator={coordinator}: {str(error).splitlines()[0]}") from None
 
 
 def parse_address(coordinator: str) -> tuple[str, int]:
     """("10.0.0.1:1234") -> ("10.0.0.1", 1234)."""
-    found = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
-    if found is None:
+    match = re.fullmatch(r"(.+):(\d{1,5})", coordinator)
+    if match is None:
         raise InputError(f"--coordinator: expected HOST:PORT or auto, found {coordinator!r}")
-    return found[1].strip("[]"), int(found[2])
+    return match[1].strip("[]"), int(match[2])
 
 
 def wait_for_coordinator(coordinator: str) -> None:
-    """Waits until somebody listens there: JAX, asked to join, would take the whole process down."""
-    until = time.monotonic() + PATIENCE
+    """Waits until process 0 listens. JAX's own attempt to join would abort this process instead of raising an error."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             socket.create_connection(parse_address(coordinator), timeout=5).close()
             return
         except (OSError, OverflowError) as error:
-            if isinstance(error, socket.gaierror | OverflowError) or time.monotonic() > until:
+            if isinstance(error, socket.gaierror | OverflowError) or time.monotonic() > deadline:
                 raise InputError(f"--coordinator={coordinator}: no process 0 there: {error}") from None
         time.sleep(0.2)
 
@@ -87,21 +90,21 @@ def several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process writes what there is one of. A process that is alone is the first, and JAX is not asked."""
+    """Whether this process writes the files that exist once. A single process is the first, without starting JAX."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def wait() -> None:
-    """Until all processes are here. Devices stay free: process 0 may work on its own for hours."""
+    """Waits until all processes have called it. Uses no devices, since process 0 may work alone for hours."""
     if several():
-        import orbax.checkpoint as ocp  # takes seconds, and most commands need none
+        import orbax.checkpoint as ocp  # takes seconds, and most commands do not need it
 
         barrier = ocp.multihost.get_barrier_sync_fn()
         barrier(key=f"jsurgery {next(_points)}", timeout_ms=FOREVER)
 
 
 def gather_messages(message: Any) -> list[Any]:
-    """What every process says, a JSON value each, in their order."""
+    """The messages of all processes, by process number. A message is a JSON value."""
     if not several():
         return [message]
     wait()
@@ -113,17 +116,17 @@ def gather_messages(message: Any) -> list[Any]:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Process 0 does `work`, the others wait for what it returns, a JSON value. What it raises, all raise."""
+    """Process 0 calls `work`, and all processes return its result, a JSON value. If it raises an error, all do."""
     if not several():
         return work()
     result, error = attempt(work) if is_first() else (None, None)
-    said = gather_messages({"result": result, "failure": failure(error)})[0]
-    raise_first(error, [said["failure"]])
-    return said["result"]
+    message = gather_messages({"result": result, "failure": failure(error)})[0]
+    raise_first(error, [message["failure"]])
+    return message["result"]
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """Every process does `work`, which needs no others; where one fails, all do."""
+    """Every process calls `work`, which must not wait for other processes. If one fails, all do."""
     if not several():
         return work()
     result, error = attempt(work)
@@ -132,6 +135,7 @@ def on_all(work: Callable[[], T]) -> T:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """(result, None), or (None, error)."""
     try:
         return work(), None
     except Exception as error:
@@ -139,14 +143,18 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def failure(error: Exception | None) -> list[str] | None:
+    """An error as a JSON value."""
     return None if error is None else [type(error).__name__, str(error)]
 
 
 def raise_first(mine: Exception | None, failures: list[list[str] | None]) -> None:
-    """Raises this process's own error, or else the first of another one, as the same kind if it is one of ours."""
+    """Raises this process's error, or else the first error of another process; `failures` are by process number.
+
+    Another process's error keeps its class if that is one of `jsurgery.errors`; otherwise it is a RuntimeError.
+    """
     if mine is not None:
         raise mine
-    for number, found in enumerate(failures):
-        if found is not None:
-            kind, message = found
+    for number, theirs in enumerate(failures):
+        if theirs is not None:
+            kind, message = theirs
             raise getattr(errors, kind, RuntimeError)(f"process {number}: {message}")

@@ -1,4 +1,4 @@
-"""Traces of a stage's steps on the hardware, for TensorBoard's profiler, XProf or Perfetto."""
+"""A profiler trace of some steps of a stage, for TensorBoard's profiler, XProf or Perfetto."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,9 +10,10 @@ from jsurgery.runtime import processes
 
 
 class Profiler:
-    """Traces the `steps` steps after the first, which compiles, into `folder`; of several processes the first does.
+    """Traces `steps` steps into `folder`, from the second step on, because the first one compiles.
 
-    `result` is what a step gave: the trace ends when the last step's is there.
+    With several processes, process 0 alone traces. The caller sets `result` to the arrays of each step, so that the
+    trace can end when those of its last step are computed.
     """
 
     def __init__(self, folder: epath.PathLike | None, steps: int):

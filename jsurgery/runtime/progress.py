@@ -1,4 +1,4 @@
-"""What a running stage tells: a line with rate and time left, and metrics for TensorBoard and for the report."""
+"""Messages of a running stage on stderr, among them a progress line with its rate and the remaining time."""
 
 import sys
 import time
@@ -8,13 +8,16 @@ from jsurgery.runtime import processes
 
 
 def say(message: str) -> None:
+    """Prints to stderr; with several processes, process 0 alone does."""
     if processes.is_first():
         print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Iterates over steps and reports them, of several processes the first: on one line of a terminal, every few
-    seconds in a log."""
+    """Iterates over steps and reports progress: on one line of a terminal, or every ten seconds as a line of a log.
+
+    With several processes, process 0 alone reports.
+    """
 
     def __init__(self, name: str, total: int, start: int = 0):
         self.name, self.total, self.start = name, total, start
@@ -35,9 +38,9 @@ class Progress:
         self.shown = now
         elapsed = max(now - self.began, 1e-9)
         rate = (done - self.start) / elapsed
-        left = f"ETA {clock((self.total - done) / rate)}" if rate and not last else f"took {clock(elapsed)}"
+        time_left = f"ETA {clock((self.total - done) / rate)}" if rate and not last else f"took {clock(elapsed)}"
         speed = f"{rate:.2f}/s" if rate >= 1 or not rate else f"{1 / rate:.2f} s each"
-        line = f"{self.name}: {done}/{self.total}  {speed}  {left}  {self.note}".rstrip()
+        line = f"{self.name}: {done}/{self.total}  {speed}  {time_left}  {self.note}".rstrip()
         print(f"\r\x1b[K{line}" if terminal else line, file=sys.stderr, end="" if terminal and not last else "\n")
         sys.stderr.flush()
 

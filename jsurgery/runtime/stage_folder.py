@@ -1,4 +1,4 @@
-"""Stages of a run: which files a stage leaves, what they depend on, and whether they are there already."""
+"""The folder of a stage, with a marker that records what its files depend on and whether they are complete."""
 
 import hashlib
 import json
@@ -17,14 +17,15 @@ from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
 
 MARKER = "stage.json"
-FORMAT_VERSION = 1  # of what stages leave; to be raised when another version could misread it
+FORMAT_VERSION = 1  # of the files of stages; raise it when another version of jsurgery could misread them
 
 
 class StageFolder:
-    """A stage's folder in the workdir and the marker that says with what it was made; its last writing ends the stage.
+    """A stage's folder in the workdir. Its marker, stage.json, is written first and, when the stage ends, again.
 
-    `fields` are the config fields (or whole sections, but for the fields of `without`) that change the result, `after`
-    the stages whose results it reads.
+    The marker records the config fields that change the result: `fields` are fields or whole sections, `without` are
+    fields of these sections that do not count. It also records the stages whose results the stage reads (`after`) and
+    further `inputs`.
     """
 
     def __init__(
@@ -40,21 +41,21 @@ class StageFolder:
         self.name, self.folder = name, epath.Path(workdir) / name
         made_with = recorded_fields(config, fields, without) | inputs
         made_with |= {f"stage {stage.name}": stage.fingerprint for stage in after}
-        self.made_with = json.loads(json.dumps(made_with))  # as it will be read
+        self.made_with = json.loads(json.dumps(made_with))  # as read_marker will return it
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
 
     def done(self) -> bool:
-        """Whether the stage has ended with this config. Raises InputError when it was begun with another one."""
-        found = read_marker(self.folder)
-        if found is None:
+        """Whether the stage has ended with this config. Raises InputError if it was begun with another config."""
+        marker = read_marker(self.folder)
+        if marker is None:
             return False
-        if found["made_with"] != self.made_with:
-            changes = describe_changes(found["made_with"], self.made_with)
+        if marker["made_with"] != self.made_with:
+            changes = describe_changes(marker["made_with"], self.made_with)
             raise InputError(f"{self.folder / MARKER}: made with another config: {changes}; use another --workdir")
-        return found["complete"]
+        return marker["complete"]
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,20 +69,19 @@ class StageFolder:
         write_json(self.folder / MARKER, marker | {"made_with": self.made_with})
 
     def run(self, work, *arguments: Any, all_processes: bool = False) -> None:
-        """Runs `work` unless the stage is done already, and says which.
+        """Runs `work` unless the stage is done already; then says that it was skipped.
 
-        With several processes, process 0 alone looks, works and marks while the others wait; with `all_processes` they
-        all work.
-        Raises InputError when another run is at it.
+        With several processes, process 0 alone works while the others wait; with `all_processes` all of them work.
+        Process 0 reads and writes the marker in both cases. Raises InputError if another run works on the stage.
         """
 
         def perform() -> None:
-            work(*arguments)  # its result is nobody's
+            work(*arguments)  # no return: `on_first` would send the result to all processes as JSON
 
         done = processes.on_first(self.done)
         if not done:
             with locked(self.folder):
-                done = processes.on_first(self.done)  # another run may have ended it by now
+                done = processes.on_first(self.done)  # another run may have finished it meanwhile
                 if not done:
                     processes.on_first(self.begin)
                     perform() if all_processes else processes.on_first(perform)
@@ -91,19 +91,19 @@ class StageFolder:
 
 
 def read_marker(folder: epath.Path) -> dict[str, Any] | None:
-    """The marker of a stage's folder, with `complete` and `made_with`; None where there is none.
+    """The marker of a stage's folder, with `complete` and `made_with`; None if the folder has no marker.
 
-    Raises InputError for a damaged marker and for that of another format version.
+    Raises InputError for a damaged marker, and for one of another format version.
     """
-    marker = folder / MARKER
-    if not marker.exists():
+    path = folder / MARKER
+    if not path.exists():
         return None
-    found = read_object(marker, "the marker of a stage")
-    if (version := found.get("format_version", 1)) != FORMAT_VERSION:
+    marker = read_object(path, "the marker of a stage")
+    if (version := marker.get("format_version", 1)) != FORMAT_VERSION:
         raise InputError(
-            f"{marker}: made by another version: of format {version!r}, this jsurgery makes {FORMAT_VERSION}; "
+            f"{path}: made by another version of jsurgery: expected format {FORMAT_VERSION}, found {version!r}; "
             "use another --workdir"
         )
-    if not isinstance(found.get("made_with"), dict) or not isinstance(found.get("complete"), bool):
-        raise InputError(f"{marker}: damaged: expected the marker of a stage, found {shortened(found)}")
-    return found
+    if not isinstance(marker.get("made_with"), dict) or not isinstance(marker.get("complete"), bool):
+        raise InputError(f"{path}: damaged: expected the marker of a stage, found {shortened(marker)}")
+    return marker

@@ -61,7 +61,7 @@ def test_up_to_so_many_are_passed_over(config, tiny_pipeline, tmp_path, monkeypa
     config.max_skipped, config.finetune.steps = 1, step + 2
     model = train(config, tiny_pipeline, tmp_path / "latents", tmp_path / "run", monkeypatch)
     assert finite(nnx.state(model))
-    assert "passed over, 1 of at most 1" in capsys.readouterr().err
+    assert "the update was skipped (1 of at most 1 skipped steps, config.max_skipped)" in capsys.readouterr().err
     # looked at when the next step has begun
     assert [row["skipped"] for row in read_metrics(tmp_path / "run")] == [0] * (step + 1) + [1]
     states = [saved_state(tmp_path / "run", number) for number in (step + 1, step + 2)]
