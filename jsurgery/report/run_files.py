@@ -70,11 +70,11 @@ def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFi
         raise InputError(f"{run.workdir}: expected the folder of a run, found none")
     run.config = config or read_run_config(run)
     run.model = read_model(run)
-    found = {name: read(run, name, *missing_part) for name, missing_part in MISSING.items() if not skipped(run, name)}
-    run.errors, run.plan = found["distill/errors.json"], found["plan/plan.json"]
-    run.evaluation = found["evaluation/evaluation.json"]
-    run.distilled = found["distill/metrics.jsonl"] or []
-    run.finetuned = found.get("finetune/metrics.jsonl") or []
+    contents = {name: read(run, name, *description) for name, description in MISSING.items() if not skipped(run, name)}
+    run.errors, run.plan = contents["distill/errors.json"], contents["plan/plan.json"]
+    run.evaluation = contents["evaluation/evaluation.json"]
+    run.distilled = contents["distill/metrics.jsonl"] or []
+    run.finetuned = contents.get("finetune/metrics.jsonl") or []
     if run.config is None and not any((run.workdir / name).exists() for name in MISSING):
         run.absent = [f"{CONFIG} is not there, nor any file of a stage: nothing has run in {run.workdir}."]
     if (run.workdir / "export" / "parity.json").exists():

@@ -51,7 +51,7 @@ STAGES = (
         all_processes=True,
         leaves={
             "metrics.jsonl": "the curves of the distillation",
-            "errors.json": "the errors of the blocks and what trades against them",
+            "errors.json": "the errors of the blocks and the trade-off with cost",
         },
     ),
     Stage(

@@ -222,7 +222,7 @@ ALL = {"clips", "scores", "plan", "errors", "training", "flops", "config"}
         (("evaluation/videos",), {"clips"}, ["The clips: no file in evaluation/videos can be read."]),
         (("evaluation/videos/distilled/0001.mp4",), set(), ["missing or cannot be read: distilled/0001.mp4."]),
         (("plan",), {"plan", "flops"}, ["The plan and what it saves: plan/plan.json is not there"]),
-        (("distill/errors.json",), {"errors"}, ["The errors of the blocks and what trades against them"]),
+        (("distill/errors.json",), {"errors"}, ["The errors of the blocks and the trade-off with cost"]),
         (
             ("distill", "finetune"),
             {"errors", "training"},
