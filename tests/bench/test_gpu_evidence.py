@@ -19,7 +19,7 @@ from jsurgery.bench.gpu_evidence.report import TOY_NOTE, Report
 from jsurgery.bench.gpu_evidence.rows import FULL, TOY, all_rows, problem_row
 from pallas_kernels import reference, stock
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # What a machine with a GPU has: these, and scipy and ml-dtypes, without which there is no jax.
 THERE = {"jax", "flax", "optax", "ml-collections", "torch", "numpy", "scipy", "ml-dtypes"}
 BLOCKER = """
