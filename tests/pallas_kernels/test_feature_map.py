@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.feature_map import ACTIVATIONS, init_elu_map, init_hedgehog_map, init_polynomial_map
-
-NUMPY_ACTIVATIONS = {
-    "relu": lambda x: np.maximum(x, 0),
-    "softplus": lambda x: np.log1p(np.exp(x)),
-    "exp": np.exp,
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "elu1": lambda x: np.where(x > 0, x + 1, np.exp(x)),
-}
+from tests import equation_5
 
 
 def heads(shape, seed=0):
@@ -36,15 +29,7 @@ def test_polynomial_map_is_equation_8(activation, degree, layers):
     feature_map = init_polynomial_map(jax.random.key(1), num_heads, width, degree, layers, activation)
     feature_map = jax.tree.map(lambda leaf: leaf + 0.1 * heads(leaf.shape, 2).astype(np.float32), feature_map)
 
-    expected = np.zeros((2, 7, num_heads, degree * width))
-    for h in range(num_heads):
-        psi = x[:, :, h]
-        for kernel, bias in zip(feature_map.kernels, feature_map.biases, strict=True):
-            psi = NUMPY_ACTIVATIONS[activation](psi @ np.float64(kernel[h]) + np.float64(bias[h]))
-        for p in range(degree):
-            piece = slice(p * width, (p + 1) * width)
-            expected[:, :, h, piece] = np.exp(np.float64(feature_map.log_scale[h])) * psi[..., piece] ** (p + 1)
-
+    expected = equation_5.features(feature_map, x)
     actual = jax.jit(feature_map)(jnp.float32(x))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
     assert (np.asarray(actual) >= 0).all()

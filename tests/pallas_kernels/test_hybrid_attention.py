@@ -1,4 +1,4 @@
-"""Values against eq. 5 written out in float64 numpy, gradients against its finite differences.
+"""Values and gradients against eq. 5 in float64, and against its finite differences.
 
 Every implementation also passes one test of all its gradients, in two dtypes, against eq. 5 in float64 torch: on a
 sample of the grid of shapes, or with FULL_GRID=1 in the environment on all of it.
@@ -21,8 +21,8 @@ from pallas_kernels import api, gpu, stock, tpu, xla
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_elu_map, init_hedgehog_map, init_polynomial_map
 from pallas_kernels.reference import softmax_share
+from tests import equation_5
 from tests.conftest import FULL_GRID
-from tests.pallas_kernels.equation_5 import equation_5
 
 IMPLEMENTATIONS = ("xla", "reference")
 LENGTHS, RATES = (63, 500, 1000, 1024, 2049), (1, 2, 4, 8, "linear")
@@ -30,47 +30,6 @@ KINDS = tuple(itertools.product((64, 128), ("max", "lse"), ("float32", "bfloat16
 # Of those kinds the fewest that have every pair; and a case whose compiled program serves a test of large scores too.
 PAIRS = ((64, "max", "float32"), (64, "lse", "bfloat16"), (128, "max", "bfloat16"), (128, "lse", "float32"))
 LARGE = (200, 4, (64, "max", "float32"))
-
-
-def numpy_phi(feature_map, head, x):
-    """Eq. 8 of one head, relu."""
-    for kernel, bias in zip(feature_map["kernels"], feature_map["biases"], strict=True):
-        x = np.maximum(x @ kernel[head] + bias[head], 0)
-    slices = np.split(x, feature_map["degree"], axis=-1)
-    return np.exp(feature_map["log_scale"][head]) * np.concatenate([s ** (p + 1) for p, s in enumerate(slices)], -1)
-
-
-def in_numpy(feature_map):
-    leaves = {name: getattr(feature_map, name) for name in ("kernels", "biases", "log_scale")}
-    return jax.tree.map(np.float64, leaves) | {"degree": feature_map.degree}
-
-
-def each_query(q, k, v, query_map, key_map, num_softmax, key_valid=None, stabilizer="max", constants=None):
-    """Eq. 5: (y, n_S / (n_S + n_L), c), one query at a time; `constants` holds c at given values."""
-    batch, num_queries, heads, width = q.shape
-    num_keys = k.shape[1]
-    query_map, key_map = in_numpy(query_map), in_numpy(key_map)
-    y = np.zeros(q.shape)
-    share = np.zeros((batch, num_queries, heads))
-    c = np.zeros((batch, num_queries, heads))
-    valid = np.ones((batch, num_keys), bool) if key_valid is None else key_valid
-    for b, h in np.ndindex(batch, heads):
-        in_S = [j for j in range(num_softmax) if valid[b, j]]
-        in_L = [j for j in range(num_softmax, num_keys) if valid[b, j]]
-        phi_q, phi_k = numpy_phi(query_map, h, q[b, :, h]), numpy_phi(key_map, h, k[b, :, h])
-        for i in range(num_queries):
-            scores = k[b, in_S, h] @ q[b, i, h] / np.sqrt(width)
-            if num_softmax:
-                c[b, i, h] = scores.max() if stabilizer == "max" else np.log(np.exp(scores).sum())
-            if constants is not None:
-                c[b, i, h] = constants[b, i, h]
-            softmax_weights = np.exp(scores - c[b, i, h])
-            linear_weights = np.array([phi_q[i] @ phi_k[j] for j in in_L])
-            epsilon = 1e-6 if num_softmax == 0 else 0.0
-            denominator = softmax_weights.sum() + linear_weights.sum() + epsilon
-            y[b, i, h] = (softmax_weights @ v[b, in_S, h] + linear_weights @ v[b, in_L, h]) / denominator
-            share[b, i, h] = softmax_weights.sum() / denominator
-    return y, share, c
 
 
 def problem(num_tokens, batch=2, heads=3, width=5, spread=1.0):
@@ -130,17 +89,16 @@ def small_tiles(request, monkeypatch):
 def test_values_are_those_of_equation_5(implementation, masked, num_softmax, stabilizer):
     arguments = problem(21, spread=2.0)
     options = {"num_softmax": num_softmax, "key_valid": some_valid(21) if masked else None, "stabilizer": stabilizer}
-    expected, _, _ = each_query(*arguments, **options)
+    expected = equation_5.values(arguments, **options).y
     assert relative_error(attend(arguments, **options, implementation=implementation), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "lse")])
 def test_softmax_share(num_softmax, stabilizer):
-    q, k, v, query_map, key_map = problem(21)
+    arguments = q, k, _, query_map, key_map = problem(21)
     options = {"num_softmax": num_softmax, "key_valid": some_valid(21), "stabilizer": stabilizer}
-    _, expected, _ = each_query(q, k, v, query_map, key_map, **options)
     share = jax.jit(lambda *arrays: softmax_share(*arrays, **options))(q, k, query_map, key_map)
-    np.testing.assert_allclose(share, expected, atol=1e-5)
+    np.testing.assert_allclose(share, equation_5.values(arguments, **options).softmax_share, atol=1e-5)
 
 
 @settings(derandomize=True, max_examples=4, deadline=None)
@@ -153,7 +111,7 @@ def test_values_at_any_shape(shape, fraction, stabilizer):
     batch, num_tokens, heads, width = shape
     arguments = problem(num_tokens, batch, heads, width)
     options = {"num_softmax": round(fraction * num_tokens), "stabilizer": stabilizer}
-    expected, _, _ = each_query(*arguments, **options)
+    expected = equation_5.values(arguments, **options).y
     for implementation in IMPLEMENTATIONS:
         actual = attend(arguments, **options, implementation=implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
@@ -162,7 +120,7 @@ def test_values_at_any_shape(shape, fraction, stabilizer):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_fewer_queries_than_keys(implementation):
     q, *rest = problem(21)
-    expected, _, _ = each_query(q, *rest, 7)
+    expected = equation_5.values((q, *rest), 7).y
     actual = attend((q[:, 3:8], *rest), num_softmax=7, implementation=implementation)
     assert relative_error(actual, expected[:, 3:8]) < 1e-5
 
@@ -174,12 +132,11 @@ def test_gradients_pass_through_the_stabilizer(implementation, stabilizer):
     arguments = problem(13)
     q, *rest = jax.tree.map(np.float64, arguments)
     direction, cotangent = np.random.default_rng(3).normal(size=(2, *q.shape))
-    _, _, constants = each_query(q, *rest, 5, stabilizer=stabilizer)
+    fixed_c = equation_5.values(arguments, 5, stabilizer=stabilizer).c
 
-    def slope(constants):
+    def slope(c):
         ahead, behind = (
-            each_query(q + step * direction, *rest, 5, stabilizer=stabilizer, constants=constants)[0]
-            for step in (1e-6, -1e-6)
+            equation_5.values((q + step * direction, *rest), 5, stabilizer=stabilizer, c=c).y for step in (1e-6, -1e-6)
         )
         return ((ahead - behind) * cotangent).sum() / 2e-6
 
@@ -187,7 +144,7 @@ def test_gradients_pass_through_the_stabilizer(implementation, stabilizer):
     dq, *_ = gradients(arguments, np.float32(cotangent), **options)
     actual = (np.float64(dq) * direction).sum()
     assert actual == pytest.approx(slope(None), rel=1e-4)
-    assert abs(actual - slope(constants)) > 1e-2 * abs(actual)
+    assert abs(actual - slope(fixed_c)) > 1e-2 * abs(actual)
 
 
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "max")])
@@ -197,7 +154,7 @@ def test_chunks_and_masks_leave_values_and_gradients_alone(small_tiles, num_soft
 
     # Compiled anew: tiles are no argument.
     y, grads = jax.jit(functools.partial(value_and_gradients.__wrapped__, implementation="xla", **options))(arguments)
-    expected, expected_grads = equation_5(arguments, np.cos(arguments[0]), **options)
+    expected, expected_grads = equation_5.values_and_gradients(arguments, np.cos(arguments[0]), **options)
     assert relative_error(y, expected) < 1e-5
     assert_trees_close(grads, expected_grads)
 
@@ -237,7 +194,7 @@ def test_full_softmax_is_stock_attention():
 
 def test_bfloat16(small_tiles):
     q, k, v, *maps = problem(21)
-    expected, _, _ = each_query(q, k, v, *maps, 7)
+    expected = equation_5.values((q, k, v, *maps), 7).y
 
     def loss(arrays, maps):
         y = hybrid_attention(*arrays, *maps, num_softmax=7)
@@ -253,7 +210,7 @@ def test_bfloat16(small_tiles):
 def test_large_scores_stay_finite(implementation):
     """Scores of several thousands, where float32's exp overflows at 88."""
     arguments = problem(21, spread=60.0)
-    expected, _, _ = each_query(*jax.tree.map(np.float64, arguments), 7)
+    expected = equation_5.values(arguments, 7).y
     y, grads = value_and_gradients(arguments, num_softmax=7, implementation=implementation)
     assert relative_error(y, expected) < 1e-3
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -322,7 +279,7 @@ def errors(actual, expected):
 def test_values_and_every_gradient(interpreted, implementation, length, rate, width, stabilizer, dtype):
     arguments, num_softmax = grid_problem(length, rate, width, dtype)
     options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
-    expected = equation_5(arguments, jnp.cos(arguments[0]), **options)
+    expected = equation_5.values_and_gradients(arguments, jnp.cos(arguments[0]), **options)
     actual = value_and_gradients(arguments, **options, implementation=implementation)
     assert actual[0].dtype == dtype and [x.dtype for x in actual[1][:3]] == [dtype] * 3
     value, *gradients = errors(actual, expected)
@@ -339,7 +296,7 @@ def test_scores_of_80_overflow_nothing(interpreted, implementation):
     q *= 80 * math.sqrt(width) / np.abs(np.einsum("bnhd,bmhd->bhnm", q, k)).max()
     arguments = (q, k, v, *maps)
     options = {"num_softmax": num_softmax, "stabilizer": "lse" if implementation == "stock" else stabilizer}
-    expected = equation_5(arguments, jnp.cos(q), **options)
+    expected = equation_5.values_and_gradients(arguments, jnp.cos(q), **options)
     found = errors(value_and_gradients(arguments, **options, implementation=implementation), expected)
     assert max(found) < 1e-4
 

@@ -11,6 +11,7 @@ from pallas_kernels import api, tpu
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_polynomial_map
 from pallas_kernels.query_blocks import QueryBlock, attention_by_query_blocks
+from tests import equation_5
 
 # Chunks of 8 that see themselves with softmax, the chunk before with either branch, the others linearly or not at all.
 CHUNKS = (
@@ -44,27 +45,11 @@ def values_and_gradients(attend, arguments):
     return y, pullback(jnp.cos(arguments[0]).astype(y.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="stabilizer")
-def equation_5(arguments, in_S, in_L, valid, stabilizer):
-    """Value and gradients in whatever precision the arguments have, of dense weights [B, H, N, M]."""
-
-    def attend(q, k, v, query_map, key_map):
-        s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
-        s = jnp.where(in_S[None, None] & valid[:, None, None], s, -jnp.inf)
-        c = s.max(-1, keepdims=True) if stabilizer == "max" else jax.nn.logsumexp(s, axis=-1, keepdims=True)
-        weights = jnp.exp(s - jnp.where(jnp.isfinite(c), c, 0.0))
-        linear = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k))
-        weights += jnp.where(in_L[None, None] & valid[:, None, None], linear, 0.0)
-        total = weights.sum(-1) + 1e-6 * ~in_S.any(axis=1)[None, None]
-        return jnp.einsum("bhnm,bmhd->bnhd", weights, v) / total.swapaxes(1, 2)[..., None]
-
-    return values_and_gradients(attend, arguments)
-
-
 def exactly(arguments, blocks, valid, stabilizer):
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), arguments)
-        return equation_5(exact, *seen_with(blocks), valid, stabilizer=stabilizer)
+    masks = seen_with(blocks)
+    return equation_5.values_and_gradients(
+        arguments, np.cos(arguments[0]), key_valid=valid, stabilizer=stabilizer, masks=masks
+    )
 
 
 @pytest.mark.parametrize(("masked", "stabilizer"), [(True, "max"), (True, "lse"), (False, "max")])

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu, tpu_backward, tpu_forward, tuning
 from pallas_kernels.feature_map import init_elu_map, init_polynomial_map
 from pallas_kernels.tpu_forward import BlockSizes
-from tests.pallas_kernels.equation_5 import equation_5
+from tests import equation_5
 
 # Small, so that a few hundred tokens take several blocks of each kind, the last of them partial.
 BLOCKS = BlockSizes(
@@ -98,7 +98,7 @@ def test_values_and_gradients(num_tokens, num_softmax, stabilizer, options):
     options = dict(options)
     valid = some_valid(num_tokens, options.get("batch", 1)) if options.pop("masked", False) else None
     arguments, dy = problem(num_tokens, num_softmax, **options)
-    expected = equation_5(arguments, dy, num_softmax, valid, stabilizer)
+    expected = equation_5.values_and_gradients(arguments, dy, num_softmax, valid, stabilizer)
     y_error, gradient_error, by_name = errors(kernels(arguments, dy, num_softmax, valid, stabilizer), expected)
     assert y_error < 1e-5
     assert gradient_error < 1e-5, by_name
@@ -124,7 +124,7 @@ def test_states_of_disjoint_keys_add_up(num_tokens, num_softmax, stabilizer, mas
         options = {"key_valid": valid_S, "stabilizer": stabilizer, **common}
         return tpu.attend_with_state(q, k_S, v_S, query_map, state, **options)
 
-    expected = equation_5(arguments, dy, num_softmax, valid, stabilizer)
+    expected = equation_5.values_and_gradients(arguments, dy, num_softmax, valid, stabilizer)
     y_error, gradient_error, by_name = errors(value_and_gradients(in_parts, arguments, dy), expected)
     assert y_error < 1e-5
     assert gradient_error < 1e-5, by_name
@@ -134,7 +134,7 @@ def test_bfloat16():
     arguments, dy = problem(300, 75, dtype=jnp.bfloat16)
     y, gradients = kernels(arguments, dy, 75)
     assert [x.dtype for x in (y, *gradients[:3])] == [jnp.bfloat16] * 4
-    y_error, gradient_error, by_name = errors((y, gradients), equation_5(arguments, dy, 75))
+    y_error, gradient_error, by_name = errors((y, gradients), equation_5.values_and_gradients(arguments, dy, 75))
     assert 1e-5 < y_error < 6e-3
     assert gradient_error < 2e-2, by_name
 
@@ -144,7 +144,9 @@ def test_scores_of_80():
     arguments, dy = problem(130, 33, spread=4.6, heads=1)
     q, k = arguments[:2]
     assert 70 < jnp.abs(jnp.einsum("bnhd,bmhd->bhnm", q, k[:, :33])).max() / np.sqrt(128) < 100
-    y_error, gradient_error, by_name = errors(kernels(arguments, dy, 33), equation_5(arguments, dy, 33))
+    y_error, gradient_error, by_name = errors(
+        kernels(arguments, dy, 33), equation_5.values_and_gradients(arguments, dy, 33)
+    )
     assert y_error < 1e-5
     # Float32 knows a weight of e^80 to 5e-6.
     assert gradient_error < 2e-5, by_name
@@ -160,7 +162,7 @@ def test_queries_beyond_what_vmem_holds(monkeypatch):
     # Compiled anew: how many queries VMEM holds is no argument.
     apart = jax.jit(functools.partial(kernels.__wrapped__, num_softmax=300))(arguments, dy)
     assert calls == [range(2), range(2, 4)]
-    y_error, gradient_error, by_name = errors(apart, equation_5(arguments, dy, 300))
+    y_error, gradient_error, by_name = errors(apart, equation_5.values_and_gradients(arguments, dy, 300))
     assert y_error < 1e-5
     assert gradient_error < 1e-5, by_name
 
@@ -169,7 +171,7 @@ def test_gradient_of_a_tied_maximum_is_shared_out():
     (q, k, v, *maps), dy = problem(130, 33, heads=1)
     k = k.at[:, 1].set(4 * q[:, 7]).at[:, 5].set(4 * q[:, 7])
     arguments = (q, k, v, *maps)
-    _, gradient_error, by_name = errors(kernels(arguments, dy, 33), equation_5(arguments, dy, 33))
+    _, gradient_error, by_name = errors(kernels(arguments, dy, 33), equation_5.values_and_gradients(arguments, dy, 33))
     assert gradient_error < 1e-5, by_name
 
 
@@ -178,7 +180,7 @@ def test_races(capfd, monkeypatch):
     arguments, dy = problem(140, 50, width=64, heads=2)
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, out_of_bounds_reads="uninitialized")
     y, gradients = kernels(arguments, dy, 50, interpret=interpret)
-    y_error, gradient_error, by_name = errors((y, gradients), equation_5(arguments, dy, 50))
+    y_error, gradient_error, by_name = errors((y, gradients), equation_5.values_and_gradients(arguments, dy, 50))
     assert y_error < 1e-5 and gradient_error < 1e-5, by_name
     assert "RACE DETECTED" not in capfd.readouterr().out
 

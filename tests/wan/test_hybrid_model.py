@@ -1,7 +1,7 @@
-"""Whole hybrid models against eq. 5 by brute force: float64, tokens in natural order, every pair of tokens weighed.
+"""Whole hybrid models against a second model in torch: float64, tokens in natural order, every pair of tokens weighed.
 
-The brute force is torch's, so that gradients come from another library too. It takes nothing from the project but the
-tensors, under the names of the diffusers layout.
+Gradients come from torch too. The second model takes nothing from the project but the tensors, under the names of the
+diffusers layout; its attention is that of `tests/equation_5.py`.
 """
 
 import functools
@@ -27,6 +27,7 @@ from jsurgery.wan.checkpoint import load_transformer, save_transformer
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels.api import hybrid_attention
+from tests import equation_5
 
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 4, "text_dim": 12,
@@ -48,31 +49,22 @@ def staggered(j, rate, site):
     return (j + site[0]) % rate == 0
 
 
-def phi(tensors, prefix, x, hybrid):
-    """Eq. 8 on one head-first tensor [H, N, D]."""
-    activation = {"relu": torch.relu, "softplus": F.softplus}[hybrid.feature_map.activation]
-    for layer in range(hybrid.feature_map.layers):
-        x = activation(x @ tensors[f"{prefix}.{layer}.kernel"] + tensors[f"{prefix}.{layer}.bias"][:, None])
-    slices = x.chunk(hybrid.feature_map.degree, dim=-1)
-    powers = torch.cat([piece**power for power, piece in enumerate(slices, 1)], dim=-1)
-    return powers * torch.exp(tensors[f"{prefix}.log_scale"])[:, None, None]
+def hybrid_attention_of(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
+    """Eq. 5 of one block, in natural order and heads first, [H, N, D]."""
+    in_S = torch.tensor([[rate != "linear" and lattice(j, rate, site) for j, site in enumerate(sites)]])
+    in_L = ~in_S if hybrid.linear_branch else torch.zeros_like(in_S)
 
+    def phi(side, x):
+        tensor = lambda name: tensors[f"{prefix}.phi_{side}.{name}"]
+        kernels, biases = (
+            [tensor(f"{layer}.{kind}") for layer in range(hybrid.feature_map.layers)] for kind in ("kernel", "bias")
+        )
+        shape = hybrid.feature_map.degree, hybrid.feature_map.activation
+        return equation_5.feature_map(x, kernels, biases, tensor("log_scale"), *shape)
 
-def equation_5(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
-    """Heads first, [H, N, D]; w_ij is the weight that query i gives to token j."""
-    in_S = torch.tensor([rate != "linear" and lattice(j, rate, site) for j, site in enumerate(sites)])
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    w = torch.zeros_like(scores)
-    if in_S.any():
-        kept = scores.masked_fill(~in_S, -torch.inf)
-        take_max = hybrid.stabilizer == "max"
-        c = kept.amax(-1, keepdim=True) if take_max else torch.logsumexp(kept, -1, keepdim=True)
-        w = torch.exp(kept - c)
-    if not in_S.all() and hybrid.linear_branch:
-        linear = phi(tensors, f"{prefix}.phi_q", q, hybrid) @ phi(tensors, f"{prefix}.phi_k", k, hybrid).mT
-        w = w + linear.masked_fill(in_S, 0.0)
-    epsilon = 0.0 if in_S.any() else 1e-6
-    return w @ v / (w.sum(-1, keepdim=True) + epsilon)
+    return equation_5.equation_5(
+        q, k, v, functools.partial(phi, "q"), functools.partial(phi, "k"), in_S, in_L, stabilizer=hybrid.stabilizer
+    ).y
 
 
 def turn(x, sites):
@@ -127,7 +119,7 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
         h = norm(x) * (1 + scale1) + shift1
         q, k, v = project(f"{block}.attn1", h, h)
         q, k = turn(q, sites), turn(k, sites)
-        y = equation_5(tensors, f"{block}.attn1", q, k, v, rate, sites, hybrid, lattice)
+        y = hybrid_attention_of(tensors, f"{block}.attn1", q, k, v, rate, sites, hybrid, lattice)
         x = x + gate1 * linear(f"{block}.attn1.to_out.0", y.transpose(0, 1).flatten(1))
         h = norm(x) * tensors[f"{block}.norm2.weight"] + tensors[f"{block}.norm2.bias"]
         q, k, v = project(f"{block}.attn2", h, text)
