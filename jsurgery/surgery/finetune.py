@@ -1,4 +1,4 @@
-"""finetune: all parameters of the operated model, by flow matching on data, the teacher's velocity, or a mix."""
+"""finetune: trains all parameters of the hybrid model by flow matching on data, the teacher's velocity, or a mix."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ VALIDATION_BATCH = 8
 
 
 def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> dict[str, jax.Array]:
-    """What a model is asked, and what it should answer: latents, timesteps, text and velocity."""
+    """Noisy latents with their timesteps and text, and the flow-matching velocity that a model should predict."""
     latents, timesteps, velocity = add_noise_at_random_levels(batch["latents"], key, shift)
     return {"latents": latents, "timesteps": timesteps, "text": batch["text"], "velocity": velocity}
 
@@ -32,13 +32,13 @@ def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> d
 def velocity_loss(
     student: WanTransformer, teacher: WanTransformer, batch: dict[str, jax.Array], teacher_weight: float
 ) -> jax.Array:
-    """Mean squared error against (1 - w) the flow-matching velocity of a noised batch and w the teacher's."""
-    question = batch["latents"], batch["timesteps"], batch["text"]
-    predicted = student(*question)
+    """(1 - w) times the mean squared error to the flow-matching velocity, plus w times that to the teacher's."""
+    inputs = batch["latents"], batch["timesteps"], batch["text"]
+    predicted = student(*inputs)
     loss = (1 - teacher_weight) * jnp.mean((predicted - batch["velocity"]) ** 2)
     if teacher_weight > 0:
-        taught = jax.lax.stop_gradient(teacher(*question))
-        loss += teacher_weight * jnp.mean((predicted - taught) ** 2)
+        teacher_velocity = jax.lax.stop_gradient(teacher(*inputs))
+        loss += teacher_weight * jnp.mean((predicted - teacher_velocity) ** 2)
     return loss
 
 
@@ -47,7 +47,7 @@ def make_update(
 ) -> Any:
     """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics, faults); overwrites the state.
 
-    A second run of equal settings in this process gets the same function, and compiles nothing.
+    Equal settings give the same function, so that a second run in this process compiles nothing.
     """
     settings = config.finetune
     fixed = settings.teacher_weight, settings.accumulate, settings.ema, config.sampler.shift
@@ -70,8 +70,8 @@ def _make_update(
             reference = nnx.merge(teacher_graph, teacher_params)
             return velocity_loss(nnx.merge(graph, params), reference, piece, teacher_weight)
 
-        questions = noised_batch(batch, key, shift)
-        return train_step(state, loss, questions, optimizer, pieces=accumulate, ema=ema)
+        noisy = noised_batch(batch, key, shift)
+        return train_step(state, loss, noisy, optimizer, pieces=accumulate, ema=ema)
 
     return update
 
@@ -85,9 +85,9 @@ def finetune(
     *,
     profile: epath.Path | None = None,
 ) -> WanTransformer:
-    """Trains `student` (or goes on) on the shards in `latents`; checkpoints and metrics go to `folder`.
+    """Trains `student` on the shards in `latents`, from the newest checkpoint in `folder` on if there is one.
 
-    `profile` gets the trace of `config.profile` steps.
+    Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps.
     """
     settings = config.finetune
     mesh = make_mesh(config.mesh)
@@ -97,7 +97,7 @@ def finetune(
     teacher_graph, teacher_params = nnx.split(teacher.transformer)
     optimizer = adamw(settings)
     update = make_update(config, optimizer, graph, teacher_graph)
-    blank = np.asarray(teacher.embed([""], config.text_length))[0]
+    negative_text = np.asarray(teacher.embed([""], config.text_length))[0]
     rows = local_rows(mesh, settings.batch)
     data = batches(latents, settings.batch, config.seed, rows)
 
@@ -108,22 +108,22 @@ def finetune(
         else:
             text = np.array(teacher.embed(element["captions"], config.text_length))
         dropped = np.random.default_rng([config.seed, step]).random(settings.batch) < settings.condition_dropout
-        text[dropped[rows]] = blank
+        text[dropped[rows]] = negative_text
         return global_batch(mesh, rows, settings.batch, {"latents": element["latents"], "text": text})
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         return update(state, teacher_params, embedded(step), key)
 
-    def explain(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
+    def likely_cause(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
         return likely_causes(values["loss"], step, bad, state["params"], faults)
 
     params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
     state = run_steps(
         "finetune", config, put_state(mesh, initial_train_state(params, optimizer, settings.ema)), one_step,
-        steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder,
-        format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=explain, profile=profile,
+        steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder, profile=profile,
+        format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=likely_cause,
     )  # fmt: skip
     return nnx.merge(graph, trained_parameters(state))
 

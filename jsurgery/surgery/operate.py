@@ -15,10 +15,10 @@ from jsurgery.wan.transformer import WanTransformer
 
 
 def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: FeatureMapPair | None) -> WanTransformer:
-    """A new transformer whose blocks have the plan's rates; all other parameters are the given one's, shared.
+    """A new transformer whose blocks have the plan's rates. It shares all other parameters with `transformer`.
 
-    `feature_maps` are those of the plan's converted blocks (`distilled.load_maps`), leaves [converted, heads, ...].
-    Raises InputError when the plan is another model's, or the maps another plan's.
+    `feature_maps` are the maps of the converted blocks (`saved_maps.load_maps`), leaves [converted, heads, ...].
+    Raises InputError if the plan has another number of blocks, or the maps another number of converted blocks.
     """
     if len(plan.rates) != transformer.config.num_layers:
         raise InputError(f"plan: has {len(plan.rates)} rates, the transformer {transformer.config.num_layers} blocks")
@@ -34,5 +34,5 @@ def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: Featu
 
 
 def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: str) -> None:
-    """A transformer folder that also says where its VAE and text encoder are."""
+    """Writes a transformer folder whose config also names the pipeline of its VAE and text encoder."""
     save_transformer(transformer, folder, more={"base_pipeline": base_pipeline})

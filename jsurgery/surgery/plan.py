@@ -1,4 +1,4 @@
-"""plan: the rate of every block, from the errors, what blocks cost and a budget (the paper's eq. 9)."""
+"""plan: chooses the rate of every block from the errors, the costs and a budget (the paper's eq. 9)."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from jsurgery.wan.cost import core_flops, workload
 from jsurgery.wan.model_config import WanConfig
 
 PLAN_NUMBERS = ("budget_flops", "cost_flops", "teacher_flops", "share_of_teacher", "error")
-LARGEST = 1e300  # of costs and errors, of which sums are taken
-ERRORS = {"attention": "errors", "velocity": "velocity_errors"}  # of errors.json, which the planner adds up
+LARGEST = 1e300  # cost or error; sums of them must stay finite
+ERRORS = {"attention": "errors", "velocity": "velocity_errors"}  # config.plan.errors -> what it adds up of errors.json
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What every block costs at every rate: float [blocks, rates], FLOPs of the attention core or as measured."""
+    """The cost of every block at every rate, float [blocks, rates]: FLOPs of the attention core, or measured costs."""
 
     unit: str
     rates: tuple[Rate, ...]
@@ -49,9 +49,9 @@ def block_costs(config: ConfigDict, model: WanConfig) -> BlockCosts:
     """The costs of `config.plan.costs`, or without such a file the FLOPs of the attention cores."""
     if config.plan.costs:
         return read_costs(config.plan.costs, model.num_layers)
-    work, named = workload(config, model), parse_block_budget(str(config.plan.budget))
-    wanted: list[Rate] = [1, *config.plan.rates, *([named[1]] if named else [])]
-    rates = tuple(dict.fromkeys(wanted))
+    work, block_budget = workload(config, model), parse_block_budget(str(config.plan.budget))
+    needed: list[Rate] = [1, *config.plan.rates, *([block_budget[1]] if block_budget else [])]
+    rates = tuple(dict.fromkeys(needed))
     return BlockCosts("FLOP", rates, np.tile([float(core_flops(work, rate)) for rate in rates], (model.num_layers, 1)))
 
 
@@ -63,21 +63,23 @@ def read_costs(path: epath.PathLike, blocks: int) -> BlockCosts:
     path = epath.Path(path)
     if not path.exists():
         raise InputError(f"config.plan.costs: {path}: no such file")
-    found = read_json(path)
+    content = read_json(path)
     names = ("unit", "rates", "blocks")
-    if not isinstance(found, dict) or sorted(found) != sorted(names):
-        raise InputError(f"{path}: expected an object of {', '.join(names)}, found {describe(found)}")
-    if not isinstance(found["unit"], str) or not found["unit"]:
-        raise InputError(f"{path}: unit: expected a name like 'ms', found {found['unit']!r}")
-    if not isinstance(found["rates"], list):
-        raise InputError(f"{path}: rates: expected a list, found {found['rates']!r}")
-    check_rates(f"{path}: rates", found["rates"])
-    if 1 not in found["rates"]:
-        raise InputError(f"{path}: rates: expected 1, the teacher's, among them, found {found['rates']}")
-    rows = found["blocks"]
+    if not isinstance(content, dict) or sorted(content) != sorted(names):
+        raise InputError(f"{path}: expected an object of {', '.join(names)}, found {describe(content)}")
+    if not isinstance(content["unit"], str) or not content["unit"]:
+        raise InputError(f"{path}: unit: expected a name like 'ms', found {content['unit']!r}")
+    if not isinstance(content["rates"], list):
+        raise InputError(f"{path}: rates: expected a list, found {content['rates']!r}")
+    check_rates(f"{path}: rates", content["rates"])
+    if 1 not in content["rates"]:
+        raise InputError(f"{path}: rates: expected 1, the teacher's, among them, found {content['rates']}")
+    rows = content["blocks"]
     if isinstance(rows, list) and len(rows) == 1:
         rows = rows * blocks
-    costs = BlockCosts(found["unit"], tuple(found["rates"]), table(f"{path}: blocks", rows, blocks, found["rates"]))
+    costs = BlockCosts(
+        content["unit"], tuple(content["rates"]), table(f"{path}: blocks", rows, blocks, content["rates"])
+    )
     if not costs.teacher > 0:
         raise InputError(f"{path}: blocks: expected a positive cost at rate 1, found 0 in every block")
     return costs
@@ -112,10 +114,10 @@ def budget_cost(budget: str | float, costs: BlockCosts) -> float:
     """
     blocks = len(costs.blocks)
     if isinstance(budget, str):
-        named = parse_block_budget(budget)
-        if named is None:
+        block_budget = parse_block_budget(budget)
+        if block_budget is None:
             raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
-        count, rate = named
+        count, rate = block_budget
         if count > blocks:
             raise InputError(f"config.plan.budget: {budget} converts {count} blocks, the model has {blocks}")
         return ((blocks - count) * costs.teacher + count * math.fsum(costs.at(rate))) / blocks
@@ -125,21 +127,21 @@ def budget_cost(budget: str | float, costs: BlockCosts) -> float:
 
 
 def one_rate(config: ConfigDict) -> tuple[int, Rate]:
-    """What a homogeneous plan, the paper's baseline, converts: (15, 2) for "15R2"."""
+    """The number of blocks and their rate in a homogeneous plan, the paper's baseline: (15, 2) for "15R2"."""
     budget, rates = config.plan.budget, tuple(config.plan.rates)
-    named = parse_block_budget(budget) if isinstance(budget, str) else None
-    if named is None or named[1] not in rates:
+    block_budget = parse_block_budget(budget) if isinstance(budget, str) else None
+    if block_budget is None or block_budget[1] not in rates:
         expected = f"homogeneous plans take a name like '15R2' with a rate of {rates}"
         raise InputError(f"config.plan.budget: {expected}, found {budget!r}")
-    return named
+    return block_budget
 
 
 def check_budget(config: ConfigDict, model: WanConfig) -> None:
-    """Raises InputError when no plan fits the budget: before any long work starts."""
+    """Raises InputError if no plan fits the budget, before any long work starts."""
     if config.plan.selection == "homogeneous":
         one_rate(config)
-    named, rates = parse_block_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
-    if named is not None and named[1] not in rates:
+    block_budget, rates = parse_block_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
+    if block_budget is not None and block_budget[1] not in rates:
         known = ", ".join(map(str, sorted(rates, key=str)))
         raise InputError(f"config.plan.budget: expected one of the rates {known}, found {config.plan.budget!r}")
     costs = block_costs(config, model)
@@ -154,7 +156,7 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
 
 @dataclass(frozen=True)
 class PlanningProblem:
-    """What the planner chooses from: `errors` and `candidate_costs` are [blocks, rates]."""
+    """The input of the planner: `errors` and `candidate_costs` are [blocks, rates]."""
 
     rates: tuple[Rate, ...]
     errors: np.ndarray
@@ -165,47 +167,50 @@ class PlanningProblem:
         return np.stack([self.costs.at(rate) for rate in self.rates], axis=1)
 
     def error_of(self, rates: Sequence[Rate]) -> float:
-        """The total error of a plan; rate 1 has none, whether it is a candidate or not."""
+        """The total error of a plan. Rate 1 has no error, whether it is a candidate or not."""
         column = {rate: i for i, rate in enumerate(self.rates)}
         return math.fsum(self.errors[block, column[rate]] for block, rate in enumerate(rates) if rate in column)
 
     def homogeneous(self, count: int, rate: Rate) -> list[Rate]:
-        """The plan that converts the `count` blocks which one rate harms least, and no others."""
+        """The plan that converts to `rate` the `count` blocks that it harms least."""
         converted = select_homogeneous(self.errors, self.rates.index(rate), count)
         return [rate if block in converted else 1 for block in range(len(self.errors))]
 
 
 def read_problem(config: ConfigDict, model: WanConfig, distilled: epath.Path) -> PlanningProblem:
-    """Raises InputError for a rate that was not distilled, and for an error or a cost that is missing or no number."""
-    found, rates = read_errors(distilled), tuple(config.plan.rates)
-    column = {rate: i for i, rate in enumerate(found["rates"])}
+    """The planning problem of a distillation.
+
+    Raises InputError for a rate that was not distilled, and for an error or a cost that is missing or no number.
+    """
+    recorded, rates = read_errors(distilled), tuple(config.plan.rates)
+    column = {rate: i for i, rate in enumerate(recorded["rates"])}
     if unknown := [rate for rate in rates if rate != 1 and rate not in column]:
-        raise InputError(f"config.plan.rates: rate {unknown[0]} was not distilled, only {found['rates']} were")
+        raise InputError(f"config.plan.rates: rate {unknown[0]} was not distilled, only {recorded['rates']} were")
     name, path = ERRORS[config.plan.errors], distilled / "errors.json"
-    if name not in found:
+    if name not in recorded:
         raise InputError(
             f"{path}: {name}: expected those that config.plan.errors={config.plan.errors} adds up, found none"
         )
-    measured = table(f"{path}: {name}", found[name], model.num_layers, found["rates"])
+    measured = table(f"{path}: {name}", recorded[name], model.num_layers, recorded["rates"])
     softmax = np.zeros(model.num_layers)
     errors = np.stack([softmax if rate == 1 else measured[:, column[rate]] for rate in rates], axis=1)
     return PlanningProblem(rates, errors, block_costs(config, model))
 
 
 def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path) -> None:
-    """Leaves `plan.json` in `folder`: the rate of every block, cost and error in all, and the bound on the error.
+    """Writes `plan.json` to `folder`: the rate of every block, the total cost and error, and a bound on the error.
 
-    Costs in FLOPs are there in any case; where they are measured, the budget in FLOPs is the same share of the
-    teacher's, and `measured` has the costs themselves.
+    It always states costs in FLOPs. With measured costs, the budget in FLOPs is the same share of the teacher's FLOPs,
+    and `measured` holds the measured costs.
     """
-    given = read_problem(config, model, distilled)
-    costs, budget = given.costs, budget_cost(config.plan.budget, given.costs)
+    problem = read_problem(config, model, distilled)
+    costs, budget = problem.costs, budget_cost(config.plan.budget, problem.costs)
     bound = None
     if config.plan.selection == "heterogeneous":
-        solution = solve(given.errors, given.candidate_costs, budget)
-        chosen, bound = [given.rates[i] for i in solution.indices], solution.lower_bound
+        solution = solve(problem.errors, problem.candidate_costs, budget)
+        chosen, bound = [problem.rates[i] for i in solution.indices], solution.lower_bound
     else:
-        chosen = given.homogeneous(*one_rate(config))
+        chosen = problem.homogeneous(*one_rate(config))
     work = workload(config, model)
     teacher = model.num_layers * core_flops(work, 1)
     flops = sum(core_flops(work, rate) for rate in chosen)
@@ -218,7 +223,7 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
         "cost_flops": flops,
         "teacher_flops": teacher,
         "share_of_teacher": flops / teacher,
-        "error": given.error_of(chosen),
+        "error": problem.error_of(chosen),
         "error_bound": bound,
     }
     if config.plan.costs:
@@ -231,37 +236,37 @@ def plan(config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: ep
 def write_pareto_front(
     config: ConfigDict, model: WanConfig, distilled: epath.Path, folder: epath.Path
 ) -> dict[str, Any]:
-    """Leaves `front.json` beside `plan.json`: every plan that none beats in both cost and error, and the chosen one.
+    """Writes `front.json` beside `plan.json`: every plan that no other beats in cost and error, and the chosen plan.
 
-    `chosen` stands next to the nearest plans of the front that cost less and more (None at its ends). `error_bound` is
-    that of the linear relaxation at the plan's budget, `optimum` the exact least error there; a plan that reaches it is
-    proven optimal. Returns the content.
+    `chosen` includes its neighbours on the front, `cheaper` and `dearer` (None at the ends). `error_bound` is the bound
+    of the linear relaxation at the plan's budget, `optimum` the least error that is possible there. A plan that reaches
+    the optimum is proven optimal. Returns the content.
     """
-    given, made = read_problem(config, model, distilled), read_plan(folder)
-    costs, chosen = given.costs, made["rates"]
-    curve = pareto_front(given.errors, given.candidate_costs)
+    problem, plan = read_problem(config, model, distilled), read_plan(folder)
+    costs, chosen = problem.costs, plan["rates"]
+    curve = pareto_front(problem.errors, problem.candidate_costs)
 
-    def described(rates: Sequence[Rate]) -> dict[str, Any]:
+    def plan_row(rates: Sequence[Rate]) -> dict[str, Any]:
         cost = costs.of(rates)
-        error = given.error_of(rates)
+        error = problem.error_of(rates)
         return {"cost": cost, "share_of_teacher": cost / costs.teacher, "error": error, "rates": list(rates)}
 
-    plans = [described([given.rates[i] for i in indices]) for indices in curve.indices]
-    this = described(chosen)
+    plans = [plan_row([problem.rates[i] for i in indices]) for indices in curve.indices]
+    this = plan_row(chosen)
     slack = COST_TOLERANCE * this["cost"]
-    cheaper = [found for found in plans if found["cost"] < this["cost"] - slack]
-    dearer = [found for found in plans if found["cost"] > this["cost"] + slack]
+    cheaper = [row for row in plans if row["cost"] < this["cost"] - slack]
+    dearer = [row for row in plans if row["cost"] > this["cost"] + slack]
     allowed = max(this["cost"], budget_cost(config.plan.budget, costs))
-    optimum = solve(given.errors, given.candidate_costs, allowed)
+    optimum = solve(problem.errors, problem.candidate_costs, allowed)
     result = {
         "unit": costs.unit,
-        "candidates": list(given.rates),
+        "candidates": list(problem.rates),
         "teacher_cost": costs.teacher,
         "plans": plans,
         "chosen": {
             **this,
-            "selection": made["selection"],
-            "budget": made["budget"],
+            "selection": plan["selection"],
+            "budget": plan["budget"],
             "budget_cost": allowed,
             "error_bound": optimum.lower_bound,
             "optimum": optimum.error,
@@ -270,9 +275,9 @@ def write_pareto_front(
             "dearer": dearer[0] if dearer else None,
         },
         "homogeneous": {
-            str(rate): [described(given.homogeneous(count, rate)) for count in range(model.num_layers + 1)]
-            for rate in given.rates
-            if rate != 1 and 1 in given.rates
+            str(rate): [plan_row(problem.homogeneous(count, rate)) for count in range(model.num_layers + 1)]
+            for rate in problem.rates
+            if rate != 1 and 1 in problem.rates
         },
     }
     write_json(folder / "front.json", result)
@@ -280,18 +285,18 @@ def write_pareto_front(
 
 
 def read_plan(folder: epath.Path) -> dict[str, Any]:
-    """The plan that `plan` left. Raises InputError for a file that is none."""
+    """The content of plan.json. Raises InputError for a file that is missing or no plan."""
     path = folder / "plan.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; run `jsurgery plan` first")
-    found = read_object(path, "the plan of `jsurgery plan`")
-    rates = found.get("rates")
+    content = read_object(path, "the plan of `jsurgery plan`")
+    rates = content.get("rates")
     if not isinstance(rates, list) or not rates:
         raise InputError(f"{path}: rates: expected one for each block, found {shortened(rates)}")
     if odd := [rate for rate in rates if rate != "linear" and (type(rate) is not int or rate < 1)]:
         raise InputError(f"{path}: rates: expected integers from 1 or 'linear', found {shortened(odd[0])}")
     for name in PLAN_NUMBERS:
-        value = found.get(name)
+        value = content.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
             raise InputError(f"{path}: {name}: expected a non-negative number, found {shortened(value)}")
-    return found
+    return content

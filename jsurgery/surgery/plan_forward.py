@@ -32,7 +32,7 @@ def plan_forward(
     order = token_order(grid, spec.chain, spec.lattice, model.shards)
 
     def at(rate: Rate):
-        """Attention at a rate; the share is attention to values of 1 at the softmax keys alone."""
+        """Attention at a rate. The share is the attention to values that are 1 at softmax keys and 0 elsewhere."""
 
         def attention(q, k, v, maps_R):
             pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[spec.rates.index(rate)], maps_R)
@@ -57,7 +57,7 @@ def plan_forward(
 
 @functools.partial(nnx.jit, static_argnames="spec")
 def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, spec: DistillSpec) -> Any:
-    """[L], of a model whose blocks are all at the one rate of `spec`."""
+    """The mean share of the softmax branch in each block [L], with all blocks at the only rate of `spec`."""
     return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), spec, shares=True)[1]
 
 
@@ -65,10 +65,10 @@ def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: Fea
 def velocity_errors(
     model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, spec: DistillSpec
 ) -> dict[str, Any]:
-    """Of every plan against the softmax model, relative errors of the velocity: "l1" and "squared", each [P].
+    """Relative errors of the velocity of P plans against the softmax model: "l1" and "squared", each [P].
 
-    "squared" is the mean over the batch of relative squared errors, which add up over blocks as far as their errors are
-    uncorrelated.
+    "squared" is the mean over the batch of relative squared errors. Squared errors of blocks add up if the blocks'
+    errors are uncorrelated.
     """
     teacher = plan_forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), spec)[0]
 

@@ -1,4 +1,4 @@
-"""trace: the teacher samples from prompts, and the noisy latents that it passes through are kept."""
+"""trace: samples videos of prompts with the teacher and keeps the noisy latents of its steps."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ from jsurgery.wan.pipeline import Pipeline, batched
 
 
 def traced_prompts(config: ConfigDict) -> range:
-    """Whose steps are kept: where maps learn as the teacher samples, the held-out prompts' alone."""
+    """The prompts whose steps are kept: all, or only the held-out ones if maps learn while the teacher samples."""
     first = config.trace.prompts - config.trace.holdout if config.distill.mode == "sampling" else 0
     return range(first, config.trace.prompts)
 
@@ -32,13 +32,13 @@ def trace(
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
     A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
-    and `prompt`, a number into the texts. Of several processes all sample, each with its part of the model, and the
-    first writes. `seen` is shown the first prompt that is sampled and its latents [1, T, H, W, C].
+    and `prompt`, the number of its text. With several processes, all sample, each with its part of the model, and
+    process 0 writes. `seen` is called with the first prompt that is sampled and its latents [1, T, H, W, C].
     """
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
     words = [*prompts, sampler.negative_prompt]
-    # In the batches of the samples: what is compiled for them serves here too.
+    # In batches of the same size as the samples, so that the compiled text encoder is used again.
     texts = [np.asarray(pipeline.embed(batch, config.text_length), np.float32) for _, batch in batched(words, size)]
     text_records = (
         {"embedding": e, "prompt": text_array(p)} for e, p in zip(np.concatenate(texts), words, strict=True)

@@ -187,7 +187,7 @@ def test_phi_before_rope_sees_what_was_not_turned():
     np.testing.assert_allclose(at.inputs[0], plain[0], atol=1e-5)
     np.testing.assert_allclose(at.inputs[1], plain[1][:, 12:], atol=1e-5)
     assert not np.allclose(turned[0], plain[0], atol=0.1)
-    after = dataclasses.replace(at, turn_back=None)
+    after = dataclasses.replace(at, inverse_rope=None)
     assert after.inputs[0] is turned[0]
 
 

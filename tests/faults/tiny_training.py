@@ -72,7 +72,7 @@ def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=N
     monkeypatch.setattr(finetune, "velocity_loss", poisoned)
     if not guarded:
         monkeypatch.setattr(optimizer, "keep_if_finite", lambda finite, new, old: new)
-        monkeypatch.setattr(Guard, "see", lambda self, *seen: None)
+        monkeypatch.setattr(Guard, "record", lambda self, *seen: None)
     monkeypatch.setattr(finetune, "_make_update", compiled[guarded])
     student = load_transformer(model / "transformer")
     if weight is not None:

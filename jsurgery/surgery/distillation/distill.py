@@ -1,4 +1,4 @@
-"""distill: feature maps of every block at every rate, in one pass of the teacher over its traces, or as it samples."""
+"""distill: trains the feature maps of every block at every rate in one pass of the teacher."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels.reference import EPSILON
 
 LARGEST_LOG_SCALE = 20.0
+MODES = {"traces": Replay, "sampling": WhileSampling}  # of config.distill.mode
 
 
 def distill(
@@ -39,11 +40,11 @@ def distill(
     rope: str = "after",
     profile: epath.Path | None = None,
 ) -> None:
-    """Leaves `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` in `folder`.
+    """Writes `initial.safetensors` (calibrated only), `feature_maps.safetensors` and `errors.json` to `folder`.
 
-    errors.json names their blocks: all, or those of `config.distill.blocks`. With `rope` "before", phi sees queries and
-    keys that are not turned by RoPE: to be measured, for no model takes such maps, so that there is no velocity either.
-    `profile` gets the trace of `config.profile` steps.
+    errors.json names the distilled blocks: all, or those of `config.distill.blocks`. With `rope` "before", phi sees
+    queries and keys before RoPE. That is for measurements: no model can use such maps, and velocity errors are left
+    out. `profile` gets the trace of `config.profile` steps.
     """
     settings, spec = config.distill, dataclasses.replace(DistillSpec.of(config), rope=rope)
     blocks = spec.blocks or range(teacher.config.num_layers)
@@ -61,35 +62,33 @@ def distill(
     def update(state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array, None]:
         return *learner(state, step), None
 
-    def logged(losses: np.ndarray) -> tuple[dict[str, Any], str]:
+    def format_metrics(losses: np.ndarray) -> tuple[dict[str, Any], str]:
         by_rate = losses.mean(axis=0)
         return {f"loss_{rate}": by_rate[i] for i, rate in enumerate(spec.rates)}, f"loss {by_rate.mean():.4f}"
 
-    def explain(step: int, losses: np.ndarray, *_: Any) -> str:
-        found = [f"block {blocks[i]} at rate {spec.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
-        return (
-            f"the loss or its gradient is not finite in {found[0]}, {len(found)} in all: {learner.describe_batch(step)}"
-        )
+    def likely_cause(step: int, losses: np.ndarray, *_: Any) -> str:
+        bad = [f"block {blocks[i]} at rate {spec.rates[j]}" for i, j in np.argwhere(~np.isfinite(losses))]
+        return f"the loss or its gradient is not finite in {bad[0]}, {len(bad)} in all: {learner.describe_batch(step)}"
 
     opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
     fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.initial_trajectories()
     state = run_steps(
         "distill", config, put_state(mesh, fresh), update, steps=settings.steps, checkpoints=folder / "checkpoints",
-        metrics=folder, format_metrics=logged, likely_cause=explain, profile=profile,
+        metrics=folder, format_metrics=format_metrics, likely_cause=likely_cause, profile=profile,
     )  # fmt: skip
     trained = to_host(state["maps"])
     processes.on_first(lambda: save_maps(folder / TRAINED, trained, spec.rates, blocks))
-    found = held_out_errors(teacher, mesh, held_out, maps, state["maps"], spec)
+    errors = held_out_errors(teacher, mesh, held_out, maps, state["maps"], spec)
     if settings.velocity_steps and rope == "after":
-        found |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], spec, settings.velocity_steps)
-    processes.on_first(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | found))
+        errors |= velocity_errors_of_blocks(teacher, mesh, held_out, state["maps"], spec, settings.velocity_steps)
+    processes.on_first(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | errors))
 
 
 def calibrate(teacher: WanTransformer, batches: list[dict], maps: FeatureMapPair, spec: DistillSpec) -> FeatureMapPair:
-    """Scales the key maps so that each head's mean linear mass is what the teacher's own attention gives those keys."""
-    found = [measure_heads(teacher, batch, maps, spec) for batch in batches]
-    mass, wanted = (sum(stats[name] for stats in found) for name in ("mass", "wanted_mass"))
-    log_scale = jnp.log(jnp.maximum(wanted, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
+    """Scales the key maps so that each head's linear keys have the same mean mass as in the teacher's attention."""
+    statistics = [measure_heads(teacher, batch, maps, spec) for batch in batches]
+    mass, teacher_mass = (sum(each[name] for each in statistics) for name in ("mass", "teacher_mass"))
+    log_scale = jnp.log(jnp.maximum(teacher_mass, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
     # A linear key may score 88 above the stabiliser, and its mass is then infinite in float32.
     log_scale = jnp.clip(log_scale, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
     return maps[0], dataclasses.replace(maps[1], log_scale=maps[1].log_scale + log_scale)
@@ -105,7 +104,7 @@ def held_out_errors(
 ) -> dict[str, Any]:
     """Relative L1 error of the attention output per block and rate over held-out steps, before and after training.
 
-    Steps are taken in batches of what the mesh holds at once; those that fill no batch are left out.
+    Steps are taken in batches of one example a batch shard of the mesh; a last, incomplete batch is left out.
     """
     size = batch_shards(mesh)
     batches = len(held_out) // size
@@ -113,11 +112,11 @@ def held_out_errors(
         raise InputError(f"config.trace.holdout: {len(held_out)} steps; expected at least {size}, one a batch shard")
 
     def totals(maps, name):
-        found, progress = [], Progress(name, batches)
+        statistics, progress = [], Progress(name, batches)
         for number in progress.over(range(batches)):
             batch = held_out_batch(mesh, held_out, range(number * size, (number + 1) * size))
-            found.append(to_host(measure_heads(teacher, batch, maps, spec)))
-        return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *found)
+            statistics.append(to_host(measure_heads(teacher, batch, maps, spec)))
+        return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float64), *statistics)
 
     before, after = totals(initial, "errors (initial)"), totals(trained, "errors")
     errors = lambda stats: (stats["error"].sum(axis=(0, 3)) / stats["size"].sum(axis=(0, 3))).tolist()
@@ -136,33 +135,30 @@ def velocity_errors_of_blocks(
 ) -> dict[str, Any]:
     """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
 
-    Squares add up over blocks as far as these err independently, and of the errors that were tried they rank plans of
-    one cost best (`jsurgery ablate --table=objective`). Over `steps` of the held-out ones, evenly spread, in batches of
-    what the mesh holds at once.
+    Squared errors of blocks add up if the blocks' errors are independent. Of all errors tried, they predict best which
+    of several plans of equal cost is better (`jsurgery ablate --table=objective`). The errors are means over `steps`
+    held-out steps, evenly spread.
     """
     size, layers = batch_shards(mesh), teacher.config.num_layers
     blocks = np.arange(layers) if spec.blocks is None else np.array(spec.blocks)
-    # A block that was not distilled reads the maps of some other, to no effect.
+    # A block that was not distilled gets the maps of another block, which no plan uses.
     slots = np.searchsorted(blocks, np.arange(layers)).clip(max=len(blocks) - 1)
     maps = jax.tree.map(lambda leaf: leaf[slots], maps)
     count = max(1, min(steps, len(held_out)) // size)
     chosen = np.linspace(0, len(held_out) - 1, count * size).round().astype(int).reshape(count, size)
     plans_BxRxL = np.zeros((len(blocks), len(spec.rates), layers), int)
     plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(spec.rates) + 1)
-    found, progress = [], Progress("velocity errors", count * len(blocks))
+    squared, progress = [], Progress("velocity errors", count * len(blocks))
     for number in progress.over(range(count * len(blocks))):
         batch = held_out_batch(mesh, held_out, chosen[number // len(blocks)])
         plans_RxL = jnp.asarray(plans_BxRxL[number % len(blocks)])
-        found.append(to_host(velocity_errors(teacher, batch, maps, plans_RxL, spec))["squared"])
-    errors_BxR = np.mean(np.asarray(found, np.float64).reshape(count, len(blocks), -1), axis=0)
+        squared.append(to_host(velocity_errors(teacher, batch, maps, plans_RxL, spec))["squared"])
+    errors_BxR = np.mean(np.asarray(squared, np.float64).reshape(count, len(blocks), -1), axis=0)
     return {"velocity_errors": errors_BxR.tolist(), "velocity_samples": count * size}
 
 
 def held_out_batch(mesh: Mesh, held_out: TraceSteps, numbers: Sequence[int]) -> dict[str, jax.Array]:
-    """A batch of held-out steps, spread over the mesh."""
+    """A batch of held-out steps, sharded over the mesh."""
     rows = local_rows(mesh, len(numbers))
     steps = [held_out[numbers[row]] for row in rows]
     return global_batch(mesh, rows, len(numbers), jax.tree.map(lambda *arrays: np.stack(arrays), *steps))
-
-
-MODES = {"traces": Replay, "sampling": WhileSampling}

@@ -1,4 +1,4 @@
-"""What a head is distilled by and measured by, from the queries, keys and values that pass through it."""
+"""Losses and statistics of one attention head, computed from the queries, keys and values that pass through it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class SoftmaxBranch:
 
 @dataclasses.dataclass(frozen=True)
 class TokenShards:
-    """Where the tokens of a computation lie: in `order`, whole, or in as many pieces as a mesh axis is long.
+    """How tokens in the order `order` are sharded: along the mesh axis `axis`, or not at all if it is None.
 
-    q, k and v are a device's own piece; sums over tokens are then of its own, until `total` adds up all pieces. The
-    batch may lie in `batch_pieces`, too.
+    q, k and v are the tokens of one device. Sums over them are partial, and `total` adds up the partial sums of all
+    devices. The batch is divided into `batch_pieces`.
     """
 
     order: TokenOrder
@@ -45,26 +45,26 @@ class TokenShards:
 
     @property
     def valid(self) -> jax.Array | None:
-        """bool [N], False at this piece's padding."""
+        """bool [N], False at the padding of this device's tokens."""
         if self.axis is None or self.order.valid is None:
             return None
         return jnp.asarray(self.order.valid).reshape(self.order.shards, -1)[jax.lax.axis_index(self.axis)]
 
     def own(self, x_PxF: np.ndarray) -> jax.Array:
-        """This piece's tokens [N, F] of all places."""
+        """This device's tokens [N, F] of an array over all tokens."""
         if self.axis is None:
             return jnp.asarray(x_PxF)
         return jnp.asarray(x_PxF).reshape(self.order.shards, -1, x_PxF.shape[-1])[jax.lax.axis_index(self.axis)]
 
     def masked(self, x: jax.Array, start: int = 0) -> jax.Array:
-        """[..., N - start, F] of the tokens from `start` on, zero at padding."""
+        """x [..., N - start, F], of the tokens from `start` on, with zeros at padding."""
         return x if self.valid is None else jnp.where(self.valid[start:, None], x, 0)
 
     def total(self, x: Any) -> Any:
         return x if self.axis is None else jax.lax.psum(x, self.axis)
 
     def zone(self, x_NxF: jax.Array, start: int, stop: int) -> jax.Array:
-        """Tokens `start` to `stop` of every piece."""
+        """Tokens `start` to `stop` of every device, gathered."""
         own = x_NxF[start:stop]
         return own if self.axis is None else jax.lax.all_gather(own, self.axis, tiled=True)
 
@@ -75,7 +75,7 @@ class TokenShards:
         return self.order.valid.reshape(self.order.shards, -1)[:, start:stop].reshape(-1)
 
     def mean(self, x_BxN: jax.Array) -> jax.Array:
-        """This piece's contribution to the mean over the batch and all tokens."""
+        """This device's contribution to the mean over the batch and all tokens."""
         return jnp.sum(self.masked(x_BxN[..., None])) / (x_BxN.shape[0] * self.batch_pieces * self.order.num_tokens)
 
 
@@ -95,7 +95,7 @@ def softmax_over(
 def nested_softmax(
     q_NxD, k_NxD, v_NxD, tokens: TokenShards, rates: Sequence[Rate]
 ) -> tuple[dict[Rate, SoftmaxBranch], SoftmaxBranch]:
-    """The softmax branch of every rate but "linear", and full softmax, each key visited once."""
+    """The softmax branch of every rate but "linear", and full softmax. Rates are nested: each key is visited once."""
     sizes = {rate: tokens.order.num_softmax(rate) for rate in rates if rate != "linear"}
 
     def zone(start: int, stop: int) -> SoftmaxBranch:
@@ -112,8 +112,8 @@ def nested_softmax(
 
 @dataclasses.dataclass(frozen=True)
 class HeadActivations:
-    """One head of one block as it passes by: q, k, v [B, N, D], softmax over a rate's keys (None at "linear") and over
-    all of them."""
+    """One head of one block in a forward of the teacher: q, k, v [B, N, D], `full` softmax over all keys, and `branch`,
+    the softmax over the softmax keys of the rate (None for "linear")."""
 
     rate: Rate
     q: jax.Array
@@ -123,18 +123,18 @@ class HeadActivations:
     full: SoftmaxBranch
     tokens: TokenShards
     stabilizer: str
-    turn_back: tuple[jax.Array, jax.Array] | None = None  # RoPE's angles [N, D/2], negated, if phi sees what was before
+    inverse_rope: tuple[jax.Array, jax.Array] | None = None  # cos, -sin [N, D/2], if phi sees q, k before RoPE
 
     @property
     def start(self) -> int:
-        """The first linear key."""
+        """The position of the first linear key."""
         return self.tokens.order.num_softmax(self.rate)
 
     @property
     def inputs(self) -> tuple[jax.Array, jax.Array]:
         """The queries, and the linear keys, as phi sees them."""
         q, k = self.q, self.k
-        if (angles := self.turn_back) is not None:
+        if (angles := self.inverse_rope) is not None:
             q, k = (apply_rope(x[:, :, None], *angles)[:, :, 0] for x in (q, k))
         return q, k[:, self.start :]
 
@@ -145,7 +145,7 @@ class HeadActivations:
 
 
 def hybrid_output(maps: FeatureMapPair, at: HeadActivations) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Eq. 5 of one head from its finished softmax branch: y [B, N, D], n_S [B, N], n_L [B, N]."""
+    """Eq. 5 of one head, given its softmax branch: y [B, N, D], n_S [B, N], n_L [B, N]."""
     phi_q_BxNxF, phi_k_BxMxF = at.features(maps)
     state = phi_k_BxMxF.swapaxes(1, 2) @ at.v[:, at.start :], phi_k_BxMxF.sum(axis=1)
     state_BxFxD, z_BxF = at.tokens.total(state)
@@ -159,7 +159,7 @@ def hybrid_output(maps: FeatureMapPair, at: HeadActivations) -> tuple[jax.Array,
 
 
 def value_loss(maps: FeatureMapPair, at: HeadActivations) -> jax.Array:
-    """Eq. 7: the mean absolute difference of the block's attention output."""
+    """Eq. 7: the mean absolute difference between hybrid and teacher attention."""
     return at.tokens.mean(jnp.abs(hybrid_output(maps, at)[0] - at.full.output).mean(axis=-1))
 
 
@@ -191,7 +191,7 @@ def attention_loss(maps: FeatureMapPair, at: HeadActivations) -> jax.Array:
         squares = tokens.total(own) + grams
         return 2 * top + jnp.log1p(jnp.expm1(-2 * top) + squares / tokens.order.num_tokens)
 
-    # Every piece of the sequence arrives at the same loss, of which it contributes its share.
+    # Every device along the sequence axis computes the same loss and contributes an equal share of it.
     losses_B = jax.vmap(example)(at.q, at.k, shift, *at.features(maps))
     return jnp.mean(losses_B) / (tokens.order.shards * tokens.batch_pieces)
 
@@ -200,23 +200,27 @@ LOSSES = {"value": value_loss, "attention": attention_loss}
 
 
 def head_statistics(maps: FeatureMapPair, at: HeadActivations) -> dict[str, jax.Array]:
-    """Sums and means of one head: error and size of the output; the softmax keys' share of the denominator, and in the
-    teacher; the linear keys' mass, and what the teacher's would be."""
+    """Statistics of one head.
+
+    error, size: sums of the absolute error and of the absolute output. share, teacher_share: the part of the attention
+    mass that falls on the softmax keys, in the hybrid and in the teacher. mass, teacher_mass: the mass of the linear
+    keys, likewise, in units of the stabiliser.
+    """
     tokens, branch, full = at.tokens, at.branch, at.full
     y, n_S_BxN, n_L_BxN = hybrid_output(maps, at)
     if branch is None:
-        wanted_BxN = n_L_BxN  # a ratio alone is left of n_L: any scale does
+        teacher_mass_BxN = n_L_BxN  # y is a ratio in which the scale of n_L cancels
         teacher_share_BxN = jnp.zeros_like(n_L_BxN)
     else:
         teacher_share_BxN = jnp.exp(branch.lse - full.lse)
         # exp(lse) over the linear keys, in units of the stabiliser.
         shift = branch.largest if at.stabilizer == "max" else branch.lse
-        wanted_BxN = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
+        teacher_mass_BxN = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
     return {
         "error": jnp.sum(tokens.masked(jnp.abs(y - full.output))),
         "size": jnp.sum(tokens.masked(jnp.abs(full.output))),
         "share": tokens.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON)),
         "teacher_share": tokens.mean(teacher_share_BxN),
         "mass": tokens.mean(n_L_BxN),
-        "wanted_mass": tokens.mean(wanted_BxN),
+        "teacher_mass": tokens.mean(teacher_mass_BxN),
     }

@@ -1,4 +1,4 @@
-"""The steps of distillation: over the traces of the teacher, or inside the forwards by which it samples."""
+"""Distillation from traces: the teacher replays its traced steps in shuffled batches."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ CALIBRATION_BATCHES = 8
 
 
 class Replay:
-    """Learning from what `trace` left, in shuffled batches; the step of a run says which is the next."""
+    """Trains on the steps that `trace` kept, in shuffled batches. The number of the step selects the batch."""
 
     def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, spec: DistillSpec):
         settings, prompts = config.distill, range(config.trace.prompts - config.trace.holdout)
@@ -40,15 +40,15 @@ class Replay:
         return [self.batch(index) for index in range(CALIBRATION_BATCHES)]
 
     def initial_trajectories(self) -> dict[str, Any]:
-        """What a run keeps beside maps and moments."""
+        """Further state of a run, beside maps and optimiser state: none here."""
         return {}
 
     def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
-        # Algorithm 1's U updates on a batch run the teacher again: its forward is the cheaper part of a step.
+        # Each of Algorithm 1's U updates on a batch runs the teacher again, which is the cheaper part of a step.
         return self.update(state, self.teacher_params, self.batch(step // self.repeats))
 
     def describe_batch(self, step: int) -> str:
-        """What a step learns from, and whether that is finite."""
+        """The batch of a step, and which of its examples are not finite, for a message."""
         batch = step // self.repeats
         bad = rows_with_faults(self.data[batch], self.rows)
         return f"batch {batch}" + (f", whose examples {', '.join(map(str, bad))} are not finite" if bad else "")

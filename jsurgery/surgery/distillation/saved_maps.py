@@ -1,4 +1,4 @@
-"""What distillation leaves for the stages after it: feature maps and the errors that they still make, as files."""
+"""The files that distillation leaves for later stages: the feature maps and their errors."""
 
 import functools
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.rates import Rate, check_rates
 
 INITIAL, TRAINED = "initial.safetensors", "feature_maps.safetensors"
-# Of queries and of keys, leaves [blocks, rates, heads, ...]; blocks are those of `config.distill.blocks`.
+# The maps of queries and of keys; leaves [blocks, rates, heads, ...], of the blocks in `config.distill.blocks`.
 FeatureMapPair = tuple[LearnedMap, LearnedMap]
 
 
 def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> None:
-    """Tensors named blocks.I.rate_R.phi_q.LEAF, one map a rate and block of `blocks`."""
+    """Writes tensors named blocks.I.rate_R.phi_q.LEAF, one map for each rate and each of `blocks`."""
     tensors = {}
     for side, stacked in zip((QUERY_MAP, KEY_MAP), maps, strict=True):
         for leaf_name, leaf in named_leaves(stacked).items():
@@ -45,7 +45,7 @@ def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blo
 
 
 def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) -> FeatureMapPair | None:
-    """The maps of the blocks that `plan` converts, leaves [converted, heads, ...]; None when there are none."""
+    """The maps of the blocks that `plan` converts, leaves [converted, heads, ...]; None if it converts none."""
     tensors = read_tensors(path)
     chosen = [(block, rate) for block, rate in enumerate(plan) if rate != 1]
     if not chosen:
@@ -64,11 +64,12 @@ def load_maps(path: epath.Path, plan: Sequence[Rate], config: FeatureMapConfig) 
 
 
 def read_errors(folder: epath.Path) -> dict[str, Any]:
+    """The content of errors.json. Raises InputError for a file that is missing or damaged."""
     path = folder / "errors.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; run `jsurgery distill` first")
-    found = read_object(path, "the errors of `jsurgery distill`")
-    rates, rows, blocks = found.get("rates"), found.get("errors"), found.get("blocks", [])
+    content = read_object(path, "the errors of `jsurgery distill`")
+    rates, rows, blocks = content.get("rates"), content.get("errors"), content.get("blocks", [])
     if not isinstance(rates, list):
         raise InputError(f"{path}: rates: expected those distilled, found {shortened(rates)}")
     check_rates(f"{path}: rates", rates)
@@ -76,4 +77,4 @@ def read_errors(folder: epath.Path) -> dict[str, Any]:
         raise InputError(f"{path}: errors: expected a row for each block, found {shortened(rows)}")
     if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
         raise InputError(f"{path}: blocks: expected their numbers, found {shortened(blocks)}")
-    return found
+    return content

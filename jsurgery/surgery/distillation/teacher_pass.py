@@ -1,8 +1,8 @@
-"""One forward of the teacher in which every head of every block teaches its feature maps, at all rates at once.
+"""One forward of the teacher that distils the feature maps of all heads, blocks and rates at once.
 
-In every block, the softmax over the nested token zones is computed once and merged into the softmax branch of every
-rate (and into the teacher's own output); the feature maps get their gradients on the spot from the queries, keys and
-values that pass by. Nothing but gradients leaves a block.
+In every block, the softmax over each nested zone of keys is computed once and merged into the softmax branch of every
+rate and into the teacher's own output. The gradients of the feature maps are computed right there from the block's
+queries, keys and values, so that nothing but gradients leaves a block.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jsurgery.wan.transformer import WanTransformer
 
 @dataclasses.dataclass(frozen=True)
 class DistillSpec:
-    """What is distilled: static, hence hashable."""
+    """What a distillation trains, and how. Hashable, as it is static to jit."""
 
     rates: tuple[Rate, ...]
     chain: tuple[int, ...]
@@ -70,12 +70,12 @@ def run_heads(
 
     def head(inputs, chosen):
         (q, k, v), maps_R = inputs
-        turn_back = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
+        inverse_rope = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
         branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, spec.rates))(q, k, v)
         records = []
         for index, rate in enumerate(spec.rates):
             one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
-            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, turn_back)
+            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, inverse_rope)
             records.append(compute_or_zeros(chosen, functools.partial(visit, one_head, at)))
         return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
@@ -86,7 +86,7 @@ def run_heads(
         y, records = jax.lax.map(lambda inputs: head(inputs, chosen), inputs)
         return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
 
-    def added_up(q, k, v, layer):
+    def over_devices(q, k, v, layer):
         y, records = attention(q, k, v, layer)
         return y, jax.lax.psum(records, (*LOGICAL["batch"], axis))
 
@@ -95,12 +95,12 @@ def run_heads(
         spread, by_head = sharding(mesh, "batch", "sequence", "heads").spec, sharding(mesh, None, "heads").spec
         layer = sharding(mesh).spec, by_head
         specs = {"in_specs": (spread, spread, spread, layer), "out_specs": (spread, by_head)}
-        visiting = jax.shard_map(added_up, mesh=mesh, check_vma=False, **specs)
+        visiting = jax.shard_map(over_devices, mesh=mesh, check_vma=False, **specs)
     inputs = batch["latents"], batch["timestep"], batch["text"]
     if spec.blocks is None:
         return teacher.apply_blocks(*inputs, visiting, (None, maps), order=order)
     blocks, every = np.array(spec.blocks), np.arange(teacher.config.num_layers)
-    # A block that is not chosen reads the maps of some other, to no effect.
+    # A block that is not chosen gets the maps of another block and ignores them.
     slots = np.searchsorted(blocks, every).clip(max=len(blocks) - 1)
     layers = jnp.asarray(np.isin(every, blocks)), jax.tree.map(lambda leaf: leaf[slots], maps)
     stop_block = None if all_blocks else blocks[-1] + 1
@@ -109,7 +109,7 @@ def run_heads(
 
 
 def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
-    """What `work` returns, or zeros where it is not `chosen` and not done; None: always."""
+    """The result of `work`, or zeros, without the work, where `chosen` is False. None: the work is always done."""
     if chosen is None:
         return work()
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work))
@@ -118,15 +118,15 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
 
 @functools.partial(nnx.jit, static_argnames="spec")
 def measure_heads(teacher, batch, maps, spec: DistillSpec) -> dict[str, jax.Array]:
-    """`statistics`, leaves [blocks, rates, heads]."""
+    """The `head_statistics` of all heads, leaves [blocks, rates, heads]."""
     return run_heads(teacher, batch, maps, spec, head_statistics)[1]
 
 
 def loss_gradients(
     teacher, batch, maps, spec: DistillSpec, all_blocks: bool = False
 ) -> tuple[jax.Array, jax.Array, FeatureMapPair]:
-    """The velocity (see `visit_heads`), losses [blocks, rates] and the gradients of `maps`, each from its own block,
-    rate and head alone."""
+    """The velocity (see `run_heads`), the losses [blocks, rates] and the gradients of `maps`. Each map's gradient comes
+    from its own block, rate and head alone."""
 
     def visit(maps, at: HeadActivations):
         loss, gradients = jax.value_and_grad(LOSSES[spec.loss])(maps, at)
@@ -138,5 +138,5 @@ def loss_gradients(
 
 @functools.partial(nnx.jit, static_argnames="spec")
 def losses_and_gradients(teacher, batch, maps, spec: DistillSpec) -> tuple[jax.Array, FeatureMapPair]:
-    """Those of `learn`."""
+    """The losses and gradients of `loss_gradients`, compiled."""
     return loss_gradients(teacher, batch, maps, spec)[1:]

@@ -1,4 +1,4 @@
-"""An update of distillation: the maps that it begins with, its optimiser, and its step over a batch."""
+"""One update of distillation: the initial maps, the optimiser and the step over a batch."""
 
 import functools
 from typing import Any
@@ -19,7 +19,7 @@ from jsurgery.wan.transformer import WanTransformer
 
 
 def initial_maps(config: ConfigDict, teacher: WanTransformer) -> FeatureMapPair:
-    """Fresh maps for every rate and block of `config.distill.blocks`: the same, whichever these are."""
+    """Fresh maps for every rate and every block of `config.distill.blocks`, the same whichever blocks are chosen."""
     hybrid, model = config.hybrid, teacher.config
     phi = FeatureMapConfig.of(config)
     count, chosen = model.num_layers * len(hybrid.rates), block_numbers(config.distill.blocks)
@@ -34,7 +34,7 @@ def initial_maps(config: ConfigDict, teacher: WanTransformer) -> FeatureMapPair:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW; equal settings give the same object, so that what was compiled with it is found again."""
+    """AdamW. Equal settings give the same object, so that a program compiled for it is used again."""
     return _adamw(config.distill.learning_rate, config.distill.weight_decay)
 
 
@@ -58,7 +58,8 @@ def make_update(optimizer: optax.GradientTransformation, graph: nnx.GraphDef, sp
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: dict[str, Any], losses: jax.Array, gradients: Any
 ) -> tuple[dict[str, Any], jax.Array]:
-    """The state after an update, or as it was if a loss or gradient is not finite; the losses, NaN where either is."""
+    """(state, losses) after an update. The state is unchanged if any loss or gradient is not finite; the losses are NaN
+    where the gradient is not finite."""
     finite = [jnp.isfinite(leaf).all(axis=tuple(range(2, leaf.ndim))) for leaf in jax.tree.leaves(gradients)]
     losses = jnp.where(functools.reduce(jnp.logical_and, finite), losses, jnp.nan)
     updates, opt_state = optimizer.update(gradients, state["opt_state"], state["maps"])

@@ -1,4 +1,7 @@
-"""Trajectories that the teacher samples while feature maps learn from its forwards: several, a step of each in turn."""
+"""Distillation without traces: feature maps learn from the forwards by which the teacher samples.
+
+Several trajectories are sampled at once, one step of each in turn.
+"""
 
 import functools
 import itertools
@@ -35,10 +38,10 @@ from jsurgery.wan.video_size import latent_grid
 
 
 def round_robin(steps: int, slots: int) -> Iterator[tuple[int, int, int]]:
-    """(slot, number of its batch of prompts, step of the sampler), endlessly.
+    """Yields (slot, number of its batch of prompts, step of the sampler), endlessly.
 
-    A round is one step of every slot. Slots begin a share of a trajectory apart, and anew when theirs ends, so that a
-    round sees noise levels from all over the schedule.
+    A round is one step of every slot. The slots start 1/slots of a trajectory apart, so that a round covers noise
+    levels from the whole schedule. A slot whose trajectory ends starts the next one.
     """
     numbers, batch = itertools.count(), {}
     for number in itertools.count():
@@ -51,10 +54,10 @@ def round_robin(steps: int, slots: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Trajectories:
-    """Batches of training prompts on their way from noise to latents, by the solver of `trace`.
+    """Batches of training prompts that the solver of `trace` samples.
 
-    Batch n holds the next `distill.batch` of the first `prompts` prompts; when these are through they come again, with
-    other noise. The first time, prompt i has the noise that `trace` gives it.
+    Batch n holds the next `distill.batch` of the first `prompts` prompts. After the last prompt the first one follows
+    again, with other noise. In the first round prompt i has the noise that `trace` gives it.
     """
 
     def __init__(self, config: ConfigDict, texts: epath.Path, prompts: int, shape: tuple[int, ...], mesh: Mesh):
@@ -73,13 +76,13 @@ class Trajectories:
         return global_batch(self.mesh, self.rows, self.batch, embeddings)
 
     def begin(self, number: int) -> State:
-        """A batch's noise, whole on every device: so the state of a trajectory is kept between its steps."""
+        """The noise of a batch, replicated on every device, as the state of a trajectory is between its steps."""
         times, prompts = np.divmod(number * self.batch + np.arange(self.batch), self.prompts)
         noise = initial_noise(self.config.seed, (prompts + times * self.config.trace.prompts).tolist(), self.shape)
         return put_state(self.mesh, jax.tree.map(np.asarray, initial_state(noise)))
 
     def step(self, number: int, position: int) -> tuple[Schedule, jax.Array | None]:
-        """A row of the schedule, and the key of its fresh noise if it takes any."""
+        """A row of the schedule, and the random key of its noise if the solver adds any."""
         keys = step_keys(self.schedule, jax.random.fold_in(jax.random.key(self.config.seed), number * self.batch))
         row = jax.tree.map(np.float32, self.schedule.row(position))
         return row, None if keys is None else keys[position]
@@ -105,8 +108,11 @@ def make_sampling_update(
     guidance: float,
     where: NamedSharding,
 ) -> Any:
-    """The same step inside a step of the sampler: (state, teacher's parameters, trajectory, text, negative text, row of
-    the schedule, key) -> (state, trajectory, losses). The trajectory's state is kept `where`."""
+    """An update of the maps inside a step of the sampler, overwriting state and trajectory.
+
+    (state, parameters of the teacher, trajectory, text, negative text, row of the schedule, key) -> (state, trajectory,
+    losses). The trajectory has the sharding `where`.
+    """
 
     @functools.partial(jax.jit, donate_argnums=(0, 2))
     def update(state, teacher_params, trajectory, text, negative_text, row, key):
@@ -128,7 +134,7 @@ def make_sampling_update(
 
 
 class WhileSampling:
-    """Learning inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
+    """Trains inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
 
     def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, spec: DistillSpec):
         settings, sampler, video = config.distill, config.sampler, config.video
@@ -144,7 +150,7 @@ class WhileSampling:
         return self.trajectories.calibration_batches(self.teacher, CALIBRATION_BATCHES)
 
     def initial_trajectories(self) -> dict[str, Any]:
-        """The trajectories, as far as they have come."""
+        """Further state of a run, beside maps and optimiser state: the trajectories."""
         return {"trajectories": [self.trajectories.begin(slot) for slot in range(self.slots)]}
 
     def __call__(self, state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array]:
@@ -156,6 +162,6 @@ class WhileSampling:
         return map_state | {"trajectories": trajectories}, losses
 
     def describe_batch(self, step: int) -> str:
-        """What a step learns from."""
+        """The batch and sampler step of a step, for a message."""
         _, number, position = self.turns[step]
         return f"batch {number} of prompts at step {position} of the sampler"

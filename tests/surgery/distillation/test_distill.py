@@ -227,14 +227,14 @@ def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, n
             if start:
                 c = s[:, :start].max(-1) if name == "max" else log_sum_exp(s[:, :start])
                 wanted = np.exp(s[:, start:] - c[:, None]).sum(-1).mean()
-                assert found["wanted_mass"][block, index, head] == pytest.approx(wanted, rel=1e-4)
+                assert found["teacher_mass"][block, index, head] == pytest.approx(wanted, rel=1e-4)
 
     calibrated = calibrate(teacher, batches, maps, spec)
     masses = [measure_heads(teacher, batch, calibrated, spec) for batch in batches]
-    mass, wanted = (sum(stats[key] for stats in masses) for key in ("mass", "wanted_mass"))
+    mass, wanted = (sum(stats[key] for stats in masses) for key in ("mass", "teacher_mass"))
     np.testing.assert_allclose(mass, wanted, rtol=1e-4)
     with pytest.raises(AssertionError):  # it had something to do
-        np.testing.assert_allclose(found["mass"], found["wanted_mass"], rtol=0.1)
+        np.testing.assert_allclose(found["mass"], found["teacher_mass"], rtol=0.1)
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -243,7 +243,7 @@ def test_calibration_stays_finite_where_a_linear_key_scores_far_above_the_stabil
     sharp = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     sharp.blocks.attn1.norm_k[...] *= 300
     found = measure_heads(sharp, batches[0], maps, SETUPS[name])
-    assert np.isinf(found["wanted_mass"]).any()
+    assert np.isinf(found["teacher_mass"]).any()
     _, key_maps = calibrate(sharp, batches, maps, SETUPS[name])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(key_maps))
 
