@@ -37,6 +37,7 @@ from jsurgery import config
 from jsurgery.config import base, check_video, flatten
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
+from jsurgery.rates import check_rates
 
 PATIENCE = 30
 SECRET = "outside.safetensors"  # lies beside the folder that is read, where nothing may lead
@@ -555,7 +556,7 @@ def check_shape(shape: tuple[Any, ...]) -> str:
     try:
         check_video(frames, height, width)
         check_size(WanConfig(), frames, height, width)
-        rates.check_rates("rates", rates)
+        check_rates("rates", rates)
         t, h, w = WanConfig().token_grid(latent_grid(frames, height, width))
         if t * h * w > 100_000:
             return "large"

@@ -102,7 +102,7 @@ def begun(**overrides: str) -> Callable[[pathlib.Path], object]:
     def prepare(folder: pathlib.Path) -> None:
         fields = SMALL | {"model.path": "model"} | {name.replace("__", "."): text for name, text in overrides.items()}
         with contextlib.chdir(folder):
-            Run(load_config("tiny", fields), "run").trace.begin()
+            Run(load_config("tiny", fields), "run").stages["trace"].begin()
 
     return prepare
 
