@@ -49,7 +49,9 @@ LONGEST = (
     "export/test_export.py",
     "test_notebooks.py",
     "runtime/test_processes.py",
-    "pallas_kernels/test_hybrid_attention.py",
+    "pallas_kernels/test_xla.py",
+    "pallas_kernels/test_tpu.py",
+    "pallas_kernels/test_gpu.py",
     "ablate/test_evidence.py",
     "wan/test_sharded_model.py",
     "pallas_kernels/test_tpu_compiler.py",
@@ -64,7 +66,6 @@ LONGEST = (
     "wan/test_vae.py",
     "test_run.py",
     "faults/test_soak.py",
-    "pallas_kernels/test_tpu.py",
     "pallas_kernels/test_estimate.py",
 )
 FOLDER = pathlib.Path(__file__).parent

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,54 +13,77 @@ import pytest
 from pallas_kernels import gpu
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_elu_map, init_polynomial_map
-from tests import equation_5
+from tests.pallas_kernels.kernel_tests import BlockTests, GridTests, RefusalTests, assert_is_equation_5, grid, problem
 
 BLOCKS = gpu.BlockSizes(query=16, key=16, backward=16)
 
 
-def problem(num_tokens, width=16, batch=2, heads=2, **phi):
-    rng = np.random.default_rng(0)
-    q, k, v = rng.normal(size=(3, batch, num_tokens, heads, width)).astype(np.float32)
-    kind = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, width, **phi))
-    draw = lambda x: np.float32(rng.normal(size=x.shape) * (0.1 if x.ndim < 3 else 1 / np.sqrt(x.shape[1])))
-    return q, k, v, *(jax.tree.map(draw, kind) for _ in range(2))
+def changed(**changes):
+    """The arguments of two heads of 16, except for `changes`."""
+    names = ("q", "k", "v", "query_map", "key_map")
+    arguments = dict(zip(names, problem(9, width=changes.pop("width", 16), heads=2), strict=True))
+    return tuple((arguments | changes).values())
 
 
-def assert_is_equation_5(arguments, **options):
-    attend = functools.partial(gpu.hybrid_attention, block_sizes=BLOCKS, interpret=True, **options)
-
-    @jax.jit
-    def value_and_gradients(arguments):
-        y, pullback = jax.vjp(lambda arguments: attend(*arguments), arguments)
-        return y, pullback(jnp.cos(arguments[0]))[0]
-
-    actual, expected = (
-        value_and_gradients(arguments),
-        equation_5.values_and_gradients(arguments, np.cos(arguments[0]), **options),
-    )
-    for (path, e), a in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(actual), strict=True):
-        np.testing.assert_allclose(a, e, rtol=2e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+def in_small_blocks(*arguments, **options):
+    return gpu.hybrid_attention(*arguments, block_sizes=BLOCKS, interpret=True, **options)
 
 
-@pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (19, "max"), (19, "lse"), (37, "max")])
-def test_padding_keys_are_ignored(num_softmax, stabilizer, monkeypatch):
-    """Among them all of the first block, so that a maximum begins with nothing; and several chunks of the state."""
-    monkeypatch.setattr(gpu, "STATE_CHUNK", 16)
-    valid = np.random.default_rng(1).random((2, 37)) < 0.7
-    valid[0, :16] = False
-    valid[:, 17] = True
-    assert_is_equation_5(problem(37), num_softmax=num_softmax, stabilizer=stabilizer, key_valid=valid)
+class TestGpu(GridTests):
+    implementation, module = "gpu", gpu
+    cases: ClassVar = {"test_values_and_every_gradient": grid(1)}
 
 
-@pytest.mark.parametrize("phi", [{"degree": 3, "layers": 1}, {"degree": 2, "layers": 3, "activation": "softplus"}])
-def test_other_polynomials(phi):
-    assert_is_equation_5(problem(21, batch=1, **phi), num_softmax=5)
+class TestRefusals(RefusalTests):
+    implementation = "gpu"
+    cases: ClassVar = {
+        "test_what_the_kernels_do_not_take_is_named": (
+            ("arguments", "message"),
+            [
+                (functools.partial(changed, width=8), "'gpu'.*128 channels, found 8"),
+                (lambda: changed(query_map=init_elu_map(2)), "query_map is a EluMap"),
+                (lambda: changed(v=changed()[2].astype(np.float16)), "float32, float32, float16"),
+            ],
+        ),
+    }
+
+
+class TestSmallBlocks(BlockTests):
+    """Several chunks of the state too."""
+
+    in_small_blocks = staticmethod(in_small_blocks)
+    sizes: ClassVar = {"width": 16, "heads": 2, "batch": 2}
+    cases: ClassVar = {
+        "test_several_blocks": (
+            ("num_tokens", "num_softmax", "stabilizer", "changes"),
+            [
+                (37, 0, "max", {"masked": True}),
+                (37, 19, "max", {"masked": True}),
+                (37, 19, "lse", {"masked": True}),
+                (37, 37, "max", {"masked": True}),
+                (21, 5, "max", {"batch": 1, "degree": 3, "layers": 1}),
+                (21, 5, "max", {"batch": 1, "degree": 2, "layers": 3, "activation": "softplus"}),
+            ],
+        ),
+    }
+
+    @pytest.fixture(autouse=True)
+    def several_chunks_of_the_state(self, monkeypatch):
+        monkeypatch.setattr(gpu, "STATE_CHUNK", 16)
+
+    def some_valid(self, num_tokens, batch):
+        """None of the first block, so that a maximum begins with nothing."""
+        valid = np.random.default_rng(1).random((batch, num_tokens)) < 0.7
+        valid[0, :16] = False
+        valid[:, 17] = True
+        return valid
 
 
 def test_a_large_map_leaves_its_state_to_xla(monkeypatch):
     monkeypatch.setattr(gpu, "STATE_WEIGHTS", 1)
     monkeypatch.setattr(gpu, "_state_kernel", None)
-    assert_is_equation_5(problem(21), num_softmax=5, key_valid=np.arange(42).reshape(2, 21) % 5 != 3)
+    arguments, valid = problem(21, width=16, heads=2), np.arange(42).reshape(2, 21) % 5 != 3
+    assert_is_equation_5(in_small_blocks, arguments, num_softmax=5, key_valid=valid)
 
 
 def lowered(num_tokens, heads, width, num_softmax, gradients=True, implementation="gpu", **options):
@@ -105,15 +129,3 @@ def test_neither_scores_nor_features_are_arrays():
 
     assert offenders(lowered(num_tokens, heads, width, num_softmax)) == []
     assert offenders(lowered(num_tokens, heads, width, num_softmax, implementation="reference"))
-
-
-def test_what_the_kernels_do_not_take_is_named():
-    q, k, v, *maps = problem(9)
-    narrow = problem(9, width=8)
-    for arguments, message in [
-        (narrow, "'gpu'.*128 channels, found 8"),
-        ((q, k, v, init_elu_map(2), maps[1]), "query_map is a EluMap"),
-        ((q, k, v.astype(np.float16), *maps), "float32, float32, float16"),
-    ]:
-        with pytest.raises(NotImplementedError, match=message):
-            hybrid_attention(*arguments, num_softmax=3, implementation="gpu")

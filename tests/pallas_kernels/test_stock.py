@@ -1,0 +1,10 @@
+"""Hybrids around JAX's own attention, which knows no stabilizer but "lse"."""
+
+from typing import ClassVar
+
+from tests.pallas_kernels.kernel_tests import GridTests, grid
+
+
+class TestStock(GridTests):
+    implementation = "stock"
+    cases: ClassVar = {"test_values_and_every_gradient": grid(3, only="lse")}
