@@ -3,11 +3,9 @@
 from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state
 from pallas_kernels.feature_map import (
     ACTIVATIONS,
-    EluMap,
     FeatureMap,
     HedgehogMap,
     PolynomialMap,
-    init_elu_map,
     init_hedgehog_map,
     init_polynomial_map,
 )
@@ -19,7 +17,6 @@ __all__ = [
     "ACTIVATIONS",
     "EPSILON",
     "EXCHANGES",
-    "EluMap",
     "FeatureMap",
     "HedgehogMap",
     "PolynomialMap",
@@ -27,7 +24,6 @@ __all__ = [
     "attend_with_state",
     "attention_by_query_blocks",
     "hybrid_attention",
-    "init_elu_map",
     "init_hedgehog_map",
     "init_polynomial_map",
     "linear_state",

@@ -120,24 +120,3 @@ class HedgehogMap:
 def init_hedgehog_map(heads: int, width: int) -> HedgehogMap:
     """A HedgehogMap that starts, as in the paper, from the identity."""
     return HedgehogMap(jnp.tile(jnp.eye(width), (heads, 1, 1)), jnp.zeros((heads,), jnp.float32))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class EluMap:
-    """phi(x) = exp(log_scale) (1 + elu(x)): the linear transformer (arXiv 2006.16236), D features.
-
-    Attributes:
-        log_scale: [H].
-    """
-
-    log_scale: jax.Array
-
-    def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
-        """Features [B, N, H, D] of heads [B, N, H, D]."""
-        return ACTIVATIONS["elu1"](x_BxNxHxD) * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
-
-
-def init_elu_map(heads: int) -> EluMap:
-    """An EluMap for `heads` heads."""
-    return EluMap(jnp.zeros((heads,), jnp.float32))

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import api, gpu, stock, tpu, xla
 from pallas_kernels.api import hybrid_attention
-from pallas_kernels.feature_map import init_elu_map, init_polynomial_map
+from pallas_kernels.feature_map import init_polynomial_map
 from tests.pallas_kernels.kernel_tests import problem
 
 
@@ -43,7 +43,7 @@ def test_platforms_choose(monkeypatch, platform, whole, dtype, stabilizer, expec
 
 def test_bad_arguments_are_refused_with_their_numbers():
     q, k, v, query_map, key_map = problem(9)
-    four_heads = init_elu_map(4)
+    four_heads = init_polynomial_map(jax.random.key(0), 4, 5)
     for arguments, options, message in [
         ((q, k, v, query_map, key_map), {"num_softmax": 10}, r"0\.\.9.*found 10"),
         ((q, k, v, None, None), {"num_softmax": 3}, "6 of 9 keys"),

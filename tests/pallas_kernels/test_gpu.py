@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import gpu
 from pallas_kernels.api import hybrid_attention
-from pallas_kernels.feature_map import init_elu_map, init_polynomial_map
+from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from tests.pallas_kernels.kernel_tests import BlockTests, GridTests, RefusalTests, assert_is_equation_5, grid, problem
 
 BLOCKS = gpu.BlockSizes(query=16, key=16, backward=16)
@@ -41,7 +41,7 @@ class TestRefusals(RefusalTests):
             ("arguments", "message"),
             [
                 (functools.partial(changed, width=8), "'gpu'.*128 channels, found 8"),
-                (lambda: changed(query_map=init_elu_map(2)), "query_map is a EluMap"),
+                (lambda: changed(query_map=init_hedgehog_map(2, 128)), "query_map is a HedgehogMap"),
                 (lambda: changed(v=changed()[2].astype(np.float16)), "float32, float32, float16"),
             ],
         ),

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu, tpu_backward, tpu_forward, tuning
-from pallas_kernels.feature_map import init_elu_map, init_polynomial_map
+from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from pallas_kernels.tpu_forward import BlockSizes
 from tests import equation_5
 from tests.pallas_kernels.kernel_tests import (
@@ -66,7 +66,7 @@ class TestRefusals(RefusalTests):
         "test_what_the_kernels_do_not_take_is_named": (
             ("arguments", "message"),
             [
-                (lambda: changed(query_map=init_elu_map(2), key_map=init_elu_map(2)), "query_map is a EluMap"),
+                (lambda: changed(query_map=init_hedgehog_map(2, 128)), "query_map is a HedgehogMap"),
                 (halves, "found float16, float16, float16"),
                 (lambda: changed(v=changed()[2].astype(jnp.bfloat16)), "found float32, float32, bfloat16"),
                 (functools.partial(changed, width=12), "heads of 12 channels"),
