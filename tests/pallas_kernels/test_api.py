@@ -50,7 +50,7 @@ def test_bad_arguments_are_refused_with_their_numbers():
         ((q[0], k, v, None, None), {"num_softmax": 9}, r"\(9, 3, 5\)"),
         ((q, k[:, :, :2], v, None, None), {"num_softmax": 9}, r"\(2, 9, 2, 5\)"),
         ((q, k, v[:, :8], None, None), {"num_softmax": 9}, r"\(2, 8, 3, 5\)"),
-        ((q, k, v, query_map, four_heads), {"num_softmax": 3}, r"key_map.*3 heads.*\(4,\)"),
+        ((q, k, v, query_map, four_heads), {"num_softmax": 3}, r"key_map.*3 heads.*\(4, 5, 10\)"),
         ((q, k, v, None, None), {"num_softmax": 9, "key_valid": np.ones((2, 8), bool)}, r"\(2, 8\)"),
         ((q, k, v, None, None), {"num_softmax": 9, "stabilizer": "mean"}, "mean"),
         ((q, k, v, None, None), {"num_softmax": 9, "implementation": "npu"}, "stock, found 'npu'"),
