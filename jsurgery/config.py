@@ -23,14 +23,14 @@ def base() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
     c.model.dtype = "float32"  # of matmuls; parameters stay float32
-    c.model.remat = "none"  # what the backward pass recomputes: "blocks" whole, or all of them but their "matmuls"
+    c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
 
     c.mesh = ConfigDict()  # devices along each axis; their product is the number of devices used
     c.mesh.data = 1
     c.mesh.fsdp = 1
     c.mesh.context = 1
     c.mesh.tensor = 1
-    c.mesh.exchange = "gather"  # how attention meets other shards' keys: or "all_to_all", which divides heads
+    c.mesh.exchange = "gather"  # how attention reaches the keys of other shards; "all_to_all" divides the heads instead
 
     c.video = ConfigDict()
     c.video.frames = 81
@@ -64,8 +64,8 @@ def base() -> ConfigDict:
     c.trace.batch = 1
 
     c.distill = ConfigDict()
-    c.distill.mode = "traces"  # "sampling": no traces; maps learn in the forwards by which the teacher samples
-    c.distill.trajectories = 4  # of "sampling": batches of prompts under way at once, a step of each in turn
+    c.distill.mode = "traces"  # "sampling": no traces; maps learn from the forwards while the teacher samples
+    c.distill.trajectories = 4  # for "sampling": batches of prompts sampled at once, one step of each in turn
     c.distill.loss = "value"  # "attention" is eq. 6
     c.distill.steps = 10_000  # updates in all
     c.distill.updates_per_batch = 1  # U of Algorithm 1
@@ -73,14 +73,14 @@ def base() -> ConfigDict:
     c.distill.learning_rate = 1e-3
     c.distill.weight_decay = 0.0
     c.distill.calibrate = True
-    c.distill.velocity_steps = 8  # held-out steps on which each block is converted alone, for the velocity's error
-    c.distill.blocks = ""  # of one of several independent jobs, which `plan` merges: "0-9", "0,3,5"; "": all
+    c.distill.velocity_steps = 8  # held-out steps for the error of the velocity, with each block converted alone
+    c.distill.blocks = ""  # the blocks of this job ("0-9", "0,3,5"), one of several that `plan` merges; "": all
 
     c.plan = ConfigDict()
     c.plan.rates = (1, 2, 4, 8)  # what the planner may choose; 1 keeps softmax
     c.plan.budget = FieldReference("15R2", object)  # or a share of the teacher's attention FLOPs (0.6), or FLOPs (> 1)
     c.plan.costs = ""  # a JSON of measured costs instead of FLOPs (`read_costs`); a budget > 1 is in its unit
-    c.plan.errors = "velocity"  # what is added up: its squared error; or the paper's, of each block's own "attention"
+    c.plan.errors = "velocity"  # adds up squared errors of the velocity; "attention": the paper's errors of each block
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
@@ -91,18 +91,18 @@ def base() -> ConfigDict:
     c.finetune.schedule = "constant"  # "cosine": down to zero at the last step
     c.finetune.warmup = 0
     c.finetune.clip_norm = 1.0
-    c.finetune.accumulate = 1  # pieces of a batch, one after the other in the memory of one
-    c.finetune.ema = 0.0  # decay of an average of the weights, which then is the result; 0: the last weights are
+    c.finetune.accumulate = 1  # computes a batch in this many pieces, one after another, to save memory
+    c.finetune.ema = 0.0  # decay of averaged weights, which become the result; 0: the last weights are the result
     c.finetune.teacher_weight = 0.0  # 0: flow matching on data; 1: the teacher's velocity; between: a mix
     c.finetune.condition_dropout = 0.1
-    c.finetune.subject = "hybrid"  # "teacher": the control, the unchanged teacher trained alike
+    c.finetune.subject = "hybrid"  # "teacher": a control: the unchanged teacher is trained in the same way
     c.finetune.distilled = True  # False: feature maps as initialised (the paper's "no distillation")
 
     c.data = ConfigDict()
     c.data.path = ""  # a folder of encoded latents; "sprites": encoded on the spot from the procedural set
     c.data.clips = 0  # for "sprites"
     c.data.two_sprites = 0.25  # share of clips with two sprites
-    c.data.buckets = "one"  # `encode`: only `video`; "several": also shorter, upright and square clips
+    c.data.buckets = "one"  # `encode`: clips of the size of `video`; "several": also shorter, upright and square clips
     c.data.posterior = "mean"  # "sample": drawn once, when encoded
     c.data.max_crop = 0.4  # share of a frame that may be cut off; a clip that would lose more is skipped
     c.data.max_upscale = 1.5  # a clip that would be enlarged more is skipped
@@ -120,9 +120,9 @@ def base() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200
     c.checkpoint.keep = 2  # the newest
-    c.checkpoint.keep_every = 0  # and those of every so many steps; 0: no others
-    c.checkpoint.on_damage = "stop"  # when the newest is not as it was written; "older": goes on from one that is
-    c.max_skipped = 0  # batches whose loss or gradient is not finite that training passes over before it stops
+    c.checkpoint.keep_every = 0  # also keeps every N-th step; 0: none
+    c.checkpoint.on_damage = "stop"  # if the newest checkpoint is damaged; "older": goes on from the newest intact one
+    c.max_skipped = 0  # batches with a non-finite loss or gradient that training skips before it stops
     c.log_every = 10
     c.compile_cache = True  # compiled programs are kept in the user's cache folder: a second run compiles nothing
     c.profile = 0  # steps of `distill` and `finetune`, after the first, that jax.profiler traces into profile/

@@ -1,4 +1,4 @@
-"""From `--config=NAME` and its overrides to a checked config."""
+"""Loads a config file by path or name, applies overrides and checks the result."""
 
 import ast
 import difflib
@@ -15,8 +15,8 @@ from jsurgery.errors import InputError
 def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen.
 
-    `wan_1_3b@v6e:4x4` also takes the fields that the file's `TOPOLOGIES` has for these chips: the mesh, and batches
-    that it divides.
+    `wan_1_3b@v6e:4x4` also sets the fields in the file's `TOPOLOGIES` for these chips: the mesh, and batches that fit
+    it. Raises InputError naming the file or field.
     """
     name, topology = split_topology(name)
     path = config_path(name)
@@ -67,7 +67,7 @@ def config_path(name: str) -> pathlib.Path:
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
-    """Sets `field` from its text; the type must be the default's."""
+    """Sets `field` from `text`. Raises InputError for an unknown field or a value of another type than the default."""
     node = config
     *parents, leaf = field.split(".")
     known = [name for name, _ in flatten(config)]
