@@ -109,19 +109,19 @@ class Run:
 
     def run_command(self, command: str) -> None:
         """Runs the stages of one command. Raises InputError, with nothing written, if an earlier stage is missing."""
-        names = [stage.name for stage in STAGES if stage.command == command]
-        reads = {name for stage in STAGES if stage.command == command for name in stage.reads}
+        stages = [stage for stage in STAGES if stage.command == command]
+        names, reads = [stage.name for stage in stages], {name for stage in stages for name in stage.reads}
         if "distill" in reads:
             processes.on_first(self.merge_jobs)
-        for stage in (self.stages[name] for name in BY_NAME if name in reads and name not in names):
-            if not processes.on_first(stage.done):
+        for earlier in (self.stages[name] for name in BY_NAME if name in reads and name not in names):
+            if not processes.on_first(earlier.done):
                 raise InputError(
-                    f"{stage.folder}: not there or not complete; run that stage first, or `jsurgery surgery`"
+                    f"{earlier.folder}: not there or not complete; run that stage first, or `jsurgery surgery`"
                 )
         job = self.job if command == "distill" else None
-        for name in names:
-            folder = job or self.stages[name]
-            if BY_NAME[name].all_processes and not processes.on_first(folder.done):
+        for stage in stages:
+            folder = job or self.stages[stage.name]
+            if stage.all_processes and not processes.on_first(folder.done):
                 make_mesh(
                     self.config.mesh
                 )  # refuses a mesh that these devices do not make up, before anything is written

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import changed
+
 # From the bottom. The entries of one row do not import each other; the modules of one folder may.
 LAYERS = (
     ("jsurgery.errors", "jsurgery.version", "pallas_kernels"),
@@ -33,15 +34,8 @@ LAYERS = (
 
 
 def find_modules() -> dict[str, pathlib.Path]:
-    """Every module by name. The folders export/ and configs/ are jsurgery.export and jsurgery.configs."""
-    modules = {}
-    for top in ("jsurgery", "pallas_kernels", "export", "configs"):
-        for path in (ROOT / top).rglob("*.py"):
-            parts = list(path.relative_to(ROOT).with_suffix("").parts)
-            parts = ["jsurgery", *parts] if top in ("export", "configs") else parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            modules.setdefault(name, path)
-    return modules
+    """The file of every module of the package by name, tests apart."""
+    return {name: path for name, path in changed.modules().items() if not name.startswith("tests.")}
 
 
 def imported(name: str, source: str, modules: dict[str, pathlib.Path]) -> Iterator[str]:
