@@ -1,5 +1,8 @@
-"""The command line. Exit codes: 0 done, 1 a fault of ours, 2 bad input, 3 does not fit, 4 parity breached, 130 and 143
-stopped by SIGINT and SIGTERM."""
+"""The command line.
+
+Exit codes: 0 success, 1 a bug, 2 bad input or diverged training, 3 does not fit in memory, 4 a measured difference
+exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
 
 import argparse
 import contextlib
@@ -23,31 +26,33 @@ from jsurgery.errors import (
 )
 
 FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export)
-CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
-ARENA_MAX = -8  # of mallopt
+EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
+ARENA_MAX = -8  # the parameter M_ARENA_MAX of mallopt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; an error of the user's is one line on stderr."""
+    """Runs a command and returns its exit code. A user's mistake becomes one line on stderr."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
-    warnings.filterwarnings("ignore", "Protobuf gencode version")  # grain's, about the protobuf that the export needs
-    share_memory()
+    warnings.filterwarnings(
+        "ignore", "Protobuf gencode version"
+    )  # from grain: the export needs another version of protobuf
+    limit_memory_pools()
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)
-    except tuple(CODES) as error:
-        return complain(error, CODES[type(error)])
+    except tuple(EXIT_CODES) as error:
+        return complain(error, EXIT_CODES[type(error)])
     except KeyboardInterrupt:
-        return complain("interrupted", CODES[Interrupted])
+        return complain("interrupted", EXIT_CODES[Interrupted])
     except Exception as error:
         if (reason := file_system_reason(error)) is None:
             raise
-        return complain(reason, CODES[InputError])
+        return complain(reason, EXIT_CODES[InputError])
     return 0
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Options of a command, and the `--config.a.b=value` overrides among the arguments."""
+    """Splits the arguments into the options of a command and the overrides `--config.a.b=value`."""
     overrides, rest = {}, []
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -65,17 +70,20 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
 
 
 def complain(message: object, code: int) -> int:
-    """One line on stderr; control characters, which a terminal would obey, are spelt out. Returns the exit code."""
+    """Prints a message as one line on stderr, with control characters escaped. Returns the exit code `code`."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
     print(f"jsurgery: {line}", file=sys.stderr)
     return code
 
 
-def share_memory() -> None:
-    """Limits glibc to two memory pools. It would have one for every thread: each save of a checkpoint starts new
-    threads, and what they freed would stay in their pools."""
+def limit_memory_pools() -> None:
+    """Limits glibc to two memory pools.
+
+    By default it makes a pool for each thread. Every save of a checkpoint starts new threads, and the memory that they
+    freed would stay in their pools.
+    """
     if "MALLOC_ARENA_MAX" not in os.environ:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # another system's library
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
             ctypes.CDLL(None).mallopt(ARENA_MAX, 2)
 
 

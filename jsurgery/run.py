@@ -1,4 +1,4 @@
-"""One run of the surgery in one workdir: its stages in order, each skipped when its files are there already."""
+"""A run of the surgery in a workdir. It skips the stages that are already complete there."""
 
 import functools
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ VALIDATION_SEED = 3  # scene sets: 0 trains the teacher; seed + VALIDATION_SEED 
 
 
 def start_run(config: ConfigDict, workdir: str) -> "Run":
-    """The run that all processes work on. Raises InputError in all of them if they were started differently."""
+    """Makes the run that all processes work on. Raises InputError in all of them if their configs or models differ."""
     run = processes.on_all(lambda: Run(config, workdir))
     first, *others = processes.gather_messages({"workdir": workdir, "model": run.identity, **dict(flatten(config))})
     for number, other in enumerate(others, 1):
@@ -53,11 +53,11 @@ def start_run(config: ConfigDict, workdir: str) -> "Run":
 
 
 class Run:
-    """The stages of a config in a workdir. Everything that can be checked without work is checked on construction.
+    """The stages of a config in a workdir. The constructor makes all checks that need no long work.
 
     Attributes:
       stages: the StageFolder of every stage, by name.
-      job: that of the distillation's blocks, where the config names some; else None.
+      job: the StageFolder of the independent job that distils `config.distill.blocks`; None if that names no blocks.
       coming: the commands that `run_commands` has not finished yet.
     """
 
@@ -75,7 +75,7 @@ class Run:
             stage.done()  # refuses a workdir of another config before anything is written
 
     def _check_config(self) -> None:
-        """Raises InputError for what the model, the devices or the data do not allow."""
+        """Raises InputError for a config that the model, the devices or the data do not allow."""
         config = self.config
         check_size(self.model_config, config.video.frames, config.video.height, config.video.width)
         load_prompts(config, config.trace.prompts + config.evaluate.prompts)
@@ -92,7 +92,7 @@ class Run:
             check_latents(epath.Path(config.data.path), pipeline_folder(self.teacher_path) / "vae")
 
     def _chosen_blocks(self) -> tuple[int, ...] | None:
-        """The blocks of `config.distill.blocks`; None: all."""
+        """The block numbers in `config.distill.blocks`; None: all blocks."""
         blocks = block_numbers(self.config.distill.blocks)
         if blocks is not None and blocks[-1] >= self.model_config.num_layers:
             model = f"the model has blocks 0 to {self.model_config.num_layers - 1}"
@@ -100,7 +100,7 @@ class Run:
         return blocks
 
     def run_commands(self, commands: Sequence[str]) -> None:
-        """Runs commands in order. After each, `report.html` shows what is there and what is still to come."""
+        """Runs commands in order. After each, `report.html` shows the results so far and the remaining commands."""
         for number, command in enumerate(commands):
             self.coming = commands[number:]
             self.run_command(command)
@@ -110,27 +110,26 @@ class Run:
     def run_command(self, command: str) -> None:
         """Runs the stages of one command. Raises InputError, with nothing written, if an earlier stage is missing."""
         stages = [stage for stage in STAGES if stage.command == command]
-        names, reads = [stage.name for stage in stages], {name for stage in stages for name in stage.reads}
+        names = [stage.name for stage in stages]
+        reads = {name for stage in stages for name in stage.reads}
         if "distill" in reads:
             processes.on_first(self.merge_jobs)
         for earlier in (self.stages[name] for name in BY_NAME if name in reads and name not in names):
             if not processes.on_first(earlier.done):
                 raise InputError(
-                    f"{earlier.folder}: not there or not complete; run that stage first, or `jsurgery surgery`"
+                    f"{earlier.folder}: missing or incomplete; run that stage first, or `jsurgery surgery`"
                 )
         job = self.job if command == "distill" else None
         for stage in stages:
             folder = job or self.stages[stage.name]
             if stage.all_processes and not processes.on_first(folder.done):
-                make_mesh(
-                    self.config.mesh
-                )  # refuses a mesh that these devices do not make up, before anything is written
+                make_mesh(self.config.mesh)  # raises if the devices do not suit it, before anything is written
         processes.on_first(lambda: self.write_config(job))
         for name in names:
             self.run_stage(name)
 
     def run_stage(self, name: str) -> None:
-        """Does the work of one stage, unless it is done."""
+        """Does the work of one stage, unless it is complete."""
         if name == "distill" and self.job is None and processes.on_first(self.merge_jobs):
             return  # independent jobs have distilled all blocks
         folder = self.job if name == "distill" and self.job else self.stages[name]
@@ -148,15 +147,17 @@ class Run:
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
-        """The teacher, loaded when a stage first needs it: on the mesh, or with several processes on this one's own
-        device."""
+        """The teacher, loaded when a stage first needs it.
+
+        It is on the mesh, or, with several processes, on the first device of this process.
+        """
         return self.load_pipeline(None if processes.several() else self.mesh)
 
     def shared_pipeline(self) -> Pipeline:
-        """The teacher for a stage that all processes work at: each process loads its part of the weights."""
+        """The teacher for a stage that all processes work on: each process loads its part of the weights."""
         if not processes.several():
             return self.pipeline
-        for name in ("pipeline", "teacher"):  # process 0 may hold the whole teacher, from a stage of its own
+        for name in ("pipeline", "teacher"):  # frees the whole teacher, which a stage of process 0 may have loaded
             vars(self).pop(name, None)
         return self.load_pipeline(self.mesh)
 
@@ -166,13 +167,15 @@ class Run:
 
     @property
     def mesh(self) -> Mesh | None:
-        """None: a single device."""
+        """The mesh of the config; None for a single device."""
         mesh = make_mesh(self.config.mesh)
         return mesh if mesh.size > 1 else None
 
     def put_on_mesh(self, model: WanTransformer) -> WanTransformer:
-        """Puts a model on the mesh of a process that samples from it alone. A single device is a mesh, too: what is
-        compiled for parameters on a mesh does not serve for others."""
+        """Puts a model on the mesh of a run with a single process, and returns it.
+
+        A single device is a mesh, too: programs compiled for parameters on a mesh cannot be reused for others.
+        """
         if not processes.several():
             model.shard(make_mesh(self.config.mesh), self.config.mesh.exchange)
         return model
@@ -183,13 +186,14 @@ class Run:
 
     @property
     def base(self) -> str:
-        """The model folder that a saved transformer names for its VAE and text encoder."""
+        """The model from which a saved transformer takes its VAE and text encoder."""
         return self.config.model.path
 
     def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
-        """Writes the first frame that this run samples, so that there is soon something to look at.
+        """Writes the first frame that the teacher samples, so that the report shows an image early.
 
-        Not with several processes, since each holds a part of the frame, and not in an ablation, which nobody watches.
+        Does nothing with several processes, since each holds a part of the frame, and in an ablation, which makes no
+        report.
         """
         if processes.several() or not self.coming:
             return
@@ -198,7 +202,7 @@ class Run:
         self.show_progress()
 
     def show_progress(self) -> None:
-        """Writes the page of a run that goes on, unless the next stage does it: `report` itself."""
+        """Writes the report of an unfinished run, unless the next command is `report` itself."""
         if len(self.coming) > 1 and processes.is_first() and not self.stages["report"].done():
             write_report(self.config, self.workdir, coming=self.coming)
 
@@ -207,9 +211,9 @@ class Run:
         distill(self.config, teacher, self.stages["trace"].folder, folder, profile=self.workdir / "profile")
 
     def merge_jobs(self) -> bool:
-        """Makes the results of independent jobs those of the stage, and returns whether there are jobs.
+        """Merges the results of independent jobs into the stage `distill`, and returns whether there are jobs.
 
-        Raises InputError where no job has distilled a block.
+        Raises InputError if no job has distilled some block.
         """
         whole, blocks = self.stages["distill"], self.model_config.num_layers
         jobs = [job_folder(self.config, path.name, self.stages) for path in sorted(whole.folder.glob("blocks_*"))]
@@ -222,14 +226,14 @@ class Run:
         return bool(jobs)
 
     def hybrid_model(self, distilled: bool) -> WanTransformer:
-        """The hybrid model of the plan, with trained or with merely calibrated feature maps."""
+        """The hybrid model of the plan. Its feature maps are trained if `distilled`, otherwise only calibrated."""
         rates = read_plan(self.stages["plan"].folder)["rates"]
         hybrid = HybridConfig.of(self.config, rates)
         file = self.stages["distill"].folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")
         return operate(self.teacher, hybrid, load_maps(file, rates, hybrid.feature_map))
 
     def encode_latents(self) -> None:
-        """Encodes sprites for training and for validation; other data has been encoded by the user."""
+        """Encodes sprites for training and for validation. Users encode other data by `jsurgery encode`."""
         config, folder = self.config, self.stages["latents"].folder
         if config.data.path != "sprites":
             return
@@ -270,7 +274,7 @@ class Run:
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.stages["evaluation"].folder)
 
     def write_config(self, job: StageFolder | None = None) -> None:
-        """Writes config.json to the workdir, or to the folder of a job: other jobs may work in the same workdir."""
+        """Writes config.json to the workdir, or to the folder of a job, since other jobs may share the workdir."""
         folder = job.folder if job else self.workdir
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", dict(flatten(self.config)))

@@ -1,4 +1,4 @@
-"""Measurements beside other implementations: bench transformer, distill, attention; verify."""
+"""Comparisons with other implementations: bench transformer, bench distill, bench attention, verify."""
 
 from jsurgery.commands.options import (
     Commands,
@@ -15,19 +15,19 @@ from jsurgery.load_config import load_config
 
 
 def add(commands: Commands) -> None:
-    text = "a checkpoint against diffusers and transformers, on this machine"
+    text = "compare a checkpoint's outputs with those of diffusers and transformers, on this machine"
     command = commands.add("verify", run_verify, text, config=None)
     command.add_argument("--model", required=True, help="a folder, a bundled name or a repository")
     add_size(command, frames=5, height=64, width=96)
     add_json(command)
 
-    text = "our transformer's forward, one attention layer or a step of distillation, beside others"
+    text = "time the transformer, a distillation step or an attention layer, compared with other implementations"
     subjects = Commands(commands.add_group("bench", text), "SUBJECT", prefix="bench ")
-    text = "our forward beside diffusers', on the CPU"
+    text = "our forward compared with that of diffusers, on the CPU"
     add_transformer(subjects.add_without_config("transformer", run_transformer, text))
-    text = "distillation of all blocks and rates in one pass beside one block and one rate at a time"
+    text = "distillation of all blocks and rates in one pass, compared with one block and one rate at a time"
     add_distill(subjects.add_without_config("distill", run_distill, text))
-    text = "hybrid attention beside full softmax by the best stock kernel of this machine"
+    text = "hybrid attention compared with full softmax by the best stock kernel for this machine"
     add_attention(subjects.add_without_config("attention", run_attention, text))
 
 
@@ -43,7 +43,7 @@ def add_transformer(command: Parser) -> None:
 
 
 def add_distill(command: Parser) -> None:
-    text = "its model is timed; without one, FLOPs are counted alone"
+    text = "if it names a model, a step is timed; otherwise only FLOPs are counted (default: tiny)"
     command.add_argument("--config", default="tiny", help=text)
     command.add_argument("--runs", type=positive, default=3)
     add_json(command)
@@ -55,14 +55,14 @@ def add_attention(command: Parser) -> None:
     command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
     command.add_argument("--stabilizer", choices=["max", "lse"], default="lse")
     choices = ["xla", "reference", "tpu", "gpu", "stock"]
-    command.add_argument("--implementation", choices=choices, help="default: the best")
-    command.add_argument("--backward", action="store_true", help="forward + backward too")
-    text = "like 15R2,20R8,30R8: also whole forwards of Wan2.1 1.3B at 480x832, 81 frames, beside softmax's"
+    command.add_argument("--implementation", choices=choices, help="default: chosen by the device")
+    command.add_argument("--backward", action="store_true", help="also time forward and backward together")
+    text = "such as 15R2,20R8: also time whole forwards of Wan2.1 1.3B at 480x832, 81 frames, and with softmax alone"
     command.add_argument("--plans", type=lambda text: tuple(text.split(",")), default=(), help=text)
     add_json(command)
-    text = "static cycles on a v4, v5e, v5p or v6e, with no TPU"
+    text = "instead estimate cycles on a v4, v5e, v5p or v6e by the TPU compiler; needs no TPU"
     command.add_argument("--estimate", metavar="CHIP", help=text)
-    text = "keep the best block sizes: measured on this TPU or GPU, or by the cycles of --estimate"
+    text = "find and keep the best block sizes, by timing on this TPU or GPU, or by the cycles of --estimate"
     command.add_argument("--tune", action="store_true", help=text)
 
 

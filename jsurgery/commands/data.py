@@ -1,19 +1,19 @@
-"""Training data: encode reads videos, synthesize lets a teacher make them."""
+"""Training data: encode reads videos, synthesize samples them from a teacher."""
 
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
 
 def add(commands: Commands) -> None:
-    text = "videos with captions to the latents and text embeddings that finetune reads"
+    text = "encode videos and captions into the latents and text embeddings that finetune reads"
     command = commands.add("encode", run_encode, text)
-    text = "a folder with .txt captions, or .jsonl, .json, .csv, .parquet"
+    text = "a folder of videos with .txt captions, or an index: .jsonl, .json, .csv or .parquet"
     command.add_argument("--videos", required=True, help=text)
-    command.add_argument("--root", metavar="FOLDER", help="where an index's paths begin (default: the index's folder)")
+    command.add_argument("--root", metavar="FOLDER", help="what an index's paths are relative to (default: its folder)")
     command.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
     add_processes(command)
 
     command = commands.add(
-        "synthesize", run_synthesize, "clips that a teacher makes of prompts, as encode would leave them"
+        "synthesize", run_synthesize, "sample training clips from a teacher, and store them as encode does"
     )
     command.add_argument("--prompts_file", required=True, help="one prompt a line")
     command.add_argument("--workdir", required=True, help="gets synthesized/; running it again resumes")

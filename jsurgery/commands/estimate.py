@@ -1,4 +1,4 @@
-"""What a model or a stage will need, without running it: cost, compile, roofline."""
+"""Estimates of what a model or a stage needs, without running it: cost, compile, roofline."""
 
 import pathlib
 
@@ -17,29 +17,29 @@ from jsurgery.load_config import load_config, split_topology
 
 
 def add(commands: Commands) -> None:
-    text = "parameters, FLOPs and bytes of a block and of the network; needs no weights"
+    text = "count parameters, FLOPs and bytes of a block and of the network; needs no weights"
     command = commands.add("cost", run_cost, text)
     add_fields(command, VIDEO_FIELDS)
-    command.add_argument("--plan", help="a name like 15R2, or a plan.json (default: an operated model's own)")
+    command.add_argument("--plan", help="a name such as 15R2, or a plan.json (default: that of a hybrid model)")
     command.add_argument("--feature_map", choices=["polynomial", "hedgehog"], default="polynomial")
     add_json(command)
-    command.add_argument("--figure", metavar="DIR", help="also leave cost.html here")
+    command.add_argument("--figure", metavar="DIR", help="also write cost.html to this folder")
 
-    text = "a stage's step for TPUs that are not there: does it fit, what moves"
+    text = "compile a stage's step for TPUs without having any: whether it fits, and what the chips exchange"
     command = commands.add("compile", run_compile, text)
     command.add_argument("--stage", required=True, choices=["distill", "finetune", "sample", "train"])
-    command.add_argument("--topology", help="like v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
+    command.add_argument("--topology", help="such as v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
     command.add_argument("--num_slices", type=positive, default=1)
     add_json(command)
 
-    text = "an estimate of a whole surgery's step times and chip-hours on a TPU topology"
+    text = "estimate the step times and chip-hours of a whole surgery on a TPU topology"
     command = commands.add("roofline", run_roofline, text)
-    command.add_argument("--topology", help="like v6e:4x4 (default: that of --config=NAME@TOPOLOGY)")
-    text = "share of the peak rates to expect (default: 0.4)"
+    command.add_argument("--topology", help="such as v6e:4x4 (default: that of --config=NAME@TOPOLOGY)")
+    text = "the share of the chip's peak rates that is reached (default: 0.4)"
     command.add_argument("--efficiency", type=float, default=0.4, help=text)
-    text = "also the synthesis of so many training clips, apart"
+    text = "also estimate the synthesis of this many training clips, as a row of its own"
     command.add_argument("--clips", type=positive, default=0, help=text)
-    text = "of `compile --json`: what is exchanged"
+    text = "files written by `compile --json`: they tell how much the chips exchange"
     command.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help=text)
     add_json(command)
 
@@ -59,7 +59,7 @@ def run_cost(options: Options, overrides: Overrides) -> None:
     if options.json is not None:
         write_json(epath.Path(options.json), costs)
     if options.figure is not None:
-        front = pathlib.Path(options.plan or "").parent / "front.json"  # beside a plan.json
+        front = pathlib.Path(options.plan or "").parent / "front.json"  # beside a plan.json, after `plan --front`
         found = read_object(front) if pathlib.Path(options.plan or "").is_file() and front.exists() else None
         print(write_cost_page(epath.Path(options.figure), costs, found))
 

@@ -1,4 +1,7 @@
-"""Any model's quality: evaluate vbench, vbench-results, fidelity, study, study-results. `evaluate` alone is a stage."""
+"""Evaluation of any model: evaluate vbench, vbench-results, fidelity, study, study-results.
+
+`evaluate` without such a word is a stage of the surgery.
+"""
 
 from jsurgery.commands.options import (
     SAMPLE_FIELDS,
@@ -21,7 +24,7 @@ SUBJECTS = ("vbench", "vbench-results", "fidelity", "study", "study-results")
 
 
 def join_words(arguments: list[str]) -> list[str]:
-    """`evaluate vbench ...` as one word, for argparse: `evaluate` by itself is a stage with flags of its own."""
+    """Joins `evaluate vbench` into one word for argparse, as `evaluate` alone is another command with its own flags."""
     if arguments[:1] == ["evaluate"] and arguments[1:2] and arguments[1] in SUBJECTS:
         return [" ".join(arguments[:2]), *arguments[2:]]
     return arguments
@@ -34,21 +37,27 @@ def add(commands: Commands) -> None:
 
 
 def add_vbench(commands: Commands) -> None:
-    text = "videos in VBench's layout and names, scored where its package is installed; running it again resumes"
+    text = "sample videos for VBench, and score them if its package is installed; running it again resumes"
     command = commands.add("evaluate vbench", run_vbench, text, config=None)
     command.add_argument("--prompts", required=True, help="VBench's *full_info.json, or a text file of its prompts")
-    command.add_argument("--info", metavar="FILE", help="*full_info.json: the dimensions of a text file's prompts")
-    command.add_argument("--augmented", metavar="FILE", help="what the model is told instead, line by line")
+    command.add_argument(
+        "--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of a text file's prompts"
+    )
+    command.add_argument("--augmented", metavar="FILE", help="the longer prompts that the model gets, line by line")
     command.add_argument("--output", required=True, help="a folder: gets videos/ and results/")
-    command.add_argument("--subset", type=positive, default=1, metavar="N", help="every N-th prompt (the paper's: 5)")
-    command.add_argument("--seeds", type=positive, metavar="N", help="videos a prompt (default: VBench's)")
-    text = "what the noise depends on"
+    command.add_argument(
+        "--subset", type=positive, default=1, metavar="N", help="take every N-th prompt (in the paper: 5)"
+    )
+    command.add_argument("--seeds", type=positive, metavar="N", help="videos per prompt (default: as VBench asks)")
+    text = "what selects the noise: a video's prompt and its number (video), or its number alone (index)"
     command.add_argument("--seed_rule", choices=["video", "index"], default="video", help=text)
-    command.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="share I, from 0, of N commands")
+    command.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="make only share I, from 0, of N shares"
+    )
     add_fields(command, SAMPLE_FIELDS)
     add_processes(command)
 
-    text = "sums of VBench's or VBench-2.0's results, as the leaderboard's, beside the paper's, as Markdown"
+    text = "total scores of VBench or VBench-2.0 as on its leaderboard, with those of the paper, as Markdown"
     command = commands.add("evaluate vbench-results", run_vbench_results, text, config=None)
     command.add_argument("files", nargs="+", metavar="FILE", help="*_eval_results.json, or a folder of them")
     command.add_argument("--name", default="this model")
@@ -56,39 +65,39 @@ def add_vbench(commands: Commands) -> None:
 
 
 def add_fidelity(commands: Commands) -> None:
-    text = "videos and velocities of models against their teacher's, at equal prompts and noise"
+    text = "compare videos and velocities of models with those of their teacher, for equal prompts and noise"
     command = commands.add("evaluate fidelity", run_fidelity, text, config=None)
     command.add_argument("--teacher", required=True, help="a folder, a bundled name or a repository")
-    text = "folders of models, such as RUN/model"
+    text = "model folders, such as RUN/model"
     command.add_argument("--model", required=True, nargs="+", help=text, metavar="FOLDER")
     command.add_argument("--prompts_file", required=True, help="one prompt a line")
     command.add_argument("--workdir", required=True, help="gets fidelity.json; running it again resumes")
-    text = "frames (default: the config's)"
+    text = "numbers of frames (default: the config's)"
     command.add_argument("--durations", type=positives, default=(), metavar="F,F,…", help=text)
     add_fields(command, {flag: field for flag, field in SAMPLE_FIELDS.items() if flag not in ("model", "frames")})
-    text = "also LPIPS, by lpips.LPIPS(net='alex') in this safetensors file"
+    text = "also LPIPS; the weights of lpips.LPIPS(net='alex') as safetensors"
     command.add_argument("--lpips", metavar="FILE", help=text)
-    text = "also CLIP's scores, by a CLIPModel's folder or repository"
+    text = "also CLIP scores; the folder or repository of a CLIPModel"
     command.add_argument("--clip", metavar="FOLDER", help=text)
     add_json(command)
 
 
 def add_study(commands: Commands) -> None:
-    text = "one page on which people say which of two videos they prefer, and the key that stays with you"
+    text = "a page on which people choose between videos of two models, and the secret key to their answers"
     command = commands.add("evaluate study", run_study, text, config=None)
     for side in "ab":
-        text = "mp4 files, of the same names in both folders"
+        text = "mp4 files, with the same names in both folders"
         command.add_argument(f"--{side}", required=True, metavar="DIR", help=text)
-    text = "pairs, drawn at random (default: 50)"
+    text = "how many pairs, drawn at random (default: 50)"
     command.add_argument("--prompts", type=positive, default=50, metavar="N", help=text)
-    command.add_argument("--info", metavar="FILE", help="VBench's *full_info.json: the dimensions of prompts")
+    command.add_argument("--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of prompts")
     command.add_argument("--output", default="study", help="a folder: gets study.html and study.key.json")
-    text = "of the drawn prompts; sides and orders are never repeatable"
+    text = "selects the prompts; sides and order are drawn anew each time"
     command.add_argument("--seed", type=int, default=0, help=text)
 
-    text = "preferences per dimension with confidence intervals and a sign test, as Markdown"
+    text = "preferences in each dimension, with confidence intervals and a sign test, as Markdown"
     command = commands.add("evaluate study-results", run_study_results, text, config=None)
-    command.add_argument("files", nargs="+", metavar="FILE", help="what participants saved")
+    command.add_argument("files", nargs="+", metavar="FILE", help="the answers that participants saved")
     command.add_argument("--key", metavar="FILE", help="study.key.json (default: the one beside the first file)")
     add_json(command)
 
@@ -96,7 +105,7 @@ def add_study(commands: Commands) -> None:
 def run_vbench(options: Options, overrides: Overrides) -> None:
     config = read_sampling_config(options, overrides)
     if options.coordinator and options.shard != (0, 1):
-        raise InputError("--shard: expected none with --coordinator, by which each process has its share")
+        raise InputError("--shard: expected none with --coordinator, which already gives each process a share")
     join_processes(options)
     from jsurgery.evaluate.vbench import evaluate, read_suite
 

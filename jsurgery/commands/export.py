@@ -1,4 +1,4 @@
-"""export: a model folder in the formats that phones run."""
+"""export: converts a model folder into the formats that phones run."""
 
 import importlib
 
@@ -20,31 +20,35 @@ AI_HUB_RUNTIMES = ("qnn_context_binary", "qnn_dlc", "precompiled_qnn_onnx", "onn
 
 
 def add(commands: Commands) -> None:
-    text = "a model folder to TFLite, ONNX and Qualcomm's NPU, with parity.json"
+    text = "convert a model to TFLite, ONNX and Qualcomm's NPU; parity.json compares each with the original"
     command = commands.add("export", run_export, text)
     command.add_argument("--workdir", required=True, help="gets export/; running it again makes what is missing")
     command.add_argument("--model", help="a model folder or a bundled name (default: the workdir's model/)")
     command.add_argument("--formats", type=some_of(FORMATS), default=FORMATS, help=f"default: {FORMATS}")
-    text = f"of TFLite: {PRECISIONS}"
+    text = f"of TFLite, some of {PRECISIONS} (default: float32,fp16)"
     command.add_argument("--precision", type=some_of(PRECISIONS), default="float32,fp16", help=text)
-    command.add_argument("--chips", type=some_of(CHIPS), default="SM8750", help=f"of qnn: {CHIPS}")
-    command.add_argument("--blocks_per_file", type=positive, default=1, help="default: 1")
-    command.add_argument("--one_file", action="store_true", help="the transformer in one file, not in parts")
-    text = "also judge N sprites videos by the exported parts"
+    command.add_argument(
+        "--chips", type=some_of(CHIPS), default="SM8750", help=f"for the format qnn, some of {CHIPS} (default: SM8750)"
+    )
+    command.add_argument("--blocks_per_file", type=positive, default=1, help="transformer blocks per file (default: 1)")
+    command.add_argument("--one_file", action="store_true", help="write the whole transformer to one file")
+    text = "also sample N sprites videos with the exported files and score them"
     command.add_argument("--score", type=positive, metavar="N", help=text)
     add_fields(command, VIDEO_FIELDS)
 
-    text = "also compile, profile and run on a phone of Qualcomm AI Hub"
+    text = "also compile, profile and run on this phone at Qualcomm AI Hub"
     command.add_argument("--ai_hub", metavar="DEVICE", help=text)
     command.add_argument("--ai_hub_runtime", choices=AI_HUB_RUNTIMES, default=AI_HUB_RUNTIMES[0])
-    command.add_argument("--ai_hub_compile_options", default="", help="of compile jobs, such as --truncate_64bit_io")
-    command.add_argument("--ai_hub_options", default="", help="of profile and inference jobs")
-    command.add_argument("--ai_hub_link", action="store_true", help="also one binary of all parts; needs qnn_dlc")
+    command.add_argument("--ai_hub_compile_options", default="", help="for compile jobs, such as --truncate_64bit_io")
+    command.add_argument("--ai_hub_options", default="", help="for profile and inference jobs")
+    command.add_argument(
+        "--ai_hub_link", action="store_true", help="also link all parts into one binary; needs qnn_dlc"
+    )
 
-    command.add_argument("--ddr_table", action="store_true", help="instead: memory traffic a block, by the compiler")
-    text = "of the table (default: 81,101,121,141)"
+    command.add_argument("--ddr_table", action="store_true", help="instead: memory traffic per block, as compiled")
+    text = "numbers of frames in the table (default: 81,101,121,141)"
     command.add_argument("--ddr_frames", type=positives, default=(), help=text)
-    text = "of the table: queries or keys at a time (default: 512)"
+    text = "queries or keys per tile, for the table (default: 512)"
     command.add_argument("--ddr_tile", type=positive, help=text)
 
 

@@ -1,19 +1,19 @@
-"""Models as folders: train makes one, convert changes its layout, push publishes it."""
+"""Model folders: train makes one, convert changes its layout, push publishes it."""
 
 from jsurgery.commands.options import Commands, Options, Overrides, read_config, takes_no_config
 
 
 def add(commands: Commands) -> None:
     command = commands.add("train", run_train, "train a tiny teacher from scratch")
-    command.add_argument("--workdir", required=True, help="where the files of this run go")
+    command.add_argument("--workdir", required=True, help="gets all files of this run")
 
-    command = commands.add("convert", run_convert, "a transformer from one checkpoint layout to another")
+    command = commands.add("convert", run_convert, "convert a transformer from one checkpoint layout to another")
     text = "a folder, file or repository; or the original VAE or T5 .pth file"
     command.add_argument("--model", required=True, help=text)
     command.add_argument("--output", required=True, help="a new folder; for comfyui a new .safetensors file")
     command.add_argument("--layout", choices=["diffusers", "original", "comfyui"], default="diffusers")
 
-    text = "a model folder to the Hugging Face Hub, with a model card"
+    text = "upload a model folder to the Hugging Face Hub, with a model card"
     command = commands.add("push", run_push, text, config=None)
     command.add_argument("--model", required=True, help="a folder in diffusers' layout")
     command.add_argument("--repo", required=True, metavar="ORG/NAME")

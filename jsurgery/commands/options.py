@@ -1,7 +1,8 @@
-"""What the commands share: the parser, flags that several of them take, and readers of flags' values."""
+"""The parser, flags that several commands have, and functions that parse the values of flags."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -9,8 +10,8 @@ from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
 
 Options = argparse.Namespace
-Overrides = dict[str, str]  # of config fields: "video.frames" -> "17"
-Run = Callable[[Options, Overrides], None]
+Overrides = dict[str, str]  # {"video.frames": "17"}: config fields and their values
+RunCommand = Callable[[Options, Overrides], None]
 
 VIDEO_FIELDS = {name: f"video.{name}" for name in ("frames", "height", "width")}
 SAMPLE_FIELDS = {
@@ -26,46 +27,49 @@ SAMPLE_FIELDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """A parser that raises InputError, where argparse would print its usage and exit."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
 
 
 class Commands:
-    """The commands of a parser: each calls `run(options, overrides)`."""
+    """The commands of a parser. Each calls its function `run(options, overrides)`."""
 
     def __init__(self, parser: argparse.ArgumentParser, metavar: str = "COMMAND", prefix: str = ""):
         self.prefix = prefix
         self.commands = parser.add_subparsers(required=True, metavar=metavar, parser_class=Parser)
 
     def add(
-        self, name: str, run: Run, text: str, config: str | None = "tiny", otherwise: str = "by the model"
+        self, name: str, run: RunCommand, text: str, config: str | None = "tiny", otherwise: str = "chosen by the model"
     ) -> Parser:
-        """A command with `--config`. Where `config` is None, `otherwise` tells what is taken without the flag."""
+        """Adds a command with the flag `--config`, whose default is `config`.
+
+        With None the command chooses the config itself, and `otherwise` tells in the help which one.
+        """
         command = self.add_without_config(name, run, text)
-        kind = f"a config file or a shipped name, and maybe @TOPOLOGY (default: {config or otherwise})"
+        kind = f"a file or the name of a shipped config; NAME@TOPOLOGY adds a mesh (default: {config or otherwise})"
         command.add_argument("--config", default=config, help=kind)
         return command
 
     def add_group(self, name: str, text: str) -> Parser:
-        """A word that commands of its own follow."""
+        """Adds a word that is followed by a command, such as `bench` in `bench attention`."""
         return self.commands.add_parser(name, help=text, description=text)
 
-    def add_without_config(self, name: str, run: Run, text: str) -> Parser:
+    def add_without_config(self, name: str, run: RunCommand, text: str) -> Parser:
         command = self.commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=run, name=self.prefix + name)
         return command
 
 
 def add_fields(command: Parser, fields: Mapping[str, str]) -> None:
-    """Flags that are short for config fields: `fields` maps one to the other."""
+    """Adds flags that are short for config fields: {flag: field}."""
     for flag, field in fields.items():
-        command.add_argument(f"--{flag}", help=f"short for --config.{field}", metavar="VALUE")
+        command.add_argument(f"--{flag}", help=f"the same as --config.{field}", metavar="VALUE")
 
 
 def given_fields(options: Options, fields: Mapping[str, str]) -> Overrides:
-    """The overrides that the flags of `add_fields` make."""
+    """The config fields that the user set by flags of `add_fields`."""
     return {field: text for flag, field in fields.items() if (text := getattr(options, flag)) is not None}
 
 
@@ -74,40 +78,40 @@ def add_json(command: Parser) -> None:
 
 
 def add_size(command: Parser, **sizes: int) -> None:
-    """The flags of a video's size, with their defaults."""
+    """Adds flags for sizes, with their defaults."""
     for name, default in sizes.items():
         command.add_argument(f"--{name}", type=positive, default=default, help=f"default: {default}")
 
 
 def add_processes(command: Parser) -> None:
-    """The flags of a run of several processes."""
-    text = "where process 0 listens, the same for all; auto on TPU pods and under Slurm or Open MPI"
+    """Adds the flags for a run with several processes."""
+    text = "where process 0 listens, the same for all processes; auto on TPU pods and under Slurm or Open MPI"
     command.add_argument("--coordinator", metavar="HOST:PORT", help=text)
     command.add_argument("--num_processes", type=int, metavar="N", help="how many processes run this command")
     command.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def join_processes(options: Options) -> None:
-    """Meets the other processes of this command, if there are any."""
+    """Connects to the other processes of this command, if there are any."""
     from jsurgery.runtime.processes import join
 
     join(options.coordinator, options.num_processes, options.process_id)
 
 
 def read_config(options: Options, overrides: Overrides) -> ConfigDict:
-    """The config of `--config` and the overrides, for a command that compiles."""
+    """The config of `--config` with the overrides, for a command that compiles programs."""
     return keep_compiled(load_config(options.config, overrides))
 
 
 def read_sampling_config(options: Options, overrides: Overrides) -> ConfigDict:
-    """The config of the flags of SAMPLE_FIELDS; without `--config`, the one that suits the model."""
+    """The config for a command with the flags SAMPLE_FIELDS. Without `--config`, the model selects it."""
     from jsurgery.sample import sampling_config
 
     return keep_compiled(sampling_config(options.config, overrides | given_fields(options, SAMPLE_FIELDS)))
 
 
 def keep_compiled(config: ConfigDict) -> ConfigDict:
-    """The same config. Programs that the command compiles are kept for later commands, unless the config says no."""
+    """Keeps compiled programs for later commands if `config.compile_cache` is set. Returns the config."""
     if config.compile_cache:
         from jsurgery.runtime.compile_cache import use_compile_cache
 
@@ -116,6 +120,7 @@ def keep_compiled(config: ConfigDict) -> ConfigDict:
 
 
 def takes_no_config(options: Options, overrides: Overrides) -> None:
+    """Raises InputError for overrides of a command that reads no config."""
     if overrides:
         raise InputError(f"--config.{min(overrides)}: {options.name} takes no config")
 
@@ -127,12 +132,12 @@ def positive(text: str) -> int:
 
 
 def positives(text: str) -> tuple[int, ...]:
-    """Whole numbers in a list like 17,33."""
+    """("17,33") -> (17, 33)."""
     return tuple(positive(number) for number in text.split(","))
 
 
 def shard(text: str) -> tuple[int, int]:
-    """(I, N) of a share like 0/4."""
+    """("0/4") -> (0, 4), the first of four shares."""
     index, _, count = text.partition("/")
     if not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
         raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, found {text!r}")
@@ -140,7 +145,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def some_of(choices: str) -> Callable[[str], tuple[str, ...]]:
-    """Reads a list of some of `choices`, both parted by commas."""
+    """A parser of lists such as "onnx,qnn", whose words must be among `choices`. Both are separated by commas."""
 
     def read(text: str) -> tuple[str, ...]:
         chosen: Sequence[str] = text.split(",")
@@ -152,5 +157,5 @@ def some_of(choices: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def rates(text: str) -> tuple[int | str, ...]:
-    """Rates in a list like 1,2,8,linear."""
+    """("1,8,linear") -> (1, 8, "linear")."""
     return tuple(rate if rate == "linear" else positive(rate) for rate in text.split(","))

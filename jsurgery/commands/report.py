@@ -1,4 +1,4 @@
-"""report: the page of a run, or a comparison of several."""
+"""report: the report of a run, or a comparison of several runs."""
 
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes
 from jsurgery.errors import InputError
@@ -6,21 +6,21 @@ from jsurgery.load_config import load_config
 
 
 def add(commands: Commands) -> None:
-    text = "one page about a run, as far as it has come; or about several"
+    text = "a page with the results of a run, finished or not; or a comparison of several runs"
     command = commands.add("report", run_report, text, config=None, otherwise="the run's own")
     subject = command.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--workdir", help="the run; gets report.html")
-    subject.add_argument("--compare", nargs="+", metavar="RUN", help="workdirs of runs to put beside each other")
-    command.add_argument("--output", metavar="FILE", help="of --compare (default: compare.html)")
+    subject.add_argument("--workdir", help="the folder of the run; gets report.html")
+    subject.add_argument("--compare", nargs="+", metavar="RUN", help="the workdirs of the runs to compare")
+    command.add_argument("--output", metavar="FILE", help="where --compare writes (default: compare.html)")
     add_processes(command)
 
 
 def run_report(options: Options, overrides: Overrides) -> None:
     given = options.config is not None or bool(overrides)
     if options.compare and given:
-        raise InputError("--compare: the runs' own configs are taken; leave --config away")
+        raise InputError("--compare: leave out --config, as each run has its own")
     if options.output and not options.compare:
-        raise InputError("--output: of --compare only; report.html lies in the workdir")
+        raise InputError("--output: only for --compare; otherwise report.html is written to the workdir")
     config = load_config(options.config or "tiny", overrides) if given else None
     join_processes(options)
     from jsurgery.report.compare import write_comparison
@@ -29,7 +29,7 @@ def run_report(options: Options, overrides: Overrides) -> None:
     from jsurgery.runtime.processes import is_first
 
     if config is not None:
-        start_run(config, options.workdir)  # refuses a workdir of another config
+        start_run(config, options.workdir)  # raises if the workdir was made with another config
     if is_first():
         comparison = options.compare and write_comparison(options.compare, options.output or "compare.html")
         print(comparison or write_report(config, options.workdir))

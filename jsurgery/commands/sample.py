@@ -1,10 +1,10 @@
-"""sample: prompts to videos."""
+"""sample: makes videos from prompts."""
 
 from jsurgery.commands.options import SAMPLE_FIELDS, Commands, Options, Overrides, add_fields, read_sampling_config
 
 
 def add(commands: Commands) -> None:
-    command = commands.add("sample", run_sample, "prompts to videos", config=None)
+    command = commands.add("sample", run_sample, "make videos from prompts", config=None)
     prompts = command.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt")
     prompts.add_argument("--prompts_file", help="one prompt a line; running it again makes the videos still missing")

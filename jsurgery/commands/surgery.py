@@ -1,25 +1,32 @@
-"""surgery, and each of its stages alone: trace, distill, plan, operate, finetune, evaluate."""
+"""surgery, and its stages one at a time: trace, distill, plan, operate, finetune, evaluate."""
+
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
 
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
+if TYPE_CHECKING:
+    from jsurgery.run import Run
+
 TEXTS = {
     "surgery": "all stages in order; running it again resumes",
-    "trace": "sample the teacher and keep the noisy latents on the way",
+    "trace": "sample videos from the teacher and keep the noisy latents of every step",
     "distill": "train the feature maps of every block at every rate",
-    "plan": "choose every block's rate under the budget",
+    "plan": "choose the rate of every block within the budget",
     "operate": "build the hybrid model",
     "finetune": "train the whole hybrid model briefly",
-    "evaluate": "sample and score the model of every stage",
+    "evaluate": "sample from the model of every stage and score it",
 }
 
 
 def add(commands: Commands) -> None:
     for name, text in TEXTS.items():
         command = commands.add(name, run_surgery, text)
-        command.add_argument("--workdir", required=True, help="where the files of this run go")
+        command.add_argument("--workdir", required=True, help="gets all files of this run")
         add_processes(command)
         if name == "plan":
-            text = "also all plans that no other beats, as front.json"
+            text = "also write the Pareto front of all plans, front.json and front.html"
             command.add_argument("--front", action="store_true", help=text)
 
 
@@ -42,8 +49,8 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
         print_front(config, run)
 
 
-def print_front(config, run) -> None:
-    """The plans of the Pareto front around the chosen one, and the page of all."""
+def print_front(config: ConfigDict, run: "Run") -> None:
+    """Writes the Pareto front and its page, and prints the chosen plan with its neighbours on the front."""
     from jsurgery.report.cost_page import neighbours, write_front_page
     from jsurgery.surgery.plan import write_pareto_front
 

@@ -1,4 +1,4 @@
-"""The stages of a surgery, each declared once: what it reads, what it leaves, and which config fields change it."""
+"""The stages of a surgery: the results that each reads, the files that it writes, the config fields that change it."""
 
 import dataclasses
 
@@ -10,16 +10,17 @@ from jsurgery.runtime.stage_folder import StageFolder
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage, which leaves its files in a folder of the workdir.
+    """A stage, which writes its files to a folder of the workdir.
 
     Attributes:
-      name: of the folder.
-      command: of the command that runs it.
-      fields: the config fields, or whole sections, that change its result; none of `without`, which do not.
-      reads: the earlier stages whose results it reads.
+      name: the name of the folder.
+      command: the command that runs the stage.
+      fields: the config fields, or whole sections, that change the result.
+      without: fields of these sections that do not change the result.
+      reads: the earlier stages whose results the stage reads.
       reads_teacher: whether it also depends on the teacher's weights.
-      all_processes: whether all processes of a run work at it together; otherwise process 0 does it alone.
-      leaves: what is missing from the report while a file is not there: {file: what it shows}.
+      all_processes: whether all processes of a run work on it together; otherwise process 0 does it alone.
+      leaves: {file: the part of the report that shows it}.
     """
 
     name: str
@@ -91,7 +92,7 @@ STAGES = (
 )  # fmt: skip
 BY_NAME = {stage.name: stage for stage in STAGES}
 COMMANDS = tuple(dict.fromkeys(stage.command for stage in STAGES))  # in order
-# Fields that no stage records: they change how a result is computed and what is shown, but not the result.
+# Fields that no stage records, since they change how a result is computed or logged, but not the result.
 RECORDED_NOWHERE = (
     "mesh", "checkpoint", "max_skipped", "log_every", "compile_cache", "profile", "distill.blocks", "train",
     *BY_NAME["latents"].without,
@@ -99,7 +100,7 @@ RECORDED_NOWHERE = (
 
 
 def stage_folders(config: ConfigDict, workdir: epath.PathLike, teacher: str) -> dict[str, StageFolder]:
-    """The folders of all stages by name. `teacher` is the fingerprint of the teacher's folder."""
+    """The folders of all stages, by name. `teacher` is the fingerprint of the teacher's folder."""
     folders: dict[str, StageFolder] = {}
     for stage in STAGES:
         inputs = {"teacher": teacher} if stage.reads_teacher else {}
@@ -111,7 +112,7 @@ def stage_folders(config: ConfigDict, workdir: epath.PathLike, teacher: str) -> 
 
 
 def job_folder(config: ConfigDict, job: str, folders: dict[str, StageFolder]) -> StageFolder:
-    """The folder of an independent job of the distillation; it lies in that of the whole distillation."""
+    """The folder of an independent job of the distillation, inside the folder of the stage `distill`."""
     stage, whole = BY_NAME["distill"], folders["distill"]
     after = [folders[name] for name in stage.reads]
     name = f"{whole.name}/{job}"
