@@ -1,7 +1,7 @@
-"""The tests that implementations of hybrid attention have in common, all of them against eq. 5 in float64.
+"""Tests shared by the implementations of hybrid attention. They compare with eq. 5 in float64.
 
-The file of a backend inherits the classes that concern it, names the implementation and gives the cases. A class that
-inherits `GridTests` is tested on a sample of the grid of shapes, or with FULL_GRID=1 in the environment on all of it.
+The test file of an implementation inherits the classes that apply to it and gives the cases. `GridTests` test a sample
+of the grid of shapes, or all of it with FULL_GRID=1 in the environment.
 """
 
 import functools
@@ -24,16 +24,17 @@ from tests.conftest import FULL_GRID
 
 LENGTHS, RATES = (63, 500, 1000, 1024, 2049), (1, 2, 4, 8, "linear")
 KINDS = tuple(itertools.product((64, 128), ("max", "lse"), ("float32", "bfloat16")))
-# Of those kinds the fewest that have every pair; and a case whose compiled program serves a test of large scores too.
+# The fewest kinds in which every pair of width, stabilizer and dtype occurs.
 PAIRS = ((64, "max", "float32"), (64, "lse", "bfloat16"), (128, "max", "bfloat16"), (128, "lse", "float32"))
-LARGE = (200, 4, (64, "max", "float32"))
+LARGE = (200, 4, (64, "max", "float32"))  # the test of large scores shares the compiled program of this case
 GRID_FIELDS = ("length", "rate", "width", "stabilizer", "dtype")
 
 
 def grid(number: int, lengths=(63, 500, 1024, 1000), only: str | None = None) -> tuple[tuple[str, ...], list]:
-    """Cases (N, R, D, stabilizer, dtype) of the backend with this number: all, or a sample; `only` is its stabilizer.
+    """Cases (N, R, D, stabilizer, dtype) for an implementation, of which `only` is the only stabilizer.
 
-    The sample has every R, and every pair of D, stabilizer and dtype; over four backends, every R with each of these.
+    A sample has every R and every pair of D, stabilizer and dtype. It depends on `number`, so that the samples of four
+    implementations combine every R with each of these pairs.
     """
     if FULL_GRID:
         cases = itertools.product(LENGTHS, RATES, KINDS)
@@ -45,12 +46,12 @@ def grid(number: int, lengths=(63, 500, 1024, 1000), only: str | None = None) ->
 
 
 def problem(num_tokens, width=5, heads=3, batch=2, spread=1.0, dtype=jnp.float32, **phi):
-    """q, k, v, query_map, key_map, with biases and scales that matter."""
+    """q, k, v, query_map, key_map, with biases and scales that are not zero."""
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(3, batch, num_tokens, heads, width)).astype(np.float32)
     arrays[:2] *= spread
     kind = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, width, **phi))
-    # Numbers that bfloat16 can hold: where a unit of phi switches on must not depend on the dtype.
+    # Rounded to bfloat16, since the dtype must not change which units of phi are active.
     draw = lambda x: np.float32(
         (rng.normal(size=x.shape) / np.sqrt(x.shape[-2] if x.ndim == 3 else 25)).astype(jnp.dtype(dtype))
     )
@@ -58,10 +59,10 @@ def problem(num_tokens, width=5, heads=3, batch=2, spread=1.0, dtype=jnp.float32
 
 
 def grid_problem(length, rate, width, dtype):
-    """q, k, v, query_map, key_map and num_softmax. A smooth activation: bfloat16 would cross the kinks of relu.
+    """(q, k, v, query_map, key_map), num_softmax. The activation is smooth, as bfloat16 would cross the kinks of relu.
 
-    No query has two largest scores that a kernel, which computes them twice, could take for equal: the gradient of
-    "max" depends on which is larger.
+    No query has two largest scores that are nearly equal: the gradient of "max" depends on which is larger, and kernels
+    compute the scores twice, with different rounding errors.
     """
     num_softmax = 0 if rate == "linear" else -(-length // rate)
     for seed in itertools.count(length):
@@ -71,7 +72,7 @@ def grid_problem(length, rate, width, dtype):
         if num_softmax == 0 or np.diff(np.partition(scores, -2)[..., -2:]).min() > 1e-4:
             break
     kind = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), 2, width, activation="softplus"))
-    # Scales at which neither branch drowns the other.
+    # Scales at which both branches have a share of the attention.
     scale = -0.5 * math.log(2 * width * length)
     typical = lambda x: 0.1 if x.ndim < 3 else 1 / math.sqrt(x.shape[1])
     draw = lambda x: np.float32(typical(x) * rng.normal(size=x.shape) + scale * (x.ndim == 1))
@@ -96,7 +97,7 @@ def values_and_gradients(attend, arguments, cotangent, **options):
 
 
 def cosine(q):
-    """A cotangent: the cosine of q, in the dtype of q, without compiling anything."""
+    """The cosine of q in its dtype, as a cotangent. Needs no compiled program."""
     return np.cos(np.float32(q)).astype(q.dtype)
 
 
@@ -107,17 +108,17 @@ def relative_error(actual, expected):
 
 
 def errors_of_arguments(actual, expected):
-    """Relative RMS errors of y and of the gradients of q, k, v, phi_q and phi_k; None where the truth is zero."""
+    """Relative RMS errors of y and of the gradients of q, k, v, phi_q, phi_k; None if the expected array is zero."""
     vectors = lambda tree: [np.concatenate([np.float64(x).ravel() for x in jax.tree.leaves(part)]) for part in tree]
     pairs = zip(vectors([actual[0], *actual[1]]), vectors([expected[0], *expected[1]]), strict=True)
     return [relative_error(a, e) if e.any() else None for a, e in pairs]
 
 
 def errors_of_arrays(actual, expected):
-    """Relative RMS error of y, and those of all gradients by name; absolute where the truth is zero.
+    """Relative RMS error of y, and {name: error} of all gradients; absolute errors if the expected array is zero.
 
-    The maps' scales multiply one number, whose gradient is what is left after cancellation, and nothing in pure linear
-    attention: their errors are relative to the last bias's gradient, a sum of the same terms.
+    The gradient of a map's log_scale is a sum whose terms cancel, entirely in pure linear attention. Its error is
+    therefore relative to the gradient of the last bias, which sums the same terms.
     """
     (y, gradients), (true_y, true_gradients) = jax.tree.map(np.float64, (actual, expected))
     rms = lambda x: np.sqrt(np.mean(x**2))
@@ -136,7 +137,7 @@ def assert_within(actual, expected, value, gradient):
 
 
 def assert_is_equation_5(attend, arguments, *, bfloat16_gradient=3e-2, **options):
-    """`attend` keeps the dtype, and its values and gradients are those of eq. 5."""
+    """Asserts that `attend` keeps the dtype, and that its values and gradients are those of eq. 5."""
     dtype, cotangent = arguments[0].dtype, cosine(arguments[0])
     actual = values_and_gradients(attend, arguments, cotangent, **options)
     assert [x.dtype for x in (actual[0], *actual[1][:3])] == [dtype] * 4
@@ -149,7 +150,7 @@ def assert_is_equation_5(attend, arguments, *, bfloat16_gradient=3e-2, **options
 
 
 class KernelTests:
-    """A backend's tests; `cases` holds the parameters of inherited tests, (names, values) by the test's name."""
+    """Tests of one implementation. `cases` are the parameters of inherited tests: {test: (names, values)}."""
 
     implementation: ClassVar[str]
     cases: ClassVar[dict[str, tuple[Any, list]]] = {}
@@ -164,9 +165,9 @@ class KernelTests:
 
 
 class GridTests(KernelTests):
-    """Blocks of the sizes that are used, on every kind of shape."""
+    """All kinds of shapes, with the default block sizes."""
 
-    module: ClassVar[Any] = None  # whose kernels are interpreted, as their device is missing
+    module: ClassVar[Any] = None  # the module of Pallas kernels, which are interpreted
 
     @pytest.fixture(autouse=True)
     def interpret(self, monkeypatch):
@@ -186,8 +187,8 @@ class GridTests(KernelTests):
         assert value < (1e-5 if dtype == "float32" else 6e-3)
         assert max(error for error in gradients if error is not None) < (1e-5 if dtype == "float32" else 2e-2)
 
-    def test_scores_of_80_overflow_nothing(self):
-        """float32 has no exp(80) squared, and knows exp(80) only to a relative 8e-6, the spacing of numbers near 80."""
+    def test_scores_of_80_do_not_overflow(self):
+        """exp(80) squared overflows float32; exp(80) has a relative error of 8e-6, the spacing of numbers near 80."""
         length, rate, (width, stabilizer, dtype) = LARGE
         (q, k, v, *maps), num_softmax = grid_problem(length, rate, width, dtype)
         q *= 80 * math.sqrt(width) / np.abs(np.einsum("bnhd,bmhd->bhnm", q, k)).max()
@@ -199,11 +200,11 @@ class GridTests(KernelTests):
 
 
 class BlockTests(KernelTests):
-    """Blocks so small that a few tokens take several of each kind, the last of them partial."""
+    """Blocks so small that a few tokens need several blocks of each kind, the last of them partial."""
 
     in_small_blocks: ClassVar[Callable[..., jax.Array]]
-    sizes: ClassVar[dict[str, int]]  # width, heads and batch, unless a case changes them
-    bfloat16_gradient: ClassVar[float] = 3e-2  # the largest relative error of a gradient, a map's biases included
+    sizes: ClassVar[dict[str, int]]  # width, heads and batch, which a case may change
+    bfloat16_gradient: ClassVar[float] = 3e-2  # bound on the relative error of gradients
 
     def some_valid(self, num_tokens, batch):
         return some_valid(num_tokens, batch)
@@ -219,19 +220,19 @@ class BlockTests(KernelTests):
 
 
 class TiedMaximumTests(BlockTests):
-    tied: ClassVar[tuple[int, int]]  # numbers of tokens and of softmax keys
+    tied: ClassVar[tuple[int, int]]  # the numbers of tokens and of softmax keys
 
-    def test_gradient_of_a_tied_maximum_is_shared_out(self):
+    def test_tied_maxima_share_the_gradient(self):
         num_tokens, num_softmax = self.tied
         q, k, v, *maps = problem(num_tokens, **self.sizes | {"heads": 1})
-        q, k = (np.round(8 * x) / 8 for x in (q, k))  # their scores are exact, in whatever order they are summed
+        q, k = (np.round(8 * x) / 8 for x in (q, k))  # so that scores are exact in any order of summation
         k[:, 5] = k[:, 1]
         q = np.sign(k[:, 1:2]) * np.abs(q)
         assert_is_equation_5(self.in_small_blocks, (q, k, v, *maps), num_softmax=num_softmax)
 
 
 class AnyShapeTests(KernelTests):
-    """What takes heads of any width."""
+    """Tests of implementations that support heads of any width."""
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ class AnyShapeTests(KernelTests):
 
     @pytest.mark.parametrize("stabilizer", ["max", "lse"])
     def test_gradients_pass_through_the_stabilizer(self, stabilizer):
-        """Finite differences of eq. 5 agree; those with c held fixed, a stop_gradient, do not."""
+        """Gradients equal finite differences of eq. 5, and differ from those with c held fixed, as by stop_gradient."""
         arguments = problem(13)
         q, *rest = jax.tree.map(np.float64, arguments)
         direction, cotangent = np.random.default_rng(3).normal(size=(2, *q.shape))
@@ -292,7 +293,7 @@ class AnyShapeTests(KernelTests):
 
 
 class RefusalTests(KernelTests):
-    """What the kernels do not take is named with its numbers."""
+    """Unsupported arguments raise an error that contains their shapes, types or sizes."""
 
     def test_what_the_kernels_do_not_take_is_named(self, arguments, message):
         with pytest.raises(NotImplementedError, match=message):

@@ -1,4 +1,4 @@
-"""The public function: which implementation it chooses, what it refuses, and sharded arguments."""
+"""The public function: its choice of an implementation, its errors, and sharded arguments."""
 
 import textwrap
 
@@ -27,8 +27,8 @@ from tests.pallas_kernels.kernel_tests import problem
         ("gpu", False, "bfloat16", "lse", "xla"),
     ],
 )
-def test_platforms_choose(monkeypatch, platform, whole, dtype, stabilizer, expected):
-    """The first that takes the arguments: stock kernels know no "max", ours no float16."""
+def test_platform_and_arguments_select_the_implementation(monkeypatch, platform, whole, dtype, stabilizer, expected):
+    """The first that supports the arguments: stock kernels do not support "max", and ours do not support float16."""
     arrays = jax.eval_shape(lambda: tuple(jnp.zeros((1, 9, 2, 64), dtype) for _ in range(3)))
     maps = jax.eval_shape(lambda: (init_polynomial_map(jax.random.key(0), 2, 64),) * 2)
     monkeypatch.setattr(api, "_place", lambda: (platform, whole))
@@ -41,7 +41,7 @@ def test_platforms_choose(monkeypatch, platform, whole, dtype, stabilizer, expec
     assert chosen == [expected]
 
 
-def test_bad_arguments_are_refused_with_their_numbers():
+def test_bad_arguments_raise_errors_with_their_sizes():
     q, k, v, query_map, key_map = problem(9)
     four_heads = init_polynomial_map(jax.random.key(0), 4, 5)
     for arguments, options, message in [
@@ -59,7 +59,7 @@ def test_bad_arguments_are_refused_with_their_numbers():
             hybrid_attention(*arguments, **options)
 
 
-def test_sharded_over_batch_and_heads(on_fake_devices):
+def test_sharded_over_batch_and_heads_as_on_one_device(on_fake_devices):
     program = """
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec
@@ -79,8 +79,8 @@ def test_sharded_over_batch_and_heads(on_fake_devices):
 
         # XLA cannot partition a kernel, but inside a shard_map there is nothing to partition.
         places = [api._place()]
-        see = lambda x: places.append(api._place()) or x
-        jax.jit(jax.shard_map(see, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")))(q)
+        record = lambda x: places.append(api._place()) or x
+        jax.jit(jax.shard_map(record, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")))(q)
         assert places == [("cpu", False), ("cpu", True)], places
     """
     on_fake_devices(textwrap.dedent(program))

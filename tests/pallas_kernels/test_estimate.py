@@ -1,4 +1,4 @@
-"""Static estimates: steps and sections counted from the program, cycles from the TPU compiler, which needs no TPU."""
+"""Static estimates: grid steps and sections from the program, cycles from the TPU compiler, which needs no TPU."""
 
 import functools
 import re
@@ -14,11 +14,11 @@ from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_
 from tests.conftest import needs_libtpu
 
 STEPS, ROWS = 8, 512
-PRODUCTS_A_CYCLE = 918e12 / 2 / 1.75e9  # of a v6e: half of its FLOP/s, at its clock
+PRODUCTS_PER_CYCLE = 918e12 / 2 / 1.75e9  # multiply-adds of a v6e: half of its FLOP/s, divided by its clock rate
 
 
 def squares(condition, x, name: str | None = "squares"):
-    """x @ x @ x of every block, at the steps where `condition` holds; its other section runs in the last step."""
+    """A kernel with two sections: products, in the steps where `condition` holds, and a sum, in the last step."""
 
     def kernel(x_ref, y_ref):
         i = pl.program_id(0)
@@ -57,12 +57,12 @@ X = jax.ShapeDtypeStruct((STEPS * ROWS, ROWS), jnp.bfloat16)
 
 
 @pytest.mark.parametrize(("condition", "share"), [(first, 1 / 8), (half, 1 / 2), (always, 1)])
-def test_the_share_of_the_steps_that_run_a_section(condition, share):
+def test_sections_count_in_the_share_of_steps_that_run_them(condition, share):
     jaxpr = jax.make_jaxpr(functools.partial(squares, condition))(X).jaxpr
     assert kernels_of(jaxpr) == {"squares": [Kernel(STEPS, (share, 1 / 8))]}
 
 
-def test_a_condition_on_data_counts_in_every_step():
+def test_a_section_conditional_on_data_counts_in_every_step():
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...]
 
@@ -75,7 +75,7 @@ def test_a_condition_on_data_counts_in_every_step():
     assert kernels_of(jaxpr) == {"data": [Kernel(6, (1.0,))]}
 
 
-def test_kernels_without_a_name_have_their_scopes():
+def test_kernels_without_a_name_are_named_after_their_scope():
     @jax.jit
     def function(x):
         with jax.named_scope("outer"), jax.named_scope("inner"):
@@ -87,7 +87,7 @@ def test_kernels_without_a_name_have_their_scopes():
 
 
 def test_kernels_of_a_gradient():
-    """300 tokens of two heads, 150 of which keep softmax, in blocks of 128 (3 and 2 of them) and of 256 (2 and 1)."""
+    """Two heads of 300 tokens and 150 softmax keys: 3 and 2 blocks of 128, 2 and 1 blocks of 256."""
     size = AttentionShape(300, 2, 128, "bfloat16", "lse")
     blocks = tpu_forward.BlockSizes(
         query=128, key=128, key_chunk=128, state=256, backward_query=256, backward_key=128, backward_state=128
@@ -122,43 +122,43 @@ second line of it }
 """
 
 
-def test_a_schedule_counts_each_section_by_its_share():
-    """12 bundles, of which a branch jumps over 3 inside the loop's body."""
+def test_cycles_count_a_section_by_its_share_of_steps():
+    """The schedule has 12 bundles. A branch in the loop's body jumps over 3 of them."""
     assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 2) == 10 * (12 - 3 / 2)
-    # The compiler may drop sections that run in every step or in none, or may leave them all.
+    # The compiler may remove the branches of sections that run in every step or in none.
     assert cycles_of(Kernel(10, (1, 0.5, 0)), SCHEDULE, 2) == 10 * (12 - 3 / 2)
     assert cycles_of(Kernel(10, (1,)), SCHEDULE, 2) == cycles_of(Kernel(10, ()), SCHEDULE, 2) == 120
 
 
-def test_sections_that_do_not_match_are_told_and_count_whole():
+def test_unmatched_sections_count_in_every_step_with_a_warning():
     with pytest.warns(UserWarning, match="1 sections in the schedule, 2 in the kernel: .* up to 25.0% too much"):
         assert cycles_of(Kernel(10, (0.5, 0.5)), SCHEDULE, 2) == 120
 
 
-def test_the_busiest_matrix_unit_may_take_longer():
-    """Unit 1 has a product in the section and one behind it."""
+def test_the_busiest_matrix_unit_may_determine_the_cycles():
+    """Unit 1 has one product in the section and one after it."""
     assert cycles_of(Kernel(10, (0.5,)), SCHEDULE, 16) == 10 * (16 + 16 / 2)
     assert cycles_of(Kernel(10, (1.0,)), SCHEDULE, 16) == 10 * (16 + 16)
 
 
-def squares_of_each(conditions, x):
+def kernels_with(conditions, x):
     return [squares(condition, x, name=condition.__name__) for condition in conditions]
 
 
 @needs_libtpu
-def test_sections_cost_what_they_run():
-    kernels, _ = estimate_cycles("v6e", functools.partial(squares_of_each, (first, half, always)), X)
+def test_estimated_cycles_follow_the_share_of_steps():
+    kernels, _ = estimate_cycles("v6e", functools.partial(kernels_with, (first, half, always)), X)
     costs = {name.partition(".")[0]: cycles for name, cycles in kernels.items()}
     section = (costs["always"] - costs["first"]) / 7 * 8
     assert costs["half"] == pytest.approx(costs["always"] - section / 2, rel=0.03)
     products = STEPS * 4 * ROWS**3
-    assert products < section * PRODUCTS_A_CYCLE < 2 * products
+    assert products < section * PRODUCTS_PER_CYCLE < 2 * products
 
 
 @needs_libtpu
 @pytest.mark.filterwarnings("ignore:. sections in the schedule")
-def test_kernels_cost_by_the_head():
-    """And never less than their products take, forward and backward; XLA has next to nothing to do."""
+def test_cycles_are_proportional_to_heads_and_above_the_flop_bound():
+    """Forward and backward; XLA's own part does not grow with the heads."""
     blocks = tpu_forward.BlockSizes(
         query=512, key=512, state=512, backward_query=512, backward_key=512, backward_chunk=512, backward_state=512
     )
@@ -176,12 +176,12 @@ def test_kernels_cost_by_the_head():
     (forward, two, _, flops), (_, four, own, _) = estimated(2), estimated(4)
     assert four == pytest.approx(2 * two, rel=0.02) and own < four
     for cycles, products in ((forward, flops / 2), (two, 3 * flops / 2)):
-        bound = products / PRODUCTS_A_CYCLE
+        bound = products / PRODUCTS_PER_CYCLE
         assert bound < cycles < 4 * bound
 
 
 @needs_libtpu
-def test_no_kernel_no_estimate():
+def test_a_program_without_kernels_and_an_unknown_chip():
     kernels, own = estimate_cycles("v5e", first, X)
     assert kernels == {} and sum(own.values()) > 0
     with pytest.raises(ValueError, match="v9"):

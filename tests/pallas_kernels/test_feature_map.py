@@ -35,7 +35,7 @@ def test_polynomial_map_is_equation_8(activation, degree, layers):
     assert (np.asarray(actual) >= 0).all()
 
 
-def test_hedgehog_starts_as_the_softmax_of_both_signs():
+def test_initial_hedgehog_map_is_the_softmax_of_x_and_minus_x():
     x = heads((2, 5, 3, 7))
     features = np.asarray(init_hedgehog_map(3, 7)(jnp.float32(x)))
     exponentials = np.exp(np.concatenate([x, -x], axis=-1))
@@ -52,7 +52,7 @@ def test_elu1_is_one_plus_elu():
     "make",
     [lambda: init_polynomial_map(jax.random.key(0), 3, 4), lambda: init_hedgehog_map(3, 4)],
 )
-def test_maps_stack_and_vmap(make):
+def test_stacked_maps_under_vmap(make):
     x = jnp.float32(heads((2, 5, 3, 4)))
     one = make()
     two = jax.tree.map(lambda leaf: leaf + 0.5, one)
@@ -69,6 +69,6 @@ def test_maps_stack_and_vmap(make):
     ("arguments", "message"),
     [({"degree": 0}, "degree.*0"), ({"layers": 0}, "layers.*0"), ({"activation": "gelu"}, "gelu")],
 )
-def test_impossible_maps_are_refused(arguments, message):
+def test_bad_arguments_of_a_map_raise_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         init_polynomial_map(jax.random.key(0), 2, 4, **arguments)

@@ -1,4 +1,4 @@
-"""The GPU's kernels where there is no GPU: interpreted on small blocks, and lowered for CUDA at full size."""
+"""The GPU kernels without a GPU: interpreted on small blocks, and lowered for CUDA at full size."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ BLOCKS = gpu.BlockSizes(query=16, key=16, backward=16)
 
 
 def changed(**changes):
-    """The arguments of two heads of 16, except for `changes`."""
+    """Arguments with two heads of width 16, except for `changes`."""
     names = ("q", "k", "v", "query_map", "key_map")
     arguments = dict(zip(names, problem(9, width=changes.pop("width", 16), heads=2), strict=True))
     return tuple((arguments | changes).values())
@@ -49,7 +49,7 @@ class TestRefusals(RefusalTests):
 
 
 class TestSmallBlocks(BlockTests):
-    """Several chunks of the state too."""
+    """The state needs several chunks, too."""
 
     in_small_blocks = staticmethod(in_small_blocks)
     sizes: ClassVar = {"width": 16, "heads": 2, "batch": 2}
@@ -72,14 +72,14 @@ class TestSmallBlocks(BlockTests):
         monkeypatch.setattr(gpu, "STATE_CHUNK", 16)
 
     def some_valid(self, num_tokens, batch):
-        """None of the first block, so that a maximum begins with nothing."""
+        """A mask without any key of the first block, so that a running maximum starts at -inf."""
         valid = np.random.default_rng(1).random((batch, num_tokens)) < 0.7
         valid[0, :16] = False
         valid[:, 17] = True
         return valid
 
 
-def test_a_large_map_leaves_its_state_to_xla(monkeypatch):
+def test_xla_computes_the_state_of_a_large_map(monkeypatch):
     monkeypatch.setattr(gpu, "STATE_WEIGHTS", 1)
     monkeypatch.setattr(gpu, "_state_kernel", None)
     arguments, valid = problem(21, width=16, heads=2), np.arange(42).reshape(2, 21) % 5 != 3
@@ -116,8 +116,8 @@ def test_lowers_for_cuda(num_tokens, heads, width, num_softmax, stabilizer, kern
     assert all(f"{name}_kernel" in program for name in kernels)
 
 
-def test_neither_scores_nor_features_are_arrays():
-    """Of the program for CUDA, forward and backward: the kernels hide what they hold, and the rest is chunked."""
+def test_program_for_cuda_has_no_arrays_of_scores_or_features():
+    """Forward and backward. Kernels keep them on the chip, and XLA's part works in chunks."""
     num_tokens, heads, width, num_softmax = 8192, 2, 128, 1024
 
     def offenders(program):

@@ -1,4 +1,4 @@
-"""The plain implementation, which forms all scores."""
+"""The reference implementation, which holds all scores in memory."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ class TestReference(AnyShapeTests):
 
 
 @pytest.mark.parametrize(("num_softmax", "stabilizer"), [(0, "max"), (7, "max"), (7, "lse"), (21, "lse")])
-def test_softmax_share(num_softmax, stabilizer):
+def test_softmax_share_is_that_of_equation_5(num_softmax, stabilizer):
     arguments = q, k, _, query_map, key_map = problem(21)
     options = {"num_softmax": num_softmax, "key_valid": some_valid(21, batch=2), "stabilizer": stabilizer}
     share = jax.jit(lambda *arrays: softmax_share(*arrays, **options))(q, k, query_map, key_map)

@@ -1,4 +1,4 @@
-"""Hybrids around JAX's own attention, which knows no stabilizer but "lse"."""
+"""Hybrid attention with JAX's own softmax attention, which supports only the stabilizer "lse"."""
 
 from typing import ClassVar
 

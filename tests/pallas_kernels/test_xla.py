@@ -1,4 +1,4 @@
-"""The chunked implementation in plain XLA: its loop for CPUs, and the batched form of accelerators."""
+"""The chunked implementation in plain XLA: the loop for CPUs, and the batched form for accelerators."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ class TestXla(GridTests, AnyShapeTests):
 
 
 class TestLoop(TiedMaximumTests):
-    """Several chunks of queries in the loop of CPUs."""
+    """Several chunks of queries in the loop for CPUs."""
 
     in_small_blocks = staticmethod(functools.partial(hybrid_attention, implementation="xla"))
     sizes: ClassVar = {"width": 5, "heads": 3, "batch": 2}
@@ -48,7 +48,7 @@ class TestLoop(TiedMaximumTests):
 
 
 class TestBatched(TestLoop):
-    """The same chunks in the batched form of accelerators."""
+    """The same chunks in the batched form for accelerators."""
 
     in_small_blocks = staticmethod(functools.partial(hybrid_attention, implementation="xla"))
 
@@ -66,7 +66,7 @@ def assert_trees_close(actual, expected):
         np.testing.assert_allclose(a, e, rtol=2e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
-def test_maps_stacked_over_rates_vmap():
+def test_vmap_over_stacked_maps():
     *arrays, query_map, key_map = problem(21)
     loss = jax.value_and_grad(lambda maps: jnp.cos(hybrid_attention(*arrays, *maps, num_softmax=7)).sum())
     pair = [(query_map, key_map), jax.tree.map(lambda x: x + np.float32(0.2), (query_map, key_map))]
@@ -76,7 +76,7 @@ def test_maps_stacked_over_rates_vmap():
 
 
 def arrays_in(program):
-    """(type, number of elements) of every array in the text of an HLO module."""
+    """{(type, number of elements)} of all arrays in the text of an HLO module."""
     return {
         (kind, math.prod(map(int, shape.split(",")))) for kind, shape in re.findall(r"\b(\w+)\[([\d,]+)\]", program)
     }
@@ -84,7 +84,7 @@ def arrays_in(program):
 
 @pytest.mark.parametrize("form", ["loop", "batched"])
 def test_neither_scores_nor_features_are_in_memory(form, monkeypatch):
-    """Of value and gradients, compiled: nothing of N x N/R elements, nor float32 of [N, H, P*D]; memory linear in N."""
+    """Value and gradients have no array of N x N/R elements, no float32 of [N, H, P*D], and need memory linear in N."""
     if form == "batched":
         use_batched_form(monkeypatch)
 
@@ -108,8 +108,7 @@ def test_neither_scores_nor_features_are_in_memory(form, monkeypatch):
         assert {("f32", 8192 * 1024 * 2), ("f32", 8192 * 2 * 2 * 128)} <= set(found)
 
 
-def test_lowers_for_accelerators():
-    """Nothing but plain XLA: neither the CPU's loop over heads nor a call back to the host."""
+def test_program_for_accelerators_has_no_loops_or_custom_calls():
     step = jax.jit(jax.grad(lambda args: hybrid_attention(*args, num_softmax=6).sum())).trace(problem(24))
     for platform in ("tpu", "cuda"):
         module = step.lower(lowering_platforms=(platform,)).as_text()
@@ -118,7 +117,7 @@ def test_lowers_for_accelerators():
         assert "custom_call" not in module
 
 
-def test_full_softmax_is_stock_attention():
+def test_full_softmax_equals_dot_product_attention():
     q, k, v, _, _ = problem(33, width=16)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -131,7 +130,7 @@ def test_full_softmax_is_stock_attention():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-6), actual, expected)
 
 
-def test_another_feature_map():
+def test_gradients_with_hedgehog_maps_equal_the_reference():
     q, k, v, _, _ = problem(21)
     arguments, attend = (
         (q, k, v, init_hedgehog_map(3, 5), init_hedgehog_map(3, 5)),
