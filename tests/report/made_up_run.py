@@ -1,4 +1,4 @@
-"""A finished run of made-up numbers, and what a page of it holds."""
+"""A finished run with made-up numbers, and a parser of its report."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def tiny_config(teacher):
 
 
 def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80), model=MODEL, plan=PLAN, seed=0):
-    """What the stages leave, with made-up numbers and clips of blocky noise over sprites."""
+    """Writes the files of all stages, with made-up numbers and with clips of sprites under blocky noise."""
     rng = np.random.default_rng(seed)
     write(folder / "config.json", dict(flatten(config)))
     blocks = model.num_layers
@@ -97,7 +97,7 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80
 
 
 def write_fidelity(folder, durations=(9, 17)):
-    """What `evaluate fidelity` leaves: the hybrid equal to its teacher, the model not, and a control."""
+    """Writes the files of `evaluate fidelity`: a hybrid equal to its teacher, a model unlike it, and a control."""
     rng = np.random.default_rng(3)
 
     def numbers(frames, ssim, psnr, **more):
@@ -108,13 +108,13 @@ def write_fidelity(folder, durations=(9, 17)):
             {"psnr": psnr, "ssim": ssim, "drift": 0.5, "psnr_per_frame": psnrs, "ssim_per_frame": ssims} | levels | more
         )
 
-    def moved(error):
+    def velocities(error):
         return {"velocity_error": error, "velocity_error_per_step": [error, 2 * error, 3 * error]}
 
     def models(frames):
         return {
-            "runs/x/hybrid": numbers(frames, 1.0, None, **moved(0.0)),
-            "runs/x/model": numbers(frames, 0.8125, 23.4375, **moved(0.21875)),
+            "runs/x/hybrid": numbers(frames, 1.0, None, **velocities(0.0)),
+            "runs/x/model": numbers(frames, 0.8125, 23.4375, **velocities(0.21875)),
             "teacher, other noise": numbers(frames, 0.5, 14.0625),
         }
 
@@ -141,7 +141,7 @@ def write_metrics(folder, steps, **levels):
 
 
 class Page(HTMLParser):
-    """The elements of a page, its text, and its numbers as (value, shown text)."""
+    """A parsed page: its elements, addresses, text, and numbers as (value, shown text)."""
 
     def __init__(self, text):
         super().__init__()
@@ -169,7 +169,7 @@ class Page(HTMLParser):
         if self.tags and self.tags[-1] == "style" and "{" in data:
             self.addresses += re.findall(r"(?:url\(|@import)([^);]*)", data)
         elif self.tags and self.tags[-1] == "script" and data.strip():
-            if self.kind:  # of data, which no browser runs
+            if self.kind:  # a script element with data
                 self.data[self.kind] = data
             else:
                 self.scripts.append(data)
@@ -178,7 +178,7 @@ class Page(HTMLParser):
 
     @property
     def videos(self):
-        """Of every prompt: uint8 [F, h, w, 3], the models' clips side by side."""
+        """For every prompt the clips of all models side by side, uint8 [F, h, w, 3]."""
         found = [data for name, data in self.data.items() if name.startswith("video-")]
         return [video_player.decode(base64.b64decode(video))[0] for video in found]
 

@@ -1,4 +1,4 @@
-"""Several runs on one page."""
+"""The page that compares several runs."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.report.made_up_run import HOSTILE, PLAN, Page, tiny_config, write, wr
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def original_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     config = tiny_config(folder / "teacher")
     write_run(folder / "one", config, prompts=3, videos=1)
@@ -23,8 +23,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def runs(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "runs")
+def runs(original_runs, tmp_path):
+    return shutil.copytree(original_runs, tmp_path / "runs")
 
 
 def page_of(runs, *names):
@@ -33,7 +33,7 @@ def page_of(runs, *names):
     return Page(page.read_text())
 
 
-def test_two_runs(runs):
+def test_the_page_shows_the_results_of_two_runs(runs):
     page = page_of(runs, "one", "<b>two")
     assert page.sections == {"runs", "clips", "plans", "scores", "training", "config"}
     assert page.external() == [] and "What this page lacks" not in page.text
@@ -41,7 +41,7 @@ def test_two_runs(runs):
     for name in ("one", "<b>two"):
         evaluation = json.loads((runs / name / "evaluation" / "evaluation.json").read_text())
         total = evaluation["models"]["finetuned"]["score"]["total"]
-        assert page.text.count(f"{total['mean']:.3f}") >= 2  # of all, and by dimension
+        assert page.text.count(f"{total['mean']:.3f}") >= 2  # in the table of all scores and in that of dimensions
         plan = json.loads((runs / name / "plan" / "plan.json").read_text())
         assert f"{100 * (1 - plan['share_of_teacher']):.1f}%" in page.text
     text = page.text.replace("\n", "")
@@ -50,7 +50,7 @@ def test_two_runs(runs):
     assert page.videos[0].shape[2] == 3 * page.rows[0]["offset"]
 
 
-def test_what_a_run_lacks_is_named(runs):
+def test_the_page_names_missing_files(runs):
     shutil.rmtree(runs / "<b>two" / "evaluation")
     (runs / "<b>two" / "plan" / "plan.json").unlink()
     page = page_of(runs, "one", "<b>two", "empty")
@@ -59,24 +59,24 @@ def test_what_a_run_lacks_is_named(runs):
         assert text in page.text
 
 
-def test_other_prompts_are_not_put_beside_each_other(runs):
+def test_clips_of_different_prompts_are_not_compared(runs):
     path = runs / "one" / "evaluation" / "evaluation.json"
     found = json.loads(path.read_text())
     write(path, found | {"prompts": ["a", "b", "c"]})
     assert "clips" not in page_of(runs, "one", "<b>two").sections
 
 
-def test_the_command(runs, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_page_or_refuses_bad_arguments(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["report", "--compare", str(runs / "one"), str(runs / "empty")]) == 0
     assert capsys.readouterr().out.strip() == "compare.html" and (tmp_path / "compare.html").exists()
     one = str(runs / "one")
-    for wrong in ([one], [one, one], [one, str(runs / "no")], [one, str(runs / "empty"), "--config=tiny"]):
-        assert main(["report", "--compare", *wrong]) == 2
+    for arguments in ([one], [one, one], [one, str(runs / "no")], [one, str(runs / "empty"), "--config=tiny"]):
+        assert main(["report", "--compare", *arguments]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_names(tmp_path):
+def test_runs_are_named_by_the_ends_of_their_paths(tmp_path):
     assert names(["/a/x/run", "/a/y/run", "/b/z"]) == ["x/run", "y/run", "b/z"]
     assert names(["/a/x", "/a/y"]) == ["x", "y"]
     with pytest.raises(InputError, match="that differ"):

@@ -66,7 +66,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_nothing_is_loaded_from_anywhere(config, workdir):
+def test_the_page_loads_nothing_external(config, workdir):
     page = report(config, workdir)
     assert len(page.videos) == 2
     assert page.external() == []
@@ -83,11 +83,11 @@ def test_nothing_is_loaded_from_anywhere(config, workdir):
         '<style>@import "http://x"; a { color: red }</style>',
     ],
 )
-def test_what_is_loaded_would_be_found(text):
+def test_control_external_addresses_are_found(text):
     assert Page(text).external()
 
 
-def test_the_policy_allows_the_script_of_the_page_and_no_other(config, workdir):
+def test_the_policy_allows_only_the_script_of_the_page(config, workdir):
     page = report(config, workdir)
     assert len(page.scripts) == 1
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
@@ -102,30 +102,30 @@ def test_the_policy_allows_the_script_of_the_page_and_no_other(config, workdir):
     }
 
 
-def test_prompts_are_text(config, workdir):
+def test_prompts_and_config_values_are_escaped(config, workdir):
     config.sampler.negative_prompt = "<b>bold</b>"
     page = report(config, workdir)
     assert HOSTILE in page.text and "<b>bold</b>" in page.text and page.rows[0]["prompt"] == HOSTILE
     assert page.tags.count("script") == 1 + len(page.data) and "img" not in page.tags
-    assert page.tags.count("b") == len(PLAN)  # the plan's cells alone
+    assert page.tags.count("b") == len(PLAN)  # only the cells of the plan
 
 
-def test_clips_are_those_of_the_workdir_side_by_side(config, workdir):
+def test_the_page_shows_the_clips_of_all_models(config, workdir):
     page = report(config, workdir)
     for number, (video, row) in enumerate(zip(page.videos, page.rows, strict=True)):
         assert row["models"] == list(MODELS) and (row["height"], row["width"], row["frames"]) == (96, 80, 9)
         for place, name in enumerate(MODELS):
             left = place * row["offset"]
             shown = video[:, : row["height"], left : left + row["width"]].astype(float)
-            sources = {
+            clips = {
                 n: video_player.read_clip(workdir / "evaluation" / "videos" / n / f"{number:04d}.mp4", 192)[0]
                 for n in MODELS
             }
-            distance = {n: np.abs(shown - clip).mean() for n, clip in sources.items()}
+            distance = {n: np.abs(shown - clip).mean() for n, clip in clips.items()}
             assert min(distance, key=distance.__getitem__) == name and distance[name] < 8
 
 
-def test_the_teacher_lies_above_the_final_model_in_the_grid(config, workdir):
+def test_comparison_gif_shows_the_teacher_above_the_final_model(config, workdir):
     report(config, workdir)
     videos = workdir / "evaluation" / "videos"
     count, height, width, _ = video_player.read_clip(videos / "teacher" / "0000.mp4", 192)[0].shape
@@ -143,7 +143,7 @@ def test_the_teacher_lies_above_the_final_model_in_the_grid(config, workdir):
     assert video_player.side_by_side(workdir / "no" / "videos", ["teacher"], 2) is None
 
 
-def test_numbers_are_those_of_the_files(config, workdir):
+def test_the_page_shows_the_numbers_of_the_files(config, workdir):
     page = report(config, workdir)
     errors = read(workdir / "distill" / "errors.json")
     plan = read(workdir / "plan" / "plan.json")
@@ -173,19 +173,19 @@ def test_numbers_are_those_of_the_files(config, workdir):
 
 @pytest.mark.parametrize(
     "rates, sentence",
-    [  # published figures of 15R2 and of 20R8 in 30 blocks, 480 x 832, 81 frames
+    [  # the published savings of 15R2 and 20R8, for 30 blocks at 480 x 832, 81 frames
         ([1, 2] * 3, "less attention work on Wan2.1 1.3B23.8%Computed, not measured"),
         ([8, 8, 1] * 2, "81 frames. Of the whole model: 39.4% less."),
     ],
 )
-def test_savings_at_full_size(config, workdir, rates, sentence):
+def test_savings_on_the_full_model_are_those_published(config, workdir, rates, sentence):
     plan = read(workdir / "plan" / "plan.json")
     write(workdir / "plan" / "plan.json", plan | {"rates": rates})
     text = report(config, workdir).text
     assert sentence in re.sub(r"\s*\n\s*", "", text)
 
 
-def test_chosen_cells_are_the_plan(config, workdir):
+def test_marked_cells_are_the_plan(config, workdir):
     write_report(config, workdir)
     text = (workdir / "report.html").read_text()
     table = text[text.index('<table class="heat">') : text.index("</table>", text.index('<table class="heat">'))]
@@ -196,7 +196,7 @@ def test_chosen_cells_are_the_plan(config, workdir):
     assert [chosen[block] for block in range(6)] == PLAN and sum(map(bool, chain.from_iterable(rows))) == 6
 
 
-def test_cells_tell_all_that_was_measured(config, workdir):
+def test_tooltips_of_cells_show_all_measurements(config, workdir):
     write_report(config, workdir)
     found = read(workdir / "distill" / "errors.json")
     tips = re.findall(r'data-tip="(Block \d+, [^"]*)"', (workdir / "report.html").read_text().replace("&#10;", "\n"))
@@ -210,7 +210,7 @@ ALL = {"clips", "scores", "plan", "errors", "training", "flops", "config"}
 
 
 @pytest.mark.parametrize(
-    "missing, left_out, told",
+    "missing, left_out, messages",
     [
         ((), set(), []),
         (("evaluation",), {"clips", "scores"}, ["evaluation.json is not there; `jsurgery evaluate` has not begun"]),
@@ -232,32 +232,32 @@ ALL = {"clips", "scores", "plan", "errors", "training", "flops", "config"}
         (("config.json", "evaluation", "plan", "distill", "finetune"), ALL - {"config"}, ["The plan", "Scores"]),
     ],
 )
-def test_what_a_stage_has_not_left_is_named_and_the_rest_is_there(config, workdir, missing, left_out, told):
+def test_missing_files_are_named_and_the_other_sections_shown(config, workdir, missing, left_out, messages):
     for name in missing:
         shutil.rmtree(workdir / name) if (workdir / name).is_dir() else (workdir / name).unlink()
     page = report(config, workdir)
     assert page.sections == ALL - left_out
     assert {a[1:] for a in page.addresses if a.startswith("#")} == page.sections
     assert ("What this page lacks" in page.text) == bool(missing)
-    assert [text for text in told if text not in page.text] == []
+    assert [text for text in messages if text not in page.text] == []
 
 
-def test_a_stage_that_has_begun_and_files_that_are_not_whole(config, workdir):
+def test_unfinished_stages_and_damaged_files_are_named(config, workdir):
     (workdir / "evaluation" / "evaluation.json").write_text('{"prompts": ["a')
     (workdir / "plan" / "plan.json").unlink()
     write(workdir / "plan" / "stage.json", {"complete": False})
     (workdir / "evaluation" / "videos" / "finetuned" / "0000.mp4").write_bytes(b"no video")
     with (workdir / "finetune" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 310, "lo')  # a run that goes on
+        file.write('{"step": 310, "lo')  # as while a run writes it
     page = report(config, workdir)
     assert page.sections == {"clips", "errors", "training", "config"}
     assert "`jsurgery plan` has not ended" in page.text and "evaluation/evaluation.json cannot be read" in page.text
     assert "finetuned/0000.mp4" in page.text
     assert [row["models"] for row in page.rows] == [list(MODELS[:3]), list(MODELS)]
-    assert page.rows[0]["prompt"].startswith("a ")  # of the config, where no evaluation tells
+    assert page.rows[0]["prompt"].startswith("a ")  # from the config, as there is no evaluation
 
 
-def test_a_run_under_way_says_what_is_to_come_and_shows_its_first_frame(config, workdir):
+def test_an_unfinished_run_shows_its_remaining_commands_and_first_frame(config, workdir):
     prompt, frame = "a red ‹circle› & more", np.random.default_rng(0).integers(0, 256, (32, 24, 3), np.uint8)
     write_first_frame(epath.Path(workdir), frame, prompt)
     finished = write_report(config, workdir).read_text()
@@ -267,23 +267,23 @@ def test_a_run_under_way_says_what_is_to_come_and_shows_its_first_frame(config, 
     page = Page((workdir / "report.html").read_text())
     assert page.sections == ALL - {"clips"} and "What this page lacks" not in page.text
     assert "Still to come" in page.text and prompt in page.text
-    assert not (workdir / "comparison.gif").exists(), "clips are for the last page"
+    assert not (workdir / "comparison.gif").exists(), "only the final page makes clips"
     html = (workdir / "report.html").read_text()
     assert 'http-equiv="refresh"' in html
     (picture,) = re.findall(r"data:image/png;base64,([^\"]+)", html)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))), frame)
     last = write_report(config, workdir).read_text()
-    assert 'http-equiv="refresh"' not in last and Page(last).text == Page(finished).text, "the last page is as ever"
+    assert 'http-equiv="refresh"' not in last and Page(last).text == Page(finished).text, "differs from finished"
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
-def test_a_run_under_way_with_a_damaged_frame(config, workdir, content):
+def test_a_damaged_first_frame_is_left_out(config, workdir, content):
     (workdir / "first_frame.png").write_bytes(content)
     write_report(config, workdir, coming=("evaluate", "report"))
     assert "<img" not in (workdir / "report.html").read_text()
 
 
-def test_what_was_achieved_in_plain_words(config, workdir):
+def test_summary_lines_of_a_surgery(config, workdir):
     (workdir / "model").mkdir()
     write(workdir / "model" / "config.json", MODEL.to_json())
     run = read_run(workdir, config)
@@ -305,7 +305,7 @@ def test_what_was_achieved_in_plain_words(config, workdir):
     assert [line.partition(":")[0] for line in result_lines(run, "jsurgery")] == ["look", "next"]
 
 
-def test_files_that_are_another_thing_are_named(config, workdir):
+def test_files_with_wrong_content_are_named(config, workdir):
     write(workdir / "plan" / "plan.json", {"rates": [1, "fast"]})
     write(workdir / "distill" / "errors.json", ["errors"])
     page = report(config, workdir)
@@ -327,7 +327,7 @@ def test_an_empty_folder_and_a_config_of_another_version(workdir, config, tmp_pa
     assert read_run(workdir).config.hybrid.rates == config.hybrid.rates
 
 
-def test_a_model_that_is_gone(workdir, config, tmp_path):
+def test_a_missing_model_leaves_out_flops(workdir, config, tmp_path):
     shutil.rmtree(tmp_path / "teacher")
     page = report(config, workdir)
     assert page.sections == ALL - {"flops"} and "Counted FLOPs need the sizes of the model" in page.text
@@ -340,11 +340,11 @@ def test_the_command_takes_the_config_of_the_run(workdir, tmp_path, capsys):
     assert main(["report", f"--workdir={workdir}"]) == 0
     assert capsys.readouterr().out.strip() == str(workdir / "report.html")
     assert "17 frames" in (workdir / "report.html").read_text()
-    for wrong in ([], [f"--workdir={tmp_path / 'no'}"], [f"--workdir={workdir}", "--output=x.html"]):
-        assert main(["report", *wrong]) == 2
+    for arguments in ([], [f"--workdir={tmp_path / 'no'}"], [f"--workdir={workdir}", "--output=x.html"]):
+        assert main(["report", *arguments]) == 2
 
 
-def test_exports(config, workdir):
+def test_parity_of_exports(config, workdir):
     rows = [
         {"part": part, "format": format, "precision": precision, "relative_error": error, "max_error": 1.0}
         | {"bound": 1e-3, "passed": error is not None and error <= 1e-3}
@@ -366,7 +366,7 @@ def test_exports(config, workdir):
 
 
 def test_fidelity_to_the_teacher(config, workdir):
-    (workdir / "fidelity").mkdir()  # begun
+    (workdir / "fidelity").mkdir()  # as when the command has begun
     page = report(config, workdir)
     assert page.sections == ALL and "`jsurgery evaluate fidelity` has not ended" in page.text
     write_fidelity(workdir)
@@ -385,7 +385,7 @@ def test_fidelity_to_the_teacher(config, workdir):
     assert "SSIM over the frames" not in report(config, workdir).text
 
 
-def test_every_budget_has_its_optimum(config, workdir):
+def test_the_slider_has_the_optimal_plan_of_every_budget(config, workdir):
     write_report(config, workdir)
     run = read_run(workdir, config)
     data, chart = pareto_slider.trade_off(run)
@@ -396,14 +396,14 @@ def test_every_budget_has_its_optimum(config, workdir):
     of_rates = np.stack([costs.at(rate) for rate in rates], axis=1)
     for budget in np.linspace(data["shares"][0], 1, 23):
         best = solve(errors, of_rates, budget * costs.teacher * (1 + 1e-12))
-        place = np.searchsorted(data["shares"], budget * (1 + 1e-9), side="right") - 1
-        assert data["errors"][place] == pytest.approx(best.error, rel=1e-9)
-        assert [data["rates"][i] for i in data["plans"][place]] == [
+        index = np.searchsorted(data["shares"], budget * (1 + 1e-9), side="right") - 1
+        assert data["errors"][index] == pytest.approx(best.error, rel=1e-9)
+        assert [data["rates"][i] for i in data["plans"][index]] == [
             {1: "softmax", "linear": "linear"}.get(rates[i], f"R{rates[i]}") for i in best.indices
         ]
 
 
-def test_a_front_that_is_too_large_is_solved_budget_by_budget(config, workdir, monkeypatch):
+def test_a_front_that_is_too_large_is_replaced_by_plans_for_some_budgets(config, workdir, monkeypatch):
     run = read_run(workdir, config)
     whole, _ = pareto_slider.trade_off(run)
 
@@ -422,14 +422,14 @@ def test_a_front_that_is_too_large_is_solved_budget_by_budget(config, workdir, m
     assert not thin["whole"] and len(thin["plans"]) == 5 and thin["shares"][-1] == whole["shares"][-1]
 
 
-def test_a_tiny_model_is_called_one_wherever_results_are(config, workdir):
+def test_every_result_of_a_tiny_model_is_labelled(config, workdir):
     text = report(config, workdir).text
     assert "not results of Wan2.1 1.3B" in text.replace("\n", "")
     assert text.count("tiny model, procedural clips") == 5
 
 
-def test_wan_itself_at_full_size(config, workdir, tmp_path):
-    """No label, no second table, no score on prompts in which nothing can be measured."""
+def test_a_run_on_wan_at_full_size(config, workdir, tmp_path):
+    """The report has no label "tiny", no table of computed savings, and no scores, as the prompts are not sprites."""
     write(tmp_path / "teacher" / "config.json", WanConfig().to_json())
     config.prompts = "prompts.txt"
     config.video.frames, config.video.height, config.video.width = 81, 480, 832
@@ -442,13 +442,13 @@ def test_wan_itself_at_full_size(config, workdir, tmp_path):
     assert "Attention surgery on Wan2.1 1.3B" in page.text
 
 
-def test_the_control_is_not_called_a_hybrid(config, workdir):
+def test_a_fine_tuned_teacher_is_called_so(config, workdir):
     assert "Teacher, fine-tuned" not in report(config, workdir).text
     config.finetune.subject = "teacher"
     assert "Teacher, fine-tuned" in report(config, workdir).text
 
 
-def test_every_field_and_version_is_there(config, workdir):
+def test_the_page_shows_all_config_fields_and_versions(config, workdir):
     text = report(config, workdir).text
     for field, value in flatten(config):
         assert f"{field}{value}" in text.replace("\n", "")
@@ -461,7 +461,7 @@ def test_a_second_report_replaces_the_first(config, workdir):
     assert not list(workdir.glob("*.tmp"))
 
 
-def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
+def test_large_clips_are_compressed_or_left_out(config, workdir, monkeypatch):
     rng = np.random.default_rng(0)
     folder = workdir / "evaluation" / "videos"
     for name in MODELS:
@@ -472,19 +472,19 @@ def test_large_clips_are_made_to_fit(config, workdir, monkeypatch):
     monkeypatch.setattr(video_player, "PROMPT_BYTES", full // 10)
     page = report(config, workdir)
     sizes = [len(video) for name, video in page.data.items() if name.startswith("video-")]
-    assert len(sizes) == 2  # the third prompt would have left too little for each
+    assert len(sizes) == 2  # three prompts would leave too few bytes for each
     assert sum(sizes) <= 4 / 3 * (full // 4) + 8
     assert "2 of 5 prompts are shown" in page.text
     assert [len(video) for video in page.videos] == [9, 9] and page.rows[0]["fps"] == 8
 
 
-def test_a_page_stays_under_its_bound(config, workdir):
+def test_the_size_of_a_page_is_bounded(config, workdir):
     assert 4 / 3 * video_player.PAGE_BYTES < 14e6  # base64 adds a third
     write_report(config, workdir)
     assert (workdir / "report.html").stat().st_size < 400_000
 
 
-def test_line_chart():
+def test_line_chart_of_exponential_growth_is_logarithmic():
     rows = [{"step": step, "a": 10.0 ** (step / 100), "b": np.nan if step == 50 else 1.0} for step in range(0, 101, 50)]
     chart = line_chart("t", rows, {"a": "A", "b": "B"})
     assert chart.log
@@ -506,7 +506,7 @@ def test_long_lines_are_thinned():
     assert len(chart.lines[0].raw) < 5000 and chart.lines[0].raw.endswith(f"100.00 {chart.lines[0].raw.split()[-1]}")
 
 
-def test_running_mean():
+def test_running_mean_ignores_nan():
     values = np.random.default_rng(0).uniform(size=100)
     values[40] = np.nan
     width = 2 * (100 // 24) + 1

@@ -1,4 +1,4 @@
-"""The report in headless Chromium: clips in sync, the slider, what lies under the pointer; and nothing asked for."""
+"""The report in headless Chromium: synchronous clips, the slider, tooltips; and no request to the network."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from jsurgery.surgery.plan import block_costs
 from tests.browser import CHROMIUM, Browser
 from tests.report.made_up_run import HOSTILE, MODEL, MODELS, tiny_config, write_run
 
-LEVELS, FRAMES = 24, 9  # of green from frame to frame
+GREEN_STEP, FRAMES = 24, 9  # each frame has more green than the frame before
 COLORS = """["left", "right", "difference"].map((id) => {
   const canvas = document.getElementById(id);
   return [...canvas.getContext("2d").getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data];
@@ -23,7 +23,7 @@ COLORS = """["left", "right", "difference"].map((id) => {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Green counts the frames; only the fine-tuned model's clips have red in them."""
+    """Clips whose green encodes the number of the frame; only those of the fine-tuned model have red."""
     if CHROMIUM is None:
         pytest.skip("NOT CHECKED in a browser: there is no Chromium here")
     folder = tmp_path_factory.mktemp("browser")
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     for name in MODELS:
         for number in range(2):
             clip = np.zeros((FRAMES, 40, 56, 3), np.uint8)
-            clip[..., 1] = (LEVELS * np.arange(FRAMES))[:, None, None]
+            clip[..., 1] = (GREEN_STEP * np.arange(FRAMES))[:, None, None]
             clip[..., 0] = 40 if name == "finetuned" else 0
             clip[..., 2] = 200 * number
             write_video(folder / "run" / "evaluation" / "videos" / name / f"{number:04d}.mp4", clip, 8)
@@ -47,29 +47,29 @@ def browser(run, tmp_path):
     browser.screen(1440, 900)
     browser.open(run / "report.html")
     yield browser
-    assert [log for log in browser.logs if "readback" not in log] == []  # that one is about what these tests read
+    assert [log for log in browser.logs if "readback" not in log] == []  # a warning caused by these tests
     assert [request for request in browser.requests if not request.startswith(("file://", "data:"))] == []
     browser.close()
 
 
-def act(browser, id, value, event):
+def set_value(browser, selector, value, event):
     code = f"element.value = {json.dumps(value)}; element.dispatchEvent(new Event('{event}'))"
-    browser.run(f"(() => {{ const element = document.querySelector('{id}'); {code} }})()")
+    browser.run(f"(() => {{ const element = document.querySelector('{selector}'); {code} }})()")
 
 
-def test_clips_stay_together_and_follow_the_frame(browser):
+def test_clips_play_in_sync_and_follow_the_frame_slider(browser):
     browser.wait(f"({COLORS})[0][3] === 255")
     seen = set()
     deadline = time.monotonic() + 60
     while len(seen) < 4 and time.monotonic() < deadline:
         left, right, difference = browser.run(COLORS)
-        assert abs(left[1] - right[1]) < LEVELS / 2 and difference[1] < 4 * LEVELS / 2  # one frame in all
-        assert left[0] < 20 and right[0] > 25 and 80 < difference[0] < 240  # 40, four times as strong
-        seen.add(round(left[1] / LEVELS))
+        assert abs(left[1] - right[1]) < GREEN_STEP / 2 and difference[1] < 4 * GREEN_STEP / 2  # the same frame
+        assert left[0] < 20 and right[0] > 25 and 80 < difference[0] < 240  # the difference of 40, amplified four times
+        seen.add(round(left[1] / GREEN_STEP))
     assert len(seen) >= 4  # they play
     for frame in (7, 2):
-        act(browser, "#player [type=range]", frame, "input")
-        browser.wait(f"Math.abs(({COLORS})[0][1] - {LEVELS * frame}) < {LEVELS // 2}")
+        set_value(browser, "#player [type=range]", frame, "input")
+        browser.wait(f"Math.abs(({COLORS})[0][1] - {GREEN_STEP * frame}) < {GREEN_STEP // 2}")
         browser.wait(f"document.querySelector('#player output').textContent === 'frame {frame + 1} of {FRAMES}'")
     assert browser.run("document.querySelector('#player button').textContent") == "Play"
     still = browser.run(COLORS)
@@ -77,15 +77,15 @@ def test_clips_stay_together_and_follow_the_frame(browser):
     assert browser.run(COLORS) == still
 
 
-def test_prompts_and_models_are_picked(browser):
+def test_choosing_prompts_and_models(browser):
     browser.wait(f"({COLORS})[0][3] === 255")
     assert browser.run("document.querySelector('.prompts span').textContent") == HOSTILE
     browser.run("document.querySelectorAll('.prompts input')[1].click()")
     browser.wait(f"({COLORS})[0][2] > 150")
-    act(browser, "#right-model", "teacher", "change")
+    set_value(browser, "#right-model", "teacher", "change")
     browser.wait(f"Math.max(...({COLORS})[2].slice(0, 3)) === 0")
     assert browser.run("document.getElementById('difference-note').textContent").startswith("mean 0.0")
-    act(browser, "#right-model", "distilled", "change")
+    set_value(browser, "#right-model", "distilled", "change")
     browser.wait("document.getElementById('right-note').textContent.startsWith('This clip is missing')")
     assert browser.run(COLORS)[1][3] == 0
 
@@ -101,7 +101,7 @@ def test_the_slider_changes_the_plan(browser, run):
     named = ["softmax", "R2", "R4", "R8", "linear"]
     shown = []
     for budget in (45.0, 60.0, 85.0):
-        act(browser, "#budget-slider", budget, "input")
+        set_value(browser, "#budget-slider", budget, "input")
         best = solve(errors, of_rates, budget / 100 * costs.teacher)
         assert browser.run(strip) == [named[i] for i in best.indices]
         assert browser.run("document.getElementById('budget-error').textContent") == f"{best.error:.4f}"
@@ -113,14 +113,14 @@ def test_the_slider_changes_the_plan(browser, run):
     assert browser.run(strip) == own
 
 
-def test_numbers_under_the_pointer(browser, run):
+def test_tooltips_show_numbers(browser, run):
     error = read_run(run).errors["errors"][0][0]
     tip = "document.getElementById('tip')"
     for target, text in (("[data-tip^='Block 0, R2']", f"error {error:.4f}"), ("#training .plot", "R2: ")):
         found = f"document.querySelector({json.dumps(target)})"
         browser.run(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
         box = browser.run(f"{found}.getBoundingClientRect().toJSON()")
-        time.sleep(0.3)  # the scroll that hides a tip
+        time.sleep(0.3)  # the scrolling hides a tooltip
         for step in range(2):
             x, y = box["x"] + box["width"] / 2 + step, box["y"] + box["height"] / 2
             browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -128,7 +128,7 @@ def test_numbers_under_the_pointer(browser, run):
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-def test_nothing_is_wider_than_the_screen(browser, run, width):
+def test_the_page_fits_the_width_of_the_screen(browser, run, width):
     browser.screen(width, 844, dark=True)
     browser.open(run / "report.html")
     assert browser.run("document.documentElement.scrollWidth") == width

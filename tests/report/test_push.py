@@ -1,4 +1,4 @@
-"""`jsurgery push`: what reaches a Hub that runs here, what the card says, and what is refused before the network."""
+"""`jsurgery push` to a local imitation of the Hub: the uploaded files, the model card, and refused models."""
 
 import base64
 import http.server
@@ -30,7 +30,7 @@ WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The parts of the Hub's API that an upload takes; `asked` holds (path, token, parsed body) of each request."""
+    """The part of the Hub's API that an upload uses. `asked` holds (path, token, parsed body) of each request."""
 
     asked: list
     status = 200
@@ -60,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The requests that a Hub on this machine has had."""
+    """The requests that the local Hub has received."""
     monkeypatch.setattr(Hub, "asked", [], raising=False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -73,7 +73,7 @@ def asked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def workdir(random_transformer, tmp_path_factory) -> pathlib.Path:
-    """A run on the bundled model with random feature maps: the final model, its plan and its evaluation."""
+    """The workdir of a run on the bundled model: the final model, with random feature maps, its plan and evaluation."""
     workdir = tmp_path_factory.mktemp("run")
     teacher = read_config(model_path("tiny_wan") / "transformer")
     config = type(teacher)(**{**vars(teacher), "hybrid": HybridConfig(RATES)})
@@ -97,13 +97,13 @@ def workdir(random_transformer, tmp_path_factory) -> pathlib.Path:
 
 
 def committed(asked) -> dict[str, bytes]:
-    """The files of the one commit."""
+    """The files of the only commit."""
     (lines,) = [body for path, _, body in asked if "/commit/" in path]
     files = [line["value"] for line in lines if line["key"] == "file"]
     return {file["path"]: base64.b64decode(file["content"]) for file in files}
 
 
-def test_a_model_reaches_the_hub_in_one_commit(workdir, asked, tmp_path, capsys):
+def test_a_model_is_uploaded_in_one_commit(workdir, asked, tmp_path, capsys):
     model = shutil.copytree(workdir / "model", tmp_path / "model")
     for name in ("stage.json", "notes.txt", ".cache/huggingface/download.json", "optimizer.npy"):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def test_a_model_reaches_the_hub_in_one_commit(workdir, asked, tmp_path, capsys)
     assert {token for _, token, _ in asked} == {f"Bearer {TOKEN}"}
 
 
-def test_a_pipeline_with_its_own_card(tiny_pipeline, asked, tmp_path):
+def test_a_pipeline_keeps_its_own_card(tiny_pipeline, asked, tmp_path):
     model = shutil.copytree(tiny_pipeline, tmp_path / "model")
     (model / "README.md").write_text("# Mine\n")
     assert main(["push", f"--model={model}", "--repo=org/name"]) == 0
@@ -132,7 +132,7 @@ def test_a_pipeline_with_its_own_card(tiny_pipeline, asked, tmp_path):
     assert {"tokenizer/spiece.model", "vae/config.json", "model_index.json"} < files.keys()
 
 
-def test_the_card_of_a_hybrid(workdir, tmp_path):
+def test_the_card_of_a_hybrid_shows_plan_and_measurements(workdir, tmp_path):
     card = model_card(workdir / "model", check_folder(workdir / "model"), "org/name")
     _, header, text = card.split("---\n", 2)
     fields = yaml.safe_load(header)
@@ -171,7 +171,7 @@ def test_the_card_names_the_feature_maps(workdir):
     assert feature_maps(HybridConfig((1, 2), linear_branch=False)) == "none"
 
 
-def test_what_the_card_says_to_run_runs(workdir, monkeypatch):
+def test_the_code_on_the_card_runs(workdir, monkeypatch):
     card = model_card(workdir / "model", check_folder(workdir / "model"), "org/name")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(workdir / "model"))
     ours, theirs = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -188,7 +188,7 @@ def test_the_card_of_a_plain_pipeline(tiny_pipeline):
     assert 'WanPipeline.from_pretrained("org/name")' in card and "## Plan" not in card and "torch_model" not in card
 
 
-def leave_a_pickle(model):
+def add_a_pickle(model):
     (model / "vae" / "old.bin").write_bytes(b"\x80")
 
 
@@ -197,11 +197,11 @@ def truncate(model):
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def lose_the_weights(model):
+def remove_weights(model):
     (model / "text_encoder" / "model.safetensors").unlink()
 
 
-def grow_a_block(model):
+def raise_the_number_of_blocks(model):
     file = model / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
     (model / "transformer" / "hashes.json").unlink()
@@ -223,10 +223,10 @@ def keep_the_transformer_only(model):
 @pytest.mark.parametrize(
     ("spoil", "repo", "parts"),
     [
-        (leave_a_pickle, "org/name", ["pickles", "old.bin"]),
+        (add_a_pickle, "org/name", ["pickles", "old.bin"]),
         (truncate, "org/name", ["vae", "truncated"]),
-        (lose_the_weights, "org/name", ["text_encoder", "missing"]),
-        (grow_a_block, "org/name", ["transformer", "missing blocks.2."]),
+        (remove_weights, "org/name", ["text_encoder", "missing"]),
+        (raise_the_number_of_blocks, "org/name", ["transformer", "missing blocks.2."]),
         (shutil.rmtree, "org/name", ["--model", "no such folder on this machine"]),
         (lambda model: (model / "transformer" / "config.json").unlink(), "org/name", ["jsurgery convert"]),
         (keep_the_transformer_only, "org/name", ["base_pipeline", "expected a repository"]),
@@ -234,7 +234,7 @@ def keep_the_transformer_only(model):
         (lambda model: None, "org/na me", ["--repo=org/na me"]),
     ],
 )
-def test_refusals_before_the_network(spoil, repo, parts, tiny_pipeline, asked, tmp_path, capsys):
+def test_bad_models_are_refused_before_any_request(spoil, repo, parts, tiny_pipeline, asked, tmp_path, capsys):
     model = shutil.copytree(tiny_pipeline, tmp_path / "model")
     spoil(model)
     assert main(["push", f"--model={model}", f"--repo={repo}"]) == 2
@@ -242,7 +242,7 @@ def test_refusals_before_the_network(spoil, repo, parts, tiny_pipeline, asked, t
     assert all(part in line for part in parts) and asked == [], line
 
 
-def test_without_a_token(tiny_pipeline, asked, tmp_path, monkeypatch, capsys):
+def test_a_missing_token_is_refused(tiny_pipeline, asked, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -251,7 +251,7 @@ def test_without_a_token(tiny_pipeline, asked, tmp_path, monkeypatch, capsys):
     assert "no token" in line and "hf auth login" in line and asked == []
 
 
-def test_a_hub_that_refuses_or_is_out_of_reach(tiny_pipeline, asked, monkeypatch, capsys):
+def test_errors_of_the_hub_do_not_reveal_the_token(tiny_pipeline, asked, monkeypatch, capsys):
     monkeypatch.setattr(Hub, "status", 403)
     assert main(["push", f"--model={tiny_pipeline}", "--repo=org/name"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -265,5 +265,5 @@ def test_a_hub_that_refuses_or_is_out_of_reach(tiny_pipeline, asked, monkeypatch
 @pytest.mark.parametrize(
     ("blocks", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0–2, 5"), ([1, 2, 4, 5], "1–2, 4–5")]
 )
-def test_ranges_of_blocks(blocks, text):
+def test_ranges_of_blocks_are_shortened(blocks, text):
     assert format_ranges(blocks, dash="–", separator=", ") == text
