@@ -1,4 +1,4 @@
-"""Meshes, topologies, heads and batches that do not go together: one line with the numbers, before any work."""
+"""Meshes that do not suit the topology, heads or batches: an error of one line with the numbers, before any work."""
 
 import pytest
 
@@ -12,7 +12,7 @@ SIZE = {"video.frames": "5", "video.height": "32", "video.width": "48", "hybrid.
 
 @pytest.fixture
 def refused(tiny_pipeline, tmp_path, capsys):
-    """The one line on stderr; nothing has been written."""
+    """Runs a command that must fail and write nothing, and returns its error."""
 
     def run(*arguments: str, code: int, **overrides: str) -> str:
         fields = SIZE | {"model.path": str(tiny_pipeline)} | {k.replace("__", "."): v for k, v in overrides.items()}
@@ -45,17 +45,17 @@ def refused(tiny_pipeline, tmp_path, capsys):
         ),
     ],
 )  # fmt: skip
-def test_a_surgery_is_refused(refused, overrides, code, parts):
+def test_bad_meshes_of_a_surgery(refused, overrides, code, parts):
     line = refused("surgery", code=code, **overrides)
     assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize("stage", ["trace", "surgery"])
-def test_more_devices_than_there_are_are_refused_before_the_first_stage(refused, stage):
+def test_too_large_a_mesh_is_refused_before_the_first_stage(refused, stage):
     assert "= 3 devices, found 1" in refused(stage, code=3, mesh__context="3")
 
 
-def test_sampling_on_too_large_a_mesh(refused, tmp_path):
+def test_too_large_a_mesh_for_sampling(refused, tmp_path):
     assert "= 8 devices, found 1" in refused("sample", "--prompt=a circle", code=3, mesh__context="8")
     (tmp_path / "prompts.txt").write_text("a circle\n")
     prompts = f"--prompts_file={tmp_path / 'prompts.txt'}"
@@ -72,13 +72,13 @@ def test_sampling_on_too_large_a_mesh(refused, tmp_path):
         (["roofline"], 2, ["--topology: expected"]),
     ],
 )
-def test_topologies(refused, command, code, parts):
+def test_missing_or_unknown_topologies(refused, command, code, parts):
     line = refused(*command, code=code)
     assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize("name", ["wan_1_3b_lowres", "wan_1_3b", "wan_14b"])
-def test_the_shipped_topologies_hold_together(name):
+def test_meshes_of_shipped_topologies_suit_their_models(name):
     from jsurgery.estimate.chips import parse_topology
     from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
     from jsurgery.wan.models import find_sizes
@@ -94,7 +94,7 @@ def test_the_shipped_topologies_hold_together(name):
             check_batch(mesh, batch)
 
 
-def test_a_name_and_its_topology():
+def test_topology_after_the_name_of_a_config():
     assert split_topology("wan_1_3b@v6e:4x4") == ("wan_1_3b", "v6e:4x4")
     assert split_topology("me@home/conf.py") == ("me@home/conf.py", "")
     assert load_config("wan_14b@v6e:2x4", {"mesh.tensor": "8", "mesh.context": "1"}).mesh.tensor == 8

@@ -1,4 +1,4 @@
-"""What is on disk is the state that was saved, though the next step overwrites its buffers at once."""
+"""A checkpoint holds the saved state, though the next step overwrites its buffers at once."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 from jsurgery.runtime.checkpoints import Checkpoints
 
 
-def test_a_state_that_is_overwritten_while_it_is_written(tmp_path):
+def test_state_whose_buffers_are_donated_while_it_is_saved(tmp_path):
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state):
         return {"a": state["a"] + 1}

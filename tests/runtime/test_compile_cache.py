@@ -1,4 +1,4 @@
-"""Compiled programs are kept: what one process has compiled no other compiles, whatever happens to the files."""
+"""The cache of compiled programs: shared by processes, safe against damaged files, bounded in size."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from jsurgery.cli import main
 from jsurgery.runtime import compile_cache
 from jsurgery.runtime.compile_cache import default_folder, prune, use_compile_cache
 
-# Runs a command; with "again", once more as a new process would, with two damaged files in its cache.
+# Samples; with the argument "again" a second time, after damaging two cached files and clearing JAX's own caches.
 SAMPLE = """
 import json, sys, warnings
 import jax
@@ -29,9 +29,9 @@ def sample(output):
     events.clear()
     with warnings.catch_warnings(record=True) as caught:
         code = main([*arguments, f"--output={output}"])
-    told = sum("persistent compilation cache" in str(warning.message) for warning in caught)
+    warned = sum("persistent compilation cache" in str(warning.message) for warning in caught)
     asked, found = (events.count(f"{name}") for name in ("compile_requests_use_cache", "cache_hits"))
-    print(json.dumps({"code": code, "compiled": asked - found, "found": found, "told": told}), flush=True)
+    print(json.dumps({"code": code, "compiled": asked - found, "found": found, "warned": warned}), flush=True)
 
 sample("first.png")
 if not again:
@@ -47,7 +47,7 @@ sample("second.png")
 
 @pytest.fixture(scope="module")
 def start(tiny_pipeline, tmp_path_factory):
-    """Starts that in a folder of its own, of one home for all."""
+    """Starts a process that runs SAMPLE in a new folder. All processes have the same, new home folder."""
     home = tmp_path_factory.mktemp("home")
     environment = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"HOME": str(home), "PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
@@ -64,28 +64,28 @@ def start(tiny_pipeline, tmp_path_factory):
     return started
 
 
-def ended(folder: pathlib.Path, process: subprocess.Popen) -> tuple[list[dict], set[bytes]]:
-    """What each run counted, and the pictures they made."""
+def results(folder: pathlib.Path, process: subprocess.Popen) -> tuple[list[dict], set[bytes]]:
+    """The counts of each run of the command in a process, and the set of the images that they made."""
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0, error[-2000:]
     counts = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return counts, {file.read_bytes() for file in folder.glob("*.png")}
 
 
-def test_no_process_compiles_what_another_has_compiled(start):
-    """Two fill the cache at once; a third takes all from it, and compiles two programs whose files are damaged."""
-    filling = [ended(*started) for started in (start(), start())]
-    (whole, damaged), pictures = ended(*start("again"))
+def test_processes_share_the_cache(start):
+    """Two processes fill the cache. A third finds all programs, and recompiles two whose files are damaged."""
+    filling = [results(*started) for started in (start(), start())]
+    (whole, damaged), images = results(*start("again"))
     assert all(count["code"] == 0 for count in (*filling[0][0], *filling[1][0], whole, damaged))
-    assert (whole["compiled"], whole["told"]) == (0, 0) and whole["found"] > 5
+    assert (whole["compiled"], whole["warned"]) == (0, 0) and whole["found"] > 5
     assert sum(counts[0]["compiled"] for counts, _ in filling) >= whole["found"]
-    assert (damaged["compiled"], damaged["told"]) == (2, 2) and damaged["found"] == whole["found"] - 2
-    assert len(pictures) == 1 and all(picture == pictures for _, picture in filling)
+    assert (damaged["compiled"], damaged["warned"]) == (2, 2) and damaged["found"] == whole["found"] - 2
+    assert len(images) == 1 and all(others == images for _, others in filling)
 
 
 @pytest.fixture
 def settings():
-    """JAX's settings of the cache, put back afterwards; JAX opens the folder of its first compilation alone."""
+    """JAX's settings, restored afterwards. The cache is reset, as JAX keeps the folder of its first compilation."""
     compilation_cache.reset_cache()
     names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
@@ -96,7 +96,7 @@ def settings():
         jax.config.update(name, value)
 
 
-def test_a_config_may_say_no(settings, tmp_path, monkeypatch, capsys):
+def test_a_config_may_turn_the_cache_off(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compile_cache, "default_folder", lambda: tmp_path)
     flags = [f"--workdir={tmp_path / 'run'}", "--config.model.path=/nowhere"]
     assert main(["plan", *flags, "--config.compile_cache=False"]) == 2
@@ -105,20 +105,20 @@ def test_a_config_may_say_no(settings, tmp_path, monkeypatch, capsys):
     assert settings.jax_compilation_cache_dir == str(tmp_path)
 
 
-def test_the_environment_comes_first(settings, tmp_path):
+def test_a_folder_set_in_jax_is_kept(settings, tmp_path):
     settings.update("jax_compilation_cache_dir", str(tmp_path / "chosen"))
     use_compile_cache()
     assert settings.jax_compilation_cache_dir == str(tmp_path / "chosen")
 
 
-def test_a_home_that_cannot_be_written(settings, tmp_path):
+def test_a_folder_that_cannot_be_written_causes_only_a_warning(settings, tmp_path):
     (tmp_path / "file").write_text("")
     use_compile_cache(tmp_path / "file" / "below")
     with pytest.warns(UserWarning, match="persistent compilation cache"):
         assert jax.jit(lambda x: 3 * x + 1)(2.0) == 7
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path):
+def test_pruning_removes_the_least_recently_used_files(tmp_path):
     for number in range(10):
         (tmp_path / f"{number}-cache").write_bytes(bytes(100))
         os.utime(tmp_path / f"{number}-cache", (1000 + number, 1000))
@@ -129,7 +129,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     prune(tmp_path / "missing", 1)
 
 
-def test_every_kind_of_processor_has_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_folders_differ_by_processor_features_but_not_by_clock_rate(tmp_path, monkeypatch):
     folders = set()
     for features in ("avx2", "avx2 avx512f"):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : A\nflags : {features}\ncpu MHz : 1\n")

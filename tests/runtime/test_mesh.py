@@ -1,4 +1,4 @@
-"""The mesh and the rule table: every rule is used, big matrices are sharded, and too large a mesh is refused."""
+"""Meshes, the sharding rules of parameters, and the rows of a batch that a process reads."""
 
 import re
 
@@ -17,12 +17,12 @@ from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
 
-def test_more_devices_than_there_are():
+def test_a_mesh_of_too_many_devices_is_refused():
     with pytest.raises(DoesNotFit, match=r"data 64 x fsdp 1 x context 1 x tensor 1 = 64 devices, found"):
         make_mesh(ConfigDict({"data": 64, "fsdp": 1, "context": 1, "tensor": 1}))
 
 
-def test_every_rule_shards_a_parameter_of_a_hybrid():
+def test_every_rule_shards_a_parameter_and_no_projection_is_replicated():
     config = WanConfig(
         num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
         ffn_dim=128, num_layers=3, hybrid=HybridConfig(rates=(1, 2, 8)),

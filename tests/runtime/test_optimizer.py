@@ -1,4 +1,4 @@
-"""The update of a training step against the same arithmetic in NumPy float64."""
+"""A training step compared with its formulas in NumPy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def trained(steps, settings=SETTINGS, pieces=1, ema=0.0):
 
 
 def in_numpy(steps, settings=SETTINGS, ema=0.0):
-    """AdamW (arXiv 1711.05101) and the average, written out: weights, average, gradient norms."""
+    """(weights, their moving average, gradient norms) by the formulas of AdamW (arXiv 1711.05101)."""
     params, batch = jax.tree.map(np.float64, problem())
     w, x, y = params["w"], batch["x"], batch["y"]
     m, v, average, norms = np.zeros_like(w), np.zeros_like(w), w, []
@@ -69,7 +69,7 @@ def test_steps_are_adamw_on_clipped_gradients():
 
 
 @pytest.mark.parametrize("ema", [0.6, 0.999])
-def test_the_average_of_the_weights_is_the_result(ema):
+def test_moving_average_of_the_weights_is_the_result(ema):
     state, _ = trained(6, ema=ema)
     w, average, _ = in_numpy(6, ema=ema)
     np.testing.assert_allclose(trained_parameters(state)["w"], average, atol=2e-5)
@@ -77,7 +77,7 @@ def test_the_average_of_the_weights_is_the_result(ema):
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 12])
-def test_pieces_of_a_batch_are_the_batch(pieces):
+def test_gradient_accumulation_gives_the_same_step(pieces):
     whole, whole_values = trained(5)
     state, values = trained(5, pieces=pieces)
     np.testing.assert_allclose(state["params"]["w"], whole["params"]["w"], atol=2e-6)
@@ -85,7 +85,7 @@ def test_pieces_of_a_batch_are_the_batch(pieces):
         np.testing.assert_allclose([v[name] for v in values], [v[name] for v in whole_values], rtol=1e-5)
 
 
-def test_pieces_take_less_memory():
+def test_gradient_accumulation_needs_less_memory():
     def temporary(pieces):
         def loss(params, batch):
             h = batch["x"] @ params["w"]
@@ -98,7 +98,7 @@ def test_pieces_take_less_memory():
         )
         return jax.jit(step).lower(params, {"x": shape}).compile().memory_analysis().temp_size_in_bytes
 
-    # The batch itself is there once, and once more in the order of the pieces.
+    # Not 1/8, as the batch is in memory twice: as it is and in the order of the pieces.
     assert temporary(8) < 0.7 * temporary(1)
 
 
@@ -111,7 +111,7 @@ def test_pieces_take_less_memory():
         ("cosine", 4, lambda t: 0.1 * t / 4 if t < 4 else 0.05 * (1 + np.cos(np.pi * (t - 4) / 16))),
     ],
 )
-def test_learning_rates(schedule, warmup, expected):
+def test_learning_rate_schedules(schedule, warmup, expected):
     rate = learning_rate(ConfigDict(SETTINGS.to_dict() | {"schedule": schedule, "warmup": warmup}))
     found = [float(rate(t)) for t in range(21)]
     np.testing.assert_allclose(found, [expected(t) for t in range(21)], atol=1e-7)

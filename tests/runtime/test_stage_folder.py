@@ -1,4 +1,4 @@
-"""Stages: skipped when done, gone on with when begun, refused when the config differs."""
+"""Folders of stages: skipped when complete, resumed when incomplete, refused if the config differs."""
 
 import pytest
 from etils import epath
@@ -13,7 +13,7 @@ def config(**changes):
     return ConfigDict({"seed": 0, "trace": {"prompts": 4}, "plan": {"budget": "1R2"}} | changes)
 
 
-def test_runs_once(tmp_path, capsys):
+def test_a_complete_stage_is_skipped(tmp_path, capsys):
     runs = []
     for _ in range(2):
         StageFolder(tmp_path, "trace", config(), ["seed", "trace"]).run(lambda: runs.append(1))
@@ -37,12 +37,12 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         other.done()
 
 
-def test_only_the_fields_of_the_stage_matter(tmp_path):
+def test_fields_of_other_stages_do_not_matter(tmp_path):
     StageFolder(tmp_path, "trace", config(), ["seed", "trace"]).run(lambda: None)
     assert StageFolder(tmp_path, "trace", config(plan={"budget": "2R2"}), ["seed", "trace"]).done()
 
 
-def test_a_change_upstream_reaches_what_comes_after(tmp_path):
+def test_a_change_of_an_earlier_stage_is_refused_in_later_stages(tmp_path):
     first = StageFolder(tmp_path, "trace", config(), ["trace"])
     StageFolder(tmp_path, "distill", config(), ["seed"], after=[first]).run(lambda: None)
     changed = StageFolder(tmp_path, "trace", config(trace={"prompts": 9}), ["trace"])
@@ -50,14 +50,14 @@ def test_a_change_upstream_reaches_what_comes_after(tmp_path):
         StageFolder(tmp_path, "distill", config(), ["seed"], after=[changed]).done()
 
 
-def test_identity_sees_changes_at_both_ends_of_a_large_file(tmp_path):
+def test_fingerprint_changes_with_both_ends_of_a_large_file(tmp_path):
     (tmp_path / "transformer").mkdir()
     file = tmp_path / "transformer" / "weights.safetensors"
     content = bytearray(3 << 20)
-    seen = set()
+    fingerprints = set()
     for position in (None, 0, len(content) - 1):
         if position is not None:
             content[position] += 1
         file.write_bytes(content)
-        seen.add(folder_fingerprint(epath.Path(tmp_path)))
-    assert len(seen) == 3
+        fingerprints.add(folder_fingerprint(epath.Path(tmp_path)))
+    assert len(fingerprints) == 3
