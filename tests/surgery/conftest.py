@@ -5,7 +5,7 @@ from jsurgery.wan.model_config import WanConfig
 
 @pytest.fixture(scope="module")
 def teacher(random_transformer):
-    """Two blocks of two heads of 8, with random weights."""
+    """A transformer with two blocks of two heads of width 8, and random weights."""
     return random_transformer(
         WanConfig(
             num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, text_dim=6, freq_dim=8,

@@ -1,4 +1,4 @@
-"""One update of distillation and one of fine-tuning, from fixed seeds, against recorded losses."""
+"""Updates of distillation and of fine-tuning from fixed seeds, compared with recorded losses."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from jsurgery.wan.checkpoint import load_transformer
 RATES = (2, "linear")
 PLAN = (2, "linear")
 WHEN_TO_UPDATE = (
-    "a training step no longer has its recorded loss. Change the number only if the mathematics is meant to change "
+    "a training step no longer has its recorded loss. Change the number only for an intended change of the mathematics "
     "(the loss, the model, the initialisation, the optimiser), and name that change in CHANGELOG.md"
 )
 
 
 def assert_as_recorded(actual, recorded) -> None:
-    """To a few units in the last place of float32, by which processors differ."""
+    """Allows a few units in the last place of float32, by which processors differ."""
     digits = np.array2string(np.asarray(actual), separator=", ", floatmode="unique")
     np.testing.assert_allclose(actual, recorded, rtol=1e-6, err_msg=f"{WHEN_TO_UPDATE}. Found {digits}")
 
@@ -56,8 +56,8 @@ def batch():
     return jax.tree.map(np.float32, batch)
 
 
-def test_an_update_of_distillation(config, teacher, maps, batch):
-    """The losses [blocks, rates] of the update, and those after it, which the optimiser decides."""
+def test_losses_before_and_after_an_update_of_distillation(config, teacher, maps, batch):
+    """Losses are [blocks, rates]."""
     graph, params = nnx.split(teacher)
     optimizer = distillation.make_optimizer(config)
     update = distillation.make_update(optimizer, graph, DistillSpec.of(config))
@@ -69,8 +69,8 @@ def test_an_update_of_distillation(config, teacher, maps, batch):
     assert_as_recorded(second, [[0.20031342, 0.20185046], [0.21165751, 0.18281423]])
 
 
-def test_an_update_of_fine_tuning(config, teacher, maps, batch):
-    """The loss and the gradient's norm of the update, and those after it, with the same noise."""
+def test_losses_before_and_after_an_update_of_fine_tuning(config, teacher, maps, batch):
+    """And gradient norms, with the same noise in both updates."""
     hybrid = HybridConfig(PLAN, (1, 2), feature_map=FeatureMapConfig.of(config))
     of_plan = jax.tree.map(
         lambda leaf: jnp.stack([leaf[block, RATES.index(rate)] for block, rate in enumerate(PLAN)]), maps

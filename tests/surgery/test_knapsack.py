@@ -12,7 +12,7 @@ CORE_TERAFLOPS = np.array([0.975, 0.547, 0.313, 0.196, 0.079])
 
 
 def eighths(rng, shape, high):
-    """Multiples of 1/8: their sums are exact in binary, and often coincide."""
+    """Random multiples of 1/8, whose sums are exact and often equal."""
     return rng.integers(0, high, shape) / 8
 
 
@@ -23,7 +23,7 @@ def every_plan(errors, costs):
 
 
 def brute_force(errors, costs, budget):
-    """All best plans [plans, blocks], the cheapest and then the lexicographically lowest first; none if none fits."""
+    """All optimal plans [plans, blocks], sorted by cost, then lexicographically; none if the budget is too small."""
     plans, plan_errors, plan_costs = every_plan(errors, costs)
     feasible = (plan_costs <= budget) & np.isfinite(plan_errors)
     if not feasible.any():
@@ -61,7 +61,7 @@ def test_equals_brute_force(seed):
     assert solution.lower_bound <= solution.error
 
 
-def test_small_instances_cover_ties_and_infeasible_budgets():
+def test_control_small_instances_include_ties_and_infeasible_budgets():
     counts = np.array([len(brute_force(*small_instance(seed))) for seed in range(200)])
     assert (counts == 0).sum() >= 20
     assert (counts > 1).sum() >= 20
@@ -73,7 +73,7 @@ def test_equals_integer_programming(seed):
     rng = np.random.default_rng(1000 + seed)
     blocks, rates = rng.integers(30, 41), 5
     errors, costs = rng.random((2, blocks, rates))
-    if seed % 2:  # like a real model: the dearer, the more accurate
+    if seed % 2:  # as in a real model, where higher cost means a smaller error
         errors, costs = np.sort(errors, axis=1), -np.sort(-costs, axis=1)
     low, high = costs.min(1).sum(), costs.max(1).sum()
     budget = low + rng.uniform(0.05, 0.9) * (high - low)
@@ -110,7 +110,7 @@ def model_errors():
     return errors
 
 
-def test_a_larger_budget_never_harms(model_errors):
+def test_error_never_grows_with_the_budget(model_errors):
     costs = np.tile(CORE_TERAFLOPS, (30, 1))
     solutions = [solve(model_errors, costs, budget) for budget in np.linspace(2.37, 29.25, 40)]
     totals = [solution.error for solution in solutions]
@@ -119,7 +119,7 @@ def test_a_larger_budget_never_harms(model_errors):
     assert (solutions[-1].indices == 0).all()
 
 
-def test_converts_the_least_harmed_blocks_when_two_rates_are_offered(model_errors):
+def test_two_rates_give_the_homogeneous_plan(model_errors):
     costs = np.tile(CORE_TERAFLOPS[[0, 3]], (30, 1))
     budget = 15 * CORE_TERAFLOPS[0] + 15 * CORE_TERAFLOPS[3]
     indices = solve_block_rates(model_errors[:, [0, 3]], costs, budget)
@@ -129,13 +129,13 @@ def test_converts_the_least_harmed_blocks_when_two_rates_are_offered(model_error
 def test_ties_go_to_the_cheaper_plan_then_to_the_lower_index():
     np.testing.assert_array_equal(solve_block_rates([[1, 1, 1]], [[3, 2, 2]], 9), [1])
     np.testing.assert_array_equal(solve_block_rates([[0, 1], [0, 1]], [[1, 0], [1, 0]], 1), [0, 1])
-    # Sums that differ in their order alone are ties too, although float addition tells them apart.
+    # Sums of the same numbers are ties, too, although their order changes the floating-point result.
     errors, costs = np.tile([0.1, 0.2, 0.7], (6, 1)), np.tile([3, 1, 0], (6, 1))
     assert 0.1 + 0.2 + 0.2 + 0.2 + 0.2 + 0.2 != 0.2 + 0.2 + 0.2 + 0.2 + 0.2 + 0.1
     np.testing.assert_array_equal(solve_block_rates(errors, costs, 8), [0, 1, 1, 1, 1, 1])
 
 
-def test_a_budget_met_up_to_rounding_is_met():
+def test_budgets_allow_for_rounding_errors():
     costs, errors = np.full((10, 2), [0.1, 0.0]), np.full((10, 2), [0.0, 1.0])
     assert (solve_block_rates(errors, costs, sum([0.1] * 10)) == 0).all()
     assert (solve_block_rates(errors, costs, 1.0 - 1e-10) == 0).all()
@@ -144,14 +144,14 @@ def test_a_budget_met_up_to_rounding_is_met():
     assert (solve_block_rates(np.ones((33, 1)), cheapest, cheapest.sum()) == 0).all()
 
 
-def test_a_budget_beyond_the_dearest_plan_is_no_limit():
+def test_a_large_budget_gives_every_block_its_smallest_error():
     rng = np.random.default_rng(5)
     errors, costs = rng.random((2, 37, 5))
     for budget in (costs.max(1).sum(), 1e9, np.inf):
         np.testing.assert_array_equal(solve_block_rates(errors, costs, budget), errors.argmin(1))
 
 
-def test_a_huge_error_does_not_blur_the_others():
+def test_a_huge_error_does_not_change_the_plan():
     rng = np.random.default_rng(6)
     errors, costs = rng.random((2, 5, 3))
     budget = costs.mean(1).sum()
@@ -162,7 +162,7 @@ def test_a_huge_error_does_not_blur_the_others():
     np.testing.assert_array_equal(solve_block_rates(with_huge, free, budget), expected)
 
 
-def test_infinite_error_forbids():
+def test_infinite_error_excludes_a_rate():
     np.testing.assert_array_equal(solve_block_rates([[np.inf, 5.0]], [[1.0, 2.0]], 2.0), [1])
     with pytest.raises(InputError, match="block 1 has no rate"):
         solve_block_rates([[1.0, 1.0], [np.inf, np.inf]], np.ones((2, 2)), 5)
@@ -189,7 +189,7 @@ def test_bad_input(errors, costs, budget, message):
         solve_block_rates(errors, costs, budget)
 
 
-def test_too_many_open_plans_is_said(monkeypatch):
+def test_too_many_partial_plans_raise_an_error(monkeypatch):
     monkeypatch.setattr("jsurgery.surgery.knapsack.MAX_PARTIAL_PLANS", 1000)
     costs = np.random.default_rng(0).random((40, 5))
     with pytest.raises(InputError, match="round the costs"):
@@ -197,7 +197,7 @@ def test_too_many_open_plans_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_pareto_front_is_every_undominated_plan(seed):
+def test_pareto_front_contains_all_undominated_plans(seed):
     rng = np.random.default_rng(seed)
     errors = eighths(rng, (5, 3), 20)
     costs = np.tile(eighths(rng, 3, 12), (5, 1))
@@ -222,7 +222,7 @@ def test_pareto_front_agrees_with_the_solver_at_full_size(model_errors):
         np.testing.assert_array_equal(solve_block_rates(model_errors, costs, front.costs[row]), front.indices[row])
 
 
-def test_select_homogeneous():
+def test_homogeneous_selection_takes_the_smallest_errors():
     errors = np.array([[0, 0.3], [0, 0.1], [0, 0.2], [0, 0.1], [0, np.inf]])
     np.testing.assert_array_equal(select_homogeneous(errors, 1, 2), [1, 3])
     np.testing.assert_array_equal(select_homogeneous(errors, 1, 3), [1, 2, 3])

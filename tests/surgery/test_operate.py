@@ -33,7 +33,7 @@ def teacher(random_transformer):
 
 @pytest.fixture(scope="module")
 def maps():
-    """phi_q and phi_k of every block and rate; no two numbers alike."""
+    """phi_q and phi_k of every block and rate, all different."""
     rng = np.random.default_rng(1)
     make = lambda key: init_polynomial_map(key, HEADS, WIDTH, PHI.degree, PHI.layers, PHI.activation)
     shapes = jax.eval_shape(make, jax.random.key(0))
@@ -54,9 +54,9 @@ def assert_equal(actual, expected):
 
 
 def chosen(maps, plan):
-    """The maps of the plan's converted blocks, picked one by one."""
-    picks = [(block, RATES.index(rate)) for block, rate in enumerate(plan) if rate != 1]
-    return jax.tree.map(lambda leaf: np.stack([leaf[pick] for pick in picks]), maps)
+    """The maps of the blocks that the plan converts."""
+    indices = [(block, RATES.index(rate)) for block, rate in enumerate(plan) if rate != 1]
+    return jax.tree.map(lambda leaf: np.stack([leaf[index] for index in indices]), maps)
 
 
 @pytest.mark.parametrize("plan", [PLAN, (1, 1, 2, 1), (2, 2, 2, 2)])
@@ -68,7 +68,7 @@ def test_an_all_softmax_plan_needs_no_maps(file):
     assert load_maps(file, (1,) * BLOCKS, PHI) is None
 
 
-def test_a_rate_that_was_not_distilled(file):
+def test_a_rate_that_was_not_distilled_is_refused(file):
     with pytest.raises(InputError, match=r"feature_maps.safetensors: holds no blocks.2.rate_4.phi_q"):
         load_maps(file, (1, 1, 4, 1), PHI)
 
@@ -77,13 +77,13 @@ def parameters(model):
     return {".".join(map(str, path)): param.get_value() for path, param in nnx.to_flat_state(nnx.state(model))}
 
 
-def test_the_operated_model_is_the_teacher_and_its_maps(teacher, maps, file, tmp_path):
+def test_the_hybrid_shares_the_weights_of_the_teacher(teacher, maps, file, tmp_path):
     before = parameters(teacher)
     operated = operate(teacher, HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI))
     assert_equal((operated.query_maps.maps, operated.key_maps.maps), chosen(maps, PLAN))
     after = {path: leaf for path, leaf in parameters(operated).items() if "_maps" not in path}
     assert after.keys() == before.keys()
-    assert all(after[path] is before[path] for path in before), "shared, not copied"
+    assert all(after[path] is before[path] for path in before), "copied"
 
     assert teacher.config.hybrid is None and not hasattr(teacher, "query_maps")
     assert parameters(teacher).keys() == before.keys()
@@ -95,7 +95,7 @@ def test_the_operated_model_is_the_teacher_and_its_maps(teacher, maps, file, tmp
     assert json.loads((tmp_path / "config.json").read_text())["base_pipeline"] == "somewhere/wan"
 
 
-def test_without_a_linear_branch_there_are_no_maps(teacher, file):
+def test_a_hybrid_without_linear_branch_has_no_maps(teacher, file):
     operated = operate(teacher, HybridConfig(PLAN, feature_map=PHI, linear_branch=False), load_maps(file, PLAN, PHI))
     assert parameters(operated).keys() == parameters(teacher).keys()
 
@@ -108,6 +108,6 @@ def test_without_a_linear_branch_there_are_no_maps(teacher, file):
         (PLAN, (1, 1, 1, 1), "the plan converts 3 blocks, found maps for 0"),
     ],
 )
-def test_what_does_not_belong_together(teacher, file, plan, rates_of_maps, message):
+def test_plans_that_do_not_match_model_or_maps_are_refused(teacher, file, plan, rates_of_maps, message):
     with pytest.raises(InputError, match=message):
         operate(teacher, HybridConfig(plan, feature_map=PHI), load_maps(file, rates_of_maps, PHI))

@@ -47,8 +47,8 @@ def distilled(tmp_path):
     return folder
 
 
-def allowed(budget):
-    """What the budget comes to in FLOPs, for Wan2.1 1.3B at 320x480."""
+def budget_flops(budget):
+    """The FLOPs that a budget allows, for Wan2.1 1.3B at 320x480."""
     return budget_cost(budget, block_costs(config_with(budget=budget), WAN_1_3B))
 
 
@@ -58,18 +58,18 @@ def planned(distilled, **changes):
     return read_plan(folder)
 
 
-def test_the_paper_s_budget_in_the_paper_s_flops():
+def test_budgets_of_the_paper_in_flops():
     """320x480, 81 frames: 0.975 TFLOP for a softmax core, 0.547 at rate 2."""
     work = workload(base(), WAN_1_3B)
     assert work.tokens == 12600
-    assert allowed("15R2") / 1e12 == pytest.approx(15 * 0.975 + 15 * 0.547, rel=1e-3)
-    assert allowed("30Rlinear") / 1e12 == pytest.approx(30 * 0.079, rel=1e-2)
-    assert allowed("0R8") == allowed(1) == 30 * core_flops(work, 1)
+    assert budget_flops("15R2") / 1e12 == pytest.approx(15 * 0.975 + 15 * 0.547, rel=1e-3)
+    assert budget_flops("30Rlinear") / 1e12 == pytest.approx(30 * 0.079, rel=1e-2)
+    assert budget_flops("0R8") == budget_flops(1) == 30 * core_flops(work, 1)
 
 
-def test_a_share_and_a_number_of_flops():
-    assert allowed(0.6) == pytest.approx(18 * core_flops(workload(base(), WAN_1_3B), 1))
-    assert allowed(3e13) == 3e13
+def test_budgets_as_a_share_and_as_a_number_of_flops():
+    assert budget_flops(0.6) == pytest.approx(18 * core_flops(workload(base(), WAN_1_3B), 1))
+    assert budget_flops(3e13) == 3e13
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_a_share_and_a_number_of_flops():
         (-0.5, "found -0.5"),
     ],
 )
-def test_budgets_that_make_no_sense(budget, message):
+def test_bad_budgets_are_refused(budget, message):
     with pytest.raises(InputError, match=message):
-        allowed(budget)
+        budget_flops(budget)
 
 
-def test_a_budget_under_the_cheapest_plan_is_refused_before_any_work():
+def test_budgets_below_the_cheapest_plan_are_refused_before_any_work():
     check_budget(config_with(budget="30R8"), WAN_1_3B)  # the cheapest plan itself
     with pytest.raises(InputError, match=r"0\.1 allows .*a share of 0\.2"):
         check_budget(config_with(budget=0.1), WAN_1_3B)
@@ -96,13 +96,13 @@ def test_a_budget_under_the_cheapest_plan_is_refused_before_any_work():
         check_budget(config_with(budget="30R8", rates=(1, 2)), WAN_1_3B)
 
 
-def test_a_budget_names_a_rate_that_blocks_can_have():
+def test_the_rate_of_a_budget_must_be_supported():
     check_budget(config_with(budget="15R4", rates=(1, 2, 8)), WAN_1_3B)
     with pytest.raises(InputError, match="expected one of the rates 1, 2, 4, 8, linear, found '6R999'"):
         check_budget(config_with(budget="6R999"), WAN_1_3B)
 
 
-def test_so_is_a_homogeneous_plan_without_a_rate():
+def test_homogeneous_plans_need_a_budget_with_a_rate():
     for budget in (0.6, "15R16"):
         with pytest.raises(InputError, match="homogeneous plans take a name"):
             check_budget(config_with(budget=budget, selection="homogeneous"), WAN_1_3B)
@@ -126,7 +126,7 @@ def test_no_plan_within_the_budget_has_a_smaller_error(distilled, budget):
     assert found["error"] == pytest.approx(sum(errors[i, (1, 2, 4, 8).index(r)] for i, r in enumerate(found["rates"])))
 
 
-def test_linear_is_a_rate_like_any_other(distilled):
+def test_a_plan_may_be_all_linear(distilled):
     assert planned(distilled, budget="4Rlinear", rates=(1, "linear"))["rates"] == ["linear"] * 4
 
 
@@ -135,7 +135,7 @@ def test_linear_is_a_rate_like_any_other(distilled):
     [("1R2", [1, 2, 1, 1]), ("2R2", [1, 2, 2, 1]), ("2R4", [1, 4, 1, 4]), ("3R8", [1, 8, 8, 8]), ("0R2", [1, 1, 1, 1])],
 )
 @pytest.mark.parametrize("candidates", [(1, 2, 4, 8), (2, 4, 8)])
-def test_a_homogeneous_plan_converts_the_blocks_that_bear_it_best(distilled, budget, rates, candidates):
+def test_a_homogeneous_plan_converts_the_blocks_of_smallest_error(distilled, budget, rates, candidates):
     found = planned(distilled, budget=budget, rates=candidates, selection="homogeneous")
     assert found["rates"] == rates
     assert found["cost_flops"] == found["budget_flops"]
@@ -143,7 +143,7 @@ def test_a_homogeneous_plan_converts_the_blocks_that_bear_it_best(distilled, bud
     assert found["error_bound"] is None
 
 
-def test_a_rate_that_was_not_distilled(distilled):
+def test_a_rate_that_was_not_distilled_is_refused(distilled):
     with pytest.raises(InputError, match=r"rate 16 was not distilled, only \[2, 4, 8, 'linear'\] were"):
         planned(distilled, budget=0.9, rates=(1, 16))
 
@@ -157,8 +157,8 @@ def costs_file(folder, **changes):
     return path
 
 
-def test_measured_costs_in_their_own_unit(distilled, tmp_path):
-    """By hand: 2R8 allows 2 * 9 + 2 * 3 = 24 ms of the teacher's 36."""
+def test_plans_by_measured_costs(distilled, tmp_path):
+    """2R8 allows 2 * 9 + 2 * 3 = 24 ms of the teacher's 36."""
     found = planned(distilled, budget="2R8", costs=str(costs_file(tmp_path)))
     assert found["measured"]["unit"] == "ms"
     assert found["measured"]["budget"] == 24 and found["measured"]["teacher"] == 36
@@ -175,8 +175,8 @@ def test_measured_costs_in_their_own_unit(distilled, tmp_path):
     assert found["budget_flops"] / found["teacher_flops"] == pytest.approx(24 / 36)
 
 
-def test_measured_costs_that_differ_by_block(distilled, tmp_path):
-    """Block 3 alone is dear: it is the one that a budget just under the teacher's converts."""
+def test_plans_by_measured_costs_that_differ_by_block(distilled, tmp_path):
+    """Only block 3 is expensive, so that a budget just below the teacher's cost converts it."""
     rows = [[1.0, 0.9, 0.8, 0.7]] * 3 + [[50.0, 20.0, 10.0, 5.0]]
     path = str(costs_file(tmp_path, rates=[1, 2, 4, 8], blocks=rows))
     assert planned(distilled, budget=40, costs=path)["rates"] == [1, 1, 1, 2]
@@ -207,7 +207,7 @@ def test_measured_costs_that_differ_by_block(distilled, tmp_path):
         ({"rates": [1, 2, 4], "blocks": [[9, 6, 4]]}, r"config.plan.costs: expected a cost of rate 8, found those of"),
     ],
 )
-def test_costs_that_make_no_sense_are_refused_before_any_work(tmp_path, changes, message):
+def test_bad_costs_are_refused_before_any_work(tmp_path, changes, message):
     path = str(costs_file(tmp_path, **changes))
     with pytest.raises(InputError, match=message):
         check_budget(config_with(budget=0.9, costs=path), FOUR_BLOCKS)
@@ -230,14 +230,14 @@ def test_costs_that_make_no_sense_are_refused_before_any_work(tmp_path, changes,
         ([[-0.1, 0.2, 0.3, 0.4], *ERRORS[1:].tolist()], r"errors\[0\]\[0\]: .* found -0.1"),
     ],
 )
-def test_errors_that_make_no_sense(distilled, errors, message):
+def test_bad_errors_are_refused(distilled, errors, message):
     write_errors(distilled, errors, errors=ERRORS.tolist())
     with pytest.raises(InputError, match=message):
         planned(distilled)
 
 
-def test_either_kind_of_error_is_added_up(distilled):
-    """The other way round, the errors of attention make the plan the other way round."""
+def test_plans_by_velocity_or_by_attention_errors(distilled):
+    """The attention errors have the opposite order of blocks, and so has their plan."""
     plans = [planned(distilled, budget=2.5 / 4, errors=name) for name in ("velocity", "attention")]
     for name, found, errors in zip(("velocity", "attention"), plans, (ERRORS, ERRORS[::-1]), strict=True):
         column = {1: None, 2: 0, 4: 1, 8: 2}
@@ -251,7 +251,7 @@ def test_either_kind_of_error_is_added_up(distilled):
 
 
 def front_of(distilled, errors, rows, rates, **changes):
-    """`front` of a model with these errors and costs, rate 1 first in both."""
+    """The Pareto front for errors and costs [blocks, rates], with rate 1 first."""
     write_errors(distilled, errors[:, 1:].tolist(), rates=rates[1:], errors=[])
     path = str(costs_file(distilled.parent, rates=rates, blocks=rows))
     config = config_with(costs=path, rates=tuple(rates), **changes)
@@ -261,8 +261,8 @@ def front_of(distilled, errors, rows, rates, **changes):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_front_is_every_undominated_plan(distilled, seed):
-    """Small integers, so that costs and errors tie often, and costs that differ by block in two of three."""
+def test_the_front_contains_all_undominated_plans(distilled, seed):
+    """Costs and errors are small integers, so that many are equal. Costs differ by block in two of three cases."""
     rng = np.random.default_rng(seed)
     blocks, rates = int(rng.integers(1, 5)), [1, 2, 4][: rng.integers(2, 4)]
     errors = rng.integers(0, 5, (blocks, len(rates))) / 4
@@ -291,23 +291,23 @@ def test_the_front_is_every_undominated_plan(distilled, seed):
     chosen = found["chosen"]
     assert chosen["proven_optimal"] and chosen["error"] == min(e for c, e in totals if c <= chosen["budget_cost"])
     assert chosen["error_bound"] <= chosen["error"] * (1 + 1e-12)
-    place = expected.index((chosen["cost"], chosen["error"]))
+    position = expected.index((chosen["cost"], chosen["error"]))
     neighbour = lambda one: one and (one["cost"], one["error"])
-    assert neighbour(chosen["cheaper"]) == (expected[place - 1] if place else None)
-    assert neighbour(chosen["dearer"]) == (expected[place + 1] if place + 1 < len(expected) else None)
+    assert neighbour(chosen["cheaper"]) == (expected[position - 1] if position else None)
+    assert neighbour(chosen["dearer"]) == (expected[position + 1] if position + 1 < len(expected) else None)
     for plans in found["homogeneous"].values():
         assert len(plans) == blocks + 1
         for one in plans:
             assert min(e for c, e in expected if c <= one["cost"]) <= one["error"]
 
 
-def test_of_plans_that_tie_the_front_has_one(distilled):
+def test_the_front_has_one_of_several_equal_plans(distilled):
     found = front_of(distilled, np.array([[0, 0.5], [0, 0.5]]), [[2, 1]], [1, 2], budget=0.75)
     assert [(one["cost"], one["error"]) for one in found["plans"]] == [(2, 1), (3, 0.5), (4, 0)]
     assert found["plans"][1]["rates"] == [1, 2]
 
 
-def test_a_homogeneous_plan_that_another_beats_is_not_called_optimal(distilled):
+def test_a_homogeneous_plan_above_the_optimum_is_not_called_optimal(distilled):
     errors = np.array([[0, 0.4, 0.5], [0, 0.4, 0.5], [0, 0.4, 3.0]])
     found = front_of(distilled, errors, [[4, 2, 1]], [1, 2, 4], budget="3R2", selection="homogeneous")
     chosen = found["chosen"]
@@ -337,7 +337,7 @@ def test_the_front_of_30_blocks_and_5_rates_is_that_of_integer_programming(disti
         assert best == pytest.approx(reference.fun, abs=1e-7)
 
 
-def test_stages_that_have_not_run(tmp_path):
+def test_missing_files_name_the_command_to_run(tmp_path):
     folder = epath.Path(tmp_path)
     with pytest.raises(InputError, match=r"errors.json: no such file; run `jsurgery distill`"):
         plan(config_with(), FOUR_BLOCKS, folder, folder)
@@ -345,8 +345,8 @@ def test_stages_that_have_not_run(tmp_path):
         read_plan(folder)
 
 
-def test_the_operation_keeps_the_chain_of_all_candidates():
-    """Token zones are those of the distilled rates, whichever the plan uses."""
+def test_a_hybrid_keeps_the_chain_of_all_distilled_rates():
+    """The order of the tokens must be that of the distillation, whichever rates the plan uses."""
     config = base()
     config.hybrid.stabilizer, config.hybrid.degree = "max", 3
     hybrid = HybridConfig.of(config, [1, 4, 1])

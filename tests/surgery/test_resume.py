@@ -1,5 +1,7 @@
-"""Fine-tuning in two halves is the whole, to the last bit, the position in the data included; and what eight devices
-saved goes on on four and on one."""
+"""Resumed fine-tuning gives the same bits as uninterrupted fine-tuning, and reads the same data.
+
+Checkpoints written on eight devices are resumed on four and on one.
+"""
 
 import hashlib
 import json
@@ -39,28 +41,28 @@ def digest(tree) -> str:
     return found.hexdigest()
 
 
-class Watched:
-    """The dataset, and what was asked of it; `forgotten` elements are behind it although nobody says so."""
+class RecordingDataset:
+    """A dataset that records what was read. It starts `forgotten` elements too early, like one that was not resumed."""
 
     def __init__(self, data, forgotten=0):
-        self.data, self.forgotten, self.asked = data, forgotten, []
+        self.data, self.forgotten, self.read = data, forgotten, []
 
     def __getitem__(self, step):
         element = self.data[step - self.forgotten]
-        self.asked.append(digest(element["latents"]))
+        self.read.append(digest(element["latents"]))
         return element
 
 
-def tuned(tiny_pipeline, latents, folder, steps, monkeypatch, forgotten=0):
-    """What was read from step to step, and the hashes of what the last checkpoint holds."""
+def finetuned(tiny_pipeline, latents, folder, steps, monkeypatch, forgotten=0):
+    """(hashes of the latents that were read, {name: hash} of the parts of the last checkpoint)."""
     config = load_config("tiny", FIELDS | {"model.path": str(tiny_pipeline), "finetune.steps": str(steps)})
-    watched = []
+    datasets = []
 
-    def watch(*arguments):
-        watched.append(Watched(batches(*arguments), forgotten))
-        return watched[-1]
+    def recorded_batches(*arguments):
+        datasets.append(RecordingDataset(batches(*arguments), forgotten))
+        return datasets[-1]
 
-    monkeypatch.setattr(stage, "batches", watch)
+    monkeypatch.setattr(stage, "batches", recorded_batches)
     teacher = load_pipeline(str(tiny_pipeline))
     student = load_transformer(tiny_pipeline / "transformer")
     stage.finetune(config, student, teacher, latents, epath.Path(folder))
@@ -69,33 +71,33 @@ def tuned(tiny_pipeline, latents, folder, steps, monkeypatch, forgotten=0):
     with Checkpoints(epath.Path(folder) / "checkpoints", every=1, keep=9) as checkpoints:
         step, saved = checkpoints.restore(saved)
     assert step == steps == int(saved["step"]) and saved.keys() == state.keys()
-    return watched[0].asked, {name: digest(part) for name, part in saved.items()}
+    return datasets[0].read, {name: digest(part) for name, part in saved.items()}
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_pipeline, latents, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        return tuned(tiny_pipeline, latents, tmp_path_factory.mktemp("straight"), 20, patch)
+        return finetuned(tiny_pipeline, latents, tmp_path_factory.mktemp("straight"), 20, patch)
 
 
-def test_ten_steps_and_ten_are_twenty(tiny_pipeline, latents, straight, tmp_path, monkeypatch):
-    asked, saved = straight
-    first, middle = tuned(tiny_pipeline, latents, tmp_path, 10, monkeypatch)
-    then, resumed = tuned(tiny_pipeline, latents, tmp_path, 20, monkeypatch)
+def test_resumed_fine_tuning_equals_uninterrupted_fine_tuning(tiny_pipeline, latents, straight, tmp_path, monkeypatch):
+    read, saved = straight
+    first, middle = finetuned(tiny_pipeline, latents, tmp_path, 10, monkeypatch)
+    then, resumed = finetuned(tiny_pipeline, latents, tmp_path, 20, monkeypatch)
     assert resumed == saved
-    assert first + then == asked and len(then) == 10 and len(set(asked)) > 10, "the position in the data is kept"
+    assert first + then == read and len(then) == 10 and len(set(read)) > 10, "other data"
     assert not any(middle[name] == saved[name] for name in saved)
 
 
-def test_data_that_begins_anew_is_told_apart(tiny_pipeline, latents, straight, tmp_path, monkeypatch):
-    asked, saved = straight
-    first, _ = tuned(tiny_pipeline, latents, tmp_path, 10, monkeypatch)
-    then, resumed = tuned(tiny_pipeline, latents, tmp_path, 20, monkeypatch, forgotten=10)
-    assert then == first != asked[10:]
+def test_control_data_that_restarts_gives_another_result(tiny_pipeline, latents, straight, tmp_path, monkeypatch):
+    read, saved = straight
+    first, _ = finetuned(tiny_pipeline, latents, tmp_path, 10, monkeypatch)
+    then, resumed = finetuned(tiny_pipeline, latents, tmp_path, 20, monkeypatch, forgotten=10)
+    assert then == first != read[10:]
     assert [name for name in saved if resumed[name] == saved[name]] == ["step"]
 
 
-ELSEWHERE = """
+ON_THREE_MESHES = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
@@ -120,7 +122,7 @@ batch = jax.tree.map(np.float32, batch)
 
 for number, sizes in enumerate([(1, 4, 1, 2), (2, 2, 1, 1), (1, 1, 1, 1)]):
     mesh = make_mesh(ConfigDict(dict(zip(AXES, sizes))))
-    model = WanTransformer(network, rngs=nnx.Rngs(number))  # what is restored owes nothing to it
+    model = WanTransformer(network, rngs=nnx.Rngs(number))  # other weights than those in the checkpoint
     model.shard(mesh)
     graph, params = nnx.split(model)
     update = make_update(config, optimizer, graph, graph)
@@ -142,11 +144,11 @@ for number, sizes in enumerate([(1, 4, 1, 2), (2, 2, 1, 1), (1, 1, 1, 1)]):
 """
 
 
-def test_what_eight_devices_saved_goes_on_on_four_and_on_one(on_fake_devices, tmp_path):
-    eight, four, one = on_fake_devices(ELSEWHERE, str(tmp_path / "checkpoints"))
+def test_a_checkpoint_of_eight_devices_resumes_on_four_and_on_one(on_fake_devices, tmp_path):
+    eight, four, one = on_fake_devices(ON_THREE_MESHES, str(tmp_path / "checkpoints"))
     assert [found[0] for found in (eight, four, one)] == [3, 3, 3]
     assert [found[1] for found in (eight, four, one)] == [[8], [4], [1]]
-    assert [found[2] for found in (eight, four, one)] == [1 / 8, 1 / 2, 1], "moments lie where the mesh has them"
+    assert [found[2] for found in (eight, four, one)] == [1 / 8, 1 / 2, 1], "moments are sharded otherwise"
     for found in (four, one):
         np.testing.assert_allclose(found[3:], eight[3:], rtol=1e-5)
     assert json.dumps(eight[3:]) != "[0.0, 0.0]"

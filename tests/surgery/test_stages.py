@@ -1,4 +1,4 @@
-"""The declared stages: every config field counts where it should, and workdirs of earlier versions stay valid."""
+"""The config fields that stages record. Workdirs of earlier versions must stay valid."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ TEACHER = "0123456789abcdef"
 
 
 def old_config(fields):
-    """The config that an older version wrote: fields that came later have the value that means "as before"."""
+    """The config of an older version. Later fields get the value that means the older behaviour."""
     config = base()
     with config.unlocked(), config.ignore_type():
         for name, value in (config_module.LATER_FIELDS | fields).items():
@@ -27,7 +27,7 @@ def old_config(fields):
 
 
 def later_field(monkeypatch, section, before, default):
-    """Adds a field `section`.new to the schema, with a default and the value that stands for what was before it."""
+    """Adds a field `section`.new to the config. `before` is its value that means the older behaviour."""
     original = config_module.base
 
     def extended():
@@ -42,28 +42,28 @@ def later_field(monkeypatch, section, before, default):
 
 
 @pytest.mark.parametrize("kind", RECORDED)
-def test_version_0_1_recorded_the_same(kind, tmp_path):
-    """Made by the code of version 0.1, with its own list of fields for every stage."""
+def test_stages_record_what_version_0_1_recorded(kind, tmp_path):
+    """The expected records were written by the code of version 0.1."""
     folders = stage_folders(old_config(RECORDED[kind]["config"]), tmp_path, TEACHER)
     assert {name: folder.made_with for name, folder in folders.items()} == RECORDED[kind]["made_with"]
 
 
-def test_every_field_is_recorded_by_a_stage_or_named_as_one_that_is_not():
-    """With distill.mode=sampling, which gives distill.trajectories an effect."""
+def test_every_field_is_recorded_by_a_stage_or_listed_as_not_recorded():
+    """distill.trajectories is recorded only with distill.mode=sampling."""
     config = base()
     config.distill.mode = "sampling"
     recorded = {field for stage in STAGES for field in recorded_fields(config, stage.fields, stage.without)}
-    nowhere = {
+    not_recorded = {
         field
         for field, _ in flatten(config)
         if any(field == name or field.startswith(name + ".") for name in RECORDED_NOWHERE)
     }
-    assert recorded | nowhere == {field for field, _ in flatten(config)}
-    assert not recorded & nowhere
+    assert recorded | not_recorded == {field for field, _ in flatten(config)}
+    assert not recorded & not_recorded
 
 
 @pytest.mark.parametrize("section, stage", [("sampler", "trace"), ("distill", "distill"), ("data", "latents")])
-def test_a_field_added_later_counts_only_where_it_differs(section, stage, monkeypatch, tmp_path):
+def test_a_later_field_is_recorded_only_if_it_changes_behaviour(section, stage, monkeypatch, tmp_path):
     before = stage_folders(base(), tmp_path, TEACHER)
     for folder in before.values():
         folder.begin()
@@ -80,15 +80,15 @@ def test_a_field_added_later_counts_only_where_it_differs(section, stage, monkey
         folders[stage].done()
 
 
-def test_a_field_that_no_list_names_counts_at_once(monkeypatch, tmp_path):
-    """A new field of a recorded section makes old results out of date, unless somebody decides that it does not."""
+def test_a_new_field_is_recorded_unless_listed_as_a_later_field(monkeypatch, tmp_path):
+    """It invalidates old results until a developer lists it in LATER_FIELDS."""
     extended = later_field(monkeypatch, "distill", before="as before", default="as before")
     monkeypatch.delitem(config_module.LATER_FIELDS, "distill.new")
     assert "distill.new" in stage_folders(extended(), tmp_path, TEACHER)["distill"].made_with
 
 
-def test_sections_are_recorded_likewise(monkeypatch):
-    """What videos and fidelity workdirs record."""
+def test_sections_record_later_fields_only_if_they_change_behaviour(monkeypatch):
+    """Videos and workdirs of `evaluate fidelity` record sections."""
     config = base()
     recorded = recorded_section(config, "sampler", without=["guidance_batched"])
     assert recorded == {
@@ -100,8 +100,8 @@ def test_sections_are_recorded_likewise(monkeypatch):
     assert recorded_section(extended, "sampler", without=["guidance_batched"]) == recorded | {"new": 1}
 
 
-def test_hybrid_models_are_recorded_likewise():
-    """What the names of kept measurements hash."""
+def test_hybrid_configs_record_later_fields_only_if_they_change_behaviour():
+    """The names of stored measurements are hashes of these records."""
     hybrid = HybridConfig(rates=(1, 2, "linear"))
     assert as_recorded(hybrid) == dataclasses.asdict(hybrid)
 

@@ -1,4 +1,4 @@
-"""Training a teacher: the loss is flow matching's, and a run that was stopped goes on to the same bits."""
+"""Training a teacher: the loss of flow matching, and resuming to the same bits."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jsurgery.wan.checkpoint import save_text_encoder, save_transformer
 from jsurgery.wan.tokenizer import train_tokenizer
 
 
-def test_loss_is_zero_for_the_true_velocity_and_blanks_a_share_of_captions():
+def test_loss_is_zero_for_the_true_velocity_and_drops_a_share_of_captions():
     rng = np.random.default_rng(0)
     latents = jnp.asarray(rng.normal(size=(8, 1, 2, 2, 3)), jnp.float32)
     batch = {
@@ -65,7 +65,7 @@ def config():
     return config
 
 
-def test_restart_gives_the_same_bits(data, config, tmp_path):
+def test_resumed_training_gives_the_same_bits(data, config, tmp_path):
     latents, tokenizer = data
 
     def trained(folder, steps):
@@ -81,7 +81,7 @@ def test_restart_gives_the_same_bits(data, config, tmp_path):
     assert not all(np.array_equal(a, b) for a, b in zip(halfway, resumed, strict=True))
 
 
-def test_training_goes_on_from_a_folder(data, config, tmp_path):
+def test_training_starts_from_the_weights_of_a_folder(data, config, tmp_path):
     latents, tokenizer = data
     config.train.update(steps=2, warmup=0, decay=0)
     common = {"tokenizer": tokenizer, "latents": latents}
