@@ -1,4 +1,4 @@
-"""Losses, gradients and statistics of the one-pass distillation against direct formulas; then the whole stage, tiny."""
+"""The losses, gradients and statistics of one-pass distillation against direct formulas; the stage on a tiny model."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ SETUPS = {name: DistillSpec(RATES, (1, 2, 4), "strided", name, "value") for name
 
 @pytest.fixture(scope="module")
 def batches():
-    """Two batches of one traced step."""
+    """Two batches, each of one traced step."""
     rng = np.random.default_rng(1)
     return [
         {
@@ -61,7 +61,7 @@ def small_config(**changes):
 
 @pytest.fixture(scope="module")
 def maps(teacher):
-    """Leaves [blocks, rates, heads, ...]; neither biases nor scales are zero."""
+    """Maps with leaves [blocks, rates, heads, ...], whose biases and scales are not zero."""
     rng = np.random.default_rng(2)
     fresh = initial_maps(small_config(), teacher)
     return jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), fresh)
@@ -73,8 +73,8 @@ def order():
 
 
 @pytest.fixture(scope="module")
-def passing_by(teacher, batches, order):
-    """q, k, v, each [blocks, B, N, H, D] in prefix order, of the first batch in the unchanged teacher."""
+def activations(teacher, batches, order):
+    """q, k, v [blocks, B, N, H, D] of the first batch in the teacher, in prefix order."""
 
     @jax.jit
     def run(batch):
@@ -113,7 +113,7 @@ def test_merged_zones_are_softmax_over_each_prefix(rates):
 
 
 def direct_losses(maps, q, k, v, spec, order):
-    """[rates, heads] of one block, from the attention module itself or from eq. 6 with every pair of tokens."""
+    """Losses [rates, heads] of one block, by the reference implementation or by eq. 6 with all pairs of tokens."""
     full = hybrid_attention(q, k, v, None, None, num_softmax=order.num_tokens, implementation="reference")
     losses = []
     for index, rate in enumerate(spec.rates):
@@ -125,9 +125,9 @@ def direct_losses(maps, q, k, v, spec, order):
             losses.append(jnp.abs(y - full).mean(axis=(0, 1, 3)))
         else:
             s = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
-            seen = s if rate == "linear" else s[..., :start]
+            zone = s if rate == "linear" else s[..., :start]
             take_max = spec.stabilizer == "max" and rate != "linear"
-            c = seen.max(-1, keepdims=True) if take_max else jax.nn.logsumexp(seen, -1, keepdims=True)
+            c = zone.max(-1, keepdims=True) if take_max else jax.nn.logsumexp(zone, -1, keepdims=True)
             learned = jnp.einsum("bnhf,bmhf->bhnm", query_map(q), key_map(k[:, start:]))
             squares = jnp.square(jnp.exp(s[..., start:] - c) - learned).sum(-1).mean(-1)
             losses.append(jnp.log(1 + squares).mean(0))
@@ -144,28 +144,28 @@ def relative_error(actual, expected):
     [SETUPS["lse"], SETUPS["max"], DistillSpec(RATES, (1, 2, 4), "strided", "max", "attention")],
     ids=lambda spec: f"{spec.loss}, {spec.stabilizer}",
 )
-def test_losses_and_gradients_are_those_of_the_direct_loss(teacher, batches, maps, order, passing_by, spec):
+def test_losses_and_gradients_are_those_of_the_direct_loss(teacher, batches, maps, order, activations, spec):
     @jax.jit
     def direct(maps, qkv):
         def one_block(maps, qkv):
             losses = direct_losses(maps, *qkv, spec, order)
-            return losses.sum(), losses.mean(axis=1)  # the gradient of a head is that of its own loss
+            return losses.sum(), losses.mean(axis=1)  # the sum has the gradient of each head's own loss
 
         return jax.vmap(jax.grad(one_block, has_aux=True))(maps, qkv)
 
-    expected_gradients, expected = direct(maps, passing_by)
+    expected_gradients, expected = direct(maps, activations)
     losses, gradients = losses_and_gradients(teacher, batches[0], maps, spec)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     for side, block, index in np.ndindex(2, 2, len(RATES)):
         flat = lambda maps, at: np.concatenate([np.ravel(leaf[at]) for leaf in jax.tree.leaves(maps)])
-        actual, wanted = (flat(maps[side], (block, index)) for maps in (gradients, expected_gradients))
-        assert relative_error(actual, wanted) < 1e-4
+        actual, expected = (flat(maps[side], (block, index)) for maps in (gradients, expected_gradients))
+        assert relative_error(actual, expected) < 1e-4
 
 
-def test_every_head_learns_from_its_own_loss_alone(teacher, batches, maps):
-    """Other blocks', rates' and heads' gradients do not move by a bit when one map does."""
-    moved = jax.tree.map(lambda leaf: leaf.at[0, 1, 0].multiply(1.5), maps)
-    gradients = [losses_and_gradients(teacher, batches[0], m, SETUPS["lse"])[1] for m in (maps, moved)]
+def test_a_map_affects_only_its_own_gradient(teacher, batches, maps):
+    """Gradients of other blocks, rates and heads do not change by a single bit."""
+    changed_maps = jax.tree.map(lambda leaf: leaf.at[0, 1, 0].multiply(1.5), maps)
+    gradients = [losses_and_gradients(teacher, batches[0], m, SETUPS["lse"])[1] for m in (maps, changed_maps)]
     for before, after in zip(*map(jax.tree.leaves, gradients), strict=True):
         changed = np.any(np.asarray(before != after), axis=tuple(range(3, before.ndim)))
         assert changed[0, 1, 0] and changed.sum() == 1
@@ -173,8 +173,8 @@ def test_every_head_learns_from_its_own_loss_alone(teacher, batches, maps):
 
 @pytest.mark.parametrize("spread", [1.0, 10.0])
 @pytest.mark.parametrize(("rate", "stabilizer"), [(4, "max"), (4, "lse"), ("linear", "max")])
-def test_attention_loss_by_brute_force(rate, stabilizer, spread):
-    """At the larger spread logits reach 100 and the linear keys' exponentials 1e40 times the softmax keys'."""
+def test_attention_loss_is_that_of_brute_force(rate, stabilizer, spread):
+    """With spread 10, scores reach 100, and exponentials of linear keys are 1e40 times those of softmax keys."""
     order = TokenOrder(21, (1, 4))
     q, k, v = spread * np.random.default_rng(0).normal(size=(3, 2, 21, 5)).astype(np.float32)
     maps = init_polynomial_map(jax.random.key(0), 1, 5), init_polynomial_map(jax.random.key(1), 1, 5)
@@ -205,11 +205,11 @@ def test_attention_loss_by_brute_force(rate, stabilizer, spread):
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, name):
+def test_statistics_and_calibration(teacher, batches, maps, order, activations, name):
     spec = SETUPS[name]
     found = measure_heads(teacher, batches[0], maps, spec)
     for block, index in np.ndindex(2, len(RATES)):
-        rate, (q, k, v) = RATES[index], (x[block] for x in passing_by)
+        rate, (q, k, v) = RATES[index], (x[block] for x in activations)
         query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps)  # noqa: B023
         start = order.num_softmax(rate)
         options = {"num_softmax": start, "stabilizer": name}
@@ -226,19 +226,19 @@ def test_statistics_and_calibration(teacher, batches, maps, order, passing_by, n
             assert found["teacher_share"][block, index, head] == pytest.approx(teacher_share, abs=1e-5)
             if start:
                 c = s[:, :start].max(-1) if name == "max" else log_sum_exp(s[:, :start])
-                wanted = np.exp(s[:, start:] - c[:, None]).sum(-1).mean()
-                assert found["teacher_mass"][block, index, head] == pytest.approx(wanted, rel=1e-4)
+                expected = np.exp(s[:, start:] - c[:, None]).sum(-1).mean()
+                assert found["teacher_mass"][block, index, head] == pytest.approx(expected, rel=1e-4)
 
     calibrated = calibrate(teacher, batches, maps, spec)
     masses = [measure_heads(teacher, batch, calibrated, spec) for batch in batches]
-    mass, wanted = (sum(stats[key] for stats in masses) for key in ("mass", "teacher_mass"))
-    np.testing.assert_allclose(mass, wanted, rtol=1e-4)
-    with pytest.raises(AssertionError):  # it had something to do
+    mass, expected = (sum(stats[key] for stats in masses) for key in ("mass", "teacher_mass"))
+    np.testing.assert_allclose(mass, expected, rtol=1e-4)
+    with pytest.raises(AssertionError):  # before calibration, masses differ
         np.testing.assert_allclose(found["mass"], found["teacher_mass"], rtol=0.1)
 
 
 @pytest.mark.parametrize("name", SETUPS)
-def test_calibration_stays_finite_where_a_linear_key_scores_far_above_the_stabilizer(teacher, batches, maps, name):
+def test_calibration_stays_finite_if_linear_keys_score_far_above_the_stabilizer(teacher, batches, maps, name):
     graph, state = nnx.split(teacher)
     sharp = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     sharp.blocks.attn1.norm_k[...] *= 300
@@ -250,7 +250,7 @@ def test_calibration_stays_finite_where_a_linear_key_scores_far_above_the_stabil
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """Five prompts of three steps, and the negative prompt's text."""
+    """Traces of five prompts with three steps each, and the text of the negative prompt."""
     folder, rng = epath.Path(tmp_path_factory.mktemp("trace")), np.random.default_rng(3)
     texts = [
         {"embedding": rng.normal(size=TEXT).astype(np.float32), "prompt": text_array(f"prompt {i}")} for i in range(6)
@@ -270,7 +270,7 @@ def traces(tmp_path_factory):
     return folder
 
 
-def test_a_step_is_replayed_with_the_text_of_its_branch(traces):
+def test_unconditional_steps_have_the_text_of_the_negative_prompt(traces):
     held_out = TraceSteps(traces, range(4, 5))
     texts = TraceSteps(traces, range(5)).texts
     assert len(held_out) == 3
@@ -286,7 +286,7 @@ def distilled(teacher, traces, tmp_path_factory):
     return folder
 
 
-def test_distillation_lowers_the_errors_of_prompts_it_has_not_seen(distilled):
+def test_distillation_lowers_the_errors_of_held_out_prompts(distilled):
     report = json.loads((distilled / "errors.json").read_text())
     errors, initial = np.array(report["errors"]), np.array(report["initial_errors"])
     assert report["rates"] == list(RATES) and report["samples"] == 3
@@ -295,10 +295,10 @@ def test_distillation_lowers_the_errors_of_prompts_it_has_not_seen(distilled):
     for field in ("softmax_share", "teacher_softmax_share"):
         share = np.array(report[field])
         assert (share[:, 2] == 0).all() and (share[:, :2] > 0).all() and (share < 1).all()
-    assert (share[:, 0] > share[:, 1]).all(), "in the teacher, the tokens of rate 2 hold those of rate 4"
+    assert (share[:, 0] > share[:, 1]).all(), "the softmax keys of rate 2 include those of rate 4"
 
 
-def test_velocity_errors_are_those_of_one_operated_block(teacher, traces, distilled):
+def test_velocity_errors_are_those_of_models_with_one_hybrid_block(teacher, traces, distilled):
     report = json.loads((distilled / "errors.json").read_text())
     errors = np.array(report["velocity_errors"])
     held_out = TraceSteps(traces, range(4, 5))
@@ -322,7 +322,7 @@ def test_without_velocity_steps_there_are_no_velocity_errors(teacher, traces, tm
     assert "velocity_errors" not in json.loads((tmp_path / "errors.json").read_text())
 
 
-def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_path):
+def test_resumed_distillation_equals_uninterrupted_distillation(teacher, traces, distilled, tmp_path):
     folder = epath.Path(tmp_path)
     distill(small_config(**{"distill.steps": 20}), teacher, traces, folder)
     half = read_tensors(folder / "feature_maps.safetensors")
@@ -337,8 +337,8 @@ def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_pa
     assert [row["step"] for row in read_metrics(folder)] == [10, 20, 30, 40]
 
 
-def test_a_job_leaves_out_the_blocks_after_its_own(teacher, batches):
-    """The velocity is then that of the teacher's first block alone."""
+def test_a_forward_may_stop_before_the_last_block(teacher, batches):
+    """Its velocity is then that of a teacher with one block."""
     first = nnx.eval_shape(lambda: WanTransformer(dataclasses.replace(teacher.config, num_layers=1), rngs=nnx.Rngs(0)))
     state = nnx.state(teacher)
     state["blocks"] = jax.tree.map(lambda leaf: leaf[:1], state["blocks"])
@@ -358,8 +358,8 @@ def test_a_job_leaves_out_the_blocks_after_its_own(teacher, batches):
     assert relative_error(run(2)[0], velocity) > 1e-2 and run(2)[1].tolist() == [5, 6]
 
 
-def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
-    """One of them, stopped at the middle, goes on. The compiler rounds a job's gradients in another order."""
+def test_two_merged_jobs_equal_one_distillation(teacher, traces, distilled, tmp_path):
+    """One job is interrupted and resumed. Equal up to rounding, as the compiler orders a job's sums differently."""
     jobs = {blocks: epath.Path(tmp_path) / f"blocks_{blocks}" for blocks in ("0", "1")}
     distill(small_config(**{"distill.blocks": "1", "distill.steps": 20}), teacher, traces, jobs["1"])
     for blocks, folder in jobs.items():
@@ -370,7 +370,7 @@ def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
     assert (tmp_path / initial).read_bytes() == (distilled / initial).read_bytes()
     together = read_tensors(distilled / trained)
     assert list(read_tensors(tmp_path / trained)) == list(together)
-    # Where all keys are linear, the maps' scale cancels: its gradient is rounding, of which Adam makes full steps.
+    # With linear keys alone, log_scale has no effect. Its gradient is rounding error, of which Adam makes full steps.
     names = [name for name in together if "rate_linear" not in name or "log_scale" not in name]
     assert len(names) == len(together) - 4
     flat = lambda tensors: np.concatenate([np.ravel(tensors[name]) for name in names])
@@ -384,5 +384,5 @@ def test_two_jobs_are_the_whole_run(teacher, traces, distilled, tmp_path):
             assert reports[0][field] == reports[1][field]
             continue
         np.testing.assert_allclose(reports[0][field], reports[1][field], rtol=1e-5)
-    for row, wanted in zip(read_metrics(tmp_path), read_metrics(distilled), strict=True):
-        assert row == pytest.approx(wanted, rel=1e-5)
+    for row, expected in zip(read_metrics(tmp_path), read_metrics(distilled), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)

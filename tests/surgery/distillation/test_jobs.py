@@ -1,4 +1,4 @@
-"""Distillation by jobs: names of sets of blocks, what is missing, one result of all, and the commands on top."""
+"""Distillation by independent jobs: their names, missing blocks, merged results, and the commands that merge."""
 
 import json
 
@@ -29,11 +29,11 @@ FIELDS = {
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.sets(st.integers(0, 40), min_size=1))
-def test_blocks_read_back_as_they_are_listed(blocks):
+def test_formatted_blocks_are_parsed_to_the_same_blocks(blocks):
     assert block_numbers(format_ranges(blocks)) == tuple(sorted(blocks))
 
 
-def test_blocks_are_listed_in_ranges():
+def test_blocks_are_formatted_as_ranges():
     assert format_ranges([5, 0, 1, 2]) == "0-2,5" and format_ranges([3]) == "3"
     assert block_numbers("2, 0-1,1") == (0, 1, 2) and block_numbers("") is None
     assert job_name((0, 1, 2, 5)) == "blocks_0-2,5"
@@ -43,8 +43,8 @@ def value(block: int, rate: object) -> float:
     return block + 0.1 * RATES.index(rate)
 
 
-def leave(folder: epath.Path, blocks: list[int], steps: int = 3) -> epath.Path:
-    """What a job leaves of these blocks, with numbers that tell them apart."""
+def write_job(folder: epath.Path, blocks: list[int], steps: int = 3) -> epath.Path:
+    """Writes the files of a job that distilled these blocks, with different numbers for each."""
     rows = [[value(block, rate) for rate in RATES] for block in blocks]
     shares = dict.fromkeys(("initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors"), rows)
     report = {"blocks": blocks, "rates": list(RATES), "errors": rows, **shares, "samples": 2}
@@ -65,9 +65,9 @@ def leave(folder: epath.Path, blocks: list[int], steps: int = 3) -> epath.Path:
 
 
 def test_jobs_are_merged_by_block(tmp_path):
-    """Uneven shares, out of order, one block in two jobs, and a job that logged one step more."""
+    """Jobs of different sizes, out of order; two share a block, and one logged one step more than the others."""
     folder = epath.Path(tmp_path)
-    jobs = [leave(folder / "b", [4, 1]), leave(folder / "a", [0, 2, 3]), leave(folder / "c", [0], steps=4)]
+    jobs = [write_job(folder / "b", [4, 1]), write_job(folder / "a", [0, 2, 3]), write_job(folder / "c", [0], steps=4)]
     merge(load_config("tiny", FIELDS), jobs, 5, folder)
     found = json.loads((folder / "errors.json").read_text())
     expected = [[value(block, rate) for rate in RATES] for block in range(5)]
@@ -82,14 +82,14 @@ def test_jobs_are_merged_by_block(tmp_path):
             for rate in RATES:
                 tensor = tensors[f"blocks.{block}.rate_{rate}.phi_q.log_scale"]
                 assert tensor == np.float32([sign * value(block, rate)])
-    jobs = [leave(folder / "a", [0, 2, 3]), leave(folder / "b", [4, 1], steps=2)]
+    jobs = [write_job(folder / "a", [0, 2, 3]), write_job(folder / "b", [4, 1], steps=2)]
     merge(load_config("tiny", FIELDS), jobs, 5, folder / "again")
     assert read_metrics(folder / "again") == [{"step": 1, "loss_2": 2.0}, {"step": 2, "loss_2": 1.0}]
 
 
-def test_blocks_that_no_job_has(tmp_path):
+def test_missing_blocks_are_named(tmp_path):
     folder = epath.Path(tmp_path)
-    job = leave(folder / "a", [0, 4])
+    job = write_job(folder / "a", [0, 4])
     with pytest.raises(InputError, match=r"of 6 blocks no job has finished 1-3,5; .*--config.distill.blocks=1-3,5`"):
         merge(load_config("tiny", FIELDS), [job], 6, folder / "merged")
     assert not (folder / "merged").exists()
@@ -104,7 +104,7 @@ def test_plan_merges_the_jobs_of_its_workdir(tiny_pipeline, tmp_path, capsys):
     def job(name: str, blocks: list[int], finished: bool = True) -> None:
         stage = job_folder(run.config, name, run.stages)
         stage.begin()
-        leave(stage.folder, blocks)
+        write_job(stage.folder, blocks)
         if finished:
             stage.end()
 
@@ -122,7 +122,7 @@ def test_plan_merges_the_jobs_of_its_workdir(tiny_pipeline, tmp_path, capsys):
     assert json.loads((workdir / "distill" / "errors.json").read_text())["errors"] == [[0, 0.1], [1, 1.1]]
     assert json.loads((workdir / "plan" / "plan.json").read_text())["rates"] == [2, 2]
     assert run.stages["distill"].done()
-    # Other steps are another distillation, other blocks are not.
+    # Another number of steps is another distillation; a choice of blocks is not.
     assert main(["plan", *command, "--config.distill.blocks=1"]) == 0
     assert main(["plan", *command, "--config.distill.steps=7"]) == 2
     assert "distill.steps" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Distillation on meshes of fake devices: losses, gradients and statistics are those of one device, also a job's."""
+"""Losses, gradients and statistics of distillation on meshes of fake devices equal those on one device."""
 
 import json
 
@@ -50,8 +50,8 @@ def found(model, job):
         values.append(losses_and_gradients(model, batch, jax.tree.map(lambda x: x[:1], maps), one))
     return jax.device_get(jax.tree.leaves(values))
 
-def moved(model, mesh):
-    # arrays of a training state that a step leaves elsewhere than it found them
+def resharded(model, mesh):
+    # the number of arrays of a training state whose sharding changes in a step
     optimizer, (graph, params) = make_optimizer(config), nnx.split(model)
     state = {"maps": maps, "opt_state": optimizer.init(maps)}
     state = put_state(mesh, jax.device_get(state))  # a step overwrites its state
@@ -68,15 +68,15 @@ for sizes in json.loads(sys.argv[1]):
     spread.shard(mesh)
     pairs = zip(found(spread, job=sizes == [1, 2, 2, 2]), expected)
     errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs if b.any()]
-    print(json.dumps([sizes, moved(spread, mesh), max(errors)]), flush=True)
+    print(json.dumps([sizes, resharded(spread, mesh), max(errors)]), flush=True)
 """
 MESHES = [(1, 1, 1, 2), (2, 1, 4, 1), (1, 2, 2, 2)]
 if FULL_GRID:
     MESHES += [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 4, 1)]
 
 
-def test_every_mesh_learns_the_same(on_fake_devices):
+def test_results_on_meshes_equal_those_on_one_device(on_fake_devices):
     found = on_fake_devices(CHECK, json.dumps(MESHES))
     assert len(found) == len(MESHES)
     assert not [case for case in found if not case[-1] < 1e-5], found
-    assert not [case for case in found if case[1]], "a run that goes on would compile and round otherwise"
+    assert not [case for case in found if case[1]], "a resumed run would compile another program"

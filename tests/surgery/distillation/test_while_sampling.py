@@ -1,5 +1,4 @@
-"""Distillation inside the forwards of sampling: whose turn it is, that trajectories stay the sampler's, and that maps
-learn."""
+"""Distillation while sampling: the order of batches, trajectories equal to the sampler's, and trained maps."""
 
 import json
 
@@ -30,13 +29,13 @@ LATENTS, TEXT = (2, 4, 4, 3), (3, 6)
 
 
 @pytest.mark.parametrize(("steps", "slots"), [(5, 3), (4, 4), (3, 5), (6, 1)])
-def test_every_batch_passes_all_steps_in_order_and_slots_lie_apart(steps, slots):
+def test_batches_take_all_steps_in_order_and_slots_are_at_different_steps(steps, slots):
     found = round_robin(steps, slots)
     taken = [next(found) for _ in range(6 * steps * slots)]
     whole = [[position for _, number, position in taken if number == batch] for batch in range(3 * slots)]
     assert whole == [list(range(steps))] * (3 * slots)
     assert all(len({slot for slot, number, _ in taken if number == batch}) == 1 for batch in range(3 * slots))
-    begun = next(i for i in range(len(taken) // 2, len(taken)) if taken[i][0] == 0)  # by now all slots are at it
+    begun = next(i for i in range(len(taken) // 2, len(taken)) if taken[i][0] == 0)  # by now all slots are in use
     later = taken[begun : begun + steps * slots]
     at_once = [{position for _, _, position in later[i : i + slots]} for i in range(0, len(later), slots)]
     assert all(len(positions) == min(steps, slots) for positions in at_once)
@@ -57,7 +56,7 @@ def small_config(**changes):
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """The texts of four prompts and of the negative one; two steps of the last prompt alone."""
+    """The texts of four prompts and of the negative prompt, and two steps of the last prompt."""
     folder, rng = epath.Path(tmp_path_factory.mktemp("trace")), np.random.default_rng(3)
     texts = [{"embedding": rng.normal(size=TEXT).astype(np.float32), "prompt": text_array(str(i))} for i in range(5)]
     steps = [
@@ -76,8 +75,8 @@ def traces(tmp_path_factory):
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize("blocks", ["", "0"])
-def test_a_trajectory_is_the_samplers_though_maps_learn_on_the_way(teacher, traces, guidance, blocks):
-    """Also where only the maps of the first block learn: all blocks make the velocity."""
+def test_trajectories_equal_those_of_the_sampler_while_maps_are_trained(teacher, traces, guidance, blocks):
+    """Also if only the maps of the first block are trained, since the velocity needs all blocks."""
     config = small_config(**{"sampler.guidance": guidance, "distill.blocks": blocks})
     mesh = make_mesh(config.mesh)
     trajectories = Trajectories(config, traces / "text", 3, LATENTS, mesh)
@@ -92,7 +91,7 @@ def test_a_trajectory_is_the_samplers_though_maps_learn_on_the_way(teacher, trac
         assert losses.shape == (1 if blocks else 2, len(RATES)) and np.isfinite(losses).all()
 
     texts = Records(traces / "text")
-    words = np.stack([texts[i]["embedding"] for i in (2, 0)])  # prompts 2 and, once more, 0
+    words = np.stack([texts[i]["embedding"] for i in (2, 0)])  # prompt 2, and prompt 0 for the second time
     negative = None if guidance == 1 else texts[4]["embedding"][None]
     noise = jnp.concatenate([initial_noise(0, [2], LATENTS), initial_noise(0, [4], LATENTS)])
     velocity = guided_velocity(teacher, words, negative, guidance, True)
@@ -120,7 +119,7 @@ def test_errors_of_the_held_out_prompt_fall(distilled):
     assert (np.mean(report["errors"], axis=0) < 0.95 * np.mean(report["initial_errors"], axis=0)).all()
 
 
-def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_path):
+def test_resumed_distillation_equals_uninterrupted_distillation(teacher, traces, distilled, tmp_path):
     folder = epath.Path(tmp_path)
     distill(small_config(**{"distill.steps": 30}), teacher, traces, folder)
     distill(small_config(), teacher, traces, folder)
@@ -128,7 +127,7 @@ def test_a_run_in_two_halves_is_the_whole_run(teacher, traces, distilled, tmp_pa
     assert all(np.array_equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_only_held_out_prompts_are_traced(tiny_pipeline, tmp_path):
+def test_mode_sampling_traces_only_held_out_prompts(tiny_pipeline, tmp_path):
     fields = {
         "model.path": str(tiny_pipeline), "video.frames": "5", "video.height": "32", "video.width": "48",
         "sampler.steps": "2", "trace.prompts": "4", "trace.holdout": "2", "trace.keep_steps": "2", "trace.batch": "1",
@@ -144,7 +143,7 @@ def test_only_held_out_prompts_are_traced(tiny_pipeline, tmp_path):
             np.testing.assert_array_equal(values, found["sampling"][index][name])
 
 
-def test_updates_per_batch_are_of_traces():
+def test_mode_sampling_refuses_updates_per_batch():
     with pytest.raises(InputError, match="config.distill.updates_per_batch: .* expected 1, found 2"):
         load_config("tiny", {"distill.mode": "sampling", "distill.updates_per_batch": "2"})
 
@@ -194,6 +193,6 @@ for sizes in json.loads(sys.argv[2]):
 """
 
 
-def test_a_mesh_samples_and_learns_the_same(on_fake_devices, traces):
+def test_results_on_meshes_equal_those_on_one_device(on_fake_devices, traces):
     found = on_fake_devices(ON_A_MESH, str(traces), json.dumps([(2, 1, 1, 1), (1, 2, 2, 2)]))
     assert len(found) == 2 and max(found) < 2e-5, found
