@@ -1,4 +1,4 @@
-"""`jsurgery convert`: transformers between layouts, and the original repository's VAE and text encoder."""
+"""`jsurgery convert`: transformers between layouts, and the VAE and text encoder of the original repository."""
 
 import json
 import os
@@ -33,8 +33,8 @@ ONE_HEAD = WanConfig(
 UMT5 = {"vocab": 40, "dim": 24, "heads": 3, "head_dim": 4, "ffn": 20, "layers": 2, "buckets": 32}
 
 
-def test_a_transformer_around_all_layouts(tmp_path, random_transformer, capsys):
-    """Types too: a bfloat16 file stays one."""
+def test_converting_through_all_layouts_gives_the_same_tensors(tmp_path, random_transformer, capsys):
+    """And the same types: bfloat16 stays bfloat16."""
     save_transformer(random_transformer(ONE_HEAD), tmp_path / "float32", "original")
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in read_tensors(tmp_path / "float32").items()}
     write_tensors(tmp_path / "start" / "weights.safetensors", tensors)
@@ -59,7 +59,7 @@ def test_a_transformer_around_all_layouts(tmp_path, random_transformer, capsys):
     np.testing.assert_equal(found, tensors)
 
 
-def test_a_pipeline_folder_and_a_hybrid(tmp_path, tiny_pipeline, random_transformer, capsys):
+def test_converting_a_pipeline_folder_and_a_hybrid(tmp_path, tiny_pipeline, random_transformer, capsys):
     convert(str(tiny_pipeline), tmp_path / "original", "original")
     convert(str(tmp_path / "original"), tmp_path / "back", "diffusers")
     expected = tiny_pipeline / "transformer"
@@ -79,7 +79,7 @@ def test_a_pipeline_folder_and_a_hybrid(tmp_path, tiny_pipeline, random_transfor
 
 
 def original_umt5(vocab, dim, heads, head_dim, ffn, layers, buckets) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original repository's encoder, written down from its modules."""
+    """The names and shapes in the original repository's encoder, copied from its modules."""
     shapes = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
     for i in range(layers):
         block = {f"attn.{side}": (heads * head_dim, dim) for side in "qkv"} | {"attn.o": (dim, heads * head_dim)}
@@ -96,7 +96,7 @@ def original_umt5(vocab, dim, heads, head_dim, ffn, layers, buckets) -> dict[str
 
 
 def umt5_embeddings(tensors: dict[str, torch.Tensor], ids: np.ndarray, heads: int) -> np.ndarray:
-    """The original's forward pass of one prompt, on its own names."""
+    """The forward pass of the original encoder for one prompt, from tensors with its names."""
 
     def norm(x, name):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * tensors[f"{name}.weight"]
@@ -115,7 +115,7 @@ def umt5_embeddings(tensors: dict[str, torch.Tensor], ids: np.ndarray, heads: in
     return norm(x, "norm").numpy()
 
 
-def test_the_text_encoder_from_a_pth(tmp_path):
+def test_text_encoder_converted_from_a_pth_gives_the_same_embeddings(tmp_path):
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) * 0.5 for name, shape in original_umt5(**UMT5).items()}
     torch.save(tensors, tmp_path / "t5.pth")
@@ -125,7 +125,7 @@ def test_the_text_encoder_from_a_pth(tmp_path):
     found = encoder(ids[None], np.ones((1, 5), np.int32))[0]
     expected = umt5_embeddings(tensors, ids, UMT5["heads"])
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
-    # The comparison would notice two tensors of one shape in each other's places.
+    # A control: swapping two tensors of equal shape changes the result.
     tensors["blocks.1.ffn.gate.0.weight"], tensors["blocks.1.ffn.fc1.weight"] = (
         tensors["blocks.1.ffn.fc1.weight"],
         tensors["blocks.1.ffn.gate.0.weight"],
@@ -144,15 +144,15 @@ def test_bfloat16_in_a_pth_stays_bfloat16(tmp_path):
     assert found["shared.weight"].shape == (40, 24)
 
 
-def test_names_of_umt5_xxl():
+def test_original_names_of_umt5_xxl():
     shapes = torch_layout.mirrored_shapes(nnx.eval_shape(lambda: TextEncoder(TextEncoderConfig(), rngs=nnx.Rngs(0))))
     found = {original_text_encoder_name(name): shape for name, shape in shapes.items()}
     expected = original_umt5(vocab=256384, dim=4096, heads=64, head_dim=64, ffn=10240, layers=24, buckets=32)
     assert found == expected and len(found) == 242
 
 
-def test_names_of_the_vae():
-    """diffusers' own converter is the judge."""
+def test_original_names_of_the_vae():
+    """Compared with diffusers' own converter."""
     shapes = torch_layout.mirrored_shapes(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
     original = {original_vae_name(name): name for name in shapes}
     assert len(original) == len(shapes) == 194
@@ -173,7 +173,7 @@ def test_names_of_the_vae():
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_the_vae_from_the_original_names(tmp_path, kind):
+def test_vae_converted_from_the_original_names(tmp_path, kind):
     torch.manual_seed(0)
     reference = AutoencoderKLWan(base_dim=4)
     expected = reference.state_dict()
@@ -200,7 +200,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_payload_does_not_run(tmp_path, monkeypatch, zipped):
+def test_code_in_a_pickle_does_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     tensors = {"token_embedding.weight": torch.zeros(3, 2), "conv1.weight": Payload()}
     torch.save(tensors, "model.pth", _use_new_zipfile_serialization=zipped)
@@ -208,7 +208,7 @@ def test_a_payload_does_not_run(tmp_path, monkeypatch, zipped):
         convert("model.pth", "out")
     assert not pathlib.Path("payload-ran").exists() and not pathlib.Path("out").exists()
     torch.load("model.pth", weights_only=False)
-    assert pathlib.Path("payload-ran").exists()  # it does, where a pickle is trusted
+    assert pathlib.Path("payload-ran").exists()  # a control: it runs where pickles are trusted
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_payload_does_not_run(tmp_path, monkeypatch, zipped):
         (lambda sound: b"\x80\x02garbage", "truncated or damaged"),
     ],
 )
-def test_a_damaged_pth(tmp_path, content, cause):
+def test_a_damaged_pth_is_refused(tmp_path, content, cause):
     file = tmp_path / "Wan2.1_VAE.pth"
     torch.save({"conv1.weight": torch.zeros(300)}, file)
     file.write_bytes(content(file.read_bytes()))
@@ -230,7 +230,7 @@ def test_a_damaged_pth(tmp_path, content, cause):
         convert(str(file), tmp_path / "out")
 
 
-def test_what_is_not_a_checkpoint(tmp_path, monkeypatch, tiny_pipeline, capsys):
+def test_bad_arguments_are_refused(tmp_path, monkeypatch, tiny_pipeline, capsys):
     def refusal(model, output="out", layout="diffusers") -> str:
         arguments = [f"--model={model}", f"--output={tmp_path / output}", f"--layout={layout}"]
         assert cli.main(["convert", *arguments]) == 2

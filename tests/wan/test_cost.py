@@ -45,7 +45,7 @@ ODD = WanConfig(
 @pytest.mark.parametrize(
     "frames, small, large", [(81, 12600, 32760), (101, 15600, 40560), (121, 18600, 48360), (141, 21600, 56160)]
 )
-def test_tokens(frames, small, large):
+def test_number_of_tokens(frames, small, large):
     assert num_tokens(frames, 320, 480) == small
     assert num_tokens(frames, 480, 832) == large
 
@@ -59,17 +59,17 @@ def test_tokens(frames, small, large):
         ((-3, 320, 480), r"frames: expected 4k \+ 1, found -3"),
     ],
 )
-def test_sizes_that_the_strides_do_not_divide(size, message):
+def test_sizes_that_the_strides_do_not_divide_are_refused(size, message):
     with pytest.raises(InputError, match=message):
         num_tokens(*size)
 
 
-# The paper's Table 7; it prints 70 GFLOP in the third row, which contradicts the 3.9 M beside it.
+# The paper's Table 7, except that its third row has 70 GFLOP, which contradicts its 3.9 M parameters.
 @pytest.mark.parametrize(
     "degree, layers, millions, gigaflops",
     [(2, 2, 1.2, 29.9), (3, 2, 2.4, 59.7), (4, 2, 3.9, 99.4), (6, 3, 15.4, 387.1)],
 )
-def test_feature_map_costs_what_table_7_says(degree, layers, millions, gigaflops):
+def test_feature_map_costs_are_those_of_table_7(degree, layers, millions, gigaflops):
     cost = feature_map_cost(degree, layers, heads=12, head_dim=128, tokens=12600)
     assert round(cost.parameters / 1e6, 1) == millions
     assert round(cost.flops / 1e9, 1) == gigaflops
@@ -98,11 +98,11 @@ def test_core_flops_at_320x480(rate):
 
 
 def saving(cost_of, converted, rate):
-    """Percent saved by `converted` of 30 blocks."""
+    """The percentage that is saved if `converted` of 30 blocks have this rate."""
     return round(100 * converted / 30 * (1 - cost_of(rate) / cost_of(1)), 1)
 
 
-def test_savings():
+def test_savings_of_plans():
     assert saving(lambda rate: core_flops(SMALL, rate), 15, 8) == 39.9
     assert saving(lambda rate: core_flops(LARGE, rate), 25, 2) == 39.7
     assert saving(lambda rate: core_flops(LARGE, rate), 15, 2) == 23.8
@@ -121,8 +121,8 @@ def test_speed_up_bounds():
     assert round(before.total / after.total, 2) == 1.88
 
 
-def test_core_at_a_length_that_the_rate_does_not_divide():
-    """By hand: 10 tokens, rate 4: tokens 0, 4, 8 keep softmax, 7 are linear; one head of width 2, phi 2 -> 6 -> 6."""
+def test_core_flops_counted_by_hand():
+    """10 tokens at rate 4: tokens 0, 4, 8 keep softmax, 7 are linear. One head of width 2, phi 2 -> 6 -> 6."""
     config = WanConfig(num_attention_heads=1, attention_head_dim=2)
     workload = Workload(config, tokens=10, feature_map=FeatureMapConfig(degree=3, layers=2))
     softmax = 10 * 3 * (2 * 2 + 2 * 2)
@@ -136,8 +136,8 @@ def test_core_at_a_length_that_the_rate_does_not_divide():
             core_flops(workload, rate)
 
 
-def test_bytes():
-    """By hand: 10 tokens, 6 text tokens, width 2, feed-forward 5; every matrix moves once, 2 bytes a number."""
+def test_bytes_counted_by_hand():
+    """10 tokens, 6 text tokens, width 2, feed-forward 5. Every array is read or written once, 2 bytes a number."""
     config = WanConfig(num_attention_heads=1, attention_head_dim=2, ffn_dim=5)
     workload = Workload(config, tokens=10, text_len=6, feature_map=FeatureMapConfig(degree=3, layers=2))
     tokens, text, square = 10 * 2, 6 * 2, 2 * 2
@@ -182,8 +182,8 @@ def test_parameters_are_those_of_the_hybrid_module(phi, linear_branch):
     assert (parameters(config) > parameters(ODD)) == linear_branch
 
 
-def block_with(config, rate, tokens, text, implementation, init_map=init_polynomial_map):
-    """XLA's count of one of our blocks, attention included; without `init_map` it has no linear branch."""
+def xla_flops_of_block(config, rate, tokens, text, implementation, init_map=init_polynomial_map):
+    """The FLOPs that XLA counts in one block, attention included. Without `init_map` it has no linear branch."""
     block = nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(block)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
@@ -209,12 +209,14 @@ TWO_HEADS = WanConfig(num_attention_heads=2, attention_head_dim=128, ffn_dim=110
 
 
 @pytest.mark.parametrize("rate", [1, 2, 8, "linear"])
-def test_a_block_agrees_with_xla(rate):
-    """XLA also counts norms, softmax and activations, which is all of the difference; it sees a loop's body once,
-    so the block has one head, of the kernel's loop over heads."""
+def test_flops_of_a_block_agree_with_xla(rate):
+    """They differ by norms, softmax and activations, which only XLA counts.
+
+    The block has one head, since XLA counts the body of a loop once, and the implementation loops over heads.
+    """
     tokens, text = 250, 50
     counted = block_flops(Workload(ONE_HEAD, tokens, text_len=text), rate).total
-    assert 1 < block_with(ONE_HEAD, rate, tokens, text, "xla") / counted < 1.02
+    assert 1 < xla_flops_of_block(ONE_HEAD, rate, tokens, text, "xla") / counted < 1.02
 
 
 @pytest.mark.parametrize(
@@ -225,15 +227,15 @@ def test_a_block_agrees_with_xla(rate):
         (8, None, None),
     ],
 )
-def test_other_kinds_of_block_agree_with_xla(rate, phi, init_map):
+def test_flops_with_hedgehog_or_without_linear_branch_agree_with_xla(rate, phi, init_map):
     tokens, text = 250, 50
     counted = block_flops(Workload(ONE_HEAD, tokens, text_len=text, feature_map=phi), rate).total
-    assert 1 < block_with(ONE_HEAD, rate, tokens, text, "xla", init_map) / counted < 1.02
+    assert 1 < xla_flops_of_block(ONE_HEAD, rate, tokens, text, "xla", init_map) / counted < 1.02
 
 
 @pytest.mark.parametrize("rate", [1, 4, "linear"])
-def test_a_block_through_the_reference_implementation_agrees_with_xla(rate):
-    """The reference forms the weights phi_q phi_k^T of all N x L pairs instead of the state: known, and added here."""
+def test_flops_of_the_reference_implementation_agree_with_xla(rate):
+    """It computes phi_q phi_k^T for all N x L pairs instead of a state. The count is corrected for that here."""
     tokens, text, config = 250, 50, TWO_HEADS
     counted = block_flops(Workload(config, tokens, text_len=text), rate).total
     linear = 0 if rate == 1 else tokens if rate == "linear" else tokens - -(-tokens // rate)
@@ -241,18 +243,18 @@ def test_a_block_through_the_reference_implementation_agrees_with_xla(rate):
         features = 2 * config.dim
         counted += 2 * tokens * linear * (features + config.dim)
         counted -= (2 * features * 128) * (tokens + linear) + features * (2 * tokens + linear)
-    assert 1 < block_with(config, rate, tokens, text, "reference") / counted < 1.02
+    assert 1 < xla_flops_of_block(config, rate, tokens, text, "reference") / counted < 1.02
 
 
 def torch_flops(module, *inputs):
-    """torch's own count, on no device: no numbers are computed."""
+    """The FLOPs that torch counts, on the meta device, which computes nothing."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("frames", [1, 9])
-def test_the_vae_costs_what_torch_counts_in_diffusers(frames):
+def test_flops_of_the_vae_are_those_of_diffusers(frames):
     config = VaeConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     with torch.device("meta"):
         reference = AutoencoderKLWan(
@@ -265,14 +267,14 @@ def test_the_vae_costs_what_torch_counts_in_diffusers(frames):
     assert encode.parameters + decode.parameters == sum(leaf.numel() for leaf in reference.parameters())
 
 
-def test_the_published_vae_and_text_encoder():
+def test_parameters_of_the_published_vae_and_text_encoder():
     encode, decode = vae_cost(VaeConfig(), 81, 480, 832)
     with torch.device("meta"):
         assert encode.parameters + decode.parameters == sum(leaf.numel() for leaf in AutoencoderKLWan().parameters())
     assert round(text_encoder_cost(TextEncoderConfig(), 512).parameters / 1e9, 2) == 5.68
 
 
-def test_the_text_encoder_costs_what_torch_counts_in_transformers():
+def test_flops_of_the_text_encoder_are_those_of_transformers():
     config = TextEncoderConfig(vocab_size=50, d_model=24, d_kv=6, d_ff=40, num_heads=3, num_layers=2)
     found = text_encoder_cost(config, 17)
     with torch.device("meta"):
@@ -280,13 +282,13 @@ def test_the_text_encoder_costs_what_torch_counts_in_transformers():
         ids = torch.zeros(1, 17, dtype=torch.long)
         assert found.flops == torch_flops(reference, ids)
     assert found.parameters == sum(leaf.numel() for leaf in reference.parameters())
-    # By hand: every matrix, its input and its output move once; attention reads q, k, v and writes y.
+    # Counted by hand: every matrix, its input and its output move once; attention reads q, k, v and writes y.
     projections, feed_forward = 4 * (24 * 18 + 17 * (24 + 18)), 3 * (24 * 40 + 17 * (24 + 40))
     assert text_encoder_cost(config, 17, bytes_per_value=1).bytes == 2 * (projections + feed_forward + 4 * 17 * 18)
 
 
-def test_hedgehog_by_hand():
-    """10 tokens, rate 4, one head of width 2: one layer 2 -> 2 and 4 features, exp(+) and exp(-)."""
+def test_hedgehog_costs_counted_by_hand():
+    """10 tokens at rate 4, one head of width 2: one layer 2 -> 2, and 4 features, exp(x) and exp(-x)."""
     config = WanConfig(num_attention_heads=1, attention_head_dim=2)
     workload = Workload(config, tokens=10, feature_map=HEDGEHOG)
     phi, state, read = (10 + 7) * 2 * 2 * 2, 7 * (2 * 4 * 2 + 4), 10 * (2 * 4 * 2 + 2 * 4)

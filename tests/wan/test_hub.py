@@ -1,4 +1,4 @@
-"""Repository ids: what is asked of the Hub, and that nothing is asked where a path is meant."""
+"""Names of repositories are downloaded from the Hub; paths are not."""
 
 import pathlib
 
@@ -12,8 +12,8 @@ from jsurgery.wan.hub import FILES, local_path
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list:
-    """The downloads that were asked for; none takes place."""
+def requested(monkeypatch) -> list:
+    """The downloads that were requested; none takes place."""
     calls = []
 
     def snapshot_download(repository, **options):
@@ -32,14 +32,14 @@ def asked(monkeypatch) -> list:
         ("a/b@refs/pr/2", "a/b", "refs/pr/2"),
     ],
 )
-def test_a_repository(tmp_path, monkeypatch, asked, name, repository, revision):
+def test_a_repository_is_downloaded(tmp_path, monkeypatch, requested, name, repository, revision):
     monkeypatch.chdir(tmp_path)
     assert local_path(name) == "/cache/snapshot"
-    assert asked == [(repository, {"revision": revision, "allow_patterns": FILES})]
+    assert requested == [(repository, {"revision": revision, "allow_patterns": FILES})]
     assert not any(pattern.endswith((".pth", ".bin", "*")) for pattern in FILES)
 
 
-def test_a_path_is_not_asked_for(tmp_path, monkeypatch, asked):
+def test_a_path_is_not_downloaded(tmp_path, monkeypatch, requested):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("org/name").mkdir(parents=True)
     for path in (
@@ -54,10 +54,10 @@ def test_a_path_is_not_asked_for(tmp_path, monkeypatch, asked):
         "~/m",
     ):
         assert local_path(path) == path
-    assert asked == []
+    assert requested == []
 
 
-def test_a_repository_that_is_not_there(tmp_path, monkeypatch):
+def test_a_missing_repository_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def snapshot_download(*_, **__):
@@ -75,8 +75,8 @@ def test_a_repository_that_is_not_there(tmp_path, monkeypatch):
         local_path("org/name")
 
 
-def test_offline(tmp_path, monkeypatch, capsys):
-    """The Hub's own client, against a port where nobody listens: one line, exit code 2."""
+def test_an_unreachable_hub_is_refused(tmp_path, monkeypatch, capsys):
+    """The Hub's own client with a closed port: an error of one line, exit code 2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

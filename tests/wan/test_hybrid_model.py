@@ -1,7 +1,7 @@
-"""Whole hybrid models against a second model in torch: float64, tokens in natural order, every pair of tokens weighed.
+"""Hybrid models and their gradients against a second model in torch float64.
 
-Gradients come from torch too. The second model takes nothing from the project but the tensors, under the names of the
-diffusers layout; its attention is that of `tests/equation_5.py`.
+The second model has tokens in natural order and attention weights for all pairs of tokens (`tests/equation_5.py`). It
+shares only the tensors with the project, by their names in the diffusers layout.
 """
 
 import functools
@@ -50,7 +50,7 @@ def staggered(j, rate, site):
 
 
 def hybrid_attention_of(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
-    """Eq. 5 of one block, in natural order and heads first, [H, N, D]."""
+    """Eq. 5 in one block, for q, k, v [H, N, D] in natural order."""
     in_S = torch.tensor([[rate != "linear" and lattice(j, rate, site) for j, site in enumerate(sites)]])
     in_L = ~in_S if hybrid.linear_branch else torch.zeros_like(in_S)
 
@@ -67,8 +67,8 @@ def hybrid_attention_of(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
     ).y
 
 
-def turn(x, sites):
-    """RoPE on [H, N, D]: pairs of channels turn with time, then height, then width."""
+def apply_rope(x, sites):
+    """RoPE of [H, N, D]: pairs of channels are rotated by time, then height, then width."""
     width = x.shape[-1]
     third = 2 * (width // 6)
     angles = torch.tensor([
@@ -79,12 +79,12 @@ def turn(x, sites):
         ]
         for site in sites
     ]).double()  # fmt: skip
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
-    return torch.view_as_real(turned).flatten(-2)
+    rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(rotated).flatten(-2)
 
 
 def brute_force(tensors, config, latents, timestep, text, lattice=natural):
-    """Velocity [T, H, W, C] of one example."""
+    """The velocity [T, H, W, C] of one example."""
     hybrid, heads = config.hybrid, config.num_attention_heads
     frames, height, width, _ = latents.shape
     sites = [(t, y, x) for t in range(frames) for y in range(height // 2) for x in range(width // 2)]
@@ -118,7 +118,7 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
         shift1, scale1, gate1, shift2, scale2, gate2 = tensors[f"{block}.scale_shift_table"][0] + modulation
         h = norm(x) * (1 + scale1) + shift1
         q, k, v = project(f"{block}.attn1", h, h)
-        q, k = turn(q, sites), turn(k, sites)
+        q, k = apply_rope(q, sites), apply_rope(k, sites)
         y = hybrid_attention_of(tensors, f"{block}.attn1", q, k, v, rate, sites, hybrid, lattice)
         x = x + gate1 * linear(f"{block}.attn1.to_out.0", y.transpose(0, 1).flatten(1))
         h = norm(x) * tensors[f"{block}.norm2.weight"] + tensors[f"{block}.norm2.bias"]
@@ -136,7 +136,7 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
 
 @pytest.fixture(scope="module")
 def build(random_transformer):
-    """A model with every tensor random, hybrid or not."""
+    """A function that makes a model with random tensors, hybrid or not."""
 
     def build(hybrid: HybridConfig | None) -> WanTransformer:
         return random_transformer(WanConfig(**SIZES, num_layers=len(hybrid.rates if hybrid else MIXED), hybrid=hybrid))
@@ -149,13 +149,13 @@ def inputs(grid):
     frames, height, width = grid
     latents = rng.normal(size=(2, frames, 2 * height, 2 * width, SIZES["in_channels"])).astype(np.float32)
     text = rng.normal(size=(2, 5, SIZES["text_dim"])).astype(np.float32)
-    # Not up to 1000: there the model's float32 sinusoids are 1e-4 off, which is not what is tested.
+    # Small timesteps: near 1000 the float32 sinusoids of the model have errors of 1e-4.
     return latents, np.array([31.0, 4.5], np.float32), text
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def run(graph, params, latents, timesteps, text, order=None):
-    """Velocity; with an order given, full softmax on tokens in that order."""
+    """The velocity; with `order`, that of full softmax on tokens in this order."""
     model = nnx.merge(graph, params)
     if order is None:
         return model(latents, timesteps, text)
@@ -186,8 +186,10 @@ def relative_error(actual, expected):
 
 
 def gradient_error(gradients, tensors):
-    """The largest relative error of a tensor; a feature map counts as one, as the scale of a purely linear block's map
-    cancels and has a gradient of 0."""
+    """The largest relative error of a tensor's gradient.
+
+    The tensors of a feature map count as one, since log_scale has the gradient 0 in a purely linear block.
+    """
     groups: dict[str, list[str]] = {}
     for name in tensors:
         groups.setdefault(re.sub(r"(phi_[qk]).*", r"\1", name), []).append(name)
@@ -215,7 +217,7 @@ CASES = {
         ("no linear branch", "27 tokens", False),
     ],
 )
-def test_a_model_is_equation_5_in_natural_order(build, case, grid, with_gradients):
+def test_velocity_and_gradients_are_those_of_the_second_model(build, case, grid, with_gradients):
     model, arguments = build(CASES[case]), inputs(GRIDS[grid])
     lattices = {"strided": natural, "staggered": staggered}
     lattice = lattices.pop(CASES[case].lattice)
@@ -239,13 +241,13 @@ def test_a_model_is_equation_5_in_natural_order(build, case, grid, with_gradient
             assert relative_error(velocity, other) > 1e-2, wrong.__name__
 
 
-def test_the_comparison_notices_every_tensor(build):
-    """Nothing drops out of the brute force but the two scales of the linear block, which cancel."""
+def test_control_every_tensor_affects_the_second_model(build):
+    """Except the two scales of the linear block, which cancel."""
     model, arguments = build(CASES["max"]), inputs(GRIDS["27 tokens"])
     tensors = in_double(model)
     brute_force_batch(tensors, model.config, *arguments).square().sum().backward()
-    blind = [name for name, tensor in tensors.items() if not tensor.grad.abs().max() > 1e-3]
-    assert sorted(blind) == ["blocks.2.attn1.phi_k.log_scale", "blocks.2.attn1.phi_q.log_scale"]
+    without_effect = [name for name, tensor in tensors.items() if not tensor.grad.abs().max() > 1e-3]
+    assert sorted(without_effect) == ["blocks.2.attn1.phi_k.log_scale", "blocks.2.attn1.phi_q.log_scale"]
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +256,7 @@ def teacher(build):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_an_all_softmax_plan_is_the_teacher(teacher, grid):
+def test_an_all_softmax_plan_and_another_token_order_equal_the_teacher(teacher, grid):
     arguments = inputs(GRIDS[grid])
     expected = run(*nnx.split(teacher), *arguments)
     operated = operate(teacher, HybridConfig((1,) * len(MIXED)), None)
@@ -263,12 +265,12 @@ def test_an_all_softmax_plan_is_the_teacher(teacher, grid):
     order = token_order(GRIDS[grid], (1, 2, 4, 8), "strided")
     assert (order.permutation != np.arange(order.num_tokens)).any()
     permuted = run(*nnx.split(teacher), *arguments, order)
-    assert not np.array_equal(permuted, expected)  # it was permuted
+    assert not np.array_equal(permuted, expected)  # rounded differently
     assert relative_error(permuted, expected) < 1e-5
     assert np.abs(permuted - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_a_hybrid_folder_holds_the_whole_model(build, tmp_path):
+def test_a_saved_hybrid_loads_as_it_was(build, tmp_path):
     hybrid = CASES["cubic"]
     model = build(hybrid)
     save_transformer(model, tmp_path)
@@ -287,7 +289,7 @@ def test_a_hybrid_folder_holds_the_whole_model(build, tmp_path):
         load_transformer(tmp_path)
 
 
-def test_a_hybrid_of_another_format_is_refused(build, tmp_path):
+def test_bad_hybrid_configs_are_refused(build, tmp_path):
     save_transformer(build(CASES["cubic"]), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "hashes.json").unlink()
@@ -306,7 +308,7 @@ def test_a_hybrid_has_no_original_layout(build):
         checkpoint_layouts.transformer_tensors(build(CASES["cubic"]), "original")
 
 
-def test_diffusers_does_not_take_a_hybrid_for_a_wan_transformer(build, tmp_path):
+def test_diffusers_refuses_a_hybrid(build, tmp_path):
     save_transformer(build(CASES["cubic"]), tmp_path)
     with pytest.raises(ValueError, match="HybridWanTransformer3DModel"):
         diffusers.AutoModel.from_pretrained(tmp_path)

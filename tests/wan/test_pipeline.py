@@ -1,4 +1,4 @@
-"""Prompt to video against diffusers' WanPipeline on the bundled model, and the ways to take the same steps."""
+"""Sampling on the bundled model against diffusers' WanPipeline, and equivalent ways to take the same steps."""
 
 import dataclasses
 
@@ -50,8 +50,8 @@ def test_diffusers_loads_the_bundled_folder(theirs):
     )
 
 
-def test_published_model_cards_find_model_path():
-    """Their code imports it from the pipeline's module, wherever it is defined."""
+def test_the_pipeline_module_exports_model_path():
+    """The code on published model cards imports it from there."""
     assert pipeline_module.model_path("tiny_wan") == BUNDLED["tiny_wan"]
 
 
@@ -76,7 +76,7 @@ def distance(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-def test_unipc_with_guidance_ends_where_diffusers_does(ours, theirs):
+def test_unipc_with_guidance_equals_diffusers(ours, theirs):
     config = small(steps=20, guidance=5.0)
     noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
     expected = latents_of_diffusers(theirs, config, noise)
@@ -93,8 +93,8 @@ def unnormalised(vae, latents_BxTxHxWxC):
     return torch.tensor((latents_BxTxHxWxC * std + mean).astype(np.float32)).permute(0, 4, 1, 2, 3)
 
 
-def test_another_prompt_shift_or_noise_ends_elsewhere(ours, theirs):
-    """The control of the test above, in fewer steps; the first line is its own parity."""
+def test_control_another_prompt_shift_guidance_or_noise_differs(ours, theirs):
+    """With fewer steps than the test above; the unchanged settings must equal diffusers."""
     config = small(steps=4, guidance=5.0)
     expected = latents_of_diffusers(theirs, config, initial_noise(7, [0], ours.latent_shape(5, 64, 48)))
     end = lambda prompt, config, seed=7: ours.sample_by_steps([prompt], config, seed=seed)
@@ -106,7 +106,7 @@ def test_another_prompt_shift_or_noise_ends_elsewhere(ours, theirs):
     assert distance(end(PROMPT, config, seed=8), expected) > 5e-3
 
 
-def test_euler_without_guidance_ends_where_diffusers_does(ours, theirs):
+def test_euler_without_guidance_equals_diffusers(ours, theirs):
     config = small(steps=6, guidance=1.0, solver="euler")
     noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
     unipc = theirs.scheduler
@@ -117,7 +117,7 @@ def test_euler_without_guidance_ends_where_diffusers_does(ours, theirs):
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "unipc"])
-def test_step_by_step_is_the_compiled_loop(ours, solver):
+def test_sampling_step_by_step_equals_the_compiled_loop(ours, solver):
     config = small(steps=3, solver=solver)
     latents = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4)[0]
     done = []
@@ -126,22 +126,22 @@ def test_step_by_step_is_the_compiled_loop(ours, solver):
     assert done == [1, 2, 3]
 
 
-def test_noise_belongs_to_the_prompts_number(ours):
+def test_noise_depends_on_the_number_of_the_prompt(ours):
     pair = ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=2), seed=1, first=4)
     assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=5)[0], pair[1]) < 1e-3
     assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=4)[0], pair[1]) > 1e-1
 
 
-def test_guidance_batched_or_sequential(ours):
+def test_batched_and_sequential_guidance_are_equal(ours):
     end = lambda batched: ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=3, guidance_batched=batched), seed=0)
     np.testing.assert_allclose(end(False), end(True), atol=2e-4)
 
 
-def test_branches_that_run(ours):
-    """Rows of text that reach the transformer: 2 B at once, B twice, or at guidance 1 B once."""
+def test_guidance_evaluates_only_the_branches_it_needs(ours):
+    """Batch sizes of the transformer: 2 B at once, B twice, or with guidance 1 B once."""
     text, blank = jnp.ones((3, 16, 64)), jnp.zeros((1, 16, 64))
 
-    def seen(blank, guidance, batched):
+    def run_guided(blank, guidance, batched):
         rows = []
 
         def transformer(x, timesteps, words):
@@ -157,14 +157,14 @@ def test_branches_that_run(ours):
         (blank, 5.0, False, [3, 3], 10.0),
         (None, 1.0, True, [3], 2.0),
     ):
-        found, velocity = seen(blank_or_none, guidance, batched)
+        found, velocity = run_guided(blank_or_none, guidance, batched)
         assert found == rows
         np.testing.assert_allclose(velocity, np.full((3, 1, 2, 2, 4), value), rtol=1e-6)
-    unread = small(steps=2, guidance=1.0), small(steps=2, guidance=1.0, negative_prompt="")
-    assert np.array_equal(*(ours.sample_by_steps([PROMPT], config, seed=0) for config in unread))
+    configs = small(steps=2, guidance=1.0), small(steps=2, guidance=1.0, negative_prompt="")
+    assert np.array_equal(*(ours.sample_by_steps([PROMPT], config, seed=0) for config in configs))
 
 
-def test_a_video_that_the_model_cannot_make():
+def test_impossible_video_sizes_are_refused():
     check_size(WanConfig(), 81, 480, 832)
     with pytest.raises(InputError, match="time axis has 21 positions"):
         check_size(WanConfig(rope_max_seq_len=20), 81, 64, 64)

@@ -1,4 +1,4 @@
-"""RoPE and a single block against diffusers': the lower rungs of the parity ladder."""
+"""RoPE and a single block against diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,21 @@ def test_angles_equal_diffusers_bit_for_bit(head_dim, grid):
     time, height, width = grid
     cos_NxD, sin_NxD = (
         table[0, :, 0].numpy() for table in reference(torch.zeros(1, 1, time, 2 * height, 2 * width))
-    )  # each angle twice, as diffusers keeps it
+    )  # diffusers has each angle twice
     cos_NxE, sin_NxE = rope_tables(grid, head_dim)
     np.testing.assert_array_equal(cos_NxE, cos_NxD[:, ::2])
     np.testing.assert_array_equal(sin_NxE, sin_NxD[:, ::2])
     transposed_NxE = rope_tables((time, width, height), head_dim)[1]
-    assert not np.array_equal(transposed_NxE, sin_NxE)  # the axes are told apart
+    assert not np.array_equal(transposed_NxE, sin_NxE)  # a control: swapped axes differ
 
 
-def test_rotation_is_that_of_complex_numbers():
+def test_rope_equals_multiplication_of_complex_numbers():
     cos_NxE, sin_NxE = rope_tables((2, 3, 5), 16)
     x = np.random.default_rng(0).normal(size=(2, 30, 3, 16)).astype(np.float32)
-    turned = (x[..., ::2] + 1j * x[..., 1::2]) * (cos_NxE + 1j * sin_NxE)[None, :, None]
+    rotated = (x[..., ::2] + 1j * x[..., 1::2]) * (cos_NxE + 1j * sin_NxE)[None, :, None]
     y = apply_rope(jnp.asarray(x), jnp.asarray(cos_NxE), jnp.asarray(sin_NxE))
-    np.testing.assert_allclose(y[..., ::2], turned.real, atol=1e-6)
-    np.testing.assert_allclose(y[..., 1::2], turned.imag, atol=1e-6)
+    np.testing.assert_allclose(y[..., ::2], rotated.real, atol=1e-6)
+    np.testing.assert_allclose(y[..., 1::2], rotated.imag, atol=1e-6)
 
 
 def test_a_grid_beyond_the_table_is_refused():
@@ -81,5 +81,5 @@ def test_one_block_equals_diffusers(reference, index, tmp_path):
     state = jax.tree.map(lambda leaf: leaf[index], stacked)
     assert relative(block(state)) < 1e-6
     for path, leaf in nnx.to_flat_state(state):
-        moved = jax.tree.map(lambda other, leaf=leaf: other * 1.1 if other is leaf[...] else other, state)
-        assert relative(block(moved)) > 1e-5, path
+        changed = jax.tree.map(lambda other, leaf=leaf: other * 1.1 if other is leaf[...] else other, state)
+        assert relative(block(changed)) > 1e-5, path

@@ -1,4 +1,4 @@
-"""A hybrid transformer on meshes of fake devices: losses and gradients are those of one device."""
+"""Losses and gradients of a hybrid transformer on meshes of fake devices equal those on one device."""
 
 import json
 
@@ -39,7 +39,7 @@ def loss_and_gradients(built):
     value, gradients = jax.jit(jax.value_and_grad(objective))(params, batch)
     return jax.device_get((value, jax.tree.leaves(gradients)))
 
-question = ("latents", "timesteps", "text")
+inputs = ("latents", "timesteps", "text")
 import dataclasses
 for config in (network, dataclasses.replace(network, hybrid=None)):
     value, gradients = loss_and_gradients(model(config))
@@ -48,12 +48,12 @@ for config in (network, dataclasses.replace(network, hybrid=None)):
         spread = model(config)
         spread.shard(make_mesh(mesh), exchange)
         found, found_gradients = loss_and_gradients(spread)
-        # A gradient that nearly cancels is as exact as its parts.
+        # A gradient whose terms nearly cancel has the absolute error of its terms.
         least = 1e-3 * np.sqrt(sum(np.sum(gradient**2) for gradient in gradients))
         error = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), least))
         errors = [error(found, value), *map(error, found_gradients, gradients)]
-        one = lambda built: np.asarray(nnx.jit(lambda model, *x: model(*x))(built, *(batch[n][:1] for n in question)))
-        errors.append(error(one(spread), one(model(config))) if sizes == [1, 2, 4, 1] else 0.0)  # 2 do not divide 1
+        one = lambda built: np.asarray(nnx.jit(lambda model, *x: model(*x))(built, *(batch[n][:1] for n in inputs)))
+        errors.append(error(one(spread), one(model(config))) if sizes == [1, 2, 4, 1] else 0.0)  # 2 does not divide a batch of 1
         print(json.dumps([sizes, exchange, max(errors)]), flush=True)
 """
 MESHES = [
@@ -62,13 +62,13 @@ MESHES = [
     [(2, 1, 2, 2), "all_to_all"],
     [(1, 2, 4, 1), "gather"],
 ]
-OF_A_TEACHER = [[(1, 1, 4, 1), "all_to_all"]]
+TEACHER_MESHES = [[(1, 1, 4, 1), "all_to_all"]]
 if FULL_GRID:
-    MESHES += [[(4, 1, 1, 1), "gather"], [(1, 4, 1, 1), "gather"], *OF_A_TEACHER]
-    OF_A_TEACHER += [[(1, 1, 8, 1), "gather"]]
+    MESHES += [[(4, 1, 1, 1), "gather"], [(1, 4, 1, 1), "gather"], *TEACHER_MESHES]
+    TEACHER_MESHES += [[(1, 1, 8, 1), "gather"]]
 
 
-def test_every_mesh_computes_the_same(on_fake_devices):
-    found = on_fake_devices(CHECK, json.dumps(MESHES), json.dumps(OF_A_TEACHER))
-    assert len(found) == len(MESHES) + len(OF_A_TEACHER)
+def test_results_on_meshes_equal_those_on_one_device(on_fake_devices):
+    found = on_fake_devices(CHECK, json.dumps(MESHES), json.dumps(TEACHER_MESHES))
+    assert len(found) == len(MESHES) + len(TEACHER_MESHES)
     assert not [case for case in found if not case[-1] < 1e-5], found

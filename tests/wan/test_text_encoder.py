@@ -36,7 +36,7 @@ embed = nnx.jit(lambda encoder, token_ids, mask: encoder(token_ids, mask))
 
 
 def random_reference(config: TextEncoderConfig, seed: int = 0) -> transformers.UMT5EncoderModel:
-    """transformers' encoder with every tensor away from its default, the biases large enough to count."""
+    """The encoder of transformers with random tensors, large enough to affect the result."""
     torch.manual_seed(seed)
     reference = transformers.UMT5EncoderModel(
         transformers.UMT5Config(**dataclasses.asdict(config), feed_forward_proj="gated-gelu")
@@ -74,7 +74,7 @@ def relative_error(actual, expected) -> float:
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("lengths", "padded_to"), [([1, 6, 13], 13), ([150, 37], 151)])
-def test_equals_transformers(tmp_path, config, lengths, padded_to):
+def test_embeddings_equal_transformers(tmp_path, config, lengths, padded_to):
     reference = random_reference(config)
     reference.save_pretrained(tmp_path)
     encoder = load_text_encoder(tmp_path)
@@ -82,12 +82,11 @@ def test_equals_transformers(tmp_path, config, lengths, padded_to):
     token_ids, mask = batch(config, lengths, padded_to)
     expected = reference_embeddings(reference, token_ids, mask)
     assert relative_error(embed(encoder, token_ids, mask), expected) < 1e-5
-    # Without the mask the result must differ, or the test would say nothing about padding.
+    # A control: without the mask the result differs.
     assert relative_error(embed(encoder, token_ids, np.ones_like(mask)), expected) > 1e-2
 
 
-def test_every_tensor_matters(tmp_path):
-    """The comparison above would notice any one tensor being ignored."""
+def test_control_every_tensor_affects_the_embeddings(tmp_path):
     reference = random_reference(CONFIGS[0])
     reference.save_pretrained(tmp_path)
     encoder = load_text_encoder(tmp_path)
@@ -99,7 +98,7 @@ def test_every_tensor_matters(tmp_path):
         assert relative_error(embed(encoder, token_ids, mask), expected) > 1e-4, name
 
 
-def test_encode_prompts_zeroes_padding_and_ignores_it(encoder):
+def test_encode_prompts_ignores_padding_and_sets_it_to_zero(encoder):
     token_ids, mask = batch(CONFIGS[0], [3, 7], 9)
     embeddings = nnx.jit(encode_prompts)(encoder, token_ids, mask)
     assert not embeddings[0, 3:].any() and not embeddings[1, 7:].any()
@@ -123,7 +122,7 @@ def test_position_buckets_equal_transformers(num_buckets, max_distance):
     assert buckets[max_distance:, 0].min() == num_buckets // 2 - 1
 
 
-def test_saved_folder_is_read_by_transformers_and_by_us(encoder, tmp_path):
+def test_saved_folder_loads_in_transformers_and_here(encoder, tmp_path):
     save_text_encoder(encoder, tmp_path)
     token_ids, mask = batch(CONFIGS[0], [4, 11], 11)
     embeddings = embed(encoder, token_ids, mask)
@@ -150,7 +149,7 @@ def test_prompt_to_embeddings_equals_diffusers(encoder, tmp_path):
     assert relative_error(embeddings, expected) < 1e-5
 
 
-def test_sharded_folder(tmp_path):
+def test_loading_a_folder_of_shards(tmp_path):
     reference = random_reference(CONFIGS[0])
     reference.save_pretrained(tmp_path, max_shard_size="8KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -159,8 +158,7 @@ def test_sharded_folder(tmp_path):
     assert relative_error(embeddings, reference_embeddings(reference, token_ids, mask)) < 1e-5
 
 
-def test_gradient_stays_inside_the_mask(encoder):
-    """Tokens behind the mask have no influence; tokens inside have."""
+def test_only_tokens_inside_the_mask_have_gradients(encoder):
     token_ids = np.arange(2, 11, dtype=np.int32)[None]
     mask = (np.arange(9) < 5).astype(np.int32)[None]
 
@@ -183,8 +181,7 @@ def test_xxl_has_the_published_size():
     assert reference.num_parameters() == 5_680_910_336
 
 
-def test_initial_scales_equal_transformers(encoder):
-    """Standard deviations of the initial tensors, tensor by tensor."""
+def test_standard_deviations_of_initial_tensors_equal_transformers(encoder):
     torch.manual_seed(0)
     reference = transformers.UMT5EncoderModel(transformers.UMT5Config(**CONFIGS[0].to_json()))
     expected = {name: float(tensor.detach().std()) for name, tensor in reference.named_parameters()}
@@ -200,14 +197,14 @@ def test_initial_scales_equal_transformers(encoder):
         ({"d_kv": None}, "missing d_kv"),
     ],
 )
-def test_foreign_config_is_refused(tmp_path, change, message):
+def test_config_of_another_encoder_is_refused(tmp_path, change, message):
     fields = {name: value for name, value in (CONFIGS[0].to_json() | change).items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=message):
         load_text_encoder(tmp_path)
 
 
-def test_missing_or_broken_folder(tmp_path):
+def test_missing_or_damaged_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="config.json: not found"):
         load_text_encoder(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("<html>")

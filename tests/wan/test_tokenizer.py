@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("kept", ["spiece.model", "tokenizer.json"])
 @pytest.mark.parametrize("length", [17, 64])
 def test_ids_equal_transformers(folder, tmp_path, length, kept):
-    """Whichever of the two model files transformers finds."""
+    """Also for each of the two model files alone, since transformers reads either."""
     for file in (kept, "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(folder / file, tmp_path)
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -60,7 +60,7 @@ def test_ids_equal_transformers(folder, tmp_path, length, kept):
     np.testing.assert_array_equal(mask, expected.attention_mask)
 
 
-# Each line is drawn upon to make prompts that no vocabulary foresaw.
+# Pieces of these lines are combined into prompts.
 CORPUS = [
     "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage.",
     "Several giant woolly mammoths approach, treading through a snowy meadow; their fur lightly blows in the wind.",
@@ -89,15 +89,15 @@ def two_hundred_prompts() -> list[str]:
 
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
-def test_ids_of_two_hundred_prompts_of_any_language_equal_transformers(tmp_path, byte_fallback):
-    """With UMT5's conventions (pad 0, end 1, unknown 3), trained here on fewer scripts than the prompts'."""
+def test_ids_of_prompts_in_many_languages_equal_transformers(tmp_path, byte_fallback):
+    """With UMT5's ids (pad 0, end 1, unknown 3) and a vocabulary that lacks some scripts of the prompts."""
     with open(tmp_path / "spiece.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS[:7]), model_writer=file, vocab_size=460, minloglevel=2, pad_id=0, eos_id=1,
             bos_id=2, unk_id=3, byte_fallback=byte_fallback, hard_vocab_limit=False,
         )  # fmt: skip
     reference = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
-    # transformers takes the unknown piece to be T5's and bytes to be absent; UMT5's tokenizer.json says otherwise.
+    # transformers assumes T5's unknown piece and no bytes, contrary to UMT5's tokenizer.json.
     vocabulary = json.loads(reference.backend_tokenizer.to_str())["model"]["vocab"]
     reference.backend_tokenizer.model = tokenizers.models.Unigram(
         [tuple(entry) for entry in vocabulary], unk_id=3, byte_fallback=byte_fallback
@@ -111,7 +111,7 @@ def test_ids_of_two_hundred_prompts_of_any_language_equal_transformers(tmp_path,
     lengths = [len(ids) for ids in reference(cleaned).input_ids]
     assert len(prompts) == 200 and max(lengths) > 600 and (3 in token_ids) == (not byte_fallback)
     raw = reference(prompts, padding="max_length", max_length=length, truncation=True)
-    assert not np.array_equal(token_ids, raw.input_ids)  # cleaning has work to do here
+    assert not np.array_equal(token_ids, raw.input_ids)  # a control: cleaning changes the ids
 
 
 def test_every_word_of_the_captions_is_one_piece(folder):
@@ -121,7 +121,7 @@ def test_every_word_of_the_captions_is_one_piece(folder):
     assert len(np.unique(token_ids, axis=0)) == len(CAPTIONS)
 
 
-def test_padding_end_and_truncation(folder):
+def test_padding_end_token_and_truncation(folder):
     tokenizer = Tokenizer(folder)
     token_ids, mask = tokenizer(["", "a red circle", "a red circle " * 20], 9)
     np.testing.assert_array_equal(mask.sum(axis=1), [1, 4, 9])
@@ -131,12 +131,12 @@ def test_padding_end_and_truncation(folder):
     assert tokenizer(["a"])[0].shape == (1, 512)
 
 
-def test_training_repeats_itself(folder, tmp_path):
+def test_training_is_deterministic(folder, tmp_path):
     train_tokenizer(CAPTIONS, tmp_path)
     assert (tmp_path / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
 
 
-def test_a_small_vocabulary_splits_words_and_a_tiny_one_is_refused(folder, tmp_path):
+def test_a_small_vocabulary_splits_words_and_too_small_a_one_is_refused(folder, tmp_path):
     small = train_tokenizer(CAPTIONS, tmp_path, vocab_size=40)
     assert small.vocab_size <= 40 < Tokenizer(folder).vocab_size
     assert small(CAPTIONS, 128)[1].sum() > Tokenizer(folder)(CAPTIONS, 128)[1].sum()
@@ -154,12 +154,12 @@ def test_cleaning_equals_diffusers(prompt):
     assert clean_prompt(prompt) == prompt_clean(prompt)
 
 
-def test_cleaning_does_something():
+def test_cleaning_unescapes_and_repairs_text():
     assert clean_prompt(" a &amp;amp;  b\n") == "a & b"
     assert clean_prompt("donâ€™t") == "don't"
 
 
-def test_missing_or_broken_model(tmp_path):
+def test_missing_or_damaged_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="spiece.model: not found"):
         Tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -167,8 +167,8 @@ def test_missing_or_broken_model(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_other_conventions_of_ids(tmp_path):
-    """UMT5's own vocabulary has <s> at 2 and <unk> at 3; one that starts otherwise is refused."""
+def test_special_ids_of_umt5_are_supported_and_others_refused(tmp_path):
+    """UMT5's vocabulary has <s> at 2 and <unk> at 3."""
 
     def spiece(**ids):
         with open(tmp_path / "spiece.model", "wb") as file:

@@ -1,4 +1,4 @@
-"""The transformer against diffusers' WanTransformer3DModel, every weight random and non-default."""
+"""The transformer against diffusers' WanTransformer3DModel, with random weights."""
 
 import functools
 
@@ -62,7 +62,7 @@ def velocity(model, *arguments):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_diffusers(size, tmp_path):
+def test_velocity_equals_diffusers(size, tmp_path):
     reference = random_reference(size)
     reference.save_pretrained(tmp_path)
     latents, timesteps, text = inputs(size)
@@ -75,8 +75,7 @@ def test_equals_diffusers(size, tmp_path):
     assert np.array_equal(reference_velocity(back, latents, timesteps, text), expected)
 
 
-def test_every_tensor_matters(tmp_path):
-    """The comparison above would notice any one tensor being ignored."""
+def test_control_every_tensor_affects_the_velocity(tmp_path):
     reference = random_reference("small")
     reference.save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
@@ -84,13 +83,13 @@ def test_every_tensor_matters(tmp_path):
     arguments = inputs("small")
     expected = velocity(model, *arguments)
     for name in tensors:
-        # No tensor is exempt: even a bias of keys matters, as norm and RoPE come after it.
+        # Even a bias of keys has an effect, as norm and RoPE come after it.
         changed = tensors | {name: tensors[name] + 0.5 * np.sign(tensors[name])}
         checkpoint_layouts.load_transformer_tensors(model, changed)
         assert np.abs(velocity(model, *arguments) - expected).max() > 1e-4, name
 
 
-def test_names_what_does_not_fit(tmp_path):
+def test_tensors_that_do_not_fit_are_named(tmp_path):
     reference = random_reference("small")
     reference.save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
@@ -105,7 +104,7 @@ def test_names_what_does_not_fit(tmp_path):
     assert "proj_out.bias should be (16,), is (5,)" in message and "\n" not in message
 
 
-def test_sizes_that_do_not_patch(tmp_path):
+def test_sizes_that_the_patch_size_does_not_divide_are_refused(tmp_path):
     random_reference("small").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="height is 5"):
         load_transformer(tmp_path)(jnp.zeros((1, 3, 5, 10, 4)), jnp.zeros(1), jnp.zeros((1, 7, 24)))

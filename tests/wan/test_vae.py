@@ -1,4 +1,4 @@
-"""The VAE against diffusers' AutoencoderKLWan, and its folder against good and bad files."""
+"""The VAE against diffusers' AutoencoderKLWan; saving and loading, and damaged files."""
 
 import json
 import os
@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def random_reference(config: VaeConfig, seed: int = 0) -> AutoencoderKLWan:
-    """diffusers' model with every parameter, gains and biases included, away from its default."""
+    """The VAE of diffusers with random parameters, including gains and biases."""
     reference = AutoencoderKLWan.from_config(config.to_json()).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,11 +83,11 @@ def relative_error(found, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
-QUICKLY = {"xla_backend_optimization_level": 0}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 
 
 def quickly_compiled(function, **options):
-    return jax.jit(function, compiler_options=QUICKLY, **options)
+    return jax.jit(function, compiler_options=QUICK_COMPILATION, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +113,7 @@ def reference_video(reference: AutoencoderKLWan, latents: np.ndarray) -> np.ndar
 
 
 def with_one_tensor_perturbed(vae: WanVae, part: str) -> WanVae:
-    """A copy in which one kernel of the encoder or the decoder is off by a hundredth."""
+    """A copy in which one kernel of the encoder or the decoder has relative errors of 1 percent."""
     copy = nnx.clone(vae)
     kernel = getattr(copy, part).mid_block.resnets[0].conv2.kernel
     noise = np.random.default_rng(0).standard_normal(kernel.shape)
@@ -157,8 +157,8 @@ def test_encode_and_decode_match_diffusers(pairs, name, frames, height, width, b
     assert relative_error(found_logvar, logvar) < 1e-5
     assert relative_error(found_video, expected_video) < 1e-5
     assert relative_error(np.clip(found_pixels, -1, 1), expected_video) < 1e-5
-    assert float(np.abs(found_pixels).max()) > 1, "pixels are not to be clipped"
-    assert np.mean(np.abs(expected_video) == 1) < 0.9, "the clip should leave something to compare"
+    assert float(np.abs(found_pixels).max()) > 1, "pixels are clipped"
+    assert np.mean(np.abs(expected_video) == 1) < 0.9, "nearly all pixels are clipped"
 
     chunked_latents = vae.encode_in_chunks(video)
     chunked_video = vae.decode_in_chunks(expected_latents)
@@ -176,21 +176,21 @@ def test_encode_and_decode_match_diffusers(pairs, name, frames, height, width, b
     assert relative_error(video_off, expected_video) > 1e-4
 
 
-def test_device_memory_does_not_grow_with_the_frames(pairs, monkeypatch):
+def test_device_memory_does_not_grow_with_the_number_of_frames(pairs, monkeypatch):
     _, vae = pairs["wan"]
 
     def most_bytes(name, function, x):
-        run_chunk, seen = getattr(vae_module, name), []
+        run_chunk, sizes = getattr(vae_module, name), []
 
-        def watched(*args):
+        def run_and_measure(*args):
             result = run_chunk(*args)
-            seen.append(sum(array.nbytes for array in jax.live_arrays()))
+            sizes.append(sum(array.nbytes for array in jax.live_arrays()))
             return result
 
-        monkeypatch.setattr(vae_module, name, watched)
+        monkeypatch.setattr(vae_module, name, run_and_measure)
         function(x)
         monkeypatch.setattr(vae_module, name, run_chunk)
-        return max(seen)
+        return max(sizes)
 
     for name, function, clips in (
         ("encode_chunk", vae.encode_in_chunks, [random_video(frames, 24, 40) for frames in (9, 33)]),
@@ -200,8 +200,8 @@ def test_device_memory_does_not_grow_with_the_frames(pairs, monkeypatch):
         assert short == long, name
 
 
-def test_memory_at_true_size():
-    """What the compiler sets aside to decode 480x832 at full width, whatever the number of frames: under 8 GB."""
+def test_memory_for_decoding_at_full_size():
+    """480x832 at full width takes less than 7.5 GB, for any number of frames."""
     graph, state = nnx.split(nnx.eval_shape(lambda: WanVae(VaeConfig(), rngs=nnx.Rngs(0))))
     latents = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), jnp.float32)
     _, kept = vae_module.decode_chunk.eval_shape(graph, state, latents)
@@ -226,7 +226,7 @@ def test_memory_at_true_size():
         (1, 16, 16, Tiling(16, 16, 8, 8)),
     ],
 )
-def test_tiles_match_those_of_diffusers(pairs, monkeypatch, frames, height, width, tiling):
+def test_tiled_results_match_diffusers(pairs, monkeypatch, frames, height, width, tiling):
     reference, vae = pairs["other"]
     monkeypatch.setattr(reference, "use_tiling", False)
     reference.enable_tiling(tiling.height, tiling.width, tiling.stride_height, tiling.stride_width)
@@ -243,8 +243,8 @@ def test_tiles_match_those_of_diffusers(pairs, monkeypatch, frames, height, widt
         assert np.array_equal(decoded, vae.decode_in_chunks(expected_latents)) == one_tile
 
 
-def test_tiles_approximate_the_whole():
-    """With trained weights, tiles change latents (of spread 0.7) by 0.02 and video by 0.003 in the mean."""
+def test_tiling_changes_results_of_a_trained_vae_only_slightly():
+    """Latents, whose standard deviation is 0.7, change by 0.02 and videos by 0.003 on average."""
     vae = load_vae(BUNDLED["tiny_wan"] / "vae")
     clip = sprites.render(sprites.scene_at(1, 0, two_sprites=0.5), 1, 96, 128)
     video = sprites.to_float(clip)[None]
@@ -262,7 +262,7 @@ def test_tiles_approximate_the_whole():
         ({"width": 128}, "tiling.stride_width: expected at most the tile's width, 128, found 192"),
     ],
 )
-def test_tiles_that_do_not_work_are_refused(sizes, message):
+def test_bad_tile_sizes_are_refused(sizes, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Tiling(**sizes)
 
@@ -300,13 +300,13 @@ def test_gradient_of_black_is_finite():
         ((1, 3, 5, 16, 16), "expected [batch, frames, height, width, 3]"),
     ],
 )
-def test_sizes_that_do_not_work_are_refused(pairs, shape, message):
+def test_bad_video_sizes_are_refused(pairs, shape, message):
     with pytest.raises(InputError, match=re.escape(message)):
         pairs["wan"][1].encode(jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_folder_from_diffusers(pairs, name, tmp_path):
+def test_loading_a_folder_of_diffusers(pairs, name, tmp_path):
     reference, _ = pairs[name]
     reference.save_pretrained(tmp_path)
     vae = load_vae(tmp_path)
@@ -320,7 +320,7 @@ def test_folder_from_diffusers(pairs, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_folder_to_diffusers(pairs, name, tmp_path):
+def test_diffusers_loads_a_saved_folder(pairs, name, tmp_path):
     reference, vae = pairs[name]
     save_vae(vae, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "diffusion_pytorch_model.safetensors", "hashes.json"]
@@ -333,7 +333,7 @@ def test_folder_to_diffusers(pairs, name, tmp_path):
         assert field.startswith("_") or loaded.config[field] == value, field
 
 
-def test_wan_defaults_are_those_of_diffusers():
+def test_default_config_is_that_of_diffusers():
     fields = VaeConfig().to_json()
     with torch.device("meta"):
         reference = AutoencoderKLWan()
@@ -362,7 +362,7 @@ def test_config_of_another_architecture_is_refused(fields, message):
         VaeConfig.from_json(fields)
 
 
-def test_bfloat16_tensors_survive(tmp_path):
+def test_bfloat16_tensors_are_read_back_unchanged(tmp_path):
     tensors = {"a": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3).T, "b": np.float32(2.5).reshape(())}
     write_tensors(tmp_path / "w.safetensors", tensors)
     found = read_tensors(tmp_path / "w.safetensors")
@@ -392,7 +392,7 @@ def test_damaged_weights_are_refused(tmp_path, damage, message):
         assert "\n" not in str(refusal.value)
 
 
-def test_shards(tmp_path):
+def test_reading_shards_and_refusing_incomplete_ones(tmp_path):
     tensors = {name: np.full(2, i, np.float32) for i, name in enumerate("abc")}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}))

@@ -1,4 +1,4 @@
-"""Checkpoint layouts: names and shapes at true size, the way there and back, memory, shards, and what is refused."""
+"""Checkpoint layouts: names and shapes at full size, round trips, memory, shards, and refused files."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def abstract(config: WanConfig) -> WanTransformer:
 
 
 def original_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the original repository, written down from its modules."""
+    """The names and shapes in the original repository, copied from its modules."""
     dim, ffn = config.dim, config.ffn_dim
     patch = config.patch_size
     layers = {
@@ -83,7 +83,7 @@ def diffusers_fields(config: WanConfig) -> dict:
 
 
 def write_header(file: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A file of the true size, of which only the header takes room on the disk."""
+    """Writes a sparse file of full size, whose header alone takes space on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape))
@@ -94,7 +94,7 @@ def write_header(file: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes_at_true_size(name):
+def test_names_and_shapes_at_full_size(name):
     config, count, parameters = PUBLISHED[name]
     model = abstract(config)
     found = {n: tensor.shape for n, tensor in checkpoint_layouts.lazy_transformer_tensors(model, "original").items()}
@@ -112,7 +112,7 @@ def test_names_and_shapes_at_true_size(name):
 
 
 def unused(function, state, *arguments) -> list[str]:
-    """The parameters that no operation of the traced function reads."""
+    """The parameters that the traced function does not read."""
     jaxpr = jax.make_jaxpr(function)(state, *arguments).jaxpr
     read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
@@ -127,7 +127,7 @@ def test_14b_traces_and_reads_every_tensor():
     run = lambda state, *arguments: nnx.merge(graph, state)(*arguments)
     assert jax.eval_shape(run, state, latents, timesteps, text).shape == (1, 3, 60, 104, 16)
     assert unused(run, state, latents, timesteps, text) == []
-    # The check does notice: without the text, its embedding is read by nobody.
+    # A control: without the text, its embedding is not read.
     ignored = unused(lambda state, x: nnx.merge(graph, state).patch_embedding(x), state, jnp.zeros((1, 2, 64)))
     assert any("text_in" in path for path in ignored)
 
@@ -149,7 +149,7 @@ def test_umt5_xxl_traces_and_reads_every_tensor():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_the_config_is_told_by_the_tensors(tmp_path, name, prefix):
+def test_the_config_is_derived_from_shapes_of_tensors(tmp_path, name, prefix):
     config, *_ = PUBLISHED[name]
     file = tmp_path / "wan.safetensors"
     write_header(file, {prefix + n: shape for n, shape in original_shapes(config).items()})
@@ -157,8 +157,8 @@ def test_the_config_is_told_by_the_tensors(tmp_path, name, prefix):
     assert read_config(tmp_path) == config
 
 
-def test_there_and_back_again(tmp_path):
-    """original -> ours -> diffusers -> ours -> original, every bit, name and shape."""
+def test_round_trip_through_the_diffusers_layout_is_exact(tmp_path):
+    """original -> ours -> diffusers -> ours -> original."""
     tensors = random_original(SMALL)
     write_tensors(tmp_path / "original" / "diffusion_pytorch_model.safetensors", tensors)
     fields = {"_class_name": "WanModel", "model_type": "t2v", "dim": 32, "num_heads": 2, "eps": 1e-5, "num_layers": 3}
@@ -167,16 +167,16 @@ def test_there_and_back_again(tmp_path):
     first = load_transformer(tmp_path / "original")
     assert (first.config.num_attention_heads, first.config.eps) == (2, 1e-5)
     save_transformer(first, tmp_path / "diffusers")
-    # diffusers' own converter is the judge of the names.
-    judged = convert_wan_transformer_to_diffusers({n: torch.tensor(t) for n, t in tensors.items()})
-    np.testing.assert_equal(read_tensors(tmp_path / "diffusers"), {n: t.numpy() for n, t in judged.items()})
+    # The names are those of diffusers' own converter.
+    expected = convert_wan_transformer_to_diffusers({n: torch.tensor(t) for n, t in tensors.items()})
+    np.testing.assert_equal(read_tensors(tmp_path / "diffusers"), {n: t.numpy() for n, t in expected.items()})
 
     save_transformer(load_transformer(tmp_path / "diffusers"), tmp_path / "again", "original")
     np.testing.assert_equal(read_tensors(tmp_path / "again"), tensors)
     assert load_transformer(tmp_path / "again").config == first.config
 
 
-def test_comfyui_and_bfloat16(tmp_path):
+def test_comfyui_layout_in_bfloat16(tmp_path):
     tensors = {
         f"model.diffusion_model.{name}": np.asarray(jnp.asarray(tensor, jnp.bfloat16))
         for name, tensor in random_original(ONE_HEAD).items()
@@ -191,7 +191,7 @@ def test_comfyui_and_bfloat16(tmp_path):
         save_transformer(abstract(SMALL), tmp_path / "small.safetensors", "comfyui")
 
 
-def test_shards_are_diffusers_own(tmp_path, random_transformer):
+def test_shards_are_compatible_with_diffusers(tmp_path, random_transformer):
     model = random_transformer(SMALL)
     save_transformer(model, tmp_path, shard_bytes=40_000)
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
@@ -208,12 +208,12 @@ def test_shards_are_diffusers_own(tmp_path, random_transformer):
     WanTransformer3DModel(**diffusers_fields(SMALL)).save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     assert load_transformer(tmp_path / "theirs").config == SMALL
 
-    save_transformer(model, tmp_path)  # one file again: the shards and their index go
+    save_transformer(model, tmp_path)  # one file, which replaces the shards and their index
     assert sorted(file.name for file in tmp_path.glob("diff*")) == ["diffusion_pytorch_model.safetensors"]
     np.testing.assert_equal(read_tensors(tmp_path), expected)
 
 
-def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path):
+def test_a_failed_save_leaves_the_folder_unchanged(tmp_path):
     old = {name: np.full(8, i, np.float32) for i, name in enumerate("abc")}
     write_shards(tmp_path, "model", old, shard_bytes=32)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -228,7 +228,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path):
     np.testing.assert_equal(read_tensors(tmp_path), old)
 
 
-def test_files_are_safetensors_own(tmp_path):
+def test_files_are_compatible_with_safetensors(tmp_path):
     tensors = {
         "scalar": np.float32(3).reshape(()),
         "empty": np.zeros((0, 4), np.float16),
@@ -246,7 +246,7 @@ def test_files_are_safetensors_own(tmp_path):
         np.testing.assert_array_equal(tensor.reshape(tensors[name].shape), tensors[name])
 
 
-def test_what_is_loaded_does_not_hang_on_the_file(tmp_path, random_transformer):
+def test_a_loaded_model_does_not_depend_on_the_file(tmp_path, random_transformer):
     model = random_transformer(SMALL)
     save_transformer(model, tmp_path)
     loaded = load_transformer(tmp_path)
@@ -299,8 +299,8 @@ assert all(jax.tree.leaves(jax.tree.map(np.array_equal, nnx.state(sharded), nnx.
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_and_mesh(tmp_path):
-    """Loading takes the model and little more; having all files in memory first would not."""
+def test_memory_of_loading_and_loading_onto_a_mesh(tmp_path):
+    """Loading needs little more memory than the model; a control, which reads all files first, needs more."""
     config = WanConfig(num_attention_heads=6, ffn_dim=3072, num_layers=8, text_dim=64, freq_dim=32)
     ramp = np.arange(4096 * 6144, dtype=np.float32)
     tensors = {
@@ -311,14 +311,14 @@ def test_memory_and_mesh(tmp_path):
     sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
     assert sum(sizes) > 300e6 and len(sizes) > 4
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 0, ended.stderr
-    lazy, eager = map(int, ended.stdout.split())
+    assert process.returncode == 0, process.stderr
+    lazy, eager = map(int, process.stdout.split())
     bound = 1.3 * max(sizes) + sum(sizes)
     assert lazy < bound < eager, (lazy, bound, eager)
 
@@ -354,28 +354,28 @@ def test_other_models_are_refused_by_name(tmp_path, tiny_pipeline):
         ({"_class_name": "VaceWanModel"}, ["_class_name", "WanModel", "'VaceWanModel'"]),
     ],
 )
-def test_an_original_config_that_does_not_fit(tmp_path, fields, parts):
+def test_an_original_config_that_does_not_fit_is_refused(tmp_path, fields, parts):
     write_tensors(tmp_path / "diffusion_pytorch_model.safetensors", random_original(ONE_HEAD))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v"} | fields))
     message = refusal(tmp_path)
     assert all(part in message for part in ["config.json", *parts]), message
 
 
-def test_a_config_that_is_needed(tmp_path, random_transformer):
+def test_a_missing_config_that_is_needed_is_refused(tmp_path, random_transformer):
     save_transformer(random_transformer(SMALL), tmp_path)
-    lose = lambda folder: [(folder / name).unlink() for name in ("config.json", "hashes.json")]
-    lose(tmp_path)
+    remove_config = lambda folder: [(folder / name).unlink() for name in ("config.json", "hashes.json")]
+    remove_config(tmp_path)
     assert "a width of 32 is not heads of 128" in refusal(tmp_path)
     hybrid = random_transformer(WanConfig(**vars(SMALL) | {"hybrid": HybridConfig((1, 2, 8))}))
     save_transformer(hybrid, tmp_path / "hybrid")
     with pytest.raises(InputError, match="no original layout"):
         save_transformer(hybrid, tmp_path / "original", "original")
     assert not (tmp_path / "original").exists()
-    lose(tmp_path / "hybrid")
+    remove_config(tmp_path / "hybrid")
     assert "a hybrid transformer without its config.json" in refusal(tmp_path / "hybrid")
 
 
-def test_a_foreign_config_beside_a_file_is_not_its_own(tmp_path):
+def test_the_config_of_another_model_beside_a_file_is_ignored(tmp_path):
     write_tensors(tmp_path / "wan.safetensors", random_original(ONE_HEAD))
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     assert read_config(tmp_path / "wan.safetensors") == ONE_HEAD
@@ -384,7 +384,7 @@ def test_a_foreign_config_beside_a_file_is_not_its_own(tmp_path):
         assert "config.json: expected" in refusal(tmp_path)
 
 
-def test_tensors_that_do_not_fit(tmp_path):
+def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors = random_original(ONE_HEAD)
     tensors["blocks.1.self_attn.q.weight"] = np.zeros((128, 64), np.float32)
     tensors["blocks.1.extra"] = tensors.pop("blocks.0.ffn.2.bias")
@@ -406,7 +406,7 @@ class Payload:
         return os.mkdir, ("payload-ran",)
 
 
-def test_a_pickle_is_not_opened(tmp_path, monkeypatch):
+def test_pickles_are_refused_unread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     pickled = tmp_path / "model" / "diffusion_pytorch_model.bin"
@@ -417,7 +417,7 @@ def test_a_pickle_is_not_opened(tmp_path, monkeypatch):
     assert "it is a pickle" in refusal(pickled.rename(tmp_path / "model.safetensors"))
     assert not (tmp_path / "payload-ran").exists()
     pickle.loads(pickle.dumps(Payload()))
-    assert (tmp_path / "payload-ran").exists()  # it does run, where a pickle is loaded
+    assert (tmp_path / "payload-ran").exists()  # a control: it runs where a pickle is loaded
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -446,8 +446,8 @@ def test_damaged_files_are_named(tmp_path):
     assert "a shard without its index" in refusal(tmp_path)
 
 
-def test_a_file_that_cannot_be_mapped_is_read(tmp_path):
-    """An object store's: no path of this machine."""
+def test_a_file_in_an_object_store_is_read(tmp_path):
+    """It has no path on this machine, and cannot be memory-mapped."""
     write_tensors(tmp_path / "a.safetensors", {"a": np.arange(3.0), "b": np.arange(4.0)})
 
     class Remote:
