@@ -1,4 +1,4 @@
-"""The evidence table on a random model: its arms, its spreads, and that it resumes."""
+"""The evidence table on a random model: its arms, standard deviations over seeds, and resuming."""
 
 import json
 
@@ -33,7 +33,7 @@ def ablated(tiny_pipeline, tmp_path_factory):
     return workdir, arguments
 
 
-def test_every_arm_is_there_with_the_spread_over_seeds(ablated):
+def test_the_table_has_every_arm_with_its_standard_deviation(ablated):
     workdir, _ = ablated
     table = json.loads((workdir / "evidence.json").read_text())
     assert list(table["arms"]) == ARMS
@@ -49,7 +49,7 @@ def test_every_arm_is_there_with_the_spread_over_seeds(ablated):
     assert first["teacher"]["validation_loss"] != second["teacher"]["validation_loss"]
 
 
-def test_half_converts_the_blocks_of_least_error(ablated):
+def test_plan_half_converts_the_blocks_of_smallest_error(ablated):
     workdir, _ = ablated
     for seed in (0, 1):
         found = json.loads((workdir / "evidence.json").read_text())["per_seed"][seed]
@@ -60,7 +60,7 @@ def test_half_converts_the_blocks_of_least_error(ablated):
         assert found["attention_error_by_rate"]["8"] == pytest.approx(np.mean(at_rate_8))
 
 
-def test_it_resumes(ablated):
+def test_running_again_makes_nothing_new(ablated):
     workdir, arguments = ablated
     kept = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")}
     table = (workdir / "evidence.json").read_text()
@@ -69,27 +69,27 @@ def test_it_resumes(ablated):
     assert (workdir / "evidence.json").read_text() == table
 
 
-OF_FINETUNE = [
+FINETUNE_FIELDS = [
     f"finetune.{name}"
     for name in (
         "accumulate", "batch", "clip_norm", "condition_dropout", "distilled", "ema", "learning_rate", "schedule",
         "steps", "subject", "teacher_weight", "warmup", "weight_decay",
     )
 ]  # fmt: skip
-OF_HYBRID = ["activation", "degree", "lattice", "layers", "linear_branch", "rates", "stabilizer"]
-OF_DISTILL = [
+HYBRID_FIELDS = ["activation", "degree", "lattice", "layers", "linear_branch", "rates", "stabilizer"]
+DISTILL_FIELDS = [
     "batch", "calibrate", "learning_rate", "loss", "steps", "updates_per_batch", "velocity_steps", "weight_decay",
 ]  # fmt: skip
 
 
-def test_the_stages_of_runs_that_are_there_already_stay_theirs(tmp_path):
-    """Hours of work are read by what these stages depend on: a new field among them would be another config."""
+def test_stages_record_the_same_fields_as_in_existing_runs(tmp_path):
+    """Another recorded field would make the results of existing runs, hours of work, unusable."""
     run = Run(load_config("tiny_evidence"), str(tmp_path))
     assert sorted(run.stages["distill"].made_with) == [
-        *(f"distill.{name}" for name in OF_DISTILL), *(f"hybrid.{name}" for name in OF_HYBRID), "stage trace",
+        *(f"distill.{name}" for name in DISTILL_FIELDS), *(f"hybrid.{name}" for name in HYBRID_FIELDS), "stage trace",
     ]  # fmt: skip
     finetune, evaluation = finetune_stage(run, "all"), evaluation_stage(run)
     assert (finetune.name, evaluation.name) == ("finetune_all", "evidence")
-    assert sorted(finetune.made_with) == [*OF_FINETUNE, "stage distill", "stage latents"]
-    of_evaluate = [f"evaluate.{name}" for name in ("batch", "prompts", "validation_clips", "videos")]
-    assert sorted(evaluation.made_with) == [*of_evaluate, *OF_FINETUNE, "stage distill", "stage latents"]
+    assert sorted(finetune.made_with) == [*FINETUNE_FIELDS, "stage distill", "stage latents"]
+    evaluate_fields = [f"evaluate.{name}" for name in ("batch", "prompts", "validation_clips", "videos")]
+    assert sorted(evaluation.made_with) == [*evaluate_fields, *FINETUNE_FIELDS, "stage distill", "stage latents"]

@@ -1,4 +1,4 @@
-"""The control without attention between frames: what it computes, and its table from scores that are known."""
+"""The control without attention between frames: its attention, and its table from known scores."""
 
 import types
 
@@ -25,8 +25,8 @@ def teacher(random_transformer):
     return random_transformer(SIZES)
 
 
-def masked(q, k, v, _):
-    """Softmax attention with all scores formed, those between frames left out; 2 x 3 tokens a frame."""
+def masked_attention(q, k, v, _):
+    """Softmax attention with the scores between frames masked. A frame has 2 x 3 tokens."""
     frame = jnp.arange(18) // 6
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(12)
     scores = jnp.where((frame[:, None] == frame[None])[None, None], scores, -jnp.inf)
@@ -34,14 +34,14 @@ def masked(q, k, v, _):
     return jnp.einsum("bhnm,bmhd->bnhd", weights / weights.sum(axis=-1, keepdims=True), v), None
 
 
-def test_attention_stays_within_a_frame(teacher):
-    expected = teacher.apply_blocks(LATENTS, TIMESTEPS, TEXT, masked, None, order=None)[0]
+def test_framewise_attention_equals_masked_attention(teacher):
+    expected = teacher.apply_blocks(LATENTS, TIMESTEPS, TEXT, masked_attention, None, order=None)[0]
     found = framewise(teacher)(LATENTS, TIMESTEPS, TEXT)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert not np.allclose(teacher(LATENTS, TIMESTEPS, TEXT), expected, atol=1e-2)
 
 
-def test_a_frame_does_not_know_of_the_others(teacher):
+def test_a_change_of_one_frame_does_not_affect_others(teacher):
     changed = LATENTS.copy()
     changed[:, 2] += 1
     model = framewise(teacher)
@@ -59,7 +59,7 @@ def scores(seed, models):
     return {"teacher": whole, control.name: apart}
 
 
-def test_the_table(monkeypatch):
+def test_the_table_compares_with_the_teacher(monkeypatch):
     monkeypatch.setattr(framewise_control, "samples", scores)
     config = types.SimpleNamespace(evaluate=types.SimpleNamespace(prompts=3))
     found = temporal_control([types.SimpleNamespace(number=number, config=config) for number in (0, 1)])

@@ -1,4 +1,4 @@
-"""Ablations on a random model: models are those that the stages make, and every measure is checked by brute force."""
+"""Ablations on a random model: the models equal those of the stages, and measures equal brute force."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def seed(arguments, workdir):
 
 @pytest.fixture(scope="module")
 def attention_inputs(seed):
-    """What the teacher's self-attention sees at the first held-out steps: q, k, v [blocks, B, N, H, D], in order."""
+    """q, k, v [blocks, B, N, H, D] of the teacher at the first held-out steps, in natural order."""
     batch, model = seed.held_out[0], seed.run.teacher
 
     def attention(q, k, v, _):
@@ -63,7 +63,7 @@ def attention_inputs(seed):
     return model.apply_blocks(batch["latents"], batch["timestep"], batch["text"], attention, None, order=None)[1]
 
 
-def test_a_table_by_its_command(arguments, workdir, tmp_path):
+def test_the_command_writes_a_table_and_resumes(arguments, workdir, tmp_path):
     document = tmp_path / "results.md"
     document.write_text("# Results\n\n<!-- begin hedgehog -->\n<!-- end hedgehog -->\n")
     command = [f"--config.{field}={value}" for field, value in arguments.items()]
@@ -80,8 +80,8 @@ def test_a_table_by_its_command(arguments, workdir, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.safetensors")} == kept
 
 
-def test_fine_tuning_on_the_way_is_fine_tuning(seed, workdir):
-    """The model after two steps, one of them measured on the way, is that of two steps in one go; both are sampled."""
+def test_models_measured_during_fine_tuning_equal_those_of_the_stage(seed, workdir):
+    """The model after two steps is the same, whether or not the model after one step is measured."""
     arm = Arm("20R8")
     found = seed.operation(arm)
     models = {step: model.load() for step, model in seed.models(found).items()}
@@ -98,14 +98,14 @@ def test_fine_tuning_on_the_way_is_fine_tuning(seed, workdir):
     names = [model.name for model in seed.models(found).values()]
     scored = samples(seed, list(seed.models(found).values()))
     assert list(scored) == ["teacher", *names] and seed.run.pipeline.transformer is seed.run.teacher
-    again = samples(SeedRun(seed.config, workdir, 0), list(seed.models(found).values()))  # from the file
+    again = samples(SeedRun(seed.config, workdir, 0), list(seed.models(found).values()))  # read from the file
     assert json.dumps(again) == json.dumps(scored)  # as text, since some scores are NaN
     assert scored["teacher"]["latent_rmse"] == [0, 0]
     assert [len(items["total"]) for items in scored.values()] == [2, 1, 1]
     assert scored[names[0]]["latent_rmse"] != scored[names[1]]["latent_rmse"]
 
 
-def test_the_objective_s_plans_are_those_of_operated_models(seed):
+def test_errors_of_the_objective_table_are_those_of_hybrid_models(seed):
     table = objective([seed])
     (found,) = table["per_seed"]
     assert objective([seed]) == table and list(table["rows"]) == list(PREDICTORS.values())
@@ -127,7 +127,7 @@ def test_the_objective_s_plans_are_those_of_operated_models(seed):
     assert single.shape == (2, 3) and single[:, 0].max() < 1e-6 < 1e-3 < single[:, 1:].min()
 
 
-def test_concentration_in_natural_order(seed, attention_inputs):
+def test_attention_statistics_equal_brute_force(seed, attention_inputs):
     table = attention_statistics([seed])
     (found,) = table["per_seed"]
     assert list(table["rows"]) == ["block 0", "block 1", "timestep 1000", "timestep 750", "all"]
@@ -147,15 +147,15 @@ def test_concentration_in_natural_order(seed, attention_inputs):
         "on R8 keys": p[..., ::8].sum(-1),
     }
     assert [name.replace("top 24", "top 64") for name in found["statistics"]] == list(expected)
-    both = np.array(found["values"])  # a mean over the two held-out prompts
+    both = np.array(found["values"])  # the mean over the two held-out prompts
     first = np.stack([value.mean(axis=(2, 3)).T for value in expected.values()], axis=-1)
     seed_of_one = type("One", (), {"config": seed.config, "run": seed.run, "held_out": seed.held_out[:1]})
     np.testing.assert_allclose(np.array(attention_of(seed_of_one)["values"]), first, rtol=1e-3, atol=1e-4)
     assert both.shape == first.shape and not np.allclose(both, first)
 
 
-def test_the_share_of_the_softmax_branch(seed):
-    """Against the kernel's O(N^2) share, with the queries and keys of the operated model itself."""
+def test_softmax_share_equals_the_reference(seed):
+    """The reference forms all scores, with the queries and keys of the hybrid model itself."""
     arm = Arm("30R2", "30R2", finetuned=False)
     found = seed.operation(arm)
     model = seed.models(found)[0].load()
@@ -176,31 +176,31 @@ def test_the_share_of_the_softmax_branch(seed):
     assert min(measured) > 0 and max(measured) < 1
 
 
-def test_phi_before_rope_sees_what_was_not_turned():
+def test_phi_before_rope_gets_inputs_without_rope():
     rng = np.random.default_rng(0)
     cos, sin = rope_tables((2, 3, 4), 12)
     order = token_order((2, 3, 4), (1, 2), "strided")
     cos, sin = cos[order.permutation], sin[order.permutation]
     plain = [rng.normal(size=(1, 24, 12)).astype(np.float32) for _ in range(2)]
-    turned = [apply_rope(x[:, :, None], cos, sin)[:, :, 0] for x in plain]
-    at = HeadActivations(2, *turned, None, None, None, TokenShards(order), "lse", (cos, -sin))
+    rotated = [apply_rope(x[:, :, None], cos, sin)[:, :, 0] for x in plain]
+    at = HeadActivations(2, *rotated, None, None, None, TokenShards(order), "lse", (cos, -sin))
     np.testing.assert_allclose(at.inputs[0], plain[0], atol=1e-5)
     np.testing.assert_allclose(at.inputs[1], plain[1][:, 12:], atol=1e-5)
-    assert not np.allclose(turned[0], plain[0], atol=0.1)
+    assert not np.allclose(rotated[0], plain[0], atol=0.1)
     after = dataclasses.replace(at, inverse_rope=None)
-    assert after.inputs[0] is turned[0]
+    assert after.inputs[0] is rotated[0]
 
 
-def test_phi_on_either_side_of_rope_is_distilled_apart(seed):
+def test_maps_before_and_after_rope_have_different_errors(seed):
     found = phi_and_rope([seed])
     before, after = (found["per_seed"][0][side] for side in ("before", "after"))
     np.testing.assert_allclose(before["teacher_softmax_share"], after["teacher_softmax_share"], rtol=1e-5)
     assert not np.allclose(before["errors"], after["errors"], rtol=1e-4)
-    column = [row[1] for row in before["errors"]]  # of rate 8
+    column = [row[1] for row in before["errors"]]  # at rate 8
     assert found["rows"]["before RoPE"]["error R8"] == (pytest.approx(np.mean(column)), 0.0)
 
 
-def test_a_model_with_hedgehog_maps_is_a_folder_too(seed, tmp_path):
+def test_a_model_with_hedgehog_maps_is_saved_and_loaded(seed, tmp_path):
     model = seed.models(seed.operation(ARM_TABLES["hedgehog"].arms[2]))[0].load()
     save_transformer(model, tmp_path)
     loaded = load_transformer(tmp_path)

@@ -1,4 +1,4 @@
-"""The declared tables of arms: what the arms share, their measurements and the tables, with nothing computed."""
+"""Declared tables of arms: the work that arms share, stored measurements and written tables, without real models."""
 
 import collections
 import dataclasses
@@ -44,52 +44,52 @@ def test_budgets_scale_with_depth(blocks, layers, expected):
 
 
 @pytest.mark.parametrize("name", ARM_TABLES)
-def test_a_table_of_arms_is_well_formed(name, config):
+def test_declared_arms_are_valid_and_distinct(name, config):
     table = ARM_TABLES[name]
     names = [arm.name for arm in table.arms]
     assert len(set(names)) == len(names) > 1 and set(table.measures) <= MEASURES
     assert all(a in names and b in names and a != b for a, b in table.contrasts)
     kinds = [[arm.blocks, arm.selection, arm.maps, arm.finetuned, dict(arm.changes)] for arm in table.arms]
-    assert all(kind not in kinds[:at] for at, kind in enumerate(kinds))
+    assert all(kind not in kinds[:number] for number, kind in enumerate(kinds))
     for arm in table.arms:
         assert arm.maps in MAPS and set(arm.changes) <= FIELDS
         assert all(field.startswith(("hybrid.", "distill.", "plan.errors")) for field in arm.changes)
-        made = arm_config(config, arm, BLOCKS)  # validates
-        assert made.plan.budget == scaled(arm.blocks, BLOCKS) and made.seed == config.seed
+        changed = arm_config(config, arm, BLOCKS)  # validates
+        assert changed.plan.budget == scaled(arm.blocks, BLOCKS) and changed.seed == config.seed
         for field, value in arm.changes.items():
-            assert dict(flatten(made))[field] == value != dict(flatten(config))[field]
+            assert dict(flatten(changed))[field] == value != dict(flatten(config))[field]
     assert not table.arms[0].finetuned or measured_steps(config) == (20, 40)
 
 
-def test_every_table_has_a_name_and_a_way_to_run():
+def test_every_table_has_a_title_and_a_function():
     assert set(RUN) == set(OTHER_TABLES) and set(TABLES) == {*OTHER_TABLES, *ARM_TABLES}
     assert all(title(name) for name in TABLES)
 
 
-def test_the_document_has_a_place_for_every_table():
+def test_results_document_has_a_section_for_every_table():
     document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
     for name in (*TABLES, "evidence"):
         before, _, after = document.partition(f"<!-- begin {name} -->")
         assert after.count(f"<!-- end {name} -->") == 1 and f"<!-- end {name} -->" not in before
 
 
-def test_the_paper_s_numbers():
-    """Means that the source prints, or that follow from it: heterogeneous wins every budget of Table 5."""
+def test_numbers_of_the_paper_are_consistent_with_its_text():
+    """For example, heterogeneous plans are better at every budget of Table 5."""
     totals = {arm.name: arm.paper["Total"] for arm in ARM_TABLES["budgets"].arms if arm.paper}
     printed = [pair for pair in ARM_TABLES["budgets"].contrasts if totals.keys() >= set(pair)]
     assert len(printed) == 4 and all(totals[a] > totals[b] for a, b in printed)
     loss = {arm.name: arm.paper for arm in ARM_TABLES["loss"].arms}
-    assert loss["15R8, attention loss"]["Total"] > loss["15R8, value loss"]["Total"]  # named as a slip
+    assert loss["15R8, attention loss"]["Total"] > loss["15R8, value loss"]["Total"]  # a known error of the paper
     assert all(loss[a]["Dynamic degree"] > loss[b]["Dynamic degree"] for a, b in ARM_TABLES["loss"].contrasts)
     assert [arm.paper["GFLOP"] for arm in ARM_TABLES["feature_map"].arms] == [387, 70, 60, 30]
 
 
 @pytest.fixture
 def seeds(config, tmp_path, monkeypatch):
-    """Seeds whose work is counted and faked: no model is loaded."""
+    """(a function that makes SeedRuns with fake work, the count of each kind of work)."""
     count = {"trace": 0, "latents": 0, "distill": 0, "finetune": 0, "sample": 0}
 
-    def faked(kind, work):
+    def counted(kind, work):
         def run(*arguments, **_):
             count[kind] += 1
             return work(*arguments)
@@ -120,8 +120,8 @@ def seeds(config, tmp_path, monkeypatch):
             result = {"validation_loss": 1.0, "latent_rmse": [0.5] * len(share), "per_clip": clips}
             file.write_text(json.dumps(result))
 
-    monkeypatch.setattr(seed_module, "distill", faked("distill", distill))
-    monkeypatch.setattr(seed_module, "finetune", faked("finetune", lambda *_: None))
+    monkeypatch.setattr(seed_module, "distill", counted("distill", distill))
+    monkeypatch.setattr(seed_module, "finetune", counted("finetune", lambda *_: None))
     monkeypatch.setattr(seed_module, "save_model", save_model)
     monkeypatch.setattr(measures_module, "measure_models", measure_models)
     for name in ("load_maps", "operate", "load_transformer"):
@@ -132,21 +132,21 @@ def seeds(config, tmp_path, monkeypatch):
     def make(number=0, workdir="run"):
         made = SeedRun(config, epath.Path(tmp_path / workdir), number, tmp_path / "measurements")
         vars(made.run)["pipeline"] = types.SimpleNamespace(transformer=None)
-        made.run.run_stage = lambda name: made.run.stages[name].run(faked(name, lambda: None))
+        made.run.run_stage = lambda name: made.run.stages[name].run(counted(name, lambda: None))
         return made
 
     return make, count
 
 
-def test_arms_share_what_they_have_in_common(seeds):
+def test_arms_share_stages_and_models(seeds):
     make, count = seeds
     made = make()
     for name in ("front", "distillation", "budgets", "loss", "linear_branch", "shares"):
         run_arms(ARM_TABLES[name], [made])
     assert count["trace"] == count["latents"] == 1 and count["distill"] == 2  # the value loss and the attention loss
     finetuned = {path.name for path in (made.run.workdir).glob("finetune_*")}
-    # Nine of Fig. 6; linear with and without, 20R8 without distillation; two of the attention loss; the plans of
-    # Table 5 that differ from a homogeneous one; without a linear branch; 30 blocks at three rates.
+    # 9 of Fig. 6; 3: all-linear distilled and not, 20R8 not distilled; 2 of the attention loss; plans of Table 5 that
+    # are not homogeneous; 2 without a linear branch; 3: 30 blocks at three rates.
     plans = {tuple(made.operation(arm).plan["rates"]) for arm in ARM_TABLES["budgets"].arms}
     homogeneous = {tuple(made.operation(arm).plan["rates"]) for arm in ARM_TABLES["front"].arms}
     assert len(finetuned) == 9 + 3 + 2 + len(plans - homogeneous) + 2 + 3
@@ -158,8 +158,8 @@ def test_arms_share_what_they_have_in_common(seeds):
     assert count == before
 
 
-def test_measurements_are_enough(seeds):
-    """In another workdir, with the measurements of the first, nothing is made but what a new arm needs."""
+def test_stored_measurements_replace_work(seeds):
+    """In another workdir with the same measurements, only the work of new arms is done."""
     make, count = seeds
     tables = [run_arms(ARM_TABLES[name], [make()]) for name in ("loss", "distillation")]
     before = dict(count)
@@ -172,7 +172,7 @@ def test_measurements_are_enough(seeds):
     assert made == {"trace": 1, "latents": 1, "distill": 1, "finetune": 6, "sample": 6}
 
 
-def test_each_measured_stage_is_a_line(seeds):
+def test_each_measured_stage_is_stored_as_a_line(seeds):
     make, _ = seeds
     seed = make()
     run_arms(ARM_TABLES["loss"], [seed])
@@ -185,7 +185,7 @@ def test_each_measured_stage_is_a_line(seeds):
     assert [file.name for file in seed.measurements.path.parent.iterdir()] == ["seed0.jsonl"]
 
 
-def test_a_killed_run_keeps_what_it_measured(seeds, monkeypatch):
+def test_an_interrupted_run_keeps_its_measurements(seeds, monkeypatch):
     make, count = seeds
     measure_models, calls = measures_module.measure_models, []
 
@@ -199,15 +199,15 @@ def test_a_killed_run_keeps_what_it_measured(seeds, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_arms(ARM_TABLES["loss"], [make()])
     assert count["sample"] == 3  # the teacher and two models
-    run_arms(ARM_TABLES["loss"], [make(workdir="other")])  # the measurements alone are kept
+    run_arms(ARM_TABLES["loss"], [make(workdir="other")])  # has only the measurements
     assert count["sample"] == 1 + 2 * len(ARM_TABLES["loss"].arms)
 
 
-def test_runs_of_one_seed_keep_each_other_s_lines(seeds):
+def test_concurrent_runs_of_a_seed_keep_the_lines_of_both(seeds):
     make, _ = seeds
     first, second = make(workdir="first"), make(workdir="second")
     for arm, seed in zip(ARM_TABLES["loss"].arms[:2], (first, second), strict=True):
-        seed.operation(arm)  # both had read the file before the other wrote
+        seed.operation(arm)  # each has read the file before the other writes
     count = len(first.measurements.path.read_text().splitlines())
     assert count == 4
     first.operation(ARM_TABLES["loss"].arms[2])
@@ -250,8 +250,8 @@ def test_measurements_made_with_other_settings_are_refused(seeds):
         make().operation(Arm("20R8"))
 
 
-def test_a_table_from_the_kept_measurements(tmp_path):
-    """`make tables` on docs/ablations: nothing is computed, and the table is the document's."""
+def test_tables_of_the_document_follow_from_its_measurements(tmp_path):
+    """As by `make tables`; no model is run."""
     docs = pathlib.Path(__file__).parents[2] / "docs"
     document = tmp_path / "results.md"
     document.write_text("<!-- begin loss -->\n<!-- end loss -->\n")
@@ -261,7 +261,7 @@ def test_a_table_from_the_kept_measurements(tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "run").iterdir()) == [".html", ".json", ".md"]
 
 
-def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
+def test_the_measured_steps_of_an_arm_divide_the_prompts(seeds, config):
     seed = seeds[0]()
     models = seed.models(seed.operation(ARM_TABLES["loss"].arms[0]))
     prompts = {step: model.prompts for step, model in models.items()}
@@ -271,7 +271,7 @@ def test_the_steps_of_an_arm_share_the_prompts(seeds, config):
     assert [list(share) for share in prompt_ranges(5, 2)] == [[0, 1], [2, 3, 4]]
 
 
-def test_all_tables_together_distil_once_for_each_kind_of_map(seeds):
+def test_tables_share_distillations_of_equal_maps(seeds):
     make, count = seeds
     made = make()
     for table in ARM_TABLES.values():
@@ -282,7 +282,7 @@ def test_all_tables_together_distil_once_for_each_kind_of_map(seeds):
 
 
 @pytest.mark.parametrize("name", ARM_TABLES)
-def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
+def test_tables_have_rows_of_arms_columns_of_measures_and_numbers_of_the_paper(name, seeds):
     table = ARM_TABLES[name]
     found = run_arms(table, [seeds[0](0), seeds[0](1)])
     arms = [arm.name for arm in table.arms]
@@ -304,8 +304,8 @@ def test_a_table_has_its_arms_columns_and_the_papers_numbers(name, seeds):
     assert "2 seeds" in markdown({"table": name, "subject": "tiny model", **found})
 
 
-def test_arms_that_diverge_are_noted_and_not_tried_again(seeds, monkeypatch):
-    """On one seed of two they are missing from the whole table, and from its comparisons."""
+def test_diverged_arms_are_noted_and_not_repeated(seeds, monkeypatch):
+    """An arm that diverges on one of two seeds is left out of the table and its comparisons."""
     make, count = seeds
     distill = seed_module.distill
 
@@ -329,14 +329,14 @@ def test_arms_that_diverge_are_noted_and_not_tried_again(seeds, monkeypatch):
     tolerant.config = seed_module.changed(tolerant.config, {"max_skipped": 3})
     with pytest.raises(Diverged):
         tolerant.operation(next(arm for arm in table.arms if "exp" in arm.name))
-    assert count["distill"] == before["distill"] + 1  # more steps may be passed over: worth another try
+    assert count["distill"] == before["distill"] + 1  # repeated, as another max_skipped may help
 
     only = dataclasses.replace(table, arms=tuple(arm for arm in table.arms if "exp" in arm.name))
     with pytest.raises(Diverged, match="loss inf"):
         run_arms(only, [make(1)])
 
 
-def test_less_of_the_network_costs_less(seeds):
+def test_attention_flops_of_arms_are_those_of_their_plans(seeds):
     rows = run_arms(ARM_TABLES["front"], [seeds[0]()])["rows"]
     share = {arm: row["attention_flops"] for arm, row in rows.items() if arm != "teacher"}
     assert share["25R8"] < share["20R8"] < share["15R8"] < share["15R2"] < 1
@@ -347,7 +347,7 @@ def test_less_of_the_network_costs_less(seeds):
     assert bare == pytest.approx((2 + 4 / 8) / 6) and bare < whole == share["20R8"]
 
 
-def test_what_cannot_be_measured_on_the_way_is_refused(config):
+def test_bad_configs_for_ablations_are_refused(config):
     for change, message in (
         ({"finetune.schedule": "cosine"}, "config.finetune.schedule: ablations also measure before the last step"),
         ({"finetune.steps": 0}, "config.finetune.steps: ablations fine-tune"),
@@ -362,7 +362,7 @@ def test_what_cannot_be_measured_on_the_way_is_refused(config):
         seed_module.changed(config, {"hybrid.activation": "hedgehog"})
 
 
-def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
+def test_shards_divide_the_seeds(config, tmp_path, monkeypatch):
     measured = []
 
     class Numbered:
@@ -380,7 +380,7 @@ def test_runs_beside_each_other_share_the_seeds(config, tmp_path, monkeypatch):
         run_tables(config, "evidence", str(tmp_path), 3, shard=(0, 2))
 
 
-def test_a_document_that_is_not_there_is_refused_before_any_work(config, tmp_path):
+def test_a_missing_document_is_refused_before_any_work(config, tmp_path):
     with pytest.raises(InputError, match="--results=.*none.md: no such file"):
         run_tables(config, "errors", str(tmp_path / "run"), 1, str(tmp_path / "none.md"))
     assert not (tmp_path / "run").exists()

@@ -26,23 +26,23 @@ RESULT = {
 }
 
 
-def test_spreads():
+def test_means_and_standard_deviations():
     assert mean_and_std([1.0, 3.0]) == (2.0, pytest.approx(np.sqrt(2))) and mean_and_std([4.0]) == (4.0, 0.0)
     assert fact([2.0, 2.0]) == 2.0 and fact([1.0, 3.0]) == mean_and_std([1.0, 3.0])
 
 
-def test_a_paired_difference_sees_what_unpaired_ones_do_not():
+def test_paired_differences_reveal_a_small_effect():
     rng = np.random.default_rng(1)
     prompts = [rng.normal(0, 5, 30) for _ in range(3)]
     better = [values + 0.5 + rng.normal(0, 0.1, 30) for values in prompts]
     found = paired_difference(better, prompts)
     assert found["items"] == 90 and 0.45 < found["low"] < found["difference"] < found["high"] < 0.55
-    none = paired_difference(prompts, [values[::-1] for values in prompts])
-    assert none["low"] < 0 < none["high"] and none["difference"] == pytest.approx(0)
+    unpaired = paired_difference(prompts, [values[::-1] for values in prompts])
+    assert unpaired["low"] < 0 < unpaired["high"] and unpaired["difference"] == pytest.approx(0)
 
 
-def test_the_interval_is_that_of_the_mean():
-    """Against the normal approximation, for seeds of different sizes."""
+def test_the_interval_agrees_with_the_normal_approximation():
+    """For seeds with different numbers of items."""
     rng = np.random.default_rng(2)
     a = [rng.normal(1, 1, 150), rng.normal(1, 1, 250)]
     found = paired_difference(a, [np.zeros(150), np.zeros(250)], resamples=5000)
@@ -52,14 +52,14 @@ def test_the_interval_is_that_of_the_mean():
     assert [found["low"], found["high"]] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.015)
 
 
-def test_markdown_and_files(tmp_path):
+def test_a_table_is_written_as_markdown_json_and_html(tmp_path):
     folder = tmp_path / "not there yet"
     text = write(RESULT, epath.Path(folder))
     assert text == markdown(RESULT) == (folder / "loss.md").read_text()
     lines = text.splitlines()
     assert (
         "| tiny model | attention FLOPs, of the teacher's | total | paper: Total |" in lines
-    )  # color is in the JSON alone
+    )  # color is only in the JSON
     assert "| a | 0.5 | 0.2500 ± 0.1250 | 80 |" in lines and "| teacher |  | 0.9000 ± 0.0000 |  |" in lines
     assert "| a − b | -0.5000 [-0.7500, -0.2500] (n 7) |" in lines
     assert json.loads((folder / "loss.json").read_text())["rows"]["a"]["color"] == [1.0, 0.0]
@@ -67,12 +67,12 @@ def test_markdown_and_files(tmp_path):
     assert "The &lt;loss&gt;" in page and page.count("<svg") == 2 and "0.2500 ± 0.1250" in page
 
 
-def test_what_is_no_number_is_not_drawn():
+def test_nan_is_printed_but_not_plotted():
     broken = RESULT | {"rows": {"a": {"total": (float("nan"), 0.0)}, "b": {"total": (1.0, 0.1)}}, "charts": []}
     assert charts(broken) == [] and "| a | n/a | 80 |" in markdown(broken)
 
 
-def test_a_section_of_the_results_is_rewritten_and_nothing_else(tmp_path):
+def test_only_the_section_of_the_table_is_rewritten(tmp_path):
     document = epath.Path(tmp_path) / "results.md"
     document.write_text(
         "# A\n<!-- begin loss -->\nold\n<!-- end loss -->\nB\n<!-- begin phi -->\nkept\n<!-- end phi -->\n"
@@ -85,7 +85,7 @@ def test_a_section_of_the_results_is_rewritten_and_nothing_else(tmp_path):
         update_results(document, "front", "text")
 
 
-def test_rank_correlations_are_scipys():
+def test_rank_correlations_equal_scipy():
     from scipy.stats import spearmanr
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""`jsurgery bench attention`: what it reports, and the arithmetic behind estimates and the search for block sizes."""
+"""`jsurgery bench attention`: its report, estimates, and the search for block sizes."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ SIZE = ["--tokens=40", "--heads=2", "--head_dim=16", "--runs=2"]
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before():
+def restore_torch_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def test_measures_every_rate(tmp_path, capsys):
+def test_the_report_has_every_rate(tmp_path, capsys):
     report = tmp_path / "attention.json"
     assert main(["bench", "attention", "--rates=1,4,linear", "--backward", f"--json={report}", *SIZE]) == 0
     printed = capsys.readouterr().out
@@ -43,24 +43,24 @@ def test_measures_every_rate(tmp_path, capsys):
         assert torch_row["speedup"] == softmax["bound"] == 1 and torch_row["memory_bytes"] is None
         assert r4["speedup"] == pytest.approx(torch_row["median_s"] / r4["median_s"])
         assert r4["share_of_bound"] == pytest.approx(r4["speedup"] / r4["bound"])
-        # 4 N^2 D for scores and values; a forward and a backward are three forwards
+        # 4 N^2 D for scores and values; forward and backward cost three forwards
         forwards = 3 if rows is found["passes"]["forward + backward"] else 1
         assert softmax["flops"] == forwards * 4 * 40 * 40 * 32
         assert softmax["memory_bytes"] > 4 * 4 * 40 * 32
     assert found["machine"]["name"] in printed
 
 
-def test_torch_and_ours_compute_the_same_work():
+def test_shapes_of_arguments_and_the_bound_of_the_speed_up():
     size = AttentionShape(40, 2, 16, "float32", "lse")
     q, k, v, *maps = attention_programs.arguments(size, 4)
     assert q.shape == k.shape == v.shape == (1, 40, 2, 16) and maps[0].kernels[0].shape == (2, 16, 32)
     assert size.num_softmax(4) == 10 and size.num_softmax("linear") == 0
-    assert size.bound(4) < 4  # phi costs
+    assert size.bound(4) < 4  # as phi has costs
 
 
 @pytest.mark.parametrize("passes", attention.PASSES)
-def test_estimates_are_of_the_whole_layer(passes, monkeypatch):
-    """All heads, queries and keys in the rows that projections leave, in a function that another process can import."""
+def test_estimates_cover_the_whole_layer(passes, monkeypatch):
+    """All heads, with q, k, v as rows [B, N, H D], in a function that can be pickled for another process."""
 
     def estimate(chip, function, *shapes):
         assert chip == "v6e" and pickle.loads(pickle.dumps(function))
@@ -78,8 +78,8 @@ def test_estimates_are_of_the_whole_layer(passes, monkeypatch):
         assert found == {"cycles": 16, "kernels": {"hybrid_attend.1": 7, "hybrid_state.1": 5}, "xla": 4}
 
 
-def test_a_table_of_estimates(monkeypatch, capsys, tmp_path):
-    """XLA's part counts, but for flash_attention, for which it moves the heads."""
+def test_the_report_of_estimates(monkeypatch, capsys, tmp_path):
+    """Includes XLA's part, except for flash_attention, where that part only transposes."""
     cost = {"flash_attention": 8_500_000, "softmax": 6_500_000, "R4": 2_500_000}
     names = iter(2 * list(cost))
     monkeypatch.setattr(attention_cycles, "check_estimates", lambda chip: None)
@@ -101,7 +101,7 @@ def test_a_table_of_estimates(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out.count("static estimate, v6e") == 2
 
 
-def test_rows_are_split_into_heads_and_joined():
+def test_of_rows_equals_attention_on_heads():
     *arrays, query_map, key_map = attention_programs.arguments(AttentionShape(40, 2, 16, "float32", "lse"), 4)
     attend = functools.partial(hybrid_attention, num_softmax=10)
     expected = attend(*arrays, query_map, key_map)
@@ -109,7 +109,7 @@ def test_rows_are_split_into_heads_and_joined():
     np.testing.assert_array_equal(found, expected.reshape(1, 40, 32))
 
 
-def test_gradients_are_those_of_every_input():
+def test_gradients_of_every_input():
     size = AttentionShape(40, 2, 16, "float32", "lse")
     inputs = attention_programs.arguments(size, 4)
     found = gradients(functools.partial(hybrid_attention, num_softmax=10), *inputs)
@@ -117,32 +117,31 @@ def test_gradients_are_those_of_every_input():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
 
-def test_search_goes_downhill_and_times_the_backward_for_its_own_sizes():
-    asked = []
+def test_search_finds_the_fastest_sizes_and_times_backward_sizes_by_the_backward():
+    timed = []
 
     def seconds(blocks, passes):
-        asked.append(passes)
+        timed.append(passes)
         query, backward = abs(np.log2(blocks["query"] / 512)), abs(np.log2(blocks["backward_key"] / 64))
         return 1 + (query if passes == "forward" else backward)
 
     assert search({"query": 128, "backward_key": 256}, seconds) == {"query": 512, "backward_key": 64}
-    assert set(asked) == {"forward", "forward + backward"}
+    assert set(timed) == {"forward", "forward + backward"}
 
 
-def test_blocks_tuned_by_estimates_say_so(monkeypatch):
-    kept = []
-    monkeypatch.setattr(tuning, "save", lambda *entry: kept.append(entry))
+def test_block_sizes_tuned_by_estimates_are_kept_with_their_source(monkeypatch):
+    saved = []
+    monkeypatch.setattr(tuning, "save", lambda *entry: saved.append(entry))
     monkeypatch.setattr(attention_tuning, "check_estimates", lambda chip: None)
     cycles = lambda chip, size, rate, attend, passes: abs(np.log2(attend.keywords["block_sizes"].key / 1024))
-    monkeypatch.setattr(attention_tuning, "estimated", lambda *asked: {"cycles": 1 + cycles(*asked)})
+    monkeypatch.setattr(attention_tuning, "estimated", lambda *arguments: {"cycles": 1 + cycles(*arguments)})
     assert main(["bench", "attention", "--tune", "--estimate=v6e", "--rates=8", "--tokens=4096"]) == 0
-    ((chip, num_keys, num_softmax, blocks, source),) = kept
+    ((chip, num_keys, num_softmax, blocks, source),) = saved
     assert (chip, num_keys, num_softmax, source) == ("v6e", 4096, 512, "static estimate")
     assert blocks == vars(blocks_for("v6e", 4096, 512)) | {"key": 1024}
 
 
-def test_whole_forwards():
-    """The same weights at every plan, whose FLOPs bound the speed-up."""
+def test_rows_of_whole_forwards():
     contenders = attention_programs.forwards(("1R2", "2R8"), SIZES["tiny"], (5, 64, 64), "float32", "lse")
     outputs = [contender["run"]() for contender in contenders]
     assert all(y.shape == (1, 2, 8, 8, 4) and np.isfinite(y).all() for y in outputs)
@@ -167,7 +166,7 @@ def test_whole_forwards():
         (["--json=/no/such/folder/x.json"], ["/no/such/folder"]),
     ],
 )
-def test_refusals(arguments, parts, capsys):
+def test_bad_arguments_are_refused(arguments, parts, capsys):
     assert main(["bench", "attention", *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("bench:")]
     assert all(part in line for part in parts), line

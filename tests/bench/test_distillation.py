@@ -1,5 +1,4 @@
-"""What one pass of distillation costs beside the teacher's forward: the cost model against the compiled step, and what
-the command says."""
+"""The cost of one-pass distillation: the cost model against the compiled step, and the report of the command."""
 
 import dataclasses
 import json
@@ -23,8 +22,8 @@ from jsurgery.wan.transformer import WanTransformer
 RATES = (2, 4, 8, "linear")
 
 
-def test_a_pass_is_cheap_at_320x480():
-    """Of 30 blocks at four rates: at most 1.7 forwards of the teacher, 60 times less than one by one."""
+def test_one_pass_costs_less_than_two_forwards_at_320x480():
+    """It distils 30 blocks at four rates, and costs 60 times less than one block and rate at a time."""
     config = load_config("wan_1_3b_lowres")
     network = find_sizes(config, "wan_1_3b_lowres").transformer
     assert config.hybrid.rates == RATES and network.num_layers == 30 and config.distill.loss == "value"
@@ -39,7 +38,7 @@ def maps_of(state):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """A step on one block of one head, in which no loop hides work; the forward in it; the shapes of the state."""
+    """(step, forward, shapes of the state, workload) for one block of one head, since XLA counts a loop's body once."""
     network = WanConfig(
         num_attention_heads=1, attention_head_dim=128, in_channels=4, out_channels=4, text_dim=16, ffn_dim=256,
         num_layers=1,
@@ -63,8 +62,8 @@ def compiled():
     return step, forward, state, work
 
 
-def test_the_cost_model_counts_what_is_compiled_and_a_little_more(compiled):
-    """It takes each branch's backward for two forwards; queries, keys and values need no gradient."""
+def test_the_cost_model_is_an_upper_bound_of_the_compiled_step(compiled):
+    """It counts a backward as two forwards, though gradients of queries, keys and values are not needed."""
     step, forward, _, work = compiled
     expected = model_flops(work, (1,))
     alone = forward.compile().cost_analysis()["flops"]
@@ -73,7 +72,7 @@ def test_the_cost_model_counts_what_is_compiled_and_a_little_more(compiled):
     assert 2 / 3 < branches < 1
 
 
-def test_only_maps_moments_and_losses_leave_a_step(compiled):
+def test_a_step_returns_only_state_and_losses(compiled):
     step, _, state, _ = compiled
     shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
     new_state, (losses, *rest) = step.out_info[0], jax.tree.leaves(step.out_info[1:])
@@ -82,7 +81,7 @@ def test_only_maps_moments_and_losses_leave_a_step(compiled):
     assert not [word for word in ("callback", "outfeed", "infeed", "send", "host") if word in text]
 
 
-def test_the_command(tiny_pipeline, tmp_path, capsys):
+def test_the_command_reports_flops_and_seconds(tiny_pipeline, tmp_path, capsys):
     report = tmp_path / "bench.json"
     fields = {
         "model.path": tiny_pipeline, "video.frames": 5, "video.height": 32, "video.width": 48, "hybrid.rates": "(2,)",
@@ -100,7 +99,7 @@ def test_the_command(tiny_pipeline, tmp_path, capsys):
     assert "cost model" in capsys.readouterr().out
 
 
-def test_without_weights_flops_are_counted(capsys):
+def test_without_weights_only_flops_are_reported(capsys):
     assert main(["bench", "distill", "--config=wan_14b"]) == 0
     out = capsys.readouterr().out
     assert "40 blocks x 4 rates" in out and "measured" not in out

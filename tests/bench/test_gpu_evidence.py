@@ -1,4 +1,4 @@
-"""`make gpu-evidence` at toy sizes: to the end beside nothing but what it may need; what becomes of rows that fail."""
+"""`make gpu-evidence` at toy sizes, with only the packages that it may need; and rows that fail."""
 
 import functools
 import importlib.metadata
@@ -20,8 +20,8 @@ from jsurgery.bench.gpu_evidence.rows import FULL, TOY, all_rows, problem_row
 from pallas_kernels import reference, stock
 
 ROOT = pathlib.Path(__file__).parents[2]
-# What a machine with a GPU has: these, and scipy and ml-dtypes, without which there is no jax.
-THERE = {"jax", "flax", "optax", "ml-collections", "torch", "numpy", "scipy", "ml-dtypes"}
+# The packages on a machine with a GPU; jax needs scipy and ml-dtypes.
+ALLOWED = {"jax", "flax", "optax", "ml-collections", "torch", "numpy", "scipy", "ml-dtypes"}
 BLOCKER = """
 from importlib.machinery import PathFinder
 
@@ -35,19 +35,19 @@ PathFinder.find_spec = not_found
 
 
 def blocked_modules() -> set[str]:
-    """The names under which all other dependencies, of any extra, are imported."""
+    """The module names of all other dependencies, including those of extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    requirements = [
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     plain = lambda name: re.sub("[-_.]+", "-", name).lower()
-    names = {plain(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - THERE - {"jsurgery"}
+    names = {plain(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements} - ALLOWED - {"jsurgery"}
     found = importlib.metadata.packages_distributions()
     return {module for module, owners in found.items() if names & set(map(plain, owners))} | {"etils", "orbax"}
 
 
-def test_toys_are_measured_beside_nothing_else(tmp_path):
+def test_toy_sizes_run_to_the_end_with_only_allowed_packages(tmp_path):
     blocked = blocked_modules()
     assert {"grain", "safetensors", "sentencepiece", "diffusers", "pytest", "av", "PIL"} <= blocked
     (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(blocked=blocked))
@@ -74,13 +74,13 @@ def test_toys_are_measured_beside_nothing_else(tmp_path):
     timed = [row for row in measured if row["group"] != "kernels"]
     assert {row["group"] for row in timed} == {"attention", "whole forward", "distillation step"}
     assert all(len(row["seconds"]) == TOY.runs and row["baseline"] and row["speedup"] > 0 for row in timed)
-    assert not any("memory_bytes" in row for row in measured)  # the compiler's word, no measurement
+    assert not any("memory_bytes" in row for row in measured)  # an estimate of the compiler, not measured
     assert "bfloat16" not in markdown and "float32" in markdown and "Baseline, measured in turn" in markdown
     tables = [line.count("|") for line in markdown.splitlines() if line.startswith("|")]
     assert len(tables) == len(measured) + 2 * 4 and set(tables) == {8, 9}
 
 
-def test_the_most_valuable_rows_come_first_and_nothing_is_left_out():
+def test_important_rows_come_first_and_all_combinations_are_there():
     rows = all_rows(FULL)
     attention = [row for row in rows if row.group == "attention"]
     assert [row.tokens for row in rows[2:26]] == [32_760] * 24
@@ -95,8 +95,8 @@ def test_the_most_valuable_rows_come_first_and_nothing_is_left_out():
     assert len({json.dumps(row.shown()) for row in rows}) == len(rows)
 
 
-class Fake:
-    """A worker whose rows take half a minute each, of which one fails."""
+class FakeWorker:
+    """A worker whose rows take 30 seconds each. The first fails."""
 
     now = 0.0
 
@@ -107,7 +107,7 @@ class Fake:
         return {"on_gpu": True, "machine": {}, "versions": {}}
 
     def ask(self, row, seconds, left):
-        Fake.now += 30
+        FakeWorker.now += 30
         self.asked += 1
         return {"missing": "out of memory"} if self.asked == 1 else {"passed": True, "error": 0.0} | NUMBERS
 
@@ -118,41 +118,41 @@ class Fake:
 NUMBERS = {"tolerance": 1.0, "gradient_error": 0.0, "gradient_tolerance": 1.0, "control_errors": {"other": 2.0}}
 
 
-def test_rows_for_which_no_time_is_left_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(Fake, "now", 0.0)
-    monkeypatch.setattr(evidence, "Worker", Fake)
-    monkeypatch.setattr(evidence.time, "monotonic", lambda: Fake.now)
+def test_rows_without_time_left_are_reported_as_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeWorker, "now", 0.0)
+    monkeypatch.setattr(evidence, "Worker", FakeWorker)
+    monkeypatch.setattr(evidence.time, "monotonic", lambda: FakeWorker.now)
     rows = all_rows(FULL)
     monkeypatch.setattr(evidence, "all_rows", lambda scale: [row for row in rows if row.group == "kernels"])
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert evidence.gather(tmp_path, 1.25, toy=False) == 0
     found = json.loads((tmp_path / "gpu_evidence.json").read_text())
-    told = [row.get("missing") for row in found["rows"]]
-    assert told[:2] == ["out of memory", None] and "note" not in found
-    assert set(told[2:]) == {"time was up: 15 s were left of what may take 20 s"}
+    missing = [row.get("missing") for row in found["rows"]]
+    assert missing[:2] == ["out of memory", None] and "note" not in found
+    assert set(missing[2:]) == {"time was up: 15 s were left of what may take 20 s"}
 
 
-def test_a_report_is_whole_from_the_start(tmp_path):
+def test_the_first_report_has_all_rows_as_not_begun(tmp_path):
     report = Report(tmp_path, all_rows(TOY), {"note": TOY_NOTE})
     found = json.loads(report.json.read_text())
     assert {row["missing"] for row in found["rows"]} == {"not begun"}
     assert report.markdown.read_text().count("not begun") == len(found["rows"])
 
 
-@pytest.mark.parametrize(("what", "told"), [("SIGSTOP", "stopped after"), ("SIGKILL", "exit code -9")])
-def test_a_worker_that_hangs_or_dies_costs_one_row(what, told, monkeypatch):
+@pytest.mark.parametrize(("signal_name", "message"), [("SIGSTOP", "stopped after"), ("SIGKILL", "exit code -9")])
+def test_a_worker_that_hangs_or_dies_loses_one_row(signal_name, message, monkeypatch):
     worker = evidence.Worker(toy=True)
     assert worker.start(120)["on_gpu"] is False
-    os.kill(worker.process.pid, getattr(signal, what))
+    os.kill(worker.process.pid, getattr(signal, signal_name))
     row = next(row for row in all_rows(TOY) if row.implementation == "gpu" and row.group == "attention")
-    assert told in worker.ask(row, 1, lambda: 60)["missing"]
+    assert message in worker.ask(row, 1, lambda: 60)["missing"]
     assert worker.process is None
-    if what == "SIGKILL":
-        assert "interpreted" in worker.ask(row, 60, lambda: 120)["missing"]  # of a new one
+    if signal_name == "SIGKILL":
+        assert "interpreted" in worker.ask(row, 60, lambda: 120)["missing"]  # by a new process
     worker.stop()
 
 
-def test_a_kernel_that_drops_the_linear_term_fails(monkeypatch):
+def test_control_a_kernel_without_the_linear_branch_fails(monkeypatch):
     def wrong(q, k, v, query_map, key_map, *, num_softmax, platform, **options):
         k, v = k[:, :num_softmax], v[:, :num_softmax]
         return reference.hybrid_attention(q, k, v, None, None, num_softmax=num_softmax, stabilizer="lse")

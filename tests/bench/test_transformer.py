@@ -1,4 +1,4 @@
-"""`jsurgery bench transformer`: what it reports, and that the difference it reports is one between two models."""
+"""`jsurgery bench transformer`: its report, and the difference between the two models in it."""
 
 import json
 
@@ -16,13 +16,13 @@ SIZE = ["--frames=5", "--height=32", "--width=48", "--text_length=7", "--runs=2"
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before():
+def restore_torch_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
-def test_random_weights(tmp_path, capsys):
+def test_report_with_random_weights(tmp_path, capsys):
     report = tmp_path / "bench.json"
     assert main(["bench", "transformer", "--size=tiny", f"--json={report}", *SIZE]) == 0
     printed = capsys.readouterr().out
@@ -37,14 +37,14 @@ def test_random_weights(tmp_path, capsys):
     assert 0 < found["peak_bytes_before"] <= found["peak_bytes"] and found["load_s"] > 0
 
 
-def test_a_folder_in_bfloat16(tiny_pipeline, tmp_path):
+def test_report_on_a_folder_in_bfloat16(tiny_pipeline, tmp_path):
     report = tmp_path / "bench.json"
     command = ["bench", "transformer", f"--model={tiny_pipeline}", "--dtype=bfloat16", f"--json={report}", *SIZE]
     assert main(command) == 0
     assert 1e-4 < json.loads(report.read_text())["relative_difference"] < 0.05
 
 
-def test_another_model_differs(tiny_pipeline, tmp_path, monkeypatch):
+def test_control_a_changed_bias_is_reported_as_a_difference(tiny_pipeline, tmp_path, monkeypatch):
     def other(folder, dtype):
         model = load_transformer(folder, dtype)
         nnx.update(model.proj_out, nnx.State({"bias": model.proj_out.bias[...] + 0.1}))
@@ -67,14 +67,14 @@ def test_another_model_differs(tiny_pipeline, tmp_path, monkeypatch):
         (["transformer", "--model=/no/such/model"], ["/no/such/model", "no such folder"]),
     ],
 )
-def test_refusals(arguments, parts, monkeypatch, capsys):
+def test_bad_arguments_are_refused(arguments, parts, monkeypatch, capsys):
     monkeypatch.setattr(transformer, "random_model", None)
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(part in line for part in parts), line
 
 
-def test_threads_are_those_that_xla_may_use(monkeypatch):
+def test_number_of_threads_follows_the_settings_of_xla(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     assert results.xla_threads() == 1
     monkeypatch.setenv("XLA_FLAGS", "")

@@ -1,4 +1,4 @@
-"""`jsurgery verify`: what it says of sound folders, and that it notices one wrong tensor in any component."""
+"""`jsurgery verify` passes on correct folders and fails for one wrong tensor in any component."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ NAMES = ["token ids", "text embeddings", "VAE encode", "VAE decode", *(f"velocit
 
 @pytest.fixture(scope="module")
 def hybrid(tiny_pipeline, random_transformer, tmp_path_factory) -> pathlib.Path:
-    """A transformer with a hybrid and a linear block, whose VAE and text encoder are those of `tiny_pipeline`."""
+    """A transformer with a block at rate 2 and a linear block, and the VAE and text encoder of `tiny_pipeline`."""
     fields = json.loads((tiny_pipeline / "transformer" / "config.json").read_text())
     fields = {name: fields[name] for name in fields if name in WanConfig.__dataclass_fields__} | {
         "patch_size": (1, 2, 2)
@@ -37,7 +37,7 @@ def hybrid(tiny_pipeline, random_transformer, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("kind", ["bundled", "hybrid"])
-def test_sound_folders_pass(kind, hybrid, tmp_path, capsys):
+def test_correct_folders_pass(kind, hybrid, tmp_path, capsys):
     model = "tiny_wan" if kind == "bundled" else str(hybrid)
     report = tmp_path / "verify.json"
     assert main(["verify", f"--model={model}", f"--json={report}", *SIZE]) == 0
@@ -62,7 +62,7 @@ def perturbed(folder: pathlib.Path, copy: pathlib.Path, name: str) -> pathlib.Pa
     return copy
 
 
-def test_one_wrong_tensor_of_the_transformer_is_a_breach(tiny_pipeline, tmp_path, monkeypatch, capsys):
+def test_a_wrong_tensor_of_the_transformer_fails(tiny_pipeline, tmp_path, monkeypatch, capsys):
     wrong = perturbed(tiny_pipeline / "transformer", tmp_path / "wrong", "blocks.1.ffn.net.2.weight")
     load = checkpoint.load_transformer
     monkeypatch.setattr(verify, "load_transformer", lambda _: load(wrong))
@@ -76,7 +76,7 @@ def test_one_wrong_tensor_of_the_transformer_is_a_breach(tiny_pipeline, tmp_path
     assert checks["VAE encode"] == {"check": "VAE encode", "error": None, "bound": 1e-4, "passed": False}
 
 
-def test_wrong_tensors_of_the_vae_are_breaches(tiny_pipeline, tmp_path, monkeypatch):
+def test_wrong_tensors_of_the_vae_fail(tiny_pipeline, tmp_path, monkeypatch):
     encoder = perturbed(tiny_pipeline / "vae", tmp_path / "encoder", "encoder.conv_out.weight")
     both = perturbed(encoder, tmp_path / "both", "decoder.conv_in.bias")
     load = checkpoint.load_vae
@@ -86,7 +86,7 @@ def test_wrong_tensors_of_the_vae_are_breaches(tiny_pipeline, tmp_path, monkeypa
     assert all(error > verify.BOUNDS[check] for check, error in errors.items())
 
 
-def test_a_wrong_tensor_of_the_text_encoder_and_a_wrong_token_are_breaches(tiny_pipeline, tmp_path, monkeypatch):
+def test_a_wrong_tensor_of_the_text_encoder_and_a_wrong_token_fail(tiny_pipeline, tmp_path, monkeypatch):
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     wrong = perturbed(tiny_pipeline / "text_encoder", tmp_path / "wrong", name)
     load, tokenizer = checkpoint.load_text_encoder, verify.Tokenizer
@@ -112,7 +112,7 @@ def test_a_wrong_tensor_of_the_text_encoder_and_a_wrong_token_are_breaches(tiny_
         (["--config.seed=1"], ["--config.seed", "verify takes no config"]),
     ],
 )
-def test_refusals(arguments, parts, tiny_pipeline, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_refused(arguments, parts, tiny_pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jsurgery.wan.hub.local_path", lambda path: path)
     monkeypatch.setattr(verify, "text_errors", None)
@@ -128,7 +128,7 @@ def test_a_missing_library_is_named_with_its_extra(tiny_pipeline, monkeypatch, c
     assert "diffusers: not installed" in line and "pip install 'jsurgery[verify]'" in line
 
 
-def test_a_layout_that_diffusers_does_not_read(tiny_pipeline, tmp_path):
+def test_a_layout_that_diffusers_does_not_read_is_refused(tiny_pipeline, tmp_path):
     network = check_pipeline(str(tiny_pipeline))
     tensors = read_tensors(tiny_pipeline / "transformer" / WEIGHTS)
     write_tensors(tmp_path / WEIGHTS, {f"model.diffusion_model.{name}": t for name, t in tensors.items()})

@@ -53,7 +53,7 @@ for config in (network, dataclasses.replace(network, hybrid=None)):
         error = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), least))
         errors = [error(found, value), *map(error, found_gradients, gradients)]
         one = lambda built: np.asarray(nnx.jit(lambda model, *x: model(*x))(built, *(batch[n][:1] for n in inputs)))
-        errors.append(error(one(spread), one(model(config))) if sizes == [1, 2, 4, 1] else 0.0)  # 2 does not divide a batch of 1
+        errors.append(error(one(spread), one(model(config))) if sizes == [1, 2, 4, 1] else 0.0)  # 2 does not divide 1
         print(json.dumps([sizes, exchange, max(errors)]), flush=True)
 """
 MESHES = [
