@@ -28,7 +28,7 @@ def test_sigmas_are_those_of_wan(steps, shift):
     np.testing.assert_allclose(sampling_sigmas(steps, shift), expected, rtol=1e-6)
 
 
-def test_noise_and_velocity():
+def test_noisy_latents_and_their_velocity():
     rng = np.random.default_rng(0)
     latents, noise = rng.normal(size=(2, 3, 1, 4, 4, 5))
     noisy, velocity = add_noise(latents, noise, np.array([0.0, 0.25, 1.0]))
@@ -36,7 +36,7 @@ def test_noise_and_velocity():
     np.testing.assert_allclose(velocity, noise - latents, atol=1e-6)
 
 
-def test_guidance_runs_from_the_unconditional_velocity_past_the_conditional_one():
+def test_guidance_extrapolates_from_the_unconditional_to_the_conditional_velocity():
     conditional, unconditional = jnp.array([3.0, 5.0]), jnp.array([1.0, 1.0])
     np.testing.assert_allclose(guided(conditional, unconditional, 1.0), conditional)
     np.testing.assert_allclose(guided(conditional, unconditional, 0.0), unconditional)
@@ -44,12 +44,12 @@ def test_guidance_runs_from_the_unconditional_velocity_past_the_conditional_one(
 
 
 def curved_velocity(x, timesteps):
-    """Nonlinear in x, and told of the timestep as a Wan transformer is."""
+    """A velocity that is nonlinear in x, with the timestep in the units of a Wan transformer."""
     return jnp.cos(3 * x) + timesteps[0] / 1000 * x
 
 
 def trajectory_of_diffusers(scheduler, noise, steps):
-    """x before every step and after the last one."""
+    """x before every step and after the last step."""
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
     x, path = torch.tensor(noise), []
@@ -91,12 +91,12 @@ def test_noise_levels_are_those_of_diffusers(steps, shift):
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 5.0), (4, 8.0), (3, 3.0), (2, 1.0), (1, 3.0)])
-def test_unipc_is_that_of_diffusers(steps, shift, toy_noise):
+def test_unipc_equals_diffusers(steps, shift, toy_noise):
     expected = trajectory_of_diffusers(UniPCMultistepScheduler(**UNIPC, flow_shift=shift), toy_noise, steps)
     assert distance(trajectory_of(schedule("unipc", steps, shift), toy_noise), expected) < 1e-5
 
 
-def test_the_parity_of_unipc_sees_a_coefficient_an_order_and_a_schedule(toy_noise):
+def test_control_unipc_with_other_settings_or_coefficients_differs(toy_noise):
     rows = schedule("unipc", 20, 3.0)
     found = trajectory_of(rows, toy_noise)
     for other in (
@@ -108,7 +108,7 @@ def test_the_parity_of_unipc_sees_a_coefficient_an_order_and_a_schedule(toy_nois
     ):
         scheduler = UniPCMultistepScheduler(**UNIPC | {"flow_shift": 3.0} | other)
         expected = trajectory_of_diffusers(scheduler, toy_noise, 20)
-        assert distance(found[:-1], expected[:-1]) > 1e-4, other  # bh1 ends in NaN there
+        assert distance(found[:-1], expected[:-1]) > 1e-4, other  # without the last step, where bh1 gives NaN
     expected = trajectory_of_diffusers(UniPCMultistepScheduler(**UNIPC, flow_shift=3.0), toy_noise, 20)
     for field in ("corrector", "predictor"):
         for column in range(getattr(rows, field).shape[1]):
@@ -118,12 +118,12 @@ def test_the_parity_of_unipc_sees_a_coefficient_an_order_and_a_schedule(toy_nois
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(20, 3.0), (20, 5.0), (9, 1.0), (1, 3.0)])
-def test_euler_is_that_of_diffusers(steps, shift, toy_noise):
+def test_euler_equals_diffusers(steps, shift, toy_noise):
     expected = trajectory_of_diffusers(FlowMatchEulerDiscreteScheduler(shift=shift), toy_noise, steps)
     assert distance(trajectory_of(schedule("euler", steps, shift), toy_noise), expected) < 1e-5
 
 
-def test_the_parity_of_euler_sees_a_coefficient_and_a_schedule(toy_noise):
+def test_control_euler_with_other_settings_or_coefficients_differs(toy_noise):
     expected = trajectory_of_diffusers(FlowMatchEulerDiscreteScheduler(shift=3.0), toy_noise, 20)
     rows = schedule("euler", 20, 3.0)
     perturbed = rows.predictor.copy()
@@ -143,9 +143,9 @@ def test_the_compiled_loop_takes_the_same_steps_and_records_them(solver, toy_noi
 
 
 def moments(solver, steps, data_mean, data_variance):
-    """Mean and variance after each step, and those that they should be, for Gaussian data and its exact velocity.
+    """(mean, variance) of x after each step, found and expected, for Gaussian data and its exact velocity.
 
-    A step is affine in x, so two evaluations give its coefficients, and adds fresh noise of a known scale.
+    A step is affine in x, so that two evaluations give its coefficients, and adds fresh noise of a known scale.
     """
     mean, variance, found, expected = 0.0, 1.0, [], []
     with jax.enable_x64(True):
@@ -166,14 +166,14 @@ def moments(solver, steps, data_mean, data_variance):
 
 
 @pytest.mark.parametrize("solver", ["euler", "euler_ancestral"])
-def test_a_single_point_of_data_is_solved_exactly(solver):
+def test_data_with_zero_variance_are_sampled_exactly(solver):
     found, expected = moments(solver, 6, 0.7, 0.0)
-    np.testing.assert_allclose(found, expected, atol=1e-7)  # 1e-7: sigmas are float32
+    np.testing.assert_allclose(found, expected, atol=1e-7)  # as sigmas are float32
 
 
 @pytest.mark.parametrize("solver", ["euler", "euler_ancestral"])
-def test_gaussian_data_keep_their_moments_as_steps_get_smaller(solver):
-    """A first-order solver: twice the steps, half the error, at every noise level on the way."""
+def test_errors_of_moments_of_gaussian_data_are_of_first_order(solver):
+    """Twice the number of steps halves the errors."""
     errors = [np.abs(np.subtract(*moments(solver, steps, 0.7, 0.25))).max() for steps in (100, 200, 400)]
     assert errors[0] < 0.05
     np.testing.assert_allclose([errors[0] / errors[1], errors[1] / errors[2]], 2, rtol=0.15)
@@ -188,7 +188,7 @@ def test_ancestral_steps_draw_fresh_noise():
     assert not np.array_equal(run("euler_ancestral", 0), run("euler_ancestral", 1))
 
 
-def test_the_scale_of_fresh_noise():
+def test_fresh_noise_has_the_scale_of_the_schedule():
     rows = schedule("euler_ancestral", 4, 3.0)
     row = rows.row(1)
     state = initial_state(jnp.zeros((1, 100_000)))

@@ -1,6 +1,6 @@
-"""The layers of the package: a module imports only from layers below its own, and no files and no folders in circles.
+"""The layers of the package: modules import only from lower layers; there are no cycles of files or folders.
 
-Imports inside functions, for type checkers and of literal names by importlib count, too.
+Imports inside functions, for type checkers, and by importlib with a literal name count, too.
 """
 
 import ast
@@ -34,12 +34,12 @@ LAYERS = (
 
 
 def find_modules() -> dict[str, pathlib.Path]:
-    """The file of every module of the package by name, tests apart."""
+    """{name: file} of every module of the package, without tests."""
     return {name: path for name, path in changed.modules().items() if not name.startswith("tests.")}
 
 
 def imported(name: str, source: str, modules: dict[str, pathlib.Path]) -> Iterator[str]:
-    """The modules among `modules` that a module's source imports anywhere."""
+    """Those of `modules` that the source of a module imports anywhere."""
     package = name if modules[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -55,7 +55,7 @@ def imported(name: str, source: str, modules: dict[str, pathlib.Path]) -> Iterat
 
 
 def entry(name: str) -> tuple[int, str]:
-    """The number of a module's layer, and its entry there; "jsurgery" alone stands for no module but itself."""
+    """The number of a module's layer, and its entry there. The entry "jsurgery" stands only for its __init__.py."""
     for number, row in enumerate(LAYERS):
         for of in row:
             if name == of or (of != "jsurgery" and name.startswith(of + ".")):
@@ -63,7 +63,7 @@ def entry(name: str) -> tuple[int, str]:
     raise AssertionError(f"{name} belongs to no layer; add it to LAYERS in {__file__}")
 
 
-def upward(edges: set[tuple[str, str]]) -> list[str]:
+def wrong_imports(edges: set[tuple[str, str]]) -> list[str]:
     """The imports that do not lead to a lower layer, as "importer -> imported"."""
     wrong = []
     for importer, of in sorted(edges):
@@ -73,7 +73,7 @@ def upward(edges: set[tuple[str, str]]) -> list[str]:
     return wrong
 
 
-def check_no_circle(edges: set[tuple[str, str]]) -> None:
+def check_no_cycle(edges: set[tuple[str, str]]) -> None:
     graph: dict[str, set[str]] = {}
     for importer, of in edges:
         graph.setdefault(importer, set()).add(of)
@@ -84,23 +84,23 @@ def check_no_circle(edges: set[tuple[str, str]]) -> None:
 def edges() -> set[tuple[str, str]]:
     modules = find_modules()
     found = {(name, of) for name, path in modules.items() for of in imported(name, path.read_text(), modules)}
-    # The worker of an export imports a format by its name, which is no literal.
+    # The worker of an export imports a format by a name that is not a literal.
     formats = {"tflite", "savedmodel", "onnx", "qnn", "ai_hub", "jax_reference", "end_to_end", "video_score"}
     found |= {("jsurgery.export.worker", f"jsurgery.export.{name}") for name in formats}
     assert len(modules) > 180 and len(found) > 800
     return found
 
 
-def test_no_import_leads_up(edges):
-    assert upward(edges) == []
+def test_modules_import_only_from_lower_layers(edges):
+    assert wrong_imports(edges) == []
 
 
-def test_no_circle_of_files(edges):
-    check_no_circle(edges)
+def test_files_have_no_cyclic_imports(edges):
+    check_no_cycle(edges)
 
 
-def test_no_circle_of_folders(edges):
-    """A folder counts as part of the folder that it lies in."""
+def test_folders_have_no_cyclic_imports(edges):
+    """A folder inside another counts as part of it."""
     modules = find_modules()
 
     def folder(name: str) -> str:
@@ -108,7 +108,7 @@ def test_no_circle_of_folders(edges):
         return ".".join(package.split(".")[:2])
 
     inside = {(a, b) for a, b in ((folder(a), folder(b)) for a, b in edges) if a != b and "jsurgery" not in (a, b)}
-    check_no_circle(inside)
+    check_no_cycle(inside)
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,22 @@ def test_no_circle_of_folders(edges):
         "import importlib\nimportlib.import_module('jsurgery.run')",
     ],
 )
-def test_one_upward_import_is_found(edges, line):
+def test_control_one_wrong_import_is_found(edges, line):
     modules = find_modules()
     added = {("jsurgery.wan.rope", of) for of in imported("jsurgery.wan.rope", line, modules)}
-    assert len(upward(edges | added)) == 1
+    assert len(wrong_imports(edges | added)) == 1
     with pytest.raises(graphlib.CycleError):
-        check_no_circle(edges | added)
+        check_no_cycle(edges | added)
 
 
-def test_relative_imports_count():
+def test_relative_imports_are_found():
     modules = find_modules()
     found = imported("jsurgery.export.qnn", "from .parts import ExportJob\nfrom . import onnx", modules)
     assert list(found) == ["jsurgery.export.parts", "jsurgery.export.onnx"]
 
 
 def test_files_and_functions_stay_short():
-    """Declarations of data, such as `config.base`, may be long; kernels are not split where they belong together."""
+    """Except `config.base`, which only declares data, and kernels."""
     for name, path in find_modules().items():
         if name.startswith("pallas_kernels"):
             continue

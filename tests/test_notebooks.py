@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on a tiny model with shorter settings, and is stored without outputs."""
+"""Every notebook runs from top to bottom on a tiny model with short settings, and is stored without outputs."""
 
 import importlib.util
 import pathlib
@@ -13,8 +13,8 @@ SHORT = {
     "trace.prompts": "2", "trace.holdout": "1", "trace.batch": "2", "distill.steps": "2", "log_every": "1",
     "hybrid.rates": "(8, 'linear')", "plan.rates": "(1, 8, 'linear')", "plan.budget": "1R8",
 }  # fmt: skip
-PICTURES = {"01_sample": 2, "02_distil_one_block": 3, "03_plan": 6, "04_ablation": 1, "05_export": 4}
-EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")  # what the last one imports beyond the tests' own
+IMAGES = {"01_sample": 2, "02_distil_one_block": 3, "03_plan": 6, "04_ablation": 1, "05_export": 4}
+EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")  # packages that 05_export needs and tests do not
 
 
 def parameters_cell(notebook):
@@ -23,7 +23,7 @@ def parameters_cell(notebook):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A folder where each notebook's process leaves what it has compiled: the next ones trace the same model."""
+    """A folder for compiled programs, which the processes of all notebooks share."""
     return tmp_path_factory.mktemp("compiled")
 
 
@@ -38,16 +38,16 @@ def test_a_notebook_runs(path, tiny_pipeline, compiled, tmp_path, monkeypatch):
     cell = parameters_cell(notebook)
     cell.source += f"\nMODEL = {str(tiny_pipeline)!r}\nOVERRIDES |= {SHORT!r}"
     if "BLOCK, RATE" in cell.source:
-        cell.source += "\nBLOCK = 1"  # the model's last
+        cell.source += "\nBLOCK = 1"  # the last block of the model
     if "SEEDS" in cell.source:
         cell.source += "\nSEEDS, ARMS = SEEDS[:1], dict(list(ARMS.items())[1::2])"
     if "PRECISIONS" in cell.source:
         cell.source += "\nPRECISIONS = PRECISIONS[:2]"
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [
+    images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(shown) >= PICTURES[path.stem]
+    assert len(images) >= IMAGES[path.stem]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,5 +59,5 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert "tiny_wan" in parameters_cell(notebook).source and "Wan2.1-T2V-1.3B" in parameters_cell(notebook).source
 
 
-def test_every_notebook_is_known():
-    assert {path.stem for path in NOTEBOOKS} == set(PICTURES)
+def test_every_notebook_has_an_expected_number_of_images():
+    assert {path.stem for path in NOTEBOOKS} == set(IMAGES)

@@ -1,4 +1,4 @@
-"""The wheel, in an environment of its own: what it installs, and that its command finds what it ships."""
+"""The wheel, installed in a new environment: its files, its command and its configs."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import jsurgery
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("jsurgery", "pallas_kernels", "configs", "export", "pyproject.toml", "setup.py", "LICENSE", "README.md")
-MOVED = ("configs", "export")  # into the package
+MOVED = ("configs", "export")  # folders that the wheel has inside jsurgery
 
 
 def run(*command: object, cwd: pathlib.Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run(
+    process = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env=environment,
@@ -29,13 +29,13 @@ def run(*command: object, cwd: pathlib.Path) -> str:
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> pathlib.Path:
-    """Built from a copy, so that nothing is left in the checkout and nothing that lies about there gets in."""
+    """A wheel built from a copy of the sources, so that neither the checkout nor the wheel gets stray files."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         source = ROOT / name
@@ -49,18 +49,18 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> pathlib.Path:
-    """The Python of a fresh environment with the wheel, borrowing all dependencies from the one that runs the tests."""
+    """The Python of a new environment with the wheel. Dependencies come from the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (site_packages,) = folder.glob("lib/python*/site-packages")
-    # Behind site-packages on the path, and without the .pth files of an editable install.
+    # This path comes after site-packages, and .pth files of an editable install there have no effect.
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 
-def test_the_wheel_holds_two_packages_and_all_their_files(wheel):
+def test_the_wheel_contains_two_packages_and_all_their_files(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {
         "jsurgery",
@@ -101,7 +101,7 @@ def test_shipped_configs_are_found_by_name(python, tmp_path):
 
 
 def test_export_is_part_of_the_package(python, tmp_path):
-    """Under one name in a wheel and, where it lies beside the package, in a checkout; without diffusers."""
+    """Under the same name in a wheel and in a checkout. It does not import diffusers."""
     code = """if True:
         import sys
         from jsurgery.export import torch_model
@@ -117,7 +117,7 @@ def test_export_is_part_of_the_package(python, tmp_path):
         assert run(interpreter, "-c", code, cwd=cwd).split() == ["jsurgery.export.torch_model", str(file)]
 
 
-def test_nothing_else_becomes_importable(python, tmp_path):
+def test_no_other_top_level_packages_are_installed(python, tmp_path):
     code = """if True:
         import sysconfig
         from importlib.machinery import PathFinder
@@ -128,7 +128,7 @@ def test_nothing_else_becomes_importable(python, tmp_path):
     assert run(python, "-c", code, cwd=tmp_path).strip() == "[]"
 
 
-def test_the_package_and_its_public_names(python, tmp_path):
+def test_public_names_are_imported_lazily_without_torch(python, tmp_path):
     code = """if True:
         import sys
         import jsurgery

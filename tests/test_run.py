@@ -1,4 +1,4 @@
-"""The commands end to end, on a random model: every stage leaves its files, and a second run skips them all."""
+"""The commands end to end, on a random model: every stage writes its files, and a second run skips all stages."""
 
 import json
 
@@ -29,7 +29,7 @@ def surgery(tiny_pipeline, tmp_path_factory):
     return workdir, arguments
 
 
-def test_every_stage_leaves_its_files(surgery):
+def test_every_stage_writes_its_files(surgery):
     workdir, _ = surgery
     assert all(json.loads((workdir / stage / "stage.json").read_text())["complete"] for stage in STAGES)
     errors = json.loads((workdir / "distill" / "errors.json").read_text())
@@ -44,10 +44,10 @@ def test_every_stage_leaves_its_files(surgery):
     assert (workdir / "report.html").stat().st_size > 10_000
     with Image.open(workdir / "first_frame.png") as frame:
         assert frame.size == (48, 64) and frame.info["prompt"].startswith("a ")
-    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2, "of distill and of finetune"
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2, "expected those of distill and finetune"
 
 
-def test_the_front_around_the_plan(surgery, capsys):
+def test_plan_front_writes_the_pareto_front(surgery, capsys):
     workdir, arguments = surgery
     assert main(["plan", "--front", *arguments]) == 0
     found = json.loads((workdir / "plan" / "front.json").read_text())
@@ -59,7 +59,7 @@ def test_the_front_around_the_plan(surgery, capsys):
     assert "The Pareto front" in (workdir / "plan" / "front.html").read_text()
 
 
-def test_running_again_skips_everything(surgery, capsys):
+def test_running_again_skips_all_stages(surgery, capsys):
     workdir, arguments = surgery
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}
     assert main(["surgery", *arguments]) == 0
@@ -73,7 +73,7 @@ def test_running_again_skips_everything(surgery, capsys):
     assert {path for path in before if before[path] != after.get(path)} <= {workdir}
 
 
-def test_another_config_is_refused_and_nothing_is_touched(surgery, capsys):
+def test_another_config_is_refused_without_changes(surgery, capsys):
     workdir, arguments = surgery
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     assert main(["distill", *arguments, "--config.distill.steps=5"]) == 2
@@ -82,7 +82,7 @@ def test_another_config_is_refused_and_nothing_is_touched(surgery, capsys):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
-def test_a_stage_without_what_it_needs(tiny_pipeline, tmp_path, capsys):
+def test_a_stage_before_its_inputs_is_refused(tiny_pipeline, tmp_path, capsys):
     arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
     assert main(["plan", *arguments, f"--config.model.path={tiny_pipeline}", f"--workdir={tmp_path / 'new'}"]) == 2
     assert "run that stage first" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`jsurgery sample`: files, what they say of themselves, resuming, defaults, and refusals before weights are read."""
+"""`jsurgery sample`: files and the settings stored in them, resuming, defaults, and bad arguments."""
 
 import json
 import shutil
@@ -30,12 +30,12 @@ def frames(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
 
 
-def alike(one, other):
-    """x264 does not always code equal frames equally."""
+def nearly_equal(one, other):
+    """Allows for x264, which does not always encode equal frames equally."""
     return np.abs(one - other).mean() < 3
 
 
-def test_many_prompts_resume(tmp_path, tiny_pipeline, prompts_file, capsys):
+def test_sampling_a_file_of_prompts_and_resuming(tmp_path, tiny_pipeline, prompts_file, capsys):
     videos = tmp_path / "videos"
     command = ["sample", f"--model={tiny_pipeline}", f"--prompts_file={prompts_file}", f"--output={videos}", *SIZE]
     assert main(command) == 0
@@ -48,13 +48,13 @@ def test_many_prompts_resume(tmp_path, tiny_pipeline, prompts_file, capsys):
     assert (stored[0]["steps"], stored[0]["solver"], stored[0]["shift"], stored[0]["width"]) == (2, "unipc", 3.0, 48)
 
     files[1].unlink()
-    (videos / ".0001.mp4.mp4").write_bytes(b"left by a run that was killed")
+    (videos / ".0001.mp4.mp4").write_bytes(b"written by an interrupted run")
     written = {number: files[number].stat().st_mtime_ns for number in (0, 2)}
     assert main(command) == 0
     output = capsys.readouterr()
     assert output.out.split() == [str(files[1])] and "2 of 3" in output.err and "sample 2/3: 2/2" in output.err
     assert written == {number: files[number].stat().st_mtime_ns for number in (0, 2)}
-    assert alike(frames(files[1]), first[1])
+    assert nearly_equal(frames(files[1]), first[1])
     assert sorted(videos.iterdir()) == files
 
     assert main([*command, "--seed=1"]) == 2
@@ -63,10 +63,10 @@ def test_many_prompts_resume(tmp_path, tiny_pipeline, prompts_file, capsys):
 
     alone = tmp_path / "alone.mp4"
     assert main(["sample", f"--model={tiny_pipeline}", f"--prompt={PROMPTS[0]}", f"--output={alone}", *SIZE]) == 0
-    assert alike(frames(alone), first[0])
+    assert nearly_equal(frames(alone), first[0])
 
 
-def test_nothing_is_loaded_when_all_is_finished(tmp_path, tiny_pipeline, prompts_file, monkeypatch, capsys):
+def test_the_model_is_not_loaded_if_all_videos_exist(tmp_path, tiny_pipeline, prompts_file, monkeypatch, capsys):
     prompts_file.write_text(PROMPTS[0])
     command = ["sample", f"--model={tiny_pipeline}", f"--prompts_file={prompts_file}", *SIZE, f"--output={tmp_path}"]
     assert main(command) == 0
@@ -96,7 +96,7 @@ def test_nothing_is_loaded_when_all_is_finished(tmp_path, tiny_pipeline, prompts
         (["--output=."], ["--output=.", ".mp4"]),
     ],
 )
-def test_refusals(tmp_path, tiny_pipeline, monkeypatch, capsys, arguments, parts):
+def test_bad_arguments_are_refused_early(tmp_path, tiny_pipeline, monkeypatch, capsys, arguments, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_pipeline", None)
     assert main(["sample", f"--model={tiny_pipeline}", "--prompt=a red circle", *arguments]) == 2
@@ -117,7 +117,7 @@ def test_refusals(tmp_path, tiny_pipeline, monkeypatch, capsys, arguments, parts
         (b"a red circle", "prompts.txt/videos", ["--output=prompts.txt/videos", "directory"]),
     ],
 )
-def test_refusals_of_many(tmp_path, tiny_pipeline, monkeypatch, capsys, content, output, parts):
+def test_bad_files_of_prompts_are_refused_early(tmp_path, tiny_pipeline, monkeypatch, capsys, content, output, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_pipeline", None)
     if content is not None:
@@ -137,7 +137,7 @@ def wan_folder(folder, config, scheduler):
     return {"model.path": str(folder)}
 
 
-def test_a_published_model_brings_its_own_settings(tmp_path):
+def test_settings_follow_from_a_published_model(tmp_path):
     unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
     model = wan_folder(tmp_path / "1.3b", WanConfig(), unipc)
     config = sampling_config(None, model)
