@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages, over the pipe of its DevTools protocol: no driver, no port."""
+"""Headless Chromium for tests of HTML pages, controlled over the pipe of its DevTools protocol: no driver, no port."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 120  # seconds for anything to happen
+PATIENCE = 120  # seconds to wait for an answer or a condition
 # Chromium reads from descriptor 3 and writes to 4. (A preexec_fn would fork a process that has threads of JAX.)
 CONNECT = """
 import os, sys
@@ -23,16 +23,16 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab. `logs` holds what the console and the browser complained of, `requests` every address asked for."""
+    """One tab. `logs` holds the messages of the console and of the browser, `requests` all requested addresses."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.logs: list[str] = []
         self.requests: list[str] = []
         self.last, self.answers, self.buffer = 0, {}, b""
-        theirs_in, self.write_to = os.pipe()
-        self.read_from, theirs_out = os.pipe()
-        spare = [os.dup(theirs_in), os.dup(theirs_out)]  # so that neither is 3 or 4 itself
+        chromium_in, self.write_to = os.pipe()
+        self.read_from, chromium_out = os.pipe()
+        spare = [os.dup(chromium_in), os.dup(chromium_out)]  # which are neither 3 nor 4
         assert CHROMIUM and min(spare) > 4
         command = [
             sys.executable,
@@ -49,7 +49,7 @@ class Browser:
         command += ["--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, pass_fds=spare, **quiet)
-        for end in (theirs_in, theirs_out, *spare):
+        for end in (chromium_in, chromium_out, *spare):
             os.close(end)
         self.session = None
         targets = self.send("Target.getTargets")["targetInfos"]
@@ -66,7 +66,7 @@ class Browser:
         os.close(self.read_from)
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a method of the protocol."""
+        """Calls a method of the DevTools protocol and returns its result."""
         self.last += 1
         message: dict[str, Any] = {"id": self.last, "method": method, "params": params}
         if self.session:
@@ -81,7 +81,7 @@ class Browser:
 
     def _receive(self, deadline: float) -> None:
         ready, _, _ = select.select([self.read_from], [], [], max(0, deadline - time.monotonic()))
-        assert ready, f"Chromium said nothing for {PATIENCE} s"
+        assert ready, f"no answer from Chromium for {PATIENCE} s"
         part = os.read(self.read_from, 1 << 20)
         assert part, "Chromium ended"
         *messages, self.buffer = (self.buffer + part).split(b"\0")
@@ -109,16 +109,16 @@ class Browser:
         self.wait("!window.stale && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """The value of a JavaScript expression in the page."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression holds."""
+        """Waits until a JavaScript expression is true."""
         deadline = time.monotonic() + PATIENCE
         while not self.run(condition):
-            assert time.monotonic() < deadline, f"never: {condition}"
+            assert time.monotonic() < deadline, f"not within {PATIENCE} s: {condition}"
             time.sleep(0.02)
 
     def press(self, key: str) -> None:

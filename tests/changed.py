@@ -1,7 +1,7 @@
-"""`make test-changed`: the tests that uncommitted changes can touch, nearest to a change first, begun within a minute.
+"""`make test-changed`: runs the tests that uncommitted changes can affect, nearest to a change first, for a minute.
 
-A test file is as far from a changed file as there are imports between them, lazy ones and those in scripts for other
-processes included. Run as a plugin of pytest: `pytest -p tests.changed --minutes=1`.
+The distance of a test file from a changed file is the number of imports between them, including lazy imports and those
+in scripts for other processes. Run as a plugin of pytest: `pytest -p tests.changed --minutes=1`.
 """
 
 import pathlib
@@ -20,14 +20,15 @@ NAMED = re.compile(r"[\"'](jsurgery(?:\.\w+)+)[\"']")  # modules given to import
 
 
 def changed_files() -> list[pathlib.Path]:
-    """Of the working tree, against the last commit."""
+    """The files of the working tree that differ from the last commit, and the untracked ones."""
     commands = ("git diff --name-only HEAD", "git ls-files --others --exclude-standard")
-    texts = (subprocess.run(c.split(), cwd=ROOT, capture_output=True, text=True, check=True).stdout for c in commands)
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    texts = (subprocess.run(command.split(), **run).stdout for command in commands)
     return [ROOT / line for text in texts for line in text.splitlines()]
 
 
 def modules() -> dict[str, pathlib.Path]:
-    """The file of every module's name."""
+    """{name: file} of every module."""
     found = {}
     for package, folder in FOLDERS.items():
         for file in (ROOT / folder).rglob("*.py"):
@@ -37,7 +38,7 @@ def modules() -> dict[str, pathlib.Path]:
 
 
 def imported(text: str, known: Iterable[str]) -> set[str]:
-    """Names of the modules that a file's text names."""
+    """Those of the known modules that a file with this text imports."""
     names = set(NAMED.findall(text))
     for origin, parts, plain in IMPORT.findall(text):
         names |= {plain, origin} | {f"{origin}.{part}" for part in re.findall(r"\w+", parts)}
@@ -45,7 +46,7 @@ def imported(text: str, known: Iterable[str]) -> set[str]:
 
 
 def distances(changed: Iterable[pathlib.Path]) -> dict[pathlib.Path, int]:
-    """How far each Python file that a change can touch is from the nearest changed file."""
+    """{file: distance from the nearest changed file} of each Python file that a change can affect."""
     known = modules()
     texts = {file: file.read_text() for file in known.values()}
     users: dict[pathlib.Path, set[pathlib.Path]] = {}
@@ -55,10 +56,10 @@ def distances(changed: Iterable[pathlib.Path]) -> dict[pathlib.Path, int]:
         if file.name == "conftest.py":
             users.setdefault(file, set()).update(file.parent.rglob("test_*.py"))
     near = {file: 0 for file in changed if file in texts}
-    for other in (file for file in changed if file not in texts):  # a template or a document: whoever names it
+    for other in (file for file in changed if file not in texts):  # a template or a document: its users name it
         near |= {file: 1 for file, text in texts.items() if other.name in text}
     reached = sorted(near, key=near.__getitem__)
-    for file in reached:  # grows on the way
+    for file in reached:  # which grows during the loop
         new = sorted(users.get(file, set()) - near.keys())
         near |= dict.fromkeys(new, near[file] + 1)
         reached += new
@@ -66,11 +67,11 @@ def distances(changed: Iterable[pathlib.Path]) -> dict[pathlib.Path, int]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=1.0, help="no test is begun later than this")
+    parser.addoption("--minutes", type=float, default=1.0, help="no test starts later than this")
 
 
 class Nearest:
-    """Chooses and orders the tests of one pytest run, and says what time did not allow."""
+    """Chooses and orders the tests of one pytest run, and reports the files for which there was no time."""
 
     def __init__(self, minutes: float):
         self.end, self.left = time.monotonic() + 60 * minutes, 0

@@ -12,12 +12,12 @@ from typing import Any
 from jsurgery.runtime.compile_cache import MOST_BYTES, default_folder, prune
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each a few times: the compiler's effort, and more threads, are a loss.
+# Tests compile many small programs and run each a few times: optimisation and more threads cost more than they save.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1 "
 ) + os.environ.get("XLA_FLAGS", "")
-# What one process has compiled serves the others, and the next run of the tests, in whatever checkout.
+# Compiled programs are shared with other processes, later runs of the tests and other checkouts.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{default_folder()}_tests")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,13 +38,13 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
-# Traced programs are millions of objects that stay: looking for garbage among them again and again takes a tenth.
+# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time.
 gc.set_threshold(50_000, 20, 50)
 
-# `make kernels`: every shape and mesh of the tests that otherwise take a sample of them.
+# `make kernels`: all shapes and meshes in the tests that otherwise take a sample of them.
 FULL_GRID = os.environ.get("FULL_GRID") == "1"
 
-# The files that take longest begin first, so that no process is left with one at the end.
+# The slowest files start first, so that no process is left running one at the end.
 LONGEST = (
     "export/test_export.py",
     "test_notebooks.py",
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
-# libtpu has wheels for nothing else. Where there are, the `test` extra installs it, and tests fail without.
+# libtpu has wheels for Linux on x86-64 only. There the `test` extra installs it, and tests fail without it.
 needs_libtpu = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="libtpu runs on Linux on x86-64 alone: nothing was compiled for TPUs",
@@ -116,7 +116,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def build_tiny_pipeline(folder: pathlib.Path) -> pathlib.Path:
-    """That of `tiny_pipeline`, for what is no test."""
+    """Writes the folder of the fixture `tiny_pipeline`, for callers that are not tests."""
     tokenizer = train_tokenizer(sprites.all_captions(), folder / "tokenizer", vocab_size=TINY_TEXT_ENCODER.vocab_size)
     assert tokenizer.vocab_size <= TINY_TEXT_ENCODER.vocab_size
     rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def build_tiny_pipeline(folder: pathlib.Path) -> pathlib.Path:
 
 
 def random_module(build, rng: np.random.Generator) -> nnx.Module:
-    """The module with NumPy's numbers for weights, every bias and gain off its default; nothing to compile."""
+    """The module with weights drawn by NumPy, which compiles nothing; no bias or gain has its default value."""
     module = nnx.eval_shape(build)
     for (*_, leaf), param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         values = rng.normal(size=param.shape)
@@ -146,7 +146,7 @@ def random_module(build, rng: np.random.Generator) -> nnx.Module:
 
 @pytest.fixture(scope="session")
 def random_transformer() -> Callable[[WanConfig], WanTransformer]:
-    """Transformers, hybrid or not, with no tensor near its default: biases and gates weigh as much as kernels."""
+    """Makes transformers, hybrid or not, with no tensor near its default: biases and gates are as large as kernels."""
 
     def make(config: WanConfig) -> WanTransformer:
         rng = np.random.default_rng(0)
@@ -180,7 +180,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="session")
 def on_fake_devices() -> Iterator[Callable[..., list[Any]]]:
-    """Runs a script in a process with 8 CPU devices, the same for all; returns what it printed, a JSON value a line."""
+    """Runs a script in a process with 8 CPU devices, shared by all scripts; returns the JSON values that it printed."""
     process = None
 
     def run(script: str, *arguments: str) -> list[Any]:

@@ -86,7 +86,7 @@ def features(phi, x: np.ndarray) -> np.ndarray:
 
 
 def _of_arguments(arguments, num_softmax, key_valid=None, stabilizer="max", *, masks=None, c=None) -> Attention:
-    """Eq. 5 of torch's (q, k, v, query_map, key_map) in the layout of the kernels, where heads come after tokens."""
+    """Eq. 5 for torch tensors (q, k, v, query_map, key_map) in the layout of the kernels: heads come after tokens."""
     q, k, v, *maps = arguments
     key = np.arange(k.shape[1])[None]
     in_S, in_L = map(torch.tensor, (key < num_softmax, key >= num_softmax) if masks is None else masks)
@@ -99,9 +99,9 @@ def _of_arguments(arguments, num_softmax, key_valid=None, stabilizer="max", *, m
 
 
 def values(arguments, num_softmax: int | None = None, **options) -> Attention:
-    """For the arguments of the kernels' `hybrid_attention`, as NumPy arrays [B, N, H, ...].
+    """Eq. 5 for the arguments of the kernels' `hybrid_attention`, as NumPy arrays [B, N, H, ...].
 
-    The first `num_softmax` keys get softmax weights and the others linear ones, unless `masks` gives in_S and in_L.
+    The first `num_softmax` keys get softmax weights and the others linear weights, unless `masks` gives in_S and in_L.
     """
     arguments = jax.tree.map(lambda leaf: torch.tensor(np.float64(leaf)), arguments)
     return Attention(*(x.numpy() for x in _of_arguments(arguments, num_softmax, **options)))

@@ -10,18 +10,18 @@ from jsurgery.errors import InputError
 
 
 def softmax_tokens(num_tokens, rate, tokens_per_frame=None):
-    """T_S by its definition, one token at a time."""
+    """The set T_S by its definition, token by token."""
     kept = set()
-    for j in range(num_tokens):
-        offset = 0 if tokens_per_frame is None else j // tokens_per_frame
-        if (j + offset) % rate == 0:
-            kept.add(j)
+    for token in range(num_tokens):
+        offset = 0 if tokens_per_frame is None else token // tokens_per_frame
+        if (token + offset) % rate == 0:
+            kept.add(token)
     return kept
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 600, 601, 1575])
 @pytest.mark.parametrize("rates", [(1, 2, 4, 8), (8, 2), (1, 3, 12), (2, "linear"), ("linear",), (1,)])
-def test_every_rate_keeps_a_prefix(num_tokens, rates):
+def test_softmax_tokens_of_every_rate_are_a_prefix(num_tokens, rates):
     order = TokenOrder(num_tokens, rates)
     assert sorted(order.permutation) == list(range(num_tokens))
     for rate in rates:
@@ -35,7 +35,7 @@ def test_every_rate_keeps_a_prefix(num_tokens, rates):
 
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(frames=st.integers(1, 9), tokens_per_frame=st.integers(1, 70), step=st.sampled_from([2, 3]))
-def test_the_staggered_lattice_keeps_nested_prefixes_too(frames, tokens_per_frame, step):
+def test_staggered_softmax_tokens_are_a_prefix(frames, tokens_per_frame, step):
     num_tokens = frames * tokens_per_frame
     rates = (1, step, step**2, step**3)
     order = TokenOrder(num_tokens, rates, "staggered", tokens_per_frame)
@@ -44,7 +44,7 @@ def test_the_staggered_lattice_keeps_nested_prefixes_too(frames, tokens_per_fram
         assert set(order.permutation[: order.num_softmax(rate)]) == kept
 
 
-def test_the_stagger_moves_the_sites_from_frame_to_frame():
+def test_only_staggered_sites_differ_between_frames():
     def sites(lattice):
         order = TokenOrder(5 * 24, (8,), lattice, 24)
         kept = order.permutation[: order.num_softmax(8)]
@@ -54,7 +54,7 @@ def test_the_stagger_moves_the_sites_from_frame_to_frame():
     assert len(set(sites("staggered"))) == 5
 
 
-def test_prefix_order_by_hand():
+def test_permutation_by_hand():
     order = TokenOrder(9, (1, 2, 4))
     np.testing.assert_array_equal(order.permutation, [0, 4, 8, 2, 6, 1, 3, 5, 7])
     assert [order.num_softmax(rate) for rate in (1, 2, 4)] == [9, 5, 3]
@@ -71,22 +71,22 @@ def test_inverse_undoes_the_permutation(lattice):
 @pytest.mark.parametrize("lattice", ["strided", "staggered"])
 @pytest.mark.parametrize("shards", [2, 3, 8, 50])
 @pytest.mark.parametrize(("num_tokens", "rates"), [(120, (1, 2, 4, 8)), (105, (2, 4)), (105, (1, 3)), (7, (8,))])
-def test_every_shard_has_a_prefix_of_every_rate(num_tokens, rates, shards, lattice):
+def test_softmax_tokens_are_a_prefix_of_every_shard(num_tokens, rates, shards, lattice):
     frame = {120: 24, 105: 35, 7: 7}[num_tokens]
     order = TokenOrder(num_tokens, rates, lattice, frame, shards=shards)
     valid = np.ones(len(order.permutation), bool) if order.valid is None else order.valid
-    dealt, valid = order.permutation.reshape(shards, -1), valid.reshape(shards, -1)
-    assert sorted(dealt[valid]) == list(range(num_tokens))
+    sharded, valid = order.permutation.reshape(shards, -1), valid.reshape(shards, -1)
+    assert sorted(sharded[valid]) == list(range(num_tokens))
     np.testing.assert_array_equal(order.permutation[order.inverse], np.arange(num_tokens))
     for rate in (1, *rates):
         count = order.num_softmax(rate)
-        kept = dealt[:, :count][valid[:, :count]]
+        kept = sharded[:, :count][valid[:, :count]]
         assert set(kept) == softmax_tokens(num_tokens, rate, frame if lattice == "staggered" else None)
-        # A zone takes at most one token of padding a shard.
+        # Each zone adds at most one token of padding per shard.
         assert 0 <= shards * count - len(kept) < shards * (len(rates) + 1)
 
 
-def test_shards_by_hand():
+def test_permutation_of_two_shards_by_hand():
     order = TokenOrder(9, (1, 2, 4), shards=2)
     np.testing.assert_array_equal(order.permutation, [0, 4, 2, 1, 3, 8, 0, 6, 5, 7])
     assert order.valid is not None and np.flatnonzero(~order.valid).tolist() == [6]
@@ -112,7 +112,7 @@ def test_equal_orders_are_equal_and_hashable():
         (dict(num_tokens=8, lattice="staggered", tokens_per_frame=3), "found 3"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         TokenOrder(**arguments)
 
