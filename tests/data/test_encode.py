@@ -1,4 +1,4 @@
-"""`jsurgery encode` on small videos: latents against the VAE on frames chosen by NumPy, resuming, what is skipped."""
+"""`jsurgery encode` on small videos: latents compared with the VAE on frames chosen by NumPy, resuming, skipping."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def frames_of(number):
 
 
 def write_clip(path, number):
-    """PNG in QuickTime: lossless."""
+    """Writes PNG in QuickTime, which is lossless."""
     fps, height, width = RATES[number]
     with av.open(str(path), "w", format="mov") as container:
         stream = container.add_stream("png", rate=Fraction(fps))
@@ -54,7 +54,7 @@ def write_clip(path, number):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Eight rows: four clips of other sizes and rates, no caption, a truncated file, text, a path that leads out."""
+    """Four clips of different sizes and rates; one without a caption, a truncated file, a text file, a path outside."""
     folder = tmp_path_factory.mktemp("videos")
     for number in RATES:
         write_clip(folder / f"{number}.mov", number)
@@ -97,10 +97,10 @@ def same(one, other):
 
 
 def expected_video(number):
-    """Nearest frames, cut to the aspect of the target at a whole pixel; Pillow only resizes."""
+    """Nearest frames, cropped to the target's aspect ratio and resized by Pillow."""
     fps, height, width = RATES[number]
     chosen = frames_of(number)[[int(np.argmin([abs(j * 16 - i * fps) for j in range(12)])) for i in range(FRAMES)]]
-    if number == 2:  # cut only: 37 rows to 32
+    if number == 2:  # only cropped, from 37 rows to 32
         return chosen[:, 2:34]
     tall = height / width > HEIGHT / WIDTH
     box_height, box_width = (width * HEIGHT / WIDTH, width) if tall else (height, height * WIDTH / HEIGHT)
@@ -112,7 +112,7 @@ def expected_video(number):
 
 @pytest.fixture(scope="module")
 def posterior(tiny_pipeline):
-    """Clip -> mean and deviation of its normalised latents, of whole clips at once, from frames chosen by hand."""
+    """{clip: (mean, standard deviation)} of the normalised latents of `expected_video`, each clip encoded at once."""
     vae = load_vae(tiny_pipeline / "vae")
     clips = jnp.asarray(np.stack([expected_video(number) for number in RATES]), jnp.float32) / 127.5 - 1
     means, log_variances = map(np.asarray, nnx.jit(lambda vae, clips: vae.moments(clips))(vae, clips))
@@ -120,7 +120,7 @@ def posterior(tiny_pipeline):
     return dict(zip(RATES, zip((means - center) / scale, np.exp(log_variances / 2) / scale, strict=True), strict=True))
 
 
-def test_latents_are_the_vaes_of_frames_chosen_by_hand(encoded, posterior):
+def test_latents_equal_the_vae_on_frames_chosen_by_numpy(encoded, posterior):
     found = stored(encoded)
     assert sorted(found) == sorted(CAPTIONS[number] for number in RATES)
     for number in RATES:
@@ -130,7 +130,7 @@ def test_latents_are_the_vaes_of_frames_chosen_by_hand(encoded, posterior):
         assert array_text(found[CAPTIONS[number]]["path"]).endswith(f"/{number}.mov")
 
 
-def test_text_embeddings_are_the_encoders(encoded, tiny_pipeline):
+def test_text_embeddings_equal_the_text_encoder(encoded, tiny_pipeline):
     token_ids, mask = Tokenizer(tiny_pipeline / "tokenizer")([CAPTIONS[0], CAPTIONS[6]], 16)
     encoder = load_text_encoder(tiny_pipeline / "text_encoder")
     expected = np.asarray(encode_prompts(encoder, jnp.asarray(token_ids), jnp.asarray(mask)))
@@ -158,7 +158,7 @@ def test_a_second_run_does_nothing(encoded, tiny_pipeline, videos, monkeypatch, 
     assert {path: path.stat().st_mtime_ns for path in encoded.rglob("*")} == before
 
 
-def test_a_missing_shard_is_made_again_alike(encoded, tiny_pipeline, videos, tmp_path, capsys):
+def test_a_missing_shard_is_made_again_with_the_same_contents(encoded, tiny_pipeline, videos, tmp_path, capsys):
     again = shutil.copytree(encoded.parent, tmp_path / "run") / "encoded"
     shards = sorted((again / "5x32x48").glob("*.array_record"))
     assert len(shards) == 3
@@ -172,7 +172,7 @@ def test_a_missing_shard_is_made_again_alike(encoded, tiny_pipeline, videos, tmp
     assert json.loads((again / "stage.json").read_text())["complete"]
 
 
-def test_hosts_share_the_shards(encoded, tiny_pipeline, videos, tmp_path, monkeypatch):
+def test_shards_are_divided_among_hosts(encoded, tiny_pipeline, videos, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     made = []
     for host in (1, 0):
@@ -184,7 +184,7 @@ def test_hosts_share_the_shards(encoded, tiny_pipeline, videos, tmp_path, monkey
     assert (tmp_path / "encoded" / "skipped.jsonl").read_text() == (encoded / "skipped.jsonl").read_text()
 
 
-def test_samples_scatter_about_the_mean(posterior, tiny_pipeline, videos, tmp_path):
+def test_posterior_samples_are_the_mean_plus_seeded_noise(posterior, tiny_pipeline, videos, tmp_path):
     assert main(arguments(tiny_pipeline, videos, tmp_path, data__posterior="sample")) == 0
     samples = stored(tmp_path / "encoded")
     for number, (mean, deviation) in posterior.items():
@@ -193,7 +193,7 @@ def test_samples_scatter_about_the_mean(posterior, tiny_pipeline, videos, tmp_pa
         assert np.abs(noise - expected).max() < 0.02
 
 
-def test_several_buckets_and_batches_of_them(tiny_pipeline, videos, tmp_path):
+def test_batches_take_buckets_in_proportion_to_their_clips(tiny_pipeline, videos, tmp_path):
     several = arguments(tiny_pipeline, videos, tmp_path, data__buckets="several", data__batch=1)
     assert main(several) == 0
     folder = tmp_path / "encoded"
@@ -201,7 +201,7 @@ def test_several_buckets_and_batches_of_them(tiny_pipeline, videos, tmp_path):
     assert list(stored(folder, "5x48x32")) == [CAPTIONS[6]]
     taken = [batch["latents"].shape for batch in (batches(folder, 2, seed=0)[i] for i in range(40))]
     assert set(taken) == {(2, 2, 4, 6, 4), (2, 2, 6, 4, 4)}
-    assert taken.count((2, 2, 4, 6, 4)) == 30  # three clips to one
+    assert taken.count((2, 2, 4, 6, 4)) == 30  # as that bucket has three of the four clips
 
 
 def test_too_many_skipped_clips_stop_the_run(tiny_pipeline, videos, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_too_many_skipped_clips_stop_the_run(tiny_pipeline, videos, tmp_path, ca
     assert "config.data.max_skipped: 0.34; 3 of 6 clips" in message and "no caption" in message
     assert len((tmp_path / "encoded" / "skipped.jsonl").read_text().splitlines()) == 3
     assert not json.loads((tmp_path / "encoded" / "stage.json").read_text())["complete"]
-    assert main([*command, "--config.data.max_skipped=0.5"]) == 0  # not what the shards were made with: they are kept
+    assert main([*command, "--config.data.max_skipped=0.5"]) == 0  # shards do not depend on it, so that they are kept
     assert "2/2" in capsys.readouterr().err
 
 
@@ -227,12 +227,12 @@ def test_another_config_or_index_is_refused(encoded, tiny_pipeline, videos, tmp_
 @pytest.mark.parametrize(
     ("field", "text"), [("max_crop", "1.1"), ("max_skipped", "-1"), ("workers", "0"), ("batch", "0")]
 )
-def test_bad_values_are_named(field, text):
+def test_a_bad_value_is_named(field, text):
     with pytest.raises(InputError, match=f"config.data.{field}: expected .* found {text}"):
         load_config("tiny", {f"data.{field}": text})
 
 
-def test_finetune_trains_on_it(encoded, tiny_pipeline, tmp_path):
+def test_finetune_trains_on_the_encoded_folder(encoded, tiny_pipeline, tmp_path):
     fields = {
         "model.path": tiny_pipeline, "data.path": encoded, "video.frames": FRAMES, "video.height": HEIGHT,
         "video.width": WIDTH, "sampler.steps": 1, "trace.prompts": 2, "trace.holdout": 1, "trace.keep_steps": 1,
@@ -247,17 +247,17 @@ def test_finetune_trains_on_it(encoded, tiny_pipeline, tmp_path):
     assert (tmp_path / "model" / "config.json").exists()
 
 
-def test_half_a_folder_and_another_vaes_latents_are_refused(encoded, tiny_pipeline, tmp_path):
+def test_an_unfinished_folder_and_latents_of_another_vae_are_refused(encoded, tiny_pipeline, tmp_path):
     vae = shutil.copytree(tiny_pipeline / "vae", tmp_path / "vae")
     check_latents(epath.Path(encoded), epath.Path(vae))  # a copy is the same VAE
     (vae / "config.json").write_text((vae / "config.json").read_text() + " ")
     with pytest.raises(InputError, match="config.data.path: .*: expected latents of .*vae, found those of another VAE"):
         check_latents(epath.Path(encoded), epath.Path(vae))
 
-    begun = epath.Path(shutil.copytree(encoded, tmp_path / "begun"))
-    marker = json.loads((begun / "stage.json").read_text())
-    (begun / "stage.json").write_text(json.dumps(marker | {"complete": False}))
-    with pytest.raises(InputError, match="config.data.path: .*begun: not finished"):
-        check_latents(begun, epath.Path(tiny_pipeline / "vae"))
-    (begun / "stage.json").unlink()
-    check_latents(begun, epath.Path(vae))
+    unfinished = epath.Path(shutil.copytree(encoded, tmp_path / "unfinished"))
+    marker = json.loads((unfinished / "stage.json").read_text())
+    (unfinished / "stage.json").write_text(json.dumps(marker | {"complete": False}))
+    with pytest.raises(InputError, match="config.data.path: .*unfinished: not finished"):
+        check_latents(unfinished, epath.Path(tiny_pipeline / "vae"))
+    (unfinished / "stage.json").unlink()
+    check_latents(unfinished, epath.Path(vae))

@@ -1,4 +1,4 @@
-"""`jsurgery encode` on a folder of thirty files of all sorts: counts, diffusers' latents, and a kill in the middle."""
+"""`jsurgery encode` on a folder of good and bad files, killed in between; its latents compared with diffusers."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ BAD = {
 
 
 def write_video(path, fps, height, width, frames, codec="mpeg4"):
-    """Textures that a lossy codec keeps; what counts here is what comes back out of the file."""
+    """Textures that change from frame to frame. What a lossy codec makes of them is read back from the file."""
     with av.open(str(path), "w", format=None if path.suffix != ".avi" else "mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width = height, width
@@ -43,15 +43,15 @@ def write_video(path, fps, height, width, frames, codec="mpeg4"):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """25 sound clips, one of them under another format's name, and five that are not."""
+    """25 valid clips, one with the suffix of another format, and the five of BAD."""
     folder = tmp_path_factory.mktemp("videos")
-    (folder / "sound").mkdir()
+    (folder / "valid").mkdir()
     for number, (fps, size) in enumerate((fps, size) for fps in RATES for size in SIZES):
         suffix, codec = (".mov", "png") if size == SIZES[0] else (".avi" if number == 7 else ".mp4", "mpeg4")
-        path = folder / "sound" / f"{number:02d}{suffix}"
+        path = folder / "valid" / f"{number:02d}{suffix}"
         write_video(path, fps, *size, 2 * FRAMES * fps // 16 + 2, codec)
         path.with_suffix(".txt").write_text(f"caption {number}")
-    whole = (folder / "sound" / "01.mp4").read_bytes()
+    whole = (folder / "valid" / "01.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "text.mp4").write_text("<html>not found</html>")
     (folder / "empty.mp4").write_bytes(b"")
@@ -79,22 +79,22 @@ def command(tiny_pipeline, videos, workdir):
 
 @pytest.fixture(scope="module")
 def encoded(tiny_pipeline, videos, tmp_path_factory):
-    """Killed once the first shard is there, then run again. Also what the kill had left, and the second run's words."""
+    """(folder, shards that existed when the first run was killed, stderr of the second run, which finished)."""
     workdir = tmp_path_factory.mktemp("run")
     folder = workdir / "encoded"
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    started = subprocess.Popen(
+    first = subprocess.Popen(
         command(tiny_pipeline, videos, workdir), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until = time.monotonic() + 600
-    while not list(folder.glob("reports/*.json")) and started.poll() is None and time.monotonic() < until:
+    deadline = time.monotonic() + 600
+    while not list(folder.glob("reports/*.json")) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    assert started.wait() == -signal.SIGKILL, "it was still at work"
-    left = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.array_record")}
-    again = subprocess.run(command(tiny_pipeline, videos, workdir), env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    return folder, left, again.stderr
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL, "it ended before it was killed"
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.array_record")}
+    second = subprocess.run(command(tiny_pipeline, videos, workdir), env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    return folder, shards, second.stderr
 
 
 def records(folder):
@@ -102,13 +102,13 @@ def records(folder):
     return [found[i] for i in range(len(found))]
 
 
-def test_a_kill_loses_nothing_and_doubles_nothing(encoded):
-    folder, left, said = encoded
-    assert 0 < len(left) < 5, "of five shards"
-    assert all(path.stat().st_mtime_ns == time for path, time in left.items())
+def test_a_killed_run_resumes_without_losing_or_repeating_clips(encoded):
+    folder, shards, stderr = encoded
+    assert 0 < len(shards) < 5, "expected some of the five shards"
+    assert all(path.stat().st_mtime_ns == time for path, time in shards.items())
     captions = [array_text(record["caption"]) for record in records(folder)]
     assert sorted(captions) == sorted(f"caption {number}" for number in range(25))
-    assert "5 of 30 clips skipped" in said and not list(folder.rglob("*.tmp"))
+    assert "5 of 30 clips skipped" in stderr and not list(folder.rglob("*.tmp"))
 
 
 def test_every_bad_file_is_listed(encoded, videos):
@@ -117,8 +117,8 @@ def test_every_bad_file_is_listed(encoded, videos):
     assert "no caption" in next(line for line in skipped if "silent.mov" in line)
 
 
-def test_latents_are_those_of_diffusers(encoded, tiny_pipeline):
-    """Of the clips that are neither cut nor resized, their frames chosen here by the nearest times."""
+def test_latents_equal_diffusers(encoded, tiny_pipeline):
+    """For the clips that need no crop and no resize, with frames chosen here as the nearest in time."""
     vae = AutoencoderKLWan.from_pretrained(tiny_pipeline / "vae").eval()
     mean, scale = (torch.tensor(vae.config[f"latents_{name}"]).reshape(1, -1, 1, 1, 1) for name in ("mean", "std"))
     compared = 0

@@ -23,7 +23,7 @@ def folder(tmp_path):
     return epath.Path(tmp_path)
 
 
-def test_records_come_back_in_order(folder):
+def test_records_are_read_back_in_order(folder):
     records = Records(folder)
     assert len(records) == 7
     for number in range(7):
@@ -33,7 +33,7 @@ def test_records_come_back_in_order(folder):
         assert array_text(found["caption"]) == f"número {number}"
 
 
-def test_a_shard_that_was_not_finished_is_not_there(folder):
+def test_an_interrupted_write_leaves_no_shard(folder):
     def failing():
         yield record(0)
         raise RuntimeError
@@ -43,12 +43,12 @@ def test_a_shard_that_was_not_finished_is_not_there(folder):
     assert len(Records(folder)) == 7
 
 
-def test_no_shards(tmp_path):
+def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(InputError, match="found none"):
         Records(tmp_path)
 
 
-def test_batches_depend_on_their_number_alone(folder):
+def test_a_batch_depends_on_its_number_and_the_seed_alone(folder):
     first, again = batches(folder, 2, seed=5), batches(folder, 2, seed=5)
     order = [3, 0, 9, 3]
     for index in order:
@@ -59,7 +59,7 @@ def test_batches_depend_on_their_number_alone(folder):
     assert first[0]["latents"].dtype == np.float32 and first[0]["latents"].shape == (2, 3, 2, 3, 4)
 
 
-def test_processes_share_a_batch(folder):
+def test_rows_of_a_batch_are_those_of_the_whole_batch(folder):
     whole = batches(folder, 4, seed=5)
     parts = [batches(folder, 4, seed=5, rows=rows) for rows in ([0, 3], [1], [2])]
     for index in (0, 5, 2):

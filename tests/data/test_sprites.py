@@ -12,7 +12,7 @@ def of_color(frame, color, tolerance=4):
     return (np.abs(frame.astype(int) - sprites.COLORS[color]) <= tolerance).all(-1)
 
 
-def test_captions_read_as_documented():
+def test_captions_have_the_documented_form():
     circle = Sprite("circle", "red", "left", 0.3, 0.5, (0.5, 0.5))
     square = Sprite("square", "blue", "still", 0.3, 0.0, (0.5, 0.5))
     assert Scene((circle,), "grey").caption == "a red circle moves left over a grey background"
@@ -21,13 +21,13 @@ def test_captions_read_as_documented():
     assert Scene((circle, square), "white").caption == both
 
 
-def test_every_caption_parses_back():
+def test_parsing_a_caption_gives_its_scene():
     captions = sprites.all_captions()
     assert len(set(captions)) == len(captions) == 6 * 3 * 5 * 4 + 6 * 5 * 3**2 * 5**2 * 4
     for scene in SCENES:
         assert scene.caption in captions
-        said = [(s.color, s.shape, s.direction) for s in scene.sprites]
-        assert sprites.parse_caption(scene.caption) == (said, scene.background)
+        parsed = [(s.color, s.shape, s.direction) for s in scene.sprites]
+        assert sprites.parse_caption(scene.caption) == (parsed, scene.background)
 
 
 @pytest.mark.parametrize(
@@ -44,24 +44,24 @@ def test_every_caption_parses_back():
         "a red circle moves left and a blue square moves up and a cyan square moves up over a grey background",
     ],
 )
-def test_other_text_is_refused(text):
+def test_text_of_another_form_is_refused(text):
     with pytest.raises(InputError, match="caption: expected"):
         sprites.parse_caption(text)
 
 
-def test_scenes_repeat_by_index_and_differ_between_indices_and_seeds():
+def test_a_scene_depends_on_its_index_and_seed_alone():
     assert sprites.scene_at(3, 7, two_sprites=0.5) == SCENES[7]
     assert len({repr(scene) for scene in SCENES}) == len(SCENES)
     assert sprites.scene_at(4, 7, two_sprites=0.5) != SCENES[7]
 
 
-def test_sampled_attributes_are_even_and_in_range():
-    everything = [s for scene in SCENES for s in scene.sprites]
+def test_sampled_attributes_are_uniform_and_in_range():
+    all_sprites = [s for scene in SCENES for s in scene.sprites]
     for attribute, names in (("color", sprites.COLORS), ("shape", sprites.SHAPES), ("direction", sprites.DIRECTIONS)):
-        counts = [sum(getattr(s, attribute) == name for s in everything) for name in names]
-        assert min(counts) > 0.5 * len(everything) / len(names)
+        counts = [sum(getattr(s, attribute) == name for s in all_sprites) for name in names]
+        assert min(counts) > 0.5 * len(all_sprites) / len(names)
     assert 70 < sum(len(scene.sprites) == 2 for scene in SCENES) < 130
-    assert all(0.45 <= s.travel <= 0.6 for s in everything if s.direction != "still")
+    assert all(0.45 <= s.travel <= 0.6 for s in all_sprites if s.direction != "still")
     assert all(0.30 <= scene.sprites[0].size <= 0.38 for scene in SCENES if len(scene.sprites) == 1)
     pairs = [scene.sprites for scene in SCENES if len(scene.sprites) == 2]
     assert all(0.26 <= s.size <= 0.32 for pair in pairs for s in pair)
@@ -69,7 +69,7 @@ def test_sampled_attributes_are_even_and_in_range():
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(17, 192, 160), (9, 96, 80), (5, 47, 101)])
-def test_sprites_stay_inside_and_move_as_said(frames, height, width):
+def test_sprites_stay_inside_and_move_as_the_caption_says(frames, height, width):
     for scene in SCENES[:60]:
         for sprite in scene.sprites:
             centers = sprite.centers(frames, height, width)
@@ -100,21 +100,21 @@ def test_coverage_matches_supersampling(shape):
     expected = inside.reshape(side, fine, side, fine).mean(axis=(1, 3))
     grid = np.arange(side) + 0.5 - 15.2
     found = sprites.coverage(shape, grid[:, None], grid[None, :], diameter)
-    assert np.abs(found - expected).max() < 0.3  # a corner pixel
+    assert np.abs(found - expected).max() < 0.3  # at a corner
     assert np.abs(found - expected).mean() < 0.003
     assert abs(found.sum() / expected.sum() - 1) < 0.01
 
 
 def test_the_sprite_mentioned_last_lies_on_top():
-    low = Sprite("square", "red", "right", 0.3, 0.6, (0.5, 0.5))
-    high = Sprite("square", "blue", "left", 0.3, 0.6, (0.5, 0.5))
-    middle = sprites.render(Scene((low, high), "white"))[8]
+    first = Sprite("square", "red", "right", 0.3, 0.6, (0.5, 0.5))
+    last = Sprite("square", "blue", "left", 0.3, 0.6, (0.5, 0.5))
+    middle = sprites.render(Scene((first, last), "white"))[8]
     assert of_color(middle, "blue").sum() > 40**2 and not of_color(middle, "red").any()
-    swapped = sprites.render(Scene((high, low), "white"))[8]
+    swapped = sprites.render(Scene((last, first), "white"))[8]
     assert of_color(swapped, "red").sum() > 40**2 and not of_color(swapped, "blue").any()
 
 
-def test_pairs_cross_but_are_apart_half_of_the_time():
+def test_a_sprite_is_hidden_in_some_frames_but_not_most():
     hidden = []
     for scene in SCENES[:80]:
         if len(scene.sprites) == 2:

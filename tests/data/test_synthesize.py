@@ -1,4 +1,4 @@
-"""`jsurgery synthesize`: what training reads is what the pipeline samples, shard by shard, and nothing twice."""
+"""`jsurgery synthesize`: its shards hold what the pipeline samples, and a second run makes only missing shards."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,17 +32,17 @@ def command(tiny_pipeline, tmp_path_factory):
     return folder / "synthesized", ["synthesize", "--config=tiny", *files, *fields]
 
 
-def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypatch, capsys):
+def test_shards_equal_the_pipeline_and_only_missing_ones_are_made(command, tiny_pipeline, monkeypatch, capsys):
     folder, arguments = command
     assert main(arguments) == 0
     records = Records(folder)
     assert [array_text(records[i]["caption"]) for i in range(len(records))] == PROMPTS
     pipeline = load_pipeline(str(tiny_pipeline), jnp.float32)
     config = load_config("tiny", overrides(tiny_pipeline))
-    wanted = np.asarray(pipeline.sample(PROMPTS[2:4], config, seed=config.seed, first=2)[0])
+    expected = np.asarray(pipeline.sample(PROMPTS[2:4], config, seed=config.seed, first=2)[0])
     for row in (2, 3):
-        np.testing.assert_allclose(records[row]["latents"], wanted[row - 2], atol=5e-3)
-    assert np.abs(records[4]["latents"] - wanted[0]).max() > 0.1
+        np.testing.assert_allclose(records[row]["latents"], expected[row - 2], atol=5e-3)
+    assert np.abs(records[4]["latents"] - expected[0]).max() > 0.1
 
     element = batches(folder, 4, seed=0)[0]
     text = padded_text(element["text"], config.text_length)
@@ -53,13 +53,13 @@ def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypat
     (folder / "stage.json").write_text(
         (folder / "stage.json").read_text().replace('"complete": true', '"complete": false')
     )
-    asked = []
+    sampled = []
     sample = Pipeline.sample
     monkeypatch.setattr(
-        Pipeline, "sample", lambda self, batch, *a, **k: asked.extend(batch) or sample(self, batch, *a, **k)
+        Pipeline, "sample", lambda self, batch, *a, **k: sampled.extend(batch) or sample(self, batch, *a, **k)
     )
     assert main(arguments) == 0
-    assert asked == PROMPTS[2:4] and shard_path(folder, 0).read_bytes() == before
+    assert sampled == PROMPTS[2:4] and shard_path(folder, 0).read_bytes() == before
     assert len(Records(folder)) == len(PROMPTS)
 
     (folder.parent / "prompts.txt").write_text("a dog")
@@ -67,7 +67,7 @@ def test_shards_hold_what_the_pipeline_samples(command, tiny_pipeline, monkeypat
     assert "prompts was" in capsys.readouterr().err
 
 
-def test_hosts_share_the_shards(command, tiny_pipeline, tmp_path, monkeypatch):
+def test_shards_are_divided_among_hosts(command, tiny_pipeline, tmp_path, monkeypatch):
     made = {}
     monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: None)
     monkeypatch.setattr(synthesize, "records", lambda config, pipeline, prompts, *_: prompts)

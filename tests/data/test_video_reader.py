@@ -1,4 +1,4 @@
-"""Clips from real files that PyAV writes here, losslessly, against NumPy on the frames that went in."""
+"""Reading of clips that PyAV writes here losslessly, compared with NumPy on the written frames."""
 
 import csv
 import json
@@ -30,11 +30,11 @@ from jsurgery.data.video_reader import (
 )
 from jsurgery.errors import InputError
 
-TICKS = 600  # a second
+TICKS = 600  # per second
 
 
 def write_mov(path, frames, times, pixel_aspect=None):
-    """PNG in QuickTime: pixels and timestamps (in ticks) come back as they are."""
+    """Writes PNG in QuickTime, which keeps pixels and timestamps (in ticks) exactly."""
     with av.open(str(path), "w", format="mov") as container:
         stream = container.add_stream("png", rate=TICKS)
         stream.height, stream.width = frames.shape[1:3]
@@ -50,22 +50,22 @@ def write_mov(path, frames, times, pixel_aspect=None):
 
 
 def noise(frames, height, width):
-    """With so little contrast that a resize never clips, which would make the order of the axes matter."""
+    """Low contrast, so that resizing never clips: with clipping, the order of the axes would matter."""
     return np.random.default_rng(0).integers(96, 160, (frames, height, width, 3), dtype=np.uint8)
 
 
 def nearest(times, fps, count):
-    """Positions in `times` (ticks), the earlier of two that are equally near."""
+    """Indices into `times` (ticks), the earlier of two equally near times."""
     return [int(np.argmin([abs(fps * time - TICKS * i) for time in times])) for i in range(count)]
 
 
 def resized(frame, box, height, width):
-    """Cubic convolution (a = -1/2), widened where it shrinks, axis by axis."""
+    """Separable cubic convolution (a = -1/2), whose kernel is widened for downscaling."""
 
-    def weights(places, start, stop, wanted):
-        scale = (stop - start) / wanted
-        centres = start + (np.arange(wanted) + 0.5) * scale
-        x = np.abs(np.arange(places) + 0.5 - centres[:, None]) / max(scale, 1)
+    def weights(pixels, start, stop, new_pixels):
+        scale = (stop - start) / new_pixels
+        centres = start + (np.arange(new_pixels) + 0.5) * scale
+        x = np.abs(np.arange(pixels) + 0.5 - centres[:, None]) / max(scale, 1)
         w = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
         return w / w.sum(1, keepdims=True)
 
@@ -83,26 +83,26 @@ def read(path, frames=5, height=32, width=48, fps=16, max_crop=0.5, max_upscale=
     return read_clip(Clip(str(path), "a caption"), ClipLimits(buckets_of(Video, several), fps, max_crop, max_upscale))
 
 
-def reason(path, **limits):
+def skip_reason(path, **limits):
     with pytest.raises(Skipped) as raised:
         read(path, **limits)
     return str(raised.value)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nearest_frames_against_all_distances(seed):
+def test_nearest_frames_equal_a_search_of_all_frames(seed):
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.integers(1, 90, 30)) * 5
     times -= times[0]
     fps = int(rng.integers(1, 31))
     timed = [(Fraction(int(time), TICKS), i) for i, time in enumerate(times)]
-    end = Fraction(int(3 * times[-1] - times[-2]), 2 * TICKS)  # half of the last frame's own time
+    end = Fraction(int(3 * times[-1] - times[-2]), 2 * TICKS)  # half a frame after the last one
     expected = nearest(times, fps, int(end * fps) + 1)
     assert list(nearest_frames(timed, fps, 10_000)) == expected
     assert list(nearest_frames(iter(timed), fps, 7)) == expected[:7]
 
 
-def test_nearest_frames_of_next_to_nothing():
+def test_nearest_frames_of_no_frame_and_of_one():
     assert list(nearest_frames([], 16, 5)) == []
     assert list(nearest_frames([(Fraction(0), "only")], 16, 5)) == ["only"]
 
@@ -111,7 +111,7 @@ def test_nearest_frames_of_next_to_nothing():
     ("height", "width", "to_height", "to_width", "aspect"),
     [(33, 51, 16, 32, 1), (61, 47, 32, 48, 1), (21, 29, 32, 48, 1), (40, 40, 32, 48, 2), (101, 33, 16, 16, 0.5)],
 )
-def test_fit_against_numpy(height, width, to_height, to_width, aspect):
+def test_crop_and_resize_equal_numpy(height, width, to_height, to_width, aspect):
     frame = noise(1, height, width)[0]
     left, top, right, bottom = box = crop_box(height, width, to_height, to_width, aspect)
     assert left >= 0 and top >= 0 and right <= width and bottom <= height
@@ -124,7 +124,7 @@ def test_fit_against_numpy(height, width, to_height, to_width, aspect):
 
 
 @pytest.mark.parametrize("step", [25, 24, 75, 37.5, 20])  # ticks: 24, 25, 8, 16 and 30 frames a second
-def test_other_rates_are_resampled_and_odd_sizes_shrunk(tmp_path, step):
+def test_other_frame_rates_and_sizes_are_resampled(tmp_path, step):
     frames, times = noise(9, 35, 57), [round(step * i) for i in range(9)]
     write_mov(tmp_path / "clip.mov", frames, times)
     chosen = frames[nearest(times, 16, 5)]
@@ -132,7 +132,7 @@ def test_other_rates_are_resampled_and_odd_sizes_shrunk(tmp_path, step):
     assert np.abs(read(tmp_path / "clip.mov") - expected).max() < 2
 
 
-def test_a_varying_rate(tmp_path):
+def test_a_varying_frame_rate_is_resampled(tmp_path):
     frames, times = noise(9, 32, 53), [0, 30, 40, 90, 100, 130, 131, 210, 240]
     write_mov(tmp_path / "clip.mov", frames, times)
     chosen = nearest(times, 16, 5)
@@ -140,14 +140,14 @@ def test_a_varying_rate(tmp_path):
     assert np.array_equal(read(tmp_path / "clip.mov"), frames[chosen][:, :, 2:50])
 
 
-def test_a_clip_begins_with_its_first_frame_whenever_that_is(tmp_path):
+def test_a_clip_begins_with_its_first_frame_at_any_timestamp(tmp_path):
     frames = noise(5, 32, 48)
     write_mov(tmp_path / "clip.mov", frames, [300 + 38 * i for i in range(5)])
     assert np.array_equal(read(tmp_path / "clip.mov"), frames)
 
 
-def test_rotated(tmp_path):
-    """The matrix of a telephone held upright: x' = -y, y' = x, a quarter turn clockwise."""
+def test_the_rotation_of_the_container_is_applied(tmp_path):
+    """The matrix that an upright telephone writes: x' = -y, y' = x, a quarter turn clockwise."""
     frames = noise(5, 48, 32)
     write_mov(tmp_path / "clip.mov", frames, range(0, 190, 38))
     content = bytearray((tmp_path / "clip.mov").read_bytes())
@@ -162,24 +162,25 @@ def test_rotated(tmp_path):
     assert np.array_equal(found, expected)
 
 
-def test_pixels_that_are_not_square(tmp_path):
+def test_non_square_pixels_are_made_square(tmp_path):
     frames = noise(5, 32, 24)
     write_mov(tmp_path / "clip.mov", frames, range(0, 190, 38), pixel_aspect=Fraction(2))
     expected = np.stack([resized(frame, (0, 0, 24, 32), 32, 48) for frame in frames])
     assert np.abs(read(tmp_path / "clip.mov") - expected).max() < 2
 
 
-def test_limits_of_shape_and_length(tmp_path):
+def test_clips_beyond_the_limits_are_skipped(tmp_path):
     write_mov(tmp_path / "upright.mov", noise(5, 96, 32), range(0, 190, 38))
-    assert "78% of each frame" in reason(tmp_path / "upright.mov") and "32x96" in reason(tmp_path / "upright.mov")
+    reason = skip_reason(tmp_path / "upright.mov")
+    assert "78% of each frame" in reason and "32x96" in reason
     assert read(tmp_path / "upright.mov", max_crop=0.8).shape == (5, 32, 48, 3)
     write_mov(tmp_path / "small.mov", noise(5, 16, 24), range(0, 190, 38))
-    assert reason(tmp_path / "small.mov") == "24x16: too small for 48x32"
+    assert skip_reason(tmp_path / "small.mov") == "24x16: too small for 48x32"
     assert read(tmp_path / "small.mov", max_upscale=2.0).shape == (5, 32, 48, 3)
-    assert reason(tmp_path / "upright.mov", frames=9, max_crop=0.8) == "5 frames at 16 a second, expected 9"
+    assert skip_reason(tmp_path / "upright.mov", frames=9, max_crop=0.8) == "5 frames at 16 a second, expected 9"
 
 
-def test_several_buckets(tmp_path):
+def test_the_bucket_fits_the_length_and_shape_of_the_clip(tmp_path):
     class Video:
         frames, height, width = 17, 32, 48
 
@@ -192,7 +193,7 @@ def test_several_buckets(tmp_path):
         path = tmp_path / f"{number}.mov"
         write_mov(path, noise(count, height, width), [round(37.5 * i) for i in range(count)])
         assert read(path, frames=17, several=True).shape == (*bucket, 3)
-    assert "expected 5" in reason(write_short(tmp_path), frames=17, several=True)
+    assert "expected 5" in skip_reason(write_short(tmp_path), frames=17, several=True)
 
 
 def write_short(folder):
@@ -200,7 +201,7 @@ def write_short(folder):
     return folder / "short.mov"
 
 
-def write_sound(path):
+def write_audio(path):
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
@@ -209,22 +210,22 @@ def write_sound(path):
         container.mux(stream.encode())
 
 
-def test_files_that_are_no_sound_videos(tmp_path):
-    write_mov(tmp_path / "sound.mov", noise(9, 32, 48), range(0, 342, 38))
-    content = (tmp_path / "sound.mov").read_bytes()
-    (tmp_path / "head.mov").write_bytes(content[: len(content) // 2])  # the index is at the end
+def test_files_without_readable_video_are_skipped(tmp_path):
+    write_mov(tmp_path / "valid.mov", noise(9, 32, 48), range(0, 342, 38))
+    content = (tmp_path / "valid.mov").read_bytes()
+    (tmp_path / "head.mov").write_bytes(content[: len(content) // 2])  # without the index, which is at the end
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    write_sound(tmp_path / "audio.mp4")
-    assert reason(tmp_path / "audio.mp4") == "no video stream"
-    assert "No such file" in reason(tmp_path / "missing.mp4")
-    assert "directory" in reason(tmp_path)
+    write_audio(tmp_path / "audio.mp4")
+    assert skip_reason(tmp_path / "audio.mp4") == "no video stream"
+    assert "No such file" in skip_reason(tmp_path / "missing.mp4")
+    assert "directory" in skip_reason(tmp_path)
     for name in ("head.mov", "text.mp4", "empty.mp4"):
-        assert "Invalid" in reason(tmp_path / name)
-    assert read(tmp_path / "sound.mov").shape == (5, 32, 48, 3)
+        assert "Invalid" in skip_reason(tmp_path / name)
+    assert read(tmp_path / "valid.mov").shape == (5, 32, 48, 3)
 
 
-def test_a_file_that_ends_in_the_middle(tmp_path):
+def test_a_truncated_file_gives_its_whole_frames(tmp_path):
     with av.open(str(tmp_path / "whole.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=16)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "bgr0"
@@ -234,24 +235,24 @@ def test_a_file_that_ends_in_the_middle(tmp_path):
     content = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) * 6 // 10])
     assert np.array_equal(read(tmp_path / "whole.mkv"), noise(9, 32, 48)[:5])
-    assert np.array_equal(read(tmp_path / "cut.mkv"), noise(9, 32, 48)[:5])  # enough is there
-    assert reason(tmp_path / "cut.mkv", frames=9)
+    assert np.array_equal(read(tmp_path / "cut.mkv"), noise(9, 32, 48)[:5])  # it still has five whole frames
+    assert skip_reason(tmp_path / "cut.mkv", frames=9)
 
 
-def test_a_playlist_in_disguise_opens_no_other_file(tmp_path):
+def test_a_playlist_named_mp4_opens_no_other_file(tmp_path):
     write_mov(tmp_path / "clip.mov", noise(5, 32, 48), range(0, 190, 38))
     playlist = tmp_path / "list.mp4"
     playlist.write_text("ffconcat version 1.0\nfile clip.mov\n")
-    with av.open(str(playlist)) as container:  # what would happen
+    with av.open(str(playlist)) as container:  # FFmpeg alone follows the playlist
         assert len(list(container.decode(video=0))) == 5
-    assert reason(playlist)
+    assert skip_reason(playlist)
 
 
 def rows(*captions):
     return [{"path": f"{number}.mp4", "cap": caption} for number, caption in enumerate(captions)]
 
 
-def test_a_folder_with_captions_beside(tmp_path):
+def test_captions_of_a_folder_are_text_files_beside_the_videos(tmp_path):
     (tmp_path / "deeper").mkdir()
     for name in ("b.mp4", "a.MKV", "deeper/c.mov", "notes.md"):
         (tmp_path / name).touch()
@@ -267,7 +268,7 @@ def test_a_folder_with_captions_beside(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_indices(tmp_path, suffix):
+def test_every_format_of_an_index_is_read(tmp_path, suffix):
     captions = ['a "red", round\u2028circle', "", "née Ünal"]
     index = tmp_path / f"clips.{suffix}"
     if suffix == "jsonl":
@@ -288,21 +289,21 @@ def test_indices(tmp_path, suffix):
     assert find_clips(str(index), "/elsewhere")[0].path == "/elsewhere/0.mp4"
 
 
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "clips.parquet").touch()
     with pytest.raises(InputError, match="needs pyarrow"):
         find_clips(str(tmp_path / "clips.parquet"))
 
 
-def test_captions_by_other_names_and_in_lists(tmp_path):
+def test_captions_under_other_names_and_in_lists_are_read(tmp_path):
     index = tmp_path / "clips.jsonl"
     given = [{"cap": ["first", "second"]}, {"caption": "other"}, {"text": "third"}, {"cap": []}, {"cap": 3}, {}]
     index.write_text("".join(json.dumps({"path": "clip.mp4"} | row) + "\n" for row in given))
     assert [clip.caption for clip in find_clips(str(index))] == ["first", "other", "third", "", "", ""]
 
 
-def test_paths_that_lead_out_are_problems(tmp_path):
+def test_paths_outside_the_folder_are_problems(tmp_path):
     index = tmp_path / "in" / "clips.jsonl"
     index.parent.mkdir()
     inside = ["a.mp4", "./b/../a.mp4", str(tmp_path / "in" / "a.mp4")]
@@ -330,21 +331,21 @@ def test_paths_that_lead_out_are_problems(tmp_path):
         ("clips.xml", "", [".jsonl"]),
     ],
 )
-def test_bad_indices(tmp_path, name, content, parts):
+def test_a_bad_index_is_refused(tmp_path, name, content, parts):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as raised:
         find_clips(str(tmp_path / name))
     assert name in str(raised.value) and all(part in str(raised.value) for part in parts), raised.value
 
 
-def test_nothing_there(tmp_path):
+def test_an_empty_folder_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="found none"):
         find_clips(str(tmp_path))
     with pytest.raises(InputError, match="no such file"):
         find_clips(str(tmp_path / "clips.jsonl"))
 
 
-def test_processes_keep_the_order_and_survive_a_crash():
+def test_decoding_processes_keep_the_order_and_survive_a_crash():
     slow = "__import__('time').sleep(0.3) or 0"
     skip = "(_ for _ in ()).throw(__import__('jsurgery.data.video_reader', fromlist=['Skipped']).Skipped('no'))"
     crash = "__import__('os')._exit(1)"
@@ -354,7 +355,7 @@ def test_processes_keep_the_order_and_survive_a_crash():
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="needs /proc")
-def test_processes_end_with_a_killed_parent():
+def test_decoding_processes_end_when_their_parent_is_killed():
     code = """if True:
         from jsurgery.data.video_reader import decode_in_processes
         for pid in decode_in_processes(eval, ["__import__('os').getpid()", "__import__('time').sleep(60)"], 1):
@@ -375,6 +376,6 @@ def test_processes_end_with_a_killed_parent():
 
 def alive(process):
     try:
-        return bool((process / "cmdline").read_bytes())  # empty for what nobody has waited for yet
+        return bool((process / "cmdline").read_bytes())  # empty for a zombie
     except OSError:
         return False

@@ -15,7 +15,7 @@ def clip():
     return sprites.render(sprites.scene_at(0, 0), 9, 64, 48)
 
 
-def test_mp4_holds_the_frames_and_the_settings(clip, tmp_path):
+def test_mp4_has_the_frames_and_the_settings(clip, tmp_path):
     write_video(tmp_path / "a.mp4", clip, 8, {"seed": 3})
     with av.open(str(tmp_path / "a.mp4")) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -26,7 +26,7 @@ def test_mp4_holds_the_frames_and_the_settings(clip, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_gif_and_sheet(clip, tmp_path):
+def test_gif_has_all_frames_and_png_shows_them_side_by_side(clip, tmp_path):
     write_video(tmp_path / "a.gif", clip, 8)
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames == 9
@@ -36,14 +36,14 @@ def test_gif_and_sheet(clip, tmp_path):
     assert np.array_equal(np.asarray(sheet)[:, :48], clip[0])
 
 
-def test_other_suffix(clip, tmp_path):
+def test_another_suffix_is_refused(clip, tmp_path):
     with pytest.raises(InputError, match=r"\.mp4, \.gif or \.png"):
         write_video(tmp_path / "a.webm", clip, 8)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
-def test_settings_come_back(clip, tmp_path, suffix):
+def test_settings_are_read_back(clip, tmp_path, suffix):
     settings = {"prompt": 'ein "roter" Kreis, 红色的圆圈\n' * 20, "seed": 3, "shift": 0.1}
     write_video(tmp_path / f"a{suffix}", clip[:2], 8, settings)
     assert read_settings(tmp_path / f"a{suffix}") == settings
@@ -51,7 +51,7 @@ def test_settings_come_back(clip, tmp_path, suffix):
     assert read_settings(tmp_path / f"b{suffix}") == {}
 
 
-def test_settings_of_a_file_of_others(clip, tmp_path):
+def test_an_image_of_another_program_has_no_settings(clip, tmp_path):
     Image.fromarray(clip[0]).save(tmp_path / "a.png")
     assert read_settings(tmp_path / "a.png") == {}
 
@@ -59,11 +59,11 @@ def test_settings_of_a_file_of_others(clip, tmp_path):
 def test_an_interrupted_write_leaves_the_finished_file(clip, tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", clip[:2], 8, {"seed": 1})
 
-    def half(path, *rest):
+    def write_half(path, *rest):
         path.write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video_writer, "_write_mp4", half)
+    monkeypatch.setattr(video_writer, "_write_mp4", write_half)
     for name in ("a.mp4", "b.mp4"):
         with pytest.raises(KeyboardInterrupt):
             write_video(tmp_path / name, clip, 8, {"seed": 2})
