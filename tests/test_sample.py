@@ -48,7 +48,7 @@ def test_sampling_a_file_of_prompts_and_resuming(tmp_path, tiny_pipeline, prompt
     assert (stored[0]["steps"], stored[0]["solver"], stored[0]["shift"], stored[0]["width"]) == (2, "unipc", 3.0, 48)
 
     files[1].unlink()
-    (videos / ".0001.mp4.mp4").write_bytes(b"written by an interrupted run")
+    (videos / ".0001.mp4.mp4").write_bytes(b"left by a run that was killed")
     written = {number: files[number].stat().st_mtime_ns for number in (0, 2)}
     assert main(command) == 0
     output = capsys.readouterr()
