@@ -86,7 +86,7 @@ def test_kernels_without_a_name_are_named_after_their_scope():
     assert found == {name: [Kernel(STEPS, (1 / 8, 1 / 8))] for name in ("inner", "function")}
 
 
-def test_kernels_of_a_gradient():
+def test_grid_steps_of_the_kernels_of_a_gradient():
     """Two heads of 300 tokens and 150 softmax keys: 3 and 2 blocks of 128, 2 and 1 blocks of 256."""
     size = AttentionShape(300, 2, 128, "bfloat16", "lse")
     blocks = tpu_forward.BlockSizes(

@@ -85,7 +85,7 @@ def test_one_block_of_queries_equals_hybrid_attention():
     np.testing.assert_allclose(of_several, expected, atol=1e-5)
 
 
-def test_the_tpu_kernels_compute_it_too(monkeypatch):
+def test_values_of_the_tpu_kernels(monkeypatch):
     for name in ("hybrid_attention", "linear_state", "attend_with_state"):
         monkeypatch.setattr(tpu, name, functools.partial(getattr(tpu, name), interpret=True))
     monkeypatch.setattr(api, "_place", lambda: ("tpu", True))

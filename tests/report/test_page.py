@@ -517,7 +517,7 @@ def test_running_mean_ignores_nan():
     assert np.isnan(found[40])
 
 
-def test_ticks():
+def test_ticks_are_round_numbers():
     assert linear_ticks(3, 98) == [20.0, 40.0, 60.0, 80.0]
     assert linear_ticks(10, 400) == [100.0, 200.0, 300.0, 400.0]
     assert linear_ticks(-0.11, 0.32) == [-0.1, 0.0, 0.1, 0.2, 0.3]

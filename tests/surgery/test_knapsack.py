@@ -46,7 +46,7 @@ def small_instance(seed):
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_equals_brute_force(seed):
+def test_solution_equals_brute_force(seed):
     errors, costs, budget = small_instance(seed)
     best = brute_force(errors, costs, budget)
     if not len(best):
@@ -69,7 +69,7 @@ def test_control_small_instances_include_ties_and_infeasible_budgets():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_integer_programming(seed):
+def test_solution_equals_integer_programming(seed):
     rng = np.random.default_rng(1000 + seed)
     blocks, rates = rng.integers(30, 41), 5
     errors, costs = rng.random((2, blocks, rates))
@@ -184,7 +184,7 @@ def test_infinite_error_excludes_a_rate():
         (np.ones((0, 2)), np.ones((0, 2)), 5, r"expected the same \[blocks, rates\]"),
     ],
 )
-def test_bad_input(errors, costs, budget, message):
+def test_bad_arguments_are_refused(errors, costs, budget, message):
     with pytest.raises(InputError, match=message):
         solve_block_rates(errors, costs, budget)
 

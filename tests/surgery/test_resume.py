@@ -42,7 +42,7 @@ def digest(tree) -> str:
 
 
 class RecordingDataset:
-    """A dataset that records what was read. It starts `forgotten` elements too early, like one that was not resumed."""
+    """A dataset that records what is read. `forgotten` shifts it back, as if its position had not been restored."""
 
     def __init__(self, data, forgotten=0):
         self.data, self.forgotten, self.read = data, forgotten, []

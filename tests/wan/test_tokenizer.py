@@ -136,7 +136,7 @@ def test_training_is_deterministic(folder, tmp_path):
     assert (tmp_path / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
 
 
-def test_a_small_vocabulary_splits_words_and_too_small_a_one_is_refused(folder, tmp_path):
+def test_small_vocabularies_split_words_and_too_small_ones_are_refused(folder, tmp_path):
     small = train_tokenizer(CAPTIONS, tmp_path, vocab_size=40)
     assert small.vocab_size <= 40 < Tokenizer(folder).vocab_size
     assert small(CAPTIONS, 128)[1].sum() > Tokenizer(folder)(CAPTIONS, 128)[1].sum()
