@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, counted; and stages compiled for TPUs that are not there."""
+"""Bytes that compiled programs move between devices; stages compiled for TPUs on a machine that has none."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ from jsurgery.wan.transformer import WanConfig
 from pallas_kernels import init_polynomial_map, sharded_self_attention
 
 mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
-spread = jax.NamedSharding(mesh, P("context"))
+sharding = jax.NamedSharding(mesh, P("context"))
 
 def looped(x):
     def step(carry, _):
@@ -43,7 +43,7 @@ def looped(x):
     taken = lax.cond(sums.sum() > 0, lambda: lax.all_gather(carry[:2], "context").sum(), lambda: 0.0)
     return carry + taken
 
-x = jax.ShapeDtypeStruct((8 * 16,), jnp.float32, sharding=spread)
+x = jax.ShapeDtypeStruct((8 * 16,), jnp.float32, sharding=sharding)
 program = jax.shard_map(looped, mesh=mesh, in_specs=P("context"), out_specs=P("context"), check_vma=False)
 print(json.dumps(collectives(jax.jit(program).lower(x).compile().as_text())))
 
@@ -68,19 +68,19 @@ for rate in (1, 2, 8):
 """
 
 
-def test_what_devices_exchange(on_fake_devices):
-    counted, *attention = on_fake_devices(COUNT)
+def test_attention_exchanges_the_softmax_keys_and_the_linear_state(on_fake_devices):
+    counts, *attention = on_fake_devices(COUNT)
     attention, steps = attention[:6], attention[6:]
-    assert counted["all-reduce"] == {"count": 5, "bytes": 5 * 16 * 4}
-    assert counted["all-gather"] == {"count": 6, "bytes": 5 * 8 * 16 * 4 + 8 * 2 * 4}
+    assert counts["all-reduce"] == {"count": 5, "bytes": 5 * 16 * 4}
+    assert counts["all-gather"] == {"count": 6, "bytes": 5 * 8 * 16 * 4 + 8 * 2 * 4}
     whole = 2 * 8 * 64 * 8 * 12 * 4  # keys and values
     state = 8 * 24 * (12 + 1) * 4
-    gathered, traded = attention[::2], attention[1::2]
+    gathered, exchanged = attention[::2], attention[1::2]
     assert gathered == [{"all-gather": whole}] + [{"all-gather": whole / r, "all-reduce": state} for r in (2, 8)]
-    # q, k, v and y, a device's own of each, whatever the rate.
-    assert traded == [{"all-to-all": 2 * whole / 8}] * 3
-    # Backward, the gradients of the softmax keys and values go the same way back; beside these there are the state, its
-    # gradient, the maps' gradients and the loss, which do not depend on the tokens.
+    # A device's shard of q, k, v and y, whatever the rate.
+    assert exchanged == [{"all-to-all": 2 * whole / 8}] * 3
+    # The backward pass returns the gradients of the softmax keys and values. The size of everything else (the state,
+    # the gradients of the state and of the maps, the loss) does not depend on the number of tokens.
     of_tokens = [sum(one.get(kind, 0) for kind in ("all-gather", "reduce-scatter")) for one in steps]
     weights = 2 * 4 * sum(leaf for leaf in (8 * 12 * 24, 8 * 24 * 24, 2 * 8 * 24, 8))
     assert of_tokens[0] >= 2 * whole
@@ -89,7 +89,7 @@ def test_what_devices_exchange(on_fake_devices):
         assert one["all-reduce"] <= 3 * state + weights + 64
 
 
-def test_loops_and_collectives_as_tpus_write_them():
+def test_an_async_collective_in_a_loop_counts_once_an_iteration():
     text = """
 %condition (c: (s32[], f32[4])) -> pred[] {
   %six = s32[]{:T(128)} constant(6)
@@ -116,7 +116,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     assert collectives(text) == {"all-gather": {"count": 6, "bytes": 6 * 152}}
 
 
-def test_a_reduce_scatter_counts_what_goes_in_and_a_start_what_comes_out():
+def test_reduce_scatter_counts_its_input_and_all_gather_start_its_output():
     text = """
 ENTRY %main (p: f32[64]) -> f32[8] {
   %p = f32[64]{0} parameter(0)
@@ -132,8 +132,8 @@ ENTRY %main (p: f32[64]) -> f32[8] {
     }
 
 
-def test_the_largest_buffers_of_a_report():
-    """As libtpu writes it: memory spaces, in each the values that share a buffer; only the first is HBM."""
+def test_largest_buffers_of_hbm_in_a_memory_report():
+    """In libtpu's form: a table for each memory space, a row for each buffer. Only the first space is HBM."""
     rows = """
     3.38GiB( 22%);    3.38GiB;            0;                5; f32[15000,4,15000], 2×bf16[1,15000,60000]
     3.38GiB( 45%);  512.00MiB;   3624960000;                6; f32[60000,15000]
@@ -152,26 +152,26 @@ def test_the_largest_buffers_of_a_report():
 
 
 def program(blocks, rates=(1, 8, 2, 4, "linear")):
-    """Lines of a fine-tuning step whose blocks have these rates in turn."""
+    """The number of lines of a fine-tuning step whose blocks have these rates in turn."""
     hybrid = HybridConfig(rates=tuple(itertools.islice(itertools.cycle(rates), blocks)))
     network = WanConfig(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
         ffn_dim=32, num_layers=blocks, hybrid=hybrid,
     )  # fmt: skip
     graph, params = nnx.split(nnx.eval_shape(lambda: WanTransformer(network, remat="blocks", rngs=nnx.Rngs(0))))
-    config, of = base(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    config, array = base(), lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     optimizer = adamw(config.finetune)
     state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, 0.0), params)
-    batch = {"latents": of(1, 3, 10, 6, 4), "text": of(1, 7, 16)}
+    batch = {"latents": array(1, 3, 10, 6, 4), "text": array(1, 7, 16)}
     step = make_update(config, optimizer, graph, graph)
     return len(step.lower(state, params, batch, jax.eval_shape(lambda: jax.random.key(0))).as_text().splitlines())
 
 
-def test_a_program_does_not_grow_with_its_blocks():
-    """Nor does its compile time: thirty blocks of alternating rates are one scan over few branches."""
+def test_a_program_grows_with_its_distinct_rates_and_not_with_its_blocks():
+    """Blocks of alternating rates are one scan with a branch for each rate, which keeps compile time small."""
     eight, thirty = program(8), program(30)
     assert thirty == pytest.approx(eight, rel=0.02)
-    assert program(8, rates=(1, 8)) < 0.8 * eight, "every rate is there once"
+    assert program(8, rates=(1, 8)) < 0.8 * eight, "fewer rates, but not a smaller program"
 
 
 def run(*arguments):
@@ -199,7 +199,7 @@ def run(*arguments):
         (["--stage=finetune", "--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.plan.budget=0.5"], 2, ["15R2"]),
     ],
 )
-def test_refusals(capsys, arguments, code, parts):
+def test_bad_topologies_meshes_and_sizes_are_refused(capsys, arguments, code, parts):
     assert run(*arguments) == code
     output = capsys.readouterr()
     error = output.err.strip().splitlines()[-1]
@@ -210,7 +210,7 @@ def test_refusals(capsys, arguments, code, parts):
 
 
 @needs_libtpu
-def test_training_a_teacher(capsys):
+def test_training_of_a_teacher_compiles_for_tpus(capsys):
     small = {"layers": 2, "heads": 2, "head_dim": 128, "ffn_dim": 128, "batch": 4, "optimizer": "adamw"}
     fields = [f"--config.train.{name}={value}" for name, value in small.items()]
     fields += [f"--config.video.{name}={value}" for name, value in {"frames": 5, "height": 64, "width": 64}.items()]
@@ -219,7 +219,7 @@ def test_training_a_teacher(capsys):
 
 
 @needs_libtpu
-def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
+def test_distillation_compiles_for_tpus(tmp_path, capsys):
     file = tmp_path / "found.json"
     mesh = ["--config.mesh.data=2", "--config.mesh.context=2", "--config.distill.batch=2", "--config.hybrid.rates=8"]
     rates = ["--config.plan.rates=(1, 8)", "--config.plan.budget=3R8"]
@@ -232,7 +232,7 @@ def test_a_stage_for_a_chip_that_is_not_there(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def sharded_step():
-    """HLO of fine-tuning: a block at rate 2, one at softmax; 244 tokens over four chips, two examples on each."""
+    """HLO of fine-tuning with one block at rate 2 and one at rate 1; 61 of 244 tokens, and two examples, per chip."""
     overrides = {
         "mesh.data": "4", "mesh.context": "4", "model.dtype": "bfloat16", "model.remat": "blocks",
         "finetune.batch": "8", "hybrid.stabilizer": "max", "plan.budget": "1R2",
@@ -248,7 +248,7 @@ def sharded_step():
 
 
 @needs_libtpu
-def test_a_sharded_step_runs_the_kernels(sharded_step):
+def test_a_sharded_step_uses_the_kernels(sharded_step):
     calls = [line for line in sharded_step.splitlines() if "tpu_custom_call" in line]
     for kernel in ("attend", "state", "attend_backward", "read_out_backward", "state_backward"):
         assert any(f"hybrid_{kernel}" in line for line in calls), kernel
@@ -256,8 +256,8 @@ def test_a_sharded_step_runs_the_kernels(sharded_step):
 
 
 @needs_libtpu
-def test_a_sharded_step_computes_on_its_own_tokens_alone(sharded_step):
-    """Two examples of 61 tokens: a layer that flattened its batch axes would first gather what others hold."""
+def test_feed_forward_layers_do_not_gather_tokens(sharded_step):
+    """Each chip has two examples of 61 tokens. A layer that flattened batch and tokens would gather all of them."""
     hidden = set(re.findall(r"\w+\[((?:\d+,)+)384\]", sharded_step))
     assert "2,61," in hidden
     assert not hidden & {"2,244,", "488,"}

@@ -12,7 +12,7 @@ RATES = ["1", "2", "4", "8", "linear"]
 
 
 def cost(tmp_path, *arguments):
-    """The JSON that the command leaves."""
+    """The JSON report of `jsurgery cost`."""
     assert main(["cost", *arguments, f"--json={tmp_path / 'cost.json'}"]) == 0
     return json.loads((tmp_path / "cost.json").read_text())
 
@@ -21,7 +21,7 @@ def tera(flops):
     return round(flops / 1e12, 3)
 
 
-def test_the_paper_s_numbers_from_a_name_alone(tmp_path, capsys):
+def test_costs_of_wan_1_3b_are_those_of_the_paper(tmp_path, capsys):
     found = cost(tmp_path, "--config=configs/wan_1_3b.py", "--plan=15R2")
     assert (found["tokens"], found["parameters"], found["blocks"]) == (32760, 1_418_996_800, 30)
     softmax = found["block"]["1"]["flops"]
@@ -39,7 +39,7 @@ def test_the_paper_s_numbers_from_a_name_alone(tmp_path, capsys):
     assert "32,760 tokens, 30 blocks, 1,418,996,800 parameters" in out and "6,593.8" in out and "23.8 %" in out
 
 
-def test_beside_the_paper(tmp_path):
+def test_claims_of_the_paper_are_counted(tmp_path):
     claims = {row["claim"]: row for row in cost(tmp_path, "--config=wan_14b")["paper"]}
     table_7 = [row for claim, row in claims.items() if claim.startswith("Table 7")]
     assert [row["counted"] for row in table_7] == [
@@ -54,13 +54,13 @@ def test_beside_the_paper(tmp_path):
         assert number in counted
 
 
-def test_the_document_has_these_claims(tmp_path):
+def test_results_md_has_the_table_of_claims(tmp_path):
     document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
     for row in cost(tmp_path, "--config=wan_1_3b")["paper"]:
         assert f"| {' | '.join(row.values())} |" in document
 
 
-def test_sizes_of_a_size_and_a_share(tmp_path):
+def test_costs_depend_on_video_size_plan_and_model(tmp_path):
     found = cost(tmp_path, "--config=wan_1_3b", "--height=320", "--width=480", "--plan=15R8")
     assert found["tokens"] == 12600
     assert round(100 * found["plan"]["saved"]["core"], 1) == 39.9
@@ -70,7 +70,7 @@ def test_sizes_of_a_size_and_a_share(tmp_path):
     assert cost(tmp_path, "--config=wan_14b")["parameters"] == 14_288_491_584
 
 
-def test_hedgehog_takes_less_than_a_polynomial(tmp_path):
+def test_hedgehog_costs_less_than_a_polynomial_map(tmp_path):
     polynomial = cost(tmp_path, "--config=wan_1_3b")
     hedgehog = cost(tmp_path, "--config=wan_1_3b", "--feature_map=hedgehog")
     assert hedgehog["feature_map"]["kind"] == "hedgehog"
@@ -79,7 +79,7 @@ def test_hedgehog_takes_less_than_a_polynomial(tmp_path):
     assert hedgehog["block"]["1"] == polynomial["block"]["1"]
 
 
-def test_a_model_folder_and_a_plan_file(tiny_pipeline, tmp_path, capsys):
+def test_costs_of_a_model_folder_with_a_plan_file(tiny_pipeline, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"rates": [1, 8]}))
     size = ["--frames=5", "--height=64", "--width=48"]
@@ -92,7 +92,7 @@ def test_a_model_folder_and_a_plan_file(tiny_pipeline, tmp_path, capsys):
     assert "kFLOP of one block" in out and f"{found['block']['8']['flops']['total'] / 1e3:,.1f}" in out
 
 
-def test_the_page_stands_alone(tmp_path):
+def test_the_page_has_all_charts_and_loads_no_other_file(tmp_path):
     plans = [{"cost": c, "share_of_teacher": c / 9, "error": e, "rates": [1, 2]} for c, e in ((5, 3), (7, 1), (9, 0))]
     chosen = {**plans[1], "cheaper": plans[0], "dearer": plans[2], "error_bound": 0.875, "optimum": 1}
     front = {"unit": "ms", "candidates": [1, 2], "plans": plans, "homogeneous": {"2": plans}}
@@ -105,8 +105,8 @@ def test_the_page_stands_alone(tmp_path):
     assert "70 GFLOP contradicts" in page and "next cheaper" in page and "0.875" in page
     assert not re.search(r"(src|href)=.(https?:)?//", page) and page.count("<script") == 1
     plan = plans[0] | {"cheaper": None, "dearer": None, "error_bound": 3, "optimum": 3, "proven_optimal": True}
-    alone = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
-    assert "<svg" not in alone.read_text()
+    front_page = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
+    assert "<svg" not in front_page.read_text()
     paths = re.findall(r'<path[^>]* d="([^"]*)"', page)
     assert len(paths) == 3 * 5 + 4 + 3
     point = r"-?[\d.]+ -?[\d.]+"
@@ -125,12 +125,12 @@ def test_the_page_stands_alone(tmp_path):
         (["--config=wan_1_3b", "--json=nowhere/cost.json"], "--json=nowhere/cost.json: expected a file"),
     ],
 )
-def test_what_cannot_be_counted(arguments, message, capsys):
+def test_bad_input_is_refused(arguments, message, capsys):
     assert main(["cost", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_plan_file_that_does_not_fit(tmp_path, capsys):
+def test_a_bad_plan_file_is_refused(tmp_path, capsys):
     path = tmp_path / "plan.json"
     for content, message in (
         ({"rates": [1, 2]}, "rates: expected one for each of the model's 30 blocks"),
