@@ -164,8 +164,9 @@ def random_transformer() -> Callable[[WanConfig], WanTransformer]:
 
 
 FAKE_DEVICES = """
-import contextlib, io, json, sys, traceback
+import contextlib, gc, io, json, sys, traceback
 
+gc.set_threshold(50_000, 20, 50)
 for line in sys.stdin:
     script, sys.argv[1:] = json.loads(line)
     error, printed = "", io.StringIO()

@@ -151,7 +151,7 @@ def test_largest_buffers_of_hbm_in_a_memory_report():
     assert largest_buffers("", 3) == []
 
 
-def program(blocks, rates=(1, 8, 2, 4, "linear")):
+def program(blocks, rates=(1, 8, "linear")):
     """The number of lines of a fine-tuning step whose blocks have these rates in turn."""
     hybrid = HybridConfig(rates=tuple(itertools.islice(itertools.cycle(rates), blocks)))
     network = WanConfig(
@@ -171,7 +171,7 @@ def test_a_program_grows_with_its_distinct_rates_and_not_with_its_blocks():
     """Blocks of alternating rates are one scan with a branch for each rate, which keeps compile time small."""
     eight, thirty = program(8), program(30)
     assert thirty == pytest.approx(eight, rel=0.02)
-    assert program(8, rates=(1, 8)) < 0.8 * eight, "fewer rates, but not a smaller program"
+    assert program(8, rates=(1, 8)) < 0.9 * eight, "fewer rates, but not a smaller program"
 
 
 def run(*arguments):

@@ -32,7 +32,9 @@ MESH = {"mesh.fsdp": "2", "mesh.tensor": "2"}  # two devices a process: examples
 STAGES = ("distill", "plan", "operate", "finetune")
 
 TWO = """
-import json, sys
+import gc, json, sys
+
+gc.set_threshold(50_000, 20, 50)
 from jsurgery.load_config import load_config
 from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.runtime import processes
