@@ -105,8 +105,8 @@ def test_the_page_has_all_charts_and_loads_no_other_file(tmp_path):
     assert "70 GFLOP contradicts" in page and "next cheaper" in page and "0.875" in page
     assert not re.search(r"(src|href)=.(https?:)?//", page) and page.count("<script") == 1
     plan = plans[0] | {"cheaper": None, "dearer": None, "error_bound": 3, "optimum": 3, "proven_optimal": True}
-    front_page = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
-    assert "<svg" not in front_page.read_text()
+    lone = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
+    assert "<svg" not in lone.read_text()
     paths = re.findall(r'<path[^>]* d="([^"]*)"', page)
     assert len(paths) == 3 * 5 + 4 + 3
     point = r"-?[\d.]+ -?[\d.]+"

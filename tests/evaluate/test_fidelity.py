@@ -1,4 +1,4 @@
-"""`evaluate fidelity`: a model against itself, a changed model, the control, and resuming."""
+"""`evaluate fidelity`: the teacher itself, changed models and the control; metrics; resuming; refusals."""
 
 import json
 import shutil
@@ -30,8 +30,8 @@ def run(tmp_path, tiny_pipeline):
     return start
 
 
-def changed(source, folder, scale):
-    """The transformer with one projection scaled."""
+def scaled_copy(source, folder, scale):
+    """A copy of the model folder with all matrices of the transformer's blocks scaled."""
     transformer = load_transformer(source / "transformer")
     for (*_, leaf), param in nnx.to_flat_state(nnx.state(transformer, nnx.Param)):
         if leaf == "kernel" and param.ndim == 3:  # of the stacked blocks
@@ -42,33 +42,33 @@ def changed(source, folder, scale):
     return folder
 
 
-def test_a_model_against_itself_and_others(tmp_path, tiny_pipeline, run, capsys, monkeypatch):
-    near, far = (changed(tiny_pipeline, tmp_path / name, s) for name, s in (("near", 1.02), ("far", 1.5)))
+def test_metrics_are_better_for_a_model_that_is_changed_less(tmp_path, tiny_pipeline, run, capsys, monkeypatch):
+    near, far = (scaled_copy(tiny_pipeline, tmp_path / name, s) for name, s in (("near", 1.02), ("far", 1.5)))
     paths = [str(path) for path in (tiny_pipeline, near, far)]
     code, result = run("--durations=9,5", "--model", *paths)
     assert code == 0 and [duration["frames"] for duration in result["durations"]] == [5, 9]
     assert result == json.loads((tmp_path / "run" / "fidelity.json").read_text())
     assert len(result["timesteps"]) == 3 and result["timesteps"][0] > result["timesteps"][2]
     for duration, latent_frames in zip(result["durations"], (2, 3), strict=True):
-        itself, close, distant, control = (duration["models"][name] for name in (*paths, CONTROL))
-        assert itself["psnr"] is None and itself["psnr_per_frame"] == [None] * duration["frames"]
-        assert itself["ssim"] == pytest.approx(1, abs=1e-12) and itself["velocity_error"] == itself["drift"] == 0
-        assert itself["flicker"] == itself["teacher_flicker"] and itself["motion"] == itself["teacher_motion"]
+        same, close, distant, control = (duration["models"][name] for name in (*paths, CONTROL))
+        assert same["psnr"] is None and same["psnr_per_frame"] == [None] * duration["frames"]
+        assert same["ssim"] == pytest.approx(1, abs=1e-12) and same["velocity_error"] == same["drift"] == 0
+        assert same["flicker"] == same["teacher_flicker"] and same["motion"] == same["teacher_motion"]
         assert close["psnr"] > distant["psnr"] and close["ssim"] > distant["ssim"]
         assert 0 < close["velocity_error"] < distant["velocity_error"]
         assert close["psnr"] > control["psnr"] + 3 and close["ssim"] > control["ssim"] + 0.05
-        assert "velocity_error" not in control  # the teacher's own is 0 at any x_t
+        assert "velocity_error" not in control  # as the teacher has no error at any x_t
         assert len(close["velocity_error_per_step"]) == 3 and len(close["velocity_error_per_frame"]) == latent_frames
     text = capsys.readouterr().out
     assert f"| {tiny_pipeline} | 0.62 | ∞ | 1.0000 | 0.0000 | +0.00 |" in text
 
-    monkeypatch.setattr(fidelity, "velocities", None)  # nothing is left to do
+    monkeypatch.setattr(fidelity, "velocities", None)  # so that computing anything again would fail
     assert run("--durations=5,9", "--model", *paths)[1] == result
     assert run("--durations=5", "--model", str(near), "--seed=1")[0] == 2
     assert "seed was 0, is 1; use another --workdir" in capsys.readouterr().err
 
 
-def test_velocity_errors():
+def test_velocity_errors_are_relative_norms():
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
     velocity = teacher.copy()
@@ -79,7 +79,7 @@ def test_velocity_errors():
     assert found["velocity_error_per_step"] == pytest.approx([0, 0.5 * share], rel=1e-5)
 
 
-def test_summary():
+def test_summary_of_two_videos_by_hand():
     rows = [{"mse": [0.0, 16.0, 64.0], "ssim": [1.0, 0.9, 0.8]}, {"mse": [0.0, 16.0, 64.0], "ssim": [1.0, 0.7, 0.6]}]
     for row in rows:
         row |= {"flicker": 1.0, "motion": 2.0, "teacher_flicker": 3.0, "teacher_motion": 4.0}
@@ -89,14 +89,14 @@ def test_summary():
     assert found["psnr_per_frame"][0] is None
 
 
-def test_networks_of_the_user(monkeypatch):
-    """LPIPS is of a pair; CLIP's scores are of each video, and the teacher has its own."""
+def test_lpips_and_clip_scores_are_reported_when_their_networks_are_given(monkeypatch):
+    """LPIPS compares two videos; CLIP scores each video, so that the teacher has its own scores."""
     rng = np.random.default_rng(0)
     video, teacher = rng.integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
-    seen = SimpleNamespace(scores=lambda video, prompt: {"clip_text": video.mean() + len(prompt), "clip_frames": 0.5})
+    clip = SimpleNamespace(scores=lambda video, prompt: {"clip_text": video.mean() + len(prompt), "clip_frames": 0.5})
     monkeypatch.setattr(fidelity, "lpips", lambda weights, one, two: weights * np.arange(1, 1 + len(one)))
     rows = [
-        fidelity.video_numbers(video, teacher, prompt, MetricNetworks(np.float32(0.25), seen))
+        fidelity.video_numbers(video, teacher, prompt, MetricNetworks(np.float32(0.25), clip))
         for prompt in ("a", "two")
     ]
     found = summarize([{name: np.asarray(value) for name, value in row.items()} for row in rows], np.arange(3) / 8)
@@ -108,8 +108,8 @@ def test_networks_of_the_user(monkeypatch):
     lines = table({"durations": [{"seconds": 0.375, "models": {"m": found}}]}).splitlines()
     assert lines[0].split(" | ")[3:6] == ["SSIM", "LPIPS", "drift (levels/s)"]
     assert lines[2].startswith("| teacher | 0.38 | – | – | – | – | ") and " | 0.5000 | " in lines[3]
-    bare = fidelity.video_numbers(video, teacher, "a", MetricNetworks())
-    assert not [name for name in bare if "lpips" in name or "clip" in name]
+    without_networks = fidelity.video_numbers(video, teacher, "a", MetricNetworks())
+    assert not [name for name in without_networks if "lpips" in name or "clip" in name]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_networks_of_the_user(monkeypatch):
         (["--prompts_file=none.txt"], ["none.txt"]),
     ],
 )
-def test_refusals(tmp_path, tiny_pipeline, run, capsys, monkeypatch, arguments, parts):
+def test_bad_arguments_are_refused_before_loading(tmp_path, tiny_pipeline, run, capsys, monkeypatch, arguments, parts):
     monkeypatch.setattr(fidelity, "load_pipeline", None)
     assert run(f"--model={tiny_pipeline}", *arguments)[0] == 2
     message = capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_refusals(tmp_path, tiny_pipeline, run, capsys, monkeypatch, arguments, 
     assert not (tmp_path / "run").exists()
 
 
-def test_models_of_other_latents_are_refused(tmp_path, tiny_pipeline, run, capsys):
+def test_a_model_of_another_text_width_is_refused(tmp_path, tiny_pipeline, run, capsys):
     other = shutil.copytree(tiny_pipeline, tmp_path / "other")
     config = json.loads((other / "transformer" / "config.json").read_text())
     (other / "transformer" / "config.json").write_text(json.dumps(config | {"text_dim": 32}))

@@ -1,4 +1,4 @@
-"""The models that a run evaluates are of one kind to the compiler: it compiles a sampler once for all hybrids."""
+"""A sampler is compiled once for all hybrid models that a run evaluates."""
 
 import dataclasses
 import logging
@@ -21,8 +21,8 @@ FIELDS = {
 }  # fmt: skip
 
 
-class Compiled(logging.Handler):
-    """Counts the programs that jax compiles."""
+class CompileLog(logging.Handler):
+    """Collects the names of the programs that JAX compiles."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Compiled(logging.Handler):
 
 @pytest.fixture
 def compiled():
-    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Compiled()
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), CompileLog()
     logger.addHandler(handler)
     with jax.log_compiles():
         yield handler.programs

@@ -1,4 +1,4 @@
-"""LPIPS and CLIP's scores against torch and transformers, with random weights."""
+"""LPIPS and CLIP scores compared with torch and transformers, with random weights."""
 
 import json
 
@@ -41,7 +41,7 @@ def videos(frames, height, width):
     return smooth.astype(np.uint8), other.astype(np.uint8)
 
 
-def by_torch(tensors, video, other):
+def torch_lpips(tensors, video, other):
     weights = {name: torch.from_numpy(value) for name, value in tensors.items()}
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
 
@@ -65,19 +65,19 @@ def by_torch(tensors, video, other):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (37, 53)])
-def test_lpips_is_torchs(tmp_path, alexnet, size):
+def test_lpips_equals_torch(tmp_path, alexnet, size):
     save_file(alexnet, tmp_path / "lpips.safetensors")
     weights = lpips.load_lpips(tmp_path / "lpips.safetensors")
     video, other = videos(2, *size)
-    expected = by_torch(alexnet, video, other)
+    expected = torch_lpips(alexnet, video, other)
     assert expected.min() > 0.01
     assert lpips.lpips(weights, video, other) == pytest.approx(expected, rel=1e-4)
     assert lpips.lpips(weights, video, video) == pytest.approx([0, 0], abs=1e-9)
 
 
-def test_refused_weights_and_sizes(tmp_path, alexnet):
+def test_missing_weights_and_small_frames_are_refused(tmp_path, alexnet):
     file = tmp_path / "lpips.safetensors"
-    shared = {name.replace("lin", "lins."): value for name, value in alexnet.items()}  # as safetensors' save_model may
+    shared = {name.replace("lin", "lins."): value for name, value in alexnet.items()}  # save_model may keep these names
     save_file(shared, file)
     weights = lpips.load_lpips(file)
     with pytest.raises(InputError, match="at least 31 pixels"):
@@ -90,7 +90,7 @@ def test_refused_weights_and_sizes(tmp_path, alexnet):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A CLIP model of random weights with a vocabulary of bytes and a few merges."""
+    """(folder, model, tokenizer) of a CLIP model with random weights and a vocabulary of bytes and a few merges."""
     folder = tmp_path_factory.mktemp("clip")
     characters = sorted(clip_model._BYTES.values())
     merges = [("a", "t</w>"), ("r", "e"), ("re", "d</w>"), ("c", "at</w>"), ("c", "i"), ("l", "e</w>"), ("é", "!</w>")]
@@ -110,17 +110,17 @@ def reference(tmp_path_factory):
 PROMPTS = ("a red cat", "A  RED\ncircle's way: 12 (left_right)!", "Café — two cats", "x" * 40)
 
 
-def test_clips_tokens_are_transformers(reference):
+def test_clip_tokens_equal_transformers(reference):
     folder, _, tokenizer = reference
-    mine = clip_model.load_clip_model(str(folder))
+    ours = clip_model.load_clip_model(str(folder))
     for prompt in PROMPTS:
-        assert mine.tokens(prompt) == tokenizer(prompt)["input_ids"][1:-1]
-    assert len(mine.tokens("cat red")) == 2  # merges are used
+        assert ours.tokens(prompt) == tokenizer(prompt)["input_ids"][1:-1]
+    assert len(ours.tokens("cat red")) == 2  # merges are used
 
 
-def test_clips_scores_are_transformers(reference):
+def test_clip_scores_equal_transformers(reference):
     folder, model, tokenizer = reference
-    mine = clip_model.load_clip_model(str(folder))
+    ours = clip_model.load_clip_model(str(folder))
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     video = videos(3, 45, 70)[0]
     with torch.no_grad():
@@ -131,14 +131,14 @@ def test_clips_scores_are_transformers(reference):
             ids = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=24)["input_ids"]
             texts.append(model.get_text_features(input_ids=ids).pooler_output[0].numpy())
     images /= np.linalg.norm(images, axis=1, keepdims=True)
-    found = [mine.scores(video, prompt) for prompt in PROMPTS]
+    found = [ours.scores(video, prompt) for prompt in PROMPTS]
     for score, text in zip(found, texts, strict=True):
         assert score["clip_text"] == pytest.approx((images @ (text / np.linalg.norm(text))).mean(), abs=1e-4)
         assert score["clip_frames"] == pytest.approx((images[1:] * images[:-1]).sum(axis=1).mean(), abs=1e-4)
     assert np.ptp([score["clip_text"] for score in found]) > 0.01  # the prompts matter
 
 
-def test_refused_folders(tmp_path, reference):
+def test_an_incomplete_clip_folder_is_refused(tmp_path, reference):
     with pytest.raises(InputError, match=r"config.json"):
         clip_model.load_clip_model(str(tmp_path))
     for name in ("config.json", "tokenizer.json"):

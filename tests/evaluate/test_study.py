@@ -1,4 +1,4 @@
-"""The preference study: the page in a browser from the first key to the table, what it hides, and the numbers."""
+"""The preference study: its page in a browser, what the page hides from participants, and the statistics."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ PROMPTS = tuple(f"a {color} thing, <b>no. {i} & more" for i, color in enumerate(
 
 
 def clip(red, offset=0):
-    """Red or blue; green counts the frames, 24 levels each."""
+    """A red or blue clip, whose green channel is 24 times the number of the frame."""
     video = np.zeros((FRAMES, *SIZE, 3), np.uint8)
     video[..., 0 if red else 2] = 200
     video[..., 1] = (24 * (np.arange(FRAMES) + offset))[:, None, None]
@@ -33,15 +33,15 @@ def clip(red, offset=0):
 
 @pytest.fixture
 def folders(tmp_path):
-    """secretA/videos is red, secretB/videos blue, in VBench's layout, two videos a prompt."""
+    """Two folders in VBench's layout with two videos a prompt: secretA/videos are red, secretB/videos blue."""
     names = {}
     for side, red in (("a", True), ("b", False)):
         names[side] = tmp_path / f"secret{side.upper()}" / "videos"
         for prompt in PROMPTS:
             for index in range(2):
                 write_video(names[side] / f"{prompt}-{index}.mp4", clip(red), FPS, {"prompt": "x"})
-    kinds = (["color"], ["overall_consistency", "aesthetic_quality"])
-    entries = [{"prompt_en": prompt, "dimension": kinds[i % 2]} for i, prompt in enumerate(PROMPTS)]
+    dimensions = (["color"], ["overall_consistency", "aesthetic_quality"])
+    entries = [{"prompt_en": prompt, "dimension": dimensions[i % 2]} for i, prompt in enumerate(PROMPTS)]
     (tmp_path / "secretA" / "full_info.json").write_text(json.dumps(entries))
     return names
 
@@ -61,8 +61,8 @@ def browser(tmp_path):
     browser.close()
 
 
-def complaints(browser):
-    return [log for log in browser.logs if "readback" not in log]  # that one is about what this test reads
+def browser_errors(browser):
+    return [log for log in browser.logs if "readback" not in log]  # caused by COLORS
 
 
 COLORS = """["one", "two"].map((id) => {
@@ -76,7 +76,7 @@ def colors(browser):
     return browser.run(COLORS)
 
 
-def test_six_pairs_by_keyboard(tmp_path, folders, browser, capsys):
+def test_a_participant_answers_six_pairs_by_keyboard(tmp_path, folders, browser, capsys):
     assert build(folders, tmp_path, "--prompts=6") == 0
     page = pathlib.Path(capsys.readouterr().out.strip())
     browser.screen(1440, 900)
@@ -87,14 +87,14 @@ def test_six_pairs_by_keyboard(tmp_path, folders, browser, capsys):
         assert browser.run("document.getElementById('place').textContent") == f"{number + 1} of 6"
         shown = colors(browser)
         red = [color[0] > color[2] for color in shown]
-        assert sorted(red) == [False, True]  # each video is on one side
+        assert sorted(red) == [False, True]  # one video is red, the other blue
         for _ in range(6):
             one, two = (color[1] / 24 for color in browser.run(COLORS))
-            assert abs(one - two) < 0.5  # they show the same frame
+            assert abs(one - two) < 0.5  # both show the same frame
             time.sleep(0.1)
         if number == 0:
             browser.wait(f"({COLORS})[0][1] > 24 * 6")
-            browser.wait(f"({COLORS})[0][1] < 24 * 3")  # they play, and begin again
+            browser.wait(f"({COLORS})[0][1] < 24 * 3")  # the videos loop
         if number == 2:
             browser.press(" ")
             time.sleep(0.3)
@@ -120,7 +120,7 @@ def test_six_pairs_by_keyboard(tmp_path, folders, browser, capsys):
     (answers,) = saved.glob("study-*.json")
     assert [request for request in browser.requests if not request.startswith(("file://", "data:", "blob:"))] == []
     assert {request for request in browser.requests if request.startswith("file:")} == {page.resolve().as_uri()}
-    assert complaints(browser) == []
+    assert browser_errors(browser) == []
 
     report = tmp_path / "report.json"
     assert main(["evaluate", "study-results", str(answers), f"--key={page.parent / 'study.key.json'}",
@@ -133,7 +133,7 @@ def test_six_pairs_by_keyboard(tmp_path, folders, browser, capsys):
 
 
 @pytest.mark.parametrize("size", [(1440, 900), (390, 844)])
-def test_everything_is_on_the_screen(tmp_path, folders, browser, size):
+def test_every_page_fits_the_screen(tmp_path, folders, browser, size):
     assert build(folders, tmp_path, "--prompts=2") == 0
     for dark in (False, True):
         browser.screen(*size, dark)
@@ -147,36 +147,36 @@ def test_everything_is_on_the_screen(tmp_path, folders, browser, size):
             for _ in range({"intro": 1, "pair": 2, "end": 0}[place]):
                 browser.press("Enter" if place == "intro" else "ArrowDown")
         browser.run("localStorage.clear()")
-    assert complaints(browser) == []
+    assert browser_errors(browser) == []
 
 
-def test_nothing_tells_the_sides(tmp_path, folders):
+def test_the_page_does_not_reveal_the_sides(tmp_path, folders):
     assert build(folders, tmp_path) == 0
     text = (tmp_path / "study" / "study.html").read_text()
     data = json.loads(re.search(r'id="study">(.*?)</script>', text)[1])
     assert all(pair.keys() == {"id", "prompt", "width", "height", "offset"} for pair in data["pairs"])
     videos = dict(re.findall(r'id="video-(\w+)">([^<]*)<', text))
     assert videos.keys() == {pair["id"] for pair in data["pairs"]} and len(videos) == len(PROMPTS)
-    hidden = ["secret", "videos/", "mp4", 'first":', str(tmp_path)]
-    prose = re.sub(r'(?s)<script type="text/plain".*?</script>', "", text)
+    secrets = ["secret", "videos/", "mp4", 'first":', str(tmp_path)]
+    text_without_videos = re.sub(r'(?s)<script type="text/plain".*?</script>', "", text)
     script = (pathlib.Path(__file__).parents[2] / "jsurgery" / "report" / "study.js").read_text()
-    assert not [word for word in hidden if word in prose.replace(script, "")]
+    assert not [word for word in secrets if word in text_without_videos.replace(script, "")]
     for video in videos.values():
         content = base64.b64decode(video)
         assert not [word for word in (b"secret", b"prompt", b"mp4", b"comment") if word in content]
     assert sorted(file.name for file in (tmp_path / "study").iterdir()) == ["study.html", "study.key.json"]
     key = read_key(tmp_path / "study" / "study.key.json")
     assert key["study"] == data["study"] and key["pairs"].keys() == videos.keys()
-    for name, sealed in key["pairs"].items():  # and the key tells the truth
+    for name, entry in key["pairs"].items():  # the key names the right sides
         with av.open(io.BytesIO(base64.b64decode(videos[name]))) as container:
             frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
         offset = data["pairs"][0]["offset"]
         halves = [frame[: SIZE[0], start : start + SIZE[1]].mean(axis=(0, 1)) for start in (0, offset)]
-        assert [half[0] > half[2] for half in halves] == [sealed["first"] == "a", sealed["first"] == "b"]
-        assert sealed["prompt"] in PROMPTS
+        assert [half[0] > half[2] for half in halves] == [entry["first"] == "a", entry["first"] == "b"]
+        assert entry["prompt"] in PROMPTS
 
 
-def test_sides_are_drawn(tmp_path, folders):
+def test_sides_are_random(tmp_path, folders):
     drawn = set()
     for number in range(4):
         build_study(str(folders["a"]), str(folders["b"]), str(tmp_path / str(number)))
@@ -185,7 +185,7 @@ def test_sides_are_drawn(tmp_path, folders):
     assert len(drawn) > 1 and any(len(set(sides)) == 2 for sides in drawn)
 
 
-def test_prompts_are_text(tmp_path, folders):
+def test_prompts_are_escaped(tmp_path, folders):
     assert build(folders, tmp_path) == 0
     text = (tmp_path / "study" / "study.html").read_text()
     assert "<b>" not in text and "\\u003cb\\u003eno. 1" in text
@@ -206,11 +206,11 @@ def test_joined_videos_keep_their_frames(tmp_path):
 
 
 def answers_of(folder, key, participant, votes):
-    """An export in which `votes` (a, b or none) answer the key's pairs in order."""
+    """Writes a participant's export, in which `votes` (a, b or none) answer the key's pairs in order."""
     answers = []
-    for (name, sealed), vote in zip(key["pairs"].items(), votes, strict=False):
+    for (name, entry), vote in zip(key["pairs"].items(), votes, strict=False):
         answers.append(
-            {"pair": name, "answer": vote if vote == "none" else "first" if vote == sealed["first"] else "second"}
+            {"pair": name, "answer": vote if vote == "none" else "first" if vote == entry["first"] else "second"}
         )
     file = folder / f"{participant}.json"
     file.write_text(json.dumps({"study": key["study"], "participant": participant, "answers": answers}))
@@ -219,12 +219,12 @@ def answers_of(folder, key, participant, votes):
 
 @pytest.fixture
 def key():
-    kinds = (["color"], ["color", "scene"], [])
-    pairs = {f"p{i}": {"prompt": "", "dimensions": kinds[i % 3], "first": "ab"[i % 2]} for i in range(6)}
+    dimensions = (["color"], ["color", "scene"], [])
+    pairs = {f"p{i}": {"prompt": "", "dimensions": dimensions[i % 3], "first": "ab"[i % 2]} for i in range(6)}
     return {"study": "s", "a": "ours", "b": "theirs", "pairs": pairs}
 
 
-def test_tally(tmp_path, key):
+def test_tally_by_dimension_and_total(tmp_path, key):
     files = [
         answers_of(tmp_path, key, "one", ["a", "b", "none", "a", "a", "a"]),
         answers_of(tmp_path, key, "two", ["b", "none"]),
@@ -238,12 +238,12 @@ def test_tally(tmp_path, key):
 
 
 @pytest.mark.parametrize(("a", "none", "b"), [(5, 1, 0), (174, 223, 165), (0, 4, 0), (7, 0, 7), (1, 0, 30)])
-def test_statistics(a, none, b):
-    """Against the definitions: all outcomes of a fair coin that are no likelier, and Wilson's quadratic."""
+def test_sign_test_and_wilson_intervals_follow_their_definitions(a, none, b):
+    """The sign test, summed over all outcomes that are not likelier, and the equation of Wilson's interval."""
     found, n = statistics(a, none, b), a + none + b
     if a + b:
-        ways = [math.comb(a + b, k) for k in range(a + b + 1)]
-        tail = sum(way for way in ways if way <= ways[a])
+        outcomes = [math.comb(a + b, k) for k in range(a + b + 1)]
+        tail = sum(outcome for outcome in outcomes if outcome <= outcomes[a])
         assert found["p"] == pytest.approx(tail / 2 ** (a + b), rel=1e-9)
     else:
         assert found["p"] is None
@@ -254,14 +254,14 @@ def test_statistics(a, none, b):
             assert (bound - share) ** 2 == pytest.approx(z**2 * bound * (1 - bound) / n, abs=1e-9)
 
 
-def test_the_papers_total():
-    """562 comparisons: 31.0, 39.7 and 29.3 % of them; no preference for either is what the paper concludes."""
+def test_statistics_of_the_study_of_the_paper():
+    """Of 562 comparisons, 31.0, 39.7 and 29.3 %. The paper concludes that neither model is preferred."""
     found = statistics(174, 223, 165)
     assert [round(100 * found[name]["share"], 1) for name in ("a", "none")] == [31.0, 39.7]
     assert found["b"]["share"] == pytest.approx(0.293, abs=0.001) and found["p"] > 0.5
 
 
-def test_no_answers(key):
+def test_a_study_without_answers_has_an_empty_table(key):
     rows, participants = tally([], key)
     assert participants == 0 and rows["Total"]["p"] is None
     assert "| Total | – | – | – | 0 | – |" in table(rows, key)
@@ -277,13 +277,13 @@ def test_no_answers(key):
         ('{"study": "s", "participant": "x", "answers": [{"pair": "p1", "answer": "a"}]}', "found 'a'"),
     ],
 )
-def test_refused_answers(tmp_path, key, content, message):
+def test_a_bad_file_of_answers_is_refused(tmp_path, key, content, message):
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(InputError, match=message):
         tally([str(tmp_path / "answers.json")], key)
 
 
-def test_refusals(tmp_path, folders, capsys):
+def test_bad_folders_and_flags_are_refused(tmp_path, folders, capsys):
     def refused(*parts):
         message = capsys.readouterr().err.splitlines()[-1]
         return message.startswith("jsurgery: ") and all(part in message for part in parts)
@@ -306,8 +306,8 @@ def test_refusals(tmp_path, folders, capsys):
     assert build({side: odd / side for side in "ab"}, odd) == 2 and refused("x.mp4", "that decodes")
 
 
-def test_prompts_of_other_layouts(tmp_path, capsys):
-    """Numbered files: by the evaluation that they belong to, by their metadata, else by their names."""
+def test_prompts_come_from_the_evaluation_the_metadata_or_the_file_name(tmp_path, capsys):
+    """Numbered files have the prompts of their evaluation or of their metadata; other files have their names."""
     for name in ("teacher", "model"):
         for number in range(2):
             write_video(tmp_path / "evaluation" / "videos" / name / f"{number:04d}.mp4", clip(True), FPS)

@@ -1,4 +1,4 @@
-"""`evaluate vbench`: names, prompts, noise, shards and resuming, against the vbench package's own loader."""
+"""`evaluate vbench`: names, prompts, noise, shards and resuming, checked with the loaders of vbench and vbench2."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from jsurgery.sample import sampling_config
 
 SIZE = ["--frames=5", "--height=32", "--width=48", "--steps=1"]
 PACKAGES = {"vbench": "0.1.5", "vbench2": "0.1.1"}
-# The package's own code in a process of its own; what it imports for its models, and does not use for names, is mocked.
+# Runs the loader of the package in another process. Imports that only its models need are mocked.
 LOADER = """
 import importlib.machinery, json, pathlib, sys
 from unittest.mock import MagicMock
@@ -38,7 +38,7 @@ class Mock:
 sys.meta_path.insert(0, Mock(lambda name: name == "torch"))
 sys.meta_path.append(Mock(lambda name: name != sys.argv[2]))
 import torch.distributed
-torch.distributed.is_initialized.return_value = False  # else nobody is the process that prints
+torch.distributed.is_initialized.return_value = False  # or no process would print warnings
 sys.path.insert(0, sys.argv[1])
 package = importlib.import_module(sys.argv[2])
 loader = getattr(package, "VBench2" if sys.argv[2] == "vbench2" else "VBench")("cpu", sys.argv[3], sys.argv[4])
@@ -52,7 +52,7 @@ for folder, dimensions in json.loads(sys.argv[5]).items():
 
 @pytest.fixture(scope="module", params=PACKAGES)
 def package(request):
-    """(name, folder) of a released package, unpacked and not installed: it pins a numpy that nothing else takes."""
+    """(name, folder) of a released package, unpacked but not installed, as it pins an old numpy."""
     name, folder = request.param, request.config.cache.mkdir("vbench")
     if not (folder / name).exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -68,7 +68,7 @@ def package(request):
 
 
 def load(package, info, scratch, folders):
-    """What the package's loader finds in each folder of videos for its dimensions, and all that it warns of."""
+    """What the package's loader finds in each folder of videos for the folder's dimensions, and its warnings."""
     name, path = package
     dimensions = json.dumps({str(folder): names for folder, names in folders.items()})
     command = [sys.executable, "-c", LOADER, path, name, info, scratch, dimensions]
@@ -79,7 +79,7 @@ def load(package, info, scratch, folders):
     return found, [line for line in lines if line.startswith("WARNING")]
 
 
-def official(package):
+def full_info(package):
     name, folder = package
     return folder / name / ("VBench2_full_info.json" if name == "vbench2" else "VBench_full_info.json")
 
@@ -88,15 +88,15 @@ def config(**fields):
     return sampling_config("tiny", {name.replace("__", "."): str(value) for name, value in fields.items()})
 
 
-def planned(prompts, *, seeds=None, rule="video", seed=0, **read):
+def plan(prompts, *, seeds=None, rule="video", seed=0, **read):
     suite, found = vbench.read_suite(str(prompts), **read)
     return suite, vbench.plan_videos(config(seed=seed), suite, found, pathlib.Path("v"), rule=rule, seeds=seeds)
 
 
-def test_every_video_that_the_package_looks_for(package, tmp_path):
-    """The whole suite, as empty files: nothing is missing, nothing is over but temporal flickering's candidates."""
-    info = official(package)
-    suite, jobs = planned(info)
+def test_the_package_finds_every_video_that_it_looks_for(package, tmp_path):
+    """With the whole suite as empty files, none is missing. Only temporal flickering has more, to choose from."""
+    info = full_info(package)
+    suite, jobs = plan(info)
     assert suite.package == package[0] and len({job.file for job in jobs}) == len(jobs)
     for job in jobs:
         file = tmp_path / job.file
@@ -111,14 +111,14 @@ def test_every_video_that_the_package_looks_for(package, tmp_path):
     for folder, result in zip(folders, found, strict=True):
         used = {pathlib.Path(video).name for entry in result["entries"] for video in entry["video_list"]}
         names = {file.name for file in folder.iterdir()}
-        over = [result["prompts"][name] for name in names - used]
+        unused = [result["prompts"][name] for name in names - used]
         still = {prompt.text for prompt in prompts if "temporal_flickering" in prompt.dimensions}
-        assert used <= names and set(over) == still and len(over) == 20 * len(still)
-    if not suite.folders:  # longer names are cut off, the prompts with them
+        assert used <= names and set(unused) == still and len(unused) == 20 * len(still)
+    if not suite.folders:  # vbench2 cuts off long prompts
         assert set(result["prompts"].values()) == {prompt.text for prompt in prompts}
     missing = next(iter(used))
     (folder / missing).unlink()
-    assert missing in load(package, info, tmp_path / "scratch", {folder: folders[folder]})[1][0]  # the control
+    assert missing in load(package, info, tmp_path / "scratch", {folder: folders[folder]})[1][0]  # control
 
 
 def info_file(path, count=20):
@@ -131,8 +131,8 @@ def info_file(path, count=20):
     return path, entries
 
 
-def test_killed_and_resumed(tmp_path, tiny_pipeline, capsys):
-    """20 prompts of 2 videos: a process is killed on the way; the next run makes those that are missing."""
+def test_a_killed_run_resumes_with_the_missing_videos(tmp_path, tiny_pipeline, capsys):
+    """20 prompts of 2 videos each. A process is killed in between; the next run makes the missing videos."""
     info, entries = info_file(tmp_path / "full_info.json")
     output = tmp_path / "out"
     arguments = ["evaluate", "vbench", f"--model={tiny_pipeline}", f"--prompts={info}", f"--output={output}"]
@@ -157,7 +157,7 @@ def test_killed_and_resumed(tmp_path, tiny_pipeline, capsys):
     assert sorted(os.listdir(videos)) == sorted(f"{e['prompt_en']}-{i}.mp4" for e in entries for i in range(2))
     assert json.loads((output / "full_info.json").read_text()) == entries
     noise = {(s["seed"], s["number"]) for s in map(read_settings, videos.iterdir())}
-    assert len(noise) == 40  # each video has its own
+    assert len(noise) == 40  # each video has different noise
     commands = printed.out.splitlines()[len(made) :]
     assert commands[0].startswith(f"vbench evaluate --output_path {output}/results --full_json_dir {output}/full_info")
     assert commands[0].endswith("--dimension 'human_action overall_consistency aesthetic_quality color'")
@@ -169,10 +169,10 @@ def test_killed_and_resumed(tmp_path, tiny_pipeline, capsys):
 
 
 @pytest.mark.parametrize("package", ["vbench"], indirect=True)
-def test_the_loader_takes_that_tree(package, tmp_path):
-    """A list of our own with two videos a prompt: the loader finds both and asks for the other three."""
+def test_vbench_loads_a_list_of_ours_with_fewer_videos(package, tmp_path):
+    """A list of ours with two videos a prompt: the loader finds both and warns that three are missing."""
     info, entries = info_file(tmp_path / "full_info.json")
-    _, jobs = planned(info, seeds=2)
+    _, jobs = plan(info, seeds=2)
     for job in jobs:
         (tmp_path / job.file).parent.mkdir(exist_ok=True)
         (tmp_path / job.file).touch()
@@ -183,7 +183,7 @@ def test_the_loader_takes_that_tree(package, tmp_path):
     assert set(found["prompts"].values()) == {entry["prompt_en"] for entry in entries}
 
 
-def test_shards_share_the_work(tmp_path, tiny_pipeline, monkeypatch, capsys):
+def test_shards_divide_the_videos(tmp_path, tiny_pipeline, monkeypatch, capsys):
     info, _ = info_file(tmp_path / "full_info.json", count=4)
     output = tmp_path / "out"
     made = []
@@ -205,8 +205,8 @@ def test_shards_share_the_work(tmp_path, tiny_pipeline, monkeypatch, capsys):
     assert main([*command, "--shard=3/3"]) == 2 and main([*command, "--shard=3"]) == 2
 
 
-def test_processes_are_shards(tmp_path, tiny_pipeline, monkeypatch, capsys):
-    """Three processes, one after the other: each makes what its index says; the first alone goes on to the scores."""
+def test_each_process_makes_one_shard(tmp_path, tiny_pipeline, monkeypatch, capsys):
+    """Three processes, run one by one: each makes the shard of its index, and only process 0 goes on to the scores."""
     info, _ = info_file(tmp_path / "full_info.json", count=4)
     output, made, joined = tmp_path / "out", [], []
 
@@ -234,7 +234,7 @@ def test_processes_are_shards(tmp_path, tiny_pipeline, monkeypatch, capsys):
     assert "--shard: expected none with --coordinator" in capsys.readouterr().err
 
 
-def test_the_package_scores_where_it_is_installed(tmp_path, tiny_pipeline, monkeypatch, capsys):
+def test_an_installed_package_scores_the_videos(tmp_path, tiny_pipeline, monkeypatch, capsys):
     info, _ = info_file(tmp_path / "full_info.json", count=2)
     output, ran = tmp_path / "out", []
 
@@ -258,59 +258,59 @@ def test_the_package_scores_where_it_is_installed(tmp_path, tiny_pipeline, monke
     assert "failed" in capsys.readouterr().err
 
 
-def test_augmented_prompts_keep_the_names(tmp_path):
+def test_augmented_prompts_do_not_change_names_and_noise(tmp_path):
     info, entries = info_file(tmp_path / "full_info.json")
     lines = tmp_path / "lines.txt"
     order = [entries[i]["prompt_en"] for i in (3, 0, 9)]
     lines.write_text("\n".join([*order, order[0]]) + "\n")
-    told = tmp_path / "told.txt"
-    told.write_text("a long story\nof a thing\nwith\tmuch detail\nanother story\n")
-    _, jobs = planned(lines, info=str(info), augmented=str(told), seeds=1)
+    augmented = tmp_path / "augmented.txt"
+    augmented.write_text("a long story\nof a thing\nwith\tmuch detail\nanother story\n")
+    _, jobs = plan(lines, info=str(info), augmented=str(augmented), seeds=1)
     found = {job.file.name: job.prompt for job in jobs}
     expected = zip(order, ("a long story", "of a thing", "with\tmuch detail"), strict=True)
-    assert found == {f"{text}-0.mp4": words for text, words in expected}
-    bare = planned(lines, info=str(info), seeds=1)[1]
-    assert [(j.file, j.seed, j.number) for j in jobs] == [(j.file, j.seed, j.number) for j in bare]
+    assert found == {f"{text}-0.mp4": prompt for text, prompt in expected}
+    not_augmented = plan(lines, info=str(info), seeds=1)[1]
+    assert [(j.file, j.seed, j.number) for j in jobs] == [(j.file, j.seed, j.number) for j in not_augmented]
 
-    told.write_text("one line\n")
-    with pytest.raises(InputError, match="told.txt: expected a line for each of 4 prompts, found 1"):
-        planned(lines, augmented=str(told))
+    augmented.write_text("one line\n")
+    with pytest.raises(InputError, match="augmented.txt: expected a line for each of 4 prompts, found 1"):
+        plan(lines, augmented=str(augmented))
     lines.write_text("a prompt of nobody\n")
     with pytest.raises(InputError, match="expected all prompts of .*lines.txt, found no 'a prompt of nobody'"):
-        planned(lines, info=str(info))
+        plan(lines, info=str(info))
 
 
-def test_lines_without_a_list(tmp_path):
+def test_a_text_file_is_a_dimension_by_its_name_or_custom_input(tmp_path):
     flicker = tmp_path / "temporal_flickering.txt"
     flicker.write_text("a bowl, frozen in time\n\na still fork\n")
-    suite, jobs = planned(flicker)
+    suite, jobs = plan(flicker)
     assert suite.package == "vbench" and len(jobs) == 50
     anatomy = tmp_path / "Human_Anatomy.txt"
     anatomy.write_text("a person dances\n")
-    suite, jobs = planned(anatomy)
+    suite, jobs = plan(anatomy)
     assert suite.package == "vbench2"
     assert [str(job.file) for job in jobs] == [f"v/Human_Anatomy/a person dances-{i}.mp4" for i in range(3)]
     mine = tmp_path / "mine.txt"
     mine.write_text("a cat\na dog\na cat\n")
     suite, prompts = vbench.read_suite(str(mine))
-    assert len(planned(mine)[1]) == 10
+    assert len(plan(mine)[1]) == 10
     (line,) = vbench.commands(suite, prompts, "out dir")
     assert "custom_input" in line and "'out dir/results'" in line and "color" not in line[-1].split()
 
 
-def test_seeds(tmp_path):
+def test_seed_rules(tmp_path):
     info, _ = info_file(tmp_path / "full_info.json", count=4)
-    noise = {job.file.name: (job.seed, job.number) for job in planned(info, seeds=3)[1]}
+    noise = {job.file.name: (job.seed, job.number) for job in plan(info, seeds=3)[1]}
     assert len(set(noise.values())) == 12
-    fewer = {job.file.name: (job.seed, job.number) for job in planned(info, seeds=3, subset=2)[1]}
-    assert fewer.items() <= noise.items()  # noise does not depend on which others are made
-    other = {job.file.name: (job.seed, job.number) for job in planned(info, seeds=3, seed=1)[1]}
+    fewer = {job.file.name: (job.seed, job.number) for job in plan(info, seeds=3, subset=2)[1]}
+    assert fewer.items() <= noise.items()  # the noise of a video does not depend on the subset
+    other = {job.file.name: (job.seed, job.number) for job in plan(info, seeds=3, seed=1)[1]}
     assert all(other[name] != found for name, found in noise.items())
-    by_index = planned(info, seeds=3, rule="index", seed=7)[1]
+    by_index = plan(info, seeds=3, rule="index", seed=7)[1]
     assert [(job.seed, job.number) for job in by_index] == [(7, 0), (8, 0), (9, 0)] * 4
 
 
-def test_every_fifth_prompt_of_every_dimension(tmp_path):
+def test_subset_takes_every_fifth_prompt_of_every_dimension(tmp_path):
     info, entries = info_file(tmp_path / "full_info.json", count=40)
     _, kept = vbench.read_suite(str(info), subset=5)
     assert [prompt.entry for prompt in kept] == [entries[i] for i in (0, 1, 2, 3, 20, 21, 22, 23)]
@@ -320,7 +320,7 @@ def test_a_prompt_of_two_dimensions_is_sampled_once(tmp_path):
     info = tmp_path / "full_info.json"
     text = "The bund Shanghai, oil painting"
     info.write_text(json.dumps([{"prompt_en": text, "dimension": [d]} for d in ("color", "temporal_flickering")]))
-    _, jobs = planned(info)
+    _, jobs = plan(info)
     assert [job.file.name for job in jobs] == [f"{text}-{i}.mp4" for i in range(25)]
 
 
@@ -341,8 +341,8 @@ def test_a_prompt_of_two_dimensions_is_sampled_once(tmp_path):
         ),
     ],
 )
-def test_refusals(tmp_path, entries, message):
+def test_a_bad_list_of_prompts_is_refused(tmp_path, entries, message):
     info = tmp_path / "full_info.json"
     info.write_text(entries)
     with pytest.raises(InputError, match=message):
-        planned(info)
+        plan(info)

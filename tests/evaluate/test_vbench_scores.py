@@ -1,4 +1,4 @@
-"""Sums of VBench's results against published tables: rows with all dimensions and the sums that their authors got."""
+"""Sums of VBench results, compared with published tables that have all dimensions and the authors' sums."""
 
 import json
 
@@ -8,7 +8,7 @@ from jsurgery.cli import main
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench_scores import DIMENSIONS, PUBLISHED, PUBLISHED_2, read_results, summarize
 
-# FlashVideo (arXiv 2502.05179), Table 1, whose rows of other models are those of VBench's leaderboard. In its order:
+# FlashVideo (arXiv 2502.05179), Table 1, which takes other models' rows from VBench's leaderboard. Its column order:
 COLUMNS = (
     "subject consistency", "background consistency", "temporal flickering", "motion smoothness", "dynamic degree",
     "aesthetic quality", "imaging quality", "object class", "multiple objects", "human action", "color",
@@ -41,9 +41,9 @@ FLASHVIDEO_TABLE_1 = {  # (Total, Quality, Semantic), dimensions
          27.59),
     ),
 }  # fmt: skip
-# Attention Surgery, Tables 9 to 11, one row each by category. The text at hand has lost most headings of the columns:
-# these are the only sets of columns whose means are the categories of Table 11; their order within one does not matter.
-SECOND = {
+# Attention Surgery, Tables 9 to 11, two rows by category. Our copy of the text lacks most column headings. These are
+# the only sets of columns whose means are the categories of Table 11; the order within a category does not matter.
+VBENCH_2 = {
     "Wan2.1 1.3B": {
         "human": (63.5, 97.9, 80.6),
         "creativity": (49.1, 48.4),
@@ -59,7 +59,7 @@ SECOND = {
         "physics": (66.4, 70.5, 67.3, 7.1),
     },
 }
-MEMBERS = {
+VBENCH_2_DIMENSIONS = {
     "human": ("Human_Anatomy", "Human_Clothes", "Human_Identity"),
     "creativity": ("Diversity", "Composition"),
     "controllability": ("Camera_Motion", "Complex_Landscape", "Complex_Plot", "Dynamic_Attribute",
@@ -77,38 +77,38 @@ def write_results(folder, scores, name="run_eval_results.json", videos=5):
 
 
 @pytest.mark.parametrize("model", FLASHVIDEO_TABLE_1)
-def test_published_sums_from_published_dimensions(tmp_path, model):
+def test_sums_of_published_dimensions_are_the_published_sums(tmp_path, model):
     expected, dimensions = FLASHVIDEO_TABLE_1[model]
     scores = {name.replace(" ", "_"): value / 100 for name, value in zip(COLUMNS, dimensions, strict=True)}
     found = summarize(read_results([str(write_results(tmp_path, scores))])[0])
     assert [found[name] for name in ("Total", "Quality", "Semantic")] == pytest.approx(expected, abs=0.01)
 
 
-def test_a_plain_mean_gives_other_sums():
-    """The control: without the ranges and weights no published sum is met."""
+def test_control_plain_means_are_not_the_published_sums():
+    """Without the ranges and weights of the dimensions, no sum is the published one."""
     for (_, quality, semantic), dimensions in FLASHVIDEO_TABLE_1.values():
         assert abs(sum(dimensions[:7]) / 7 - quality) > 0.2 and abs(sum(dimensions[7:]) / 9 - semantic) > 5
 
 
-@pytest.mark.parametrize("model", SECOND)
-def test_the_papers_vbench_2_from_its_appendix(tmp_path, model):
-    for category, values in SECOND[model].items():
-        for name, value in zip(MEMBERS[category], values, strict=True):
+@pytest.mark.parametrize("model", VBENCH_2)
+def test_vbench_2_sums_of_the_appendix_are_those_of_the_paper(tmp_path, model):
+    for category, values in VBENCH_2[model].items():
+        for name, value in zip(VBENCH_2_DIMENSIONS[category], values, strict=True):
             write_results(tmp_path, {name: value / 100}, f"{name}_eval_results.json")
     found = summarize(read_results([str(tmp_path)])[0])
     assert list(found.values()) == pytest.approx(PUBLISHED_2[model], abs=0.0501)  # printed to one decimal
     assert round(found["Total"], 1) == {"Wan2.1 1.3B": 56.0, "Attention Surgery 15R2": 55.1}[model]
 
 
-def test_the_papers_totals_are_four_parts_quality_and_one_part_semantic():
+def test_totals_of_the_paper_weight_quality_four_times_and_vbench_2_equally():
     for total, quality, semantic in PUBLISHED.values():
         assert (4 * quality + semantic) / 5 == pytest.approx(total, abs=0.011)
-    for model in SECOND:
+    for model in VBENCH_2:
         total, *categories = PUBLISHED_2[model]
         assert sum(categories) / 5 == pytest.approx(total, abs=0.11)
 
 
-def test_a_missing_dimension_leaves_out_what_needs_it(tmp_path, capsys):
+def test_a_missing_dimension_leaves_out_its_sums(tmp_path, capsys):
     scores = dict.fromkeys(DIMENSIONS, 0.5) | {"motion_smoothness": 0.9975}
     del scores["scene"]
     folder, report = write_results(tmp_path / "results", scores), tmp_path / "sums.json"
@@ -121,8 +121,8 @@ def test_a_missing_dimension_leaves_out_what_needs_it(tmp_path, capsys):
     assert "| motion smoothness | 99.75 | 5 |" in text and "Not measured: scene." in text
 
 
-def test_table_of_the_second_suite(tmp_path, capsys):
-    folder = write_results(tmp_path, {name: 0.25 for names in MEMBERS.values() for name in names}, videos=0)
+def test_table_of_vbench_2(tmp_path, capsys):
+    folder = write_results(tmp_path, {name: 0.25 for names in VBENCH_2_DIMENSIONS.values() for name in names}, videos=0)
     assert main(["evaluate", "vbench-results", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "| **this model** | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 |" in text
@@ -143,13 +143,13 @@ def test_table_of_the_second_suite(tmp_path, capsys):
         ("{}", "found none"),
     ],
 )
-def test_refusals(tmp_path, content, message):
+def test_a_bad_results_file_is_refused(tmp_path, content, message):
     (tmp_path / "a_eval_results.json").write_text(content)
     with pytest.raises(InputError, match=message):
         read_results([str(tmp_path)])
 
 
-def test_no_results_at_all(tmp_path, capsys):
+def test_missing_results_are_refused(tmp_path, capsys):
     assert main(["evaluate", "vbench-results", str(tmp_path)]) == 2
     assert "expected files *_eval_results.json, found none" in capsys.readouterr().err
     assert main(["evaluate", "vbench-results", str(tmp_path / "none.json")]) == 2

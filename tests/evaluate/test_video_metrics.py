@@ -1,4 +1,4 @@
-"""Numbers of videos against scikit-image and against videos made to have them."""
+"""Video metrics, compared with scikit-image and on videos constructed to have known values."""
 
 import math
 
@@ -14,14 +14,14 @@ from jsurgery.evaluate.video_metrics import flicker, flow, motion, mse, psnr, ss
 
 @pytest.fixture
 def texture():
-    """Grey values at any points of a smooth random picture."""
+    """A function from points to the grey values of a smooth random image."""
     values = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(220, 260)), 3)
     values = 255 * (values - values.min()) / np.ptp(values)
     return lambda points: ndimage.map_coordinates(values, points, order=3)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 48, 3), (2, 37, 53, 3), (1, 12, 11, 3)])
-def test_equal_to_scikit_image(shape):
+def test_ssim_and_psnr_equal_scikit_image(shape):
     rng = np.random.default_rng(0)
     smooth = 255 * ndimage.gaussian_filter(rng.uniform(size=shape), (0, 2, 2, 0))
     video = smooth.astype(np.uint8)
@@ -34,13 +34,13 @@ def test_equal_to_scikit_image(shape):
     assert psnr(mse(video, other).mean()) == pytest.approx(peak_signal_noise_ratio(video, other), abs=1e-9)
 
 
-def test_a_video_against_itself():
+def test_a_video_compared_with_itself_is_perfect():
     video = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     assert not mse(video, video).any() and psnr(mse(video, video)[0]) == math.inf
     assert ssim(video, video) == pytest.approx([1, 1], abs=1e-12)
 
 
-def test_refusals():
+def test_different_shapes_and_small_frames_are_refused():
     video = np.zeros((2, 16, 24, 3), np.uint8)
     with pytest.raises(InputError, match=r"found \[2, 16, 24, 3\] and \[1, 16, 24, 3\]"):
         mse(video, video[:1])
@@ -48,28 +48,28 @@ def test_refusals():
         ssim(video[:, :10], video[:, :10])
 
 
-def test_flicker_is_what_a_steady_change_leaves():
+def test_flicker_ignores_a_steady_change_of_brightness():
     level = np.arange(0, 90, 10)
     steady = np.broadcast_to(level[:, None, None, None], (9, 16, 16, 3)).astype(np.uint8)
     assert flicker(steady) == 0 and flicker(steady[:2]) == 0
-    restless = steady + np.uint8(7) * (np.arange(9) % 2).astype(np.uint8)[:, None, None, None]
-    assert flicker(restless) == pytest.approx(28 / 2)  # 7 up and 7 down, every second pair the other way round
-    assert flicker(np.flip(restless, axis=0)) == pytest.approx(flicker(restless))
+    flickering = steady + np.uint8(7) * (np.arange(9) % 2).astype(np.uint8)[:, None, None, None]
+    assert flicker(flickering) == pytest.approx(28 / 2)  # steps of 10 + 7 and 10 - 7 in turn
+    assert flicker(np.flip(flickering, axis=0)) == pytest.approx(flicker(flickering))
 
 
-@pytest.mark.parametrize("way", [(0, 0), (0.5, -0.25), (2, 3), (5, -4), (-9, 0)])
-def test_flow_of_a_shifted_texture(texture, way):
+@pytest.mark.parametrize("shift", [(0, 0), (0.5, -0.25), (2, 3), (5, -4), (-9, 0)])
+def test_flow_of_a_shifted_texture_is_the_shift(texture, shift):
     grid = np.indices((95, 128)) + 40.0
-    first, second = texture(grid), texture(grid - np.array(way, float)[:, None, None])
+    first, second = texture(grid), texture(grid - np.array(shift, float)[:, None, None])
     found = flow(first, second)
-    assert found.mean(axis=(1, 2)) == pytest.approx(way, abs=0.06)
-    assert np.hypot(*found).mean() == pytest.approx(math.hypot(*way), rel=0.03, abs=1e-9)
-    if math.hypot(*way) < 7:  # scikit-image's own Lucas and Kanade loses longer ways
-        theirs = np.hypot(*optical_flow_ilk(first / 255, second / 255)).mean()
-        assert np.hypot(*found).mean() == pytest.approx(theirs, rel=0.03, abs=1e-9)
+    assert found.mean(axis=(1, 2)) == pytest.approx(shift, abs=0.06)
+    assert np.hypot(*found).mean() == pytest.approx(math.hypot(*shift), rel=0.03, abs=1e-9)
+    if math.hypot(*shift) < 7:  # scikit-image's Lucas-Kanade fails for larger shifts
+        expected = np.hypot(*optical_flow_ilk(first / 255, second / 255)).mean()
+        assert np.hypot(*found).mean() == pytest.approx(expected, rel=0.03, abs=1e-9)
 
 
-def test_motion_is_in_pixels_of_the_video(texture):
+def test_motion_is_in_pixels_at_the_resolution_of_the_video(texture):
     def video(height, width, step):
         scale = 96 / height
         grid = (np.indices((height, width)) + 0.5) * scale + 20
@@ -77,5 +77,5 @@ def test_motion_is_in_pixels_of_the_video(texture):
         return np.repeat(np.clip(frames, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
 
     assert motion(video(96, 128, 2)) == pytest.approx(2, rel=0.05)
-    assert motion(video(192, 250, 4)) == pytest.approx(4, rel=0.05)  # the same picture at twice the size
+    assert motion(video(192, 250, 4)) == pytest.approx(4, rel=0.05)  # the same video at twice the size
     assert motion(video(96, 128, 0)) == 0 and motion(video(96, 128, 2)[:1]) == 0
