@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     try:
         module = importlib.import_module(f"jsurgery.export.{format}")
-        # Conversions create millions of Python objects. Searching all of them for garbage would take a tenth of the time.
+        # Conversions create millions of Python objects. Searching them all for garbage would take a tenth of the time.
         gc.freeze()
         gc.set_threshold(10_000, 10, 10)
         module.export(ExportJob.read(folder), pathlib.Path(folder), tuple(choices))
