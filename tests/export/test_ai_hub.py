@@ -1,4 +1,4 @@
-"""AI Hub through qai-hub itself, against a local server that speaks the service's HTTP interface."""
+"""Export to AI Hub with the real client, qai-hub, and a local server in place of the service."""
 
 import http.server
 import importlib.util
@@ -33,7 +33,7 @@ REASON = "QNN_COMMON_ERROR_MEM_ALLOC: graph needs more TCM than the device has"
 
 
 class Job:
-    """What `ai_hub` asks of a job."""
+    """The part of an ExportJob that `ai_hub` uses."""
 
     fingerprint = "abc"
 
@@ -42,7 +42,7 @@ class Job:
 
 
 class Service:
-    """What of the service these jobs meet: its state, and answers by method and path."""
+    """The part of the service that the client uses: its state, and responses by method and path."""
 
     def __init__(self):
         self.jobs, self.models, self.outputs = [], [], {}
@@ -114,7 +114,7 @@ class Service:
         return pb.JobResult()
 
     def download(self, id):
-        """A compiled model, or what the device made: the reference with an error of 1e-3."""
+        """The content of a compiled model, or of the outputs of an inference job."""
         if not id.startswith("output-"):
             return b"context binary"
         name = inner(next(job for job in self.jobs if f"output-{inner(job)[1]}" == id))[0].name
@@ -125,7 +125,7 @@ class Service:
 
 
 def inner(job):
-    """(the job proper, its id)."""
+    """(the compile, link or inference job in a Job message, its id)."""
     kind = job.WhichOneof("job")
     found = getattr(job, kind)
     return found, getattr(found, f"{kind}_id")
@@ -133,7 +133,7 @@ def inner(job):
 
 @pytest.fixture
 def service(tmp_path, monkeypatch):
-    """A server, and qai-hub's configuration that names it."""
+    """Starts a server and configures qai-hub to use it."""
     found = Service()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -164,21 +164,21 @@ def service(tmp_path, monkeypatch):
     found.url = f"http://127.0.0.1:{server.server_port}"
     config = tmp_path / "client.ini"
     config.write_text(f"[api]\napi_url = {found.url}\nweb_url = {found.url}\napi_token = secret\nverbose = False\n")
-    configured(monkeypatch, config)
+    configure(monkeypatch, config)
     yield found
     server.shutdown()
     server.server_close()
 
 
-def configured(monkeypatch, config):
-    """qai-hub reads its configuration once: as in a new process."""
+def configure(monkeypatch, config):
+    """Makes qai-hub read its configuration again, which it otherwise reads once per process."""
     monkeypatch.setenv("QAIHUB_CLIENT_INI", str(config))
     monkeypatch.setattr(hub._global_client, "_config", None)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """An export's folder with ONNX files and tensors that stand for a model's."""
+    """The folder of an export, with placeholders for ONNX files and random tensors."""
     folder = tmp_path / "export"
     (folder / "onnx").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -197,7 +197,7 @@ def run(folder, runtime="qnn_context_binary", link=""):
 
 @pytest.fixture
 def device_outputs(service, folder):
-    """What the device makes of every part: the reference, 1e-3 off."""
+    """Outputs of the device for every part: the reference with a relative error of 1e-3."""
     for part in PARTS:
         made = {name: np.load(sample_file(folder, 0, name)) * np.float32(1.001) for name in part.outputs}
         service.outputs[f"jsurgery {part.name}"] = made
@@ -221,7 +221,7 @@ def test_compiles_profiles_and_measures(service, folder, device_outputs, capsys)
     assert (len(service.jobs), service.uploads) == (submitted, uploads)
 
 
-def test_a_failed_job_tells_the_reason_and_is_tried_again(service, folder, device_outputs):
+def test_a_failed_job_gives_its_reason_and_is_retried(service, folder, device_outputs):
     service.fail = "compile_job jsurgery block_00"
     with pytest.raises(InputError, match=f"compile of block_00 failed .job j1.: {REASON}"):
         run(folder)
@@ -231,27 +231,27 @@ def test_a_failed_job_tells_the_reason_and_is_tried_again(service, folder, devic
     assert sum(job.HasField("compile_job") for job in service.jobs) == 3  # embed once, block_00 twice
 
 
-def test_links_what_was_compiled_for_it(service, folder, device_outputs):
+def test_compiled_parts_are_linked(service, folder, device_outputs):
     run(folder, "qnn_dlc", link="link")
     (link,) = (job.link_job for job in service.jobs if job.HasField("link_job"))
     assert [model.model_id for model in link.models.models] == ["m1", "m3"]
     assert (folder / "ai_hub" / "linked.bin").exists()
 
 
-def test_tflite_is_profiled_and_never_compiled(service, folder, device_outputs):
+def test_tflite_is_profiled_without_compilation(service, folder, device_outputs):
     (folder / "tflite").mkdir()
     for part in PARTS:
         (folder / "tflite" / f"{part.name}.float32.tflite").write_bytes(b"tflite")
-    with pytest.raises(UserError, match="cannot be compiled"):  # what the service's own client says of it
+    with pytest.raises(UserError, match="cannot be compiled"):  # by the client
         qai_hub.submit_compile_job(str(folder / "tflite" / "embed.float32.tflite"), qai_hub.Device(DEVICE))
-    for name, made in service.outputs.items():  # litert-torch names them so
+    for name, made in service.outputs.items():  # litert-torch names outputs so
         service.outputs[name] = {f"output_{i}": array for i, array in enumerate(made.values())}
     run(folder, "tflite")
     assert {job.WhichOneof("job") for job in service.jobs} == {"inference_job"}
 
 
-def test_without_a_token(folder, tmp_path, monkeypatch):
-    configured(monkeypatch, tmp_path / "none.ini")
+def test_without_a_token_the_error_says_how_to_get_one(folder, tmp_path, monkeypatch):
+    configure(monkeypatch, tmp_path / "none.ini")
     with pytest.raises(InputError) as error:
         run(folder)
     message = str(error.value)

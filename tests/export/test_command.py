@@ -1,4 +1,4 @@
-"""What `jsurgery export` decides before any other library is needed; nothing here is converted."""
+"""The part of `jsurgery export` that needs no other library: its plan, records and refusals; nothing is converted."""
 
 import dataclasses
 import importlib.util
@@ -38,7 +38,7 @@ def job(tmp_path, **changes):
         (6, ["blocks_00_05"]),
     ],
 )
-def test_blocks_in_groups(tmp_path, group, names):
+def test_blocks_are_grouped_into_parts(tmp_path, group, names):
     found = job(tmp_path, group=group)
     parts = found.parts()
     assert [part.name for part in parts[3:-2]] == names
@@ -49,26 +49,26 @@ def test_blocks_in_groups(tmp_path, group, names):
         made |= set(part.outputs)
 
 
-def test_the_artefacts_of_every_format(tmp_path):
+def test_artefacts_of_every_format(tmp_path):
     found = job(tmp_path)
     names = [part.name for part in found.parts()]
-    of = lambda format, *choices: [
+    made = lambda format, *choices: [
         (artefact.part, artefact.precision, artefact.variant) for artefact in found.artefacts(tmp_path, format, choices)
     ]
-    assert of("onnx") == of("savedmodel") == [(name, "float32", "") for name in names]
-    assert of("tflite", "int8", "float32") == [(name, kind, "") for name in names for kind in ("float32", "int8")]
-    assert names[:2] == ["text_encoder", "condition"]  # not for the NPU
+    assert made("onnx") == made("savedmodel") == [(name, "float32", "") for name in names]
+    assert made("tflite", "int8", "float32") == [(name, kind, "") for name in names for kind in ("float32", "int8")]
+    assert names[:2] == ["text_encoder", "condition"]  # which do not run on the NPU
     chips = "SM8750", "SM8650"
-    assert of("qnn", *chips) == [(name, "fp16", chip) for chip in chips for name in names[2:]]
+    assert made("qnn", *chips) == [(name, "fp16", chip) for chip in chips for name in names[2:]]
 
 
-def test_samples_that_are_missing(tmp_path):
+def test_missing_samples_are_listed(tmp_path):
     (tmp_path / "reference" / "1").mkdir(parents=True)
-    (tmp_path / "reference" / "2.tmp").mkdir()  # of a run that was cut short
+    (tmp_path / "reference" / "2.tmp").mkdir()  # of an interrupted run
     assert missing_samples(tmp_path, 3) == [0, 2]
 
 
-def test_the_job_survives_its_file(tmp_path):
+def test_a_job_is_read_back_from_its_file(tmp_path):
     found = job(tmp_path)
     found.write(tmp_path)
     assert ExportJob.read(tmp_path) == found and ExportJob.read(tmp_path).fingerprint == found.fingerprint
@@ -77,7 +77,7 @@ def test_the_job_survives_its_file(tmp_path):
     assert moved.fingerprint == found.fingerprint
 
 
-def test_only_whole_artefacts_of_this_job_count(tmp_path):
+def test_only_complete_artefacts_of_the_same_job_have_a_record(tmp_path):
     artefact = Artefact(tmp_path, "onnx", "float32", "head")
     artefact.path.parent.mkdir()
     assert artefact.record("a") is None
@@ -90,27 +90,27 @@ def test_only_whole_artefacts_of_this_job_count(tmp_path):
     assert artefact.record("b") is None
 
 
-def test_the_manifest_needs_no_artefact(tmp_path):
+def test_a_manifest_without_artefacts(tmp_path):
     config, found = load_config("tiny"), job(tmp_path)
-    told = json.loads(json.dumps(manifest(config, found, tmp_path, {})))
-    assert told["artefacts"] == [] and told["video"] == config.video.to_dict()
-    assert told["tensors"]["latents"]["shape"] == [5, 24, 20, 8]
-    assert told["tokenizer"] == {"file": "tokenizer/spiece.model", "length": 16, "padding": 0, "end": 1}
+    content = json.loads(json.dumps(manifest(config, found, tmp_path, {})))
+    assert content["artefacts"] == [] and content["video"] == config.video.to_dict()
+    assert content["tensors"]["latents"]["shape"] == [5, 24, 20, 8]
+    assert content["tokenizer"] == {"file": "tokenizer/spiece.model", "length": 16, "padding": 0, "end": 1}
 
 
-def test_a_breach_names_the_worst():
+def test_a_parity_error_names_the_worst_artefacts():
     record = {"part": "head", "format": "onnx", "precision": "float32", "relative_error": 1e-6, "max_error": 1e-6}
-    wrong = [record | {"part": f"block_{i}", "relative_error": 10.0**-i} for i in range(4)]
+    breaches = [record | {"part": f"block_{i}", "relative_error": 10.0**-i} for i in range(4)]
     unknown = record | {"part": "embed", "relative_error": None, "max_error": None}
     check_parity(parity_rows([record]), "parity.json")
     with pytest.raises(ParityError, match=r"block_0 float32 1.0e\+00 > 1e-05; .*block_1.*; .* and 1 more"):
-        check_parity(parity_rows([record, *wrong]), "parity.json")
+        check_parity(parity_rows([record, *breaches]), "parity.json")
     with pytest.raises(ParityError, match="embed float32 inf"):
         check_parity(parity_rows([record, unknown]), "parity.json")
 
 
 @pytest.mark.parametrize("format", ["tflite", "savedmodel", "onnx", "qnn"])
-def test_names_the_package_that_is_missing(tmp_path, format, monkeypatch, capsys):
+def test_a_missing_package_is_named(tmp_path, format, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["export", "--model=tiny_wan", f"--workdir={tmp_path}", f"--formats={format}"]
     assert cli.main(arguments) == 2
@@ -129,14 +129,14 @@ def test_names_the_package_that_is_missing(tmp_path, format, monkeypatch, capsys
         ("--workdir=gs://bucket/run", "local folders"),
     ],
 )
-def test_bad_flags(tmp_path, flag, message, capsys):
+def test_bad_flags_are_refused(tmp_path, flag, message, capsys):
     arguments = ["export", "--model=tiny_wan", f"--workdir={tmp_path}", flag]
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_rest_needs_none_of_its_packages():
-    """They are not there, and every module but those of the formats is imported."""
+def test_other_modules_need_none_of_the_packages_for_export():
+    """Imports every module except those of the formats, in a process that cannot import these packages."""
     code = f"""if True:
         import importlib.util, pkgutil, sys
         from importlib.machinery import PathFinder
@@ -157,6 +157,6 @@ def test_the_rest_needs_none_of_its_packages():
         print(len(names))
         sys.exit(cli.main(["cost", "--config=tiny"]))
     """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert int(ended.stdout.splitlines()[0]) > 60
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert int(process.stdout.splitlines()[0]) > 60

@@ -1,4 +1,4 @@
-"""`jsurgery export` from end to end, and what its artefacts do without it. Needs the packages of the export extra."""
+"""`jsurgery export` from end to end, and its artefacts without jsurgery. Needs the packages of the extra `export`."""
 
 import dataclasses
 import hashlib
@@ -27,9 +27,9 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]  #
 if MISSING:
     pytest.skip(f"NOT TESTED: export, without {', '.join(MISSING)}: pip install '.[export]'", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("export")  # what one process has made serves all of these tests
+pytestmark = pytest.mark.xdist_group("export")  # one process runs all of these tests on one export
 PROMPT = "a red circle moves left over a grey background"
-SIZE = {"frames": 5, "height": 32, "width": 48}  # 2 x 2 x 3 tokens; the NPU's simulator takes long over pixels
+SIZE = {"frames": 5, "height": 32, "width": 48}  # 2 x 2 x 3 tokens: the simulator of the NPU is slow
 FIELDS = {"text_length": "7", "sampler.steps": "3", "trace.keep_steps": "1"}
 FLAGS = [
     "export",
@@ -39,16 +39,17 @@ FLAGS = [
 ]
 
 
-# What a layer ends with adds little to what passes by, as in trained networks; random ones enlarge rounding errors.
-ADDED = {"vae": ("conv2.weight",), "text_encoder": (".q.weight", ".o.weight", ".wo.weight")}
+# Weights made small, so that layers add little to the residual stream, as in trained networks: random weights of full
+# size would amplify rounding errors.
+SMALL_WEIGHTS = {"vae": ("conv2.weight",), "text_encoder": (".q.weight", ".o.weight", ".wo.weight")}
 
 
 @pytest.fixture(scope="module")
 def workdir(tiny_pipeline, random_transformer, tmp_path_factory):
-    """A run whose final model has a block at rate 4 and a linear one, random but for the teacher's tensors."""
+    """A run whose final model has a block at rate 4 and a linear block, with the teacher's weights and random maps."""
     workdir = tmp_path_factory.mktemp("run")
     base = shutil.copytree(tiny_pipeline, workdir / "base")
-    for part, names in ADDED.items():
+    for part, names in SMALL_WEIGHTS.items():
         (file,) = (base / part).glob("*.safetensors")
         tensors = load_file(file)
         save_file({name: x / np.float32(10 if name.endswith(names) else 1) for name, x in tensors.items()}, file)
@@ -66,7 +67,7 @@ def run(workdir, *flags):
 
 @pytest.fixture(scope="module")
 def exported(workdir):
-    """Everything, once."""
+    """The folder of an export in every format and precision."""
     assert run(workdir, "--precision=float32,fp16,int8,int4,w8a16") == 0
     return workdir / "export"
 
@@ -76,7 +77,7 @@ def manifest(exported):
     return json.loads((exported / "manifest.json").read_text())
 
 
-def test_parity_of_every_format(exported):
+def test_every_format_is_within_its_parity_bound(exported):
     rows = json.loads((exported / "parity.json").read_text())
     assert all(row["passed"] and row["relative_error"] <= row["bound"] for row in rows)
     found = {(row["format"], row["precision"]) for row in rows}
@@ -91,7 +92,7 @@ def test_parity_of_every_format(exported):
     assert chain["float32"] < chain["fp16"] < chain["int8"] < chain["int4"]
 
 
-def test_the_manifest_is_complete_and_true(exported, manifest):
+def test_the_manifest_matches_the_files_and_the_model(exported, manifest):
     parts = [part["name"] for part in manifest["parts"]]
     assert parts == ["text_encoder", "condition", "embed", "block_00", "block_01", "head", "vae_decoder"]
     made = {(a["format"], a["precision"], a.get("chip"), a["part"]) for a in manifest["artefacts"]}
@@ -101,7 +102,7 @@ def test_the_manifest_is_complete_and_true(exported, manifest):
         assert (len(content), hashlib.sha256(content).hexdigest()) == (artefact["bytes"], artefact["sha256"])
     assert manifest["tensors"]["video"]["shape"] == [5, 32, 48, 3]
     assert manifest["tensors"]["tokens_00"]["shape"] == [1, 2 * 2 * 3, 24]
-    known = {"token_ids", "mask", "timestep", "latents"}  # what an app makes itself
+    known = {"token_ids", "mask", "timestep", "latents"}  # inputs that an app makes itself
     for part in manifest["parts"]:
         assert set(part["inputs"]) <= known
         known |= set(part["outputs"])
@@ -110,14 +111,14 @@ def test_the_manifest_is_complete_and_true(exported, manifest):
     assert len(rows["sigma"]) == len(rows["predictor"]) == manifest["sampler"]["steps"] == 3
 
 
-def test_blocks_are_of_rank_4_and_gather_nothing(manifest):
+def test_blocks_have_tensors_of_rank_4_at_most_and_no_gather(manifest):
     blocks = [a for a in manifest["artefacts"] if a["format"] == "tflite" and a["part"].startswith("block")]
     assert len(blocks) == 10
     for block in blocks:
         assert block["max_rank"] <= 4
         assert not {"GATHER", "GATHER_ND", "BROADCAST_TO"} & block["operations"].keys()
     softmax = {a["part"]: a["operations"].get("SOFTMAX", 0) for a in blocks if a["precision"] == "float32"}
-    assert softmax == {"block_00": 2, "block_01": 1}  # the linear block has that of the text alone
+    assert softmax == {"block_00": 2, "block_01": 1}  # a linear block has softmax in cross-attention only
     assert all("EXP" not in block["operations"] for block in blocks)
     sizes = {a["precision"]: a["bytes"] for a in blocks if a["part"] == "block_00"}
     assert sizes["int4"] < sizes["int8"] < sizes["fp16"] < sizes["float32"]
@@ -131,27 +132,27 @@ def test_every_node_is_on_the_npu(manifest):
         assert artefact["ddr"]["read_total"] > 0 and artefact["ddr"]["write_total"] > 0
 
 
-def test_what_is_there_is_kept(exported, workdir, capfd):
-    """The same command makes nothing anew; of artefacts that are gone or cut short, those alone."""
-    gone, cut = exported / "onnx" / "head.float32.onnx", exported / "onnx" / "embed.float32.onnx"
+def test_finished_artefacts_are_kept(exported, workdir, capfd):
+    """The same command makes only artefacts that are missing or truncated."""
+    missing, truncated = exported / "onnx" / "head.float32.onnx", exported / "onnx" / "embed.float32.onnx"
     kept = exported / "onnx" / "block_00.float32.onnx"
     before = kept.stat().st_mtime_ns
-    gone.unlink()
-    cut.write_bytes(cut.read_bytes()[:100])
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:100])
     capfd.readouterr()
     assert run(workdir, "--formats=onnx") == 0
-    told = capfd.readouterr().err
-    assert told.count("export: onnx ") == 2 and gone.name in told and cut.name in told
-    assert kept.stat().st_mtime_ns == before and gone.exists() and cut.stat().st_size > 100
+    log = capfd.readouterr().err
+    assert log.count("export: onnx ") == 2 and missing.name in log and truncated.name in log
+    assert kept.stat().st_mtime_ns == before and missing.exists() and truncated.stat().st_size > 100
 
 
-def test_another_size_is_refused(exported, workdir, capsys):
+def test_another_video_size_is_refused(exported, workdir, capsys):
     assert run(workdir, "--frames=9") == 2
     assert "video.frames was 5, is 9" in capsys.readouterr().err
 
 
-def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatch):
-    """From the records alone: where every artefact is there, no process starts."""
+def test_a_parity_error_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatch):
+    """Checked from the records of finished artefacts, without starting a process."""
     monkeypatch.setattr(run_export, "run_worker", lambda *_: pytest.fail("an artefact is made again"))
     shutil.copytree(workdir, tmp_path / "run")
     record = tmp_path / "run" / "export" / "onnx" / "block_01.float32.onnx.json"
@@ -160,8 +161,8 @@ def test_a_breach_is_exit_code_4(exported, workdir, tmp_path, capsys, monkeypatc
     assert "onnx block_01 float32 5.0e-01 > 1e-05" in capsys.readouterr().err
 
 
-def test_a_video_from_the_artefacts_alone(exported, workdir, tmp_path):
-    """By the driver that lies beside them, in a process that cannot import jsurgery or JAX, as JAX makes it."""
+def test_the_artefacts_make_a_video_without_jsurgery(exported, workdir, tmp_path):
+    """The exported driver.py, in a process that cannot import jsurgery or JAX, makes the video that JAX makes."""
     alone = shutil.copytree(exported, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("reference", "*.onnx"))
     shape = json.loads((alone / "manifest.json").read_text())["tensors"]["latents"]["shape"]
     noise = np.asarray(initial_noise(0, [0], tuple(shape))[0])
@@ -180,23 +181,23 @@ def test_a_video_from_the_artefacts_alone(exported, workdir, tmp_path):
     for precision, most in (("float32", 1.0), ("w8a16", 12.0)):
         output = tmp_path / f"{precision}.npy"
         arguments = [alone, PROMPT, tmp_path / "noise.npy", precision, output]
-        ended = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], cwd=alone, capture_output=True, text=True
         )
-        assert ended.returncode == 0, ended.stderr[-2000:]
+        assert process.returncode == 0, process.stderr[-2000:]
         video = np.load(output).astype(int)
         assert video.shape == expected.shape == (5, 32, 48, 3)
         assert np.abs(video - expected).mean() < most, precision
         assert np.abs(video - expected[::-1]).mean() > 2 or np.ptp(expected) == 0
 
 
-def test_driver_as_a_program(exported, tmp_path):
+def test_the_driver_is_a_program(exported, tmp_path):
     program = [sys.executable, str(exported / "driver.py"), str(exported), f"--prompt={PROMPT}"]
     subprocess.run([*program, f"--output={tmp_path / 'out.gif'}"], check=True, capture_output=True)
     assert (tmp_path / "out.gif").read_bytes()[:3] == b"GIF"
 
 
-def test_the_transformer_alone_in_one_file(workdir, tmp_path, capfd):
+def test_one_file_holds_the_transformer_of_a_model_without_pipeline(workdir, tmp_path, capfd):
     shutil.copytree(workdir / "model", tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     fields = json.loads(file.read_text())
@@ -212,13 +213,13 @@ def test_the_transformer_alone_in_one_file(workdir, tmp_path, capfd):
     assert not {"GATHER", "GATHER_ND", "BROADCAST_TO"} & whole["operations"].keys()
 
 
-def test_no_model(tmp_path, capsys):
+def test_a_run_without_a_model_is_refused(tmp_path, capsys):
     assert run(tmp_path) == 2
     assert "no such folder; run `jsurgery surgery` first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_multiply_adds_of_an_onnx_file(tmp_path):
+def test_multiply_adds_of_an_onnx_file_by_hand(tmp_path):
     from onnx import TensorProto, helper, save, shape_inference
 
     from jsurgery.export.qnn import multiply_adds
@@ -232,7 +233,7 @@ def test_multiply_adds_of_an_onnx_file(tmp_path):
     assert multiply_adds(tmp_path / "g.onnx") == 6 * 7 * 5 * (4 * 3 * 3) + 6 * 7 * 2 * 5
 
 
-def test_the_table_of_memory_traffic(tiny_pipeline, tmp_path, capsys):
+def test_the_table_of_memory_traffic_has_every_variant(tiny_pipeline, tmp_path, capsys):
     arguments = ["export", "--ddr_table", "--config=tiny", "--height=64", "--width=48", f"--workdir={tmp_path}"]
     arguments += ["--chips=SM8650", f"--config.model.path={tiny_pipeline}"]
     assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0
@@ -242,5 +243,5 @@ def test_the_table_of_memory_traffic(tiny_pipeline, tmp_path, capsys):
     ]  # fmt: skip
     assert all(row["tokens"] == 36 and row["npu_share"] == 1 and row["ddr"]["read_total"] > 0 for row in rows)
     kept = (tmp_path / "export" / "ddr.json").stat().st_mtime_ns
-    assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0  # nothing is compiled again
+    assert cli.main([*arguments, "--ddr_frames=9", "--ddr_tile=20"]) == 0  # compiles nothing again
     assert (tmp_path / "export" / "ddr.json").stat().st_mtime_ns == kept

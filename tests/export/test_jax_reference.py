@@ -1,4 +1,4 @@
-"""The samples on which an export's reference is computed: steps that `trace` left."""
+"""The samples on which the reference of an export is computed: steps of `trace`."""
 
 import numpy as np
 import pytest
@@ -13,10 +13,10 @@ from jsurgery.surgery.trace import trace
 from jsurgery.wan.pipeline import load_pipeline
 from jsurgery.wan.tokenizer import Tokenizer
 
-KEPT = 3  # steps of each traced prompt
+KEEP_STEPS = 3  # steps of each traced prompt
 FIELDS = {
     "video.frames": "5", "video.height": "32", "video.width": "48", "text_length": "7", "sampler.steps": "3",
-    "trace.prompts": "4", "trace.holdout": "2", "trace.keep_steps": str(KEPT), "trace.batch": "2",
+    "trace.prompts": "4", "trace.holdout": "2", "trace.keep_steps": str(KEEP_STEPS), "trace.batch": "2",
 }  # fmt: skip
 
 
@@ -33,12 +33,12 @@ def test_samples_are_spread_over_the_traced_prompts_and_steps(tiny_pipeline, tmp
     records = {}
     for index in range(len(steps)):
         records.setdefault(int(steps[index]["prompt"]), []).append(steps[index])
-    assert {prompt: len(kept) for prompt, kept in records.items()} == dict.fromkeys(traced, KEPT)
+    assert {prompt: len(kept) for prompt, kept in records.items()} == dict.fromkeys(traced, KEEP_STEPS)
     tokenizer = Tokenizer(tiny_pipeline / "tokenizer")
     shares = [0.5, *np.linspace(0, 1, SAMPLES - 1)]
     for number, (sample, share) in enumerate(zip(samples(job), shares, strict=True)):
         prompt = traced[number % len(traced)]
-        record = records[prompt][round(share * (KEPT - 1))]
+        record = records[prompt][round(share * (KEEP_STEPS - 1))]
         np.testing.assert_array_equal(sample["latents"], record["latents"].astype(np.float32))
         np.testing.assert_array_equal(sample["timestep"], record["timestep"][None])
         text = array_text(texts[prompt if record["conditional"] else len(texts) - 1]["prompt"])

@@ -1,4 +1,4 @@
-"""The mobile form of the transformer against our JAX model, and what it promises of its graph."""
+"""The mobile form of the transformer, compared with our JAX model; the operations of its graph; float16."""
 
 import dataclasses
 import math
@@ -42,16 +42,16 @@ def relative_error(actual, expected):
 
 @pytest.fixture(scope="module")
 def saved(random_transformer, tmp_path_factory):
-    """A model with every tensor random, and the folder that holds it."""
-    made = {}
+    """A function that returns (model, folder) of a case of HYBRIDS, every tensor random."""
+    cache = {}
 
     def saved(case):
-        if case not in made:
+        if case not in cache:
             hybrid = HYBRIDS[case]
             config = WanConfig(**SIZES, num_layers=len(hybrid.rates) if hybrid else 2, hybrid=hybrid)
-            made[case] = random_transformer(config), tmp_path_factory.mktemp("model")
-            save_transformer(*made[case])
-        return made[case]
+            cache[case] = random_transformer(config), tmp_path_factory.mktemp("model")
+            save_transformer(*cache[case])
+        return cache[case]
 
     return saved
 
@@ -74,10 +74,10 @@ def test_equals_the_jax_model_and_the_torch_module(saved, case):
     latents, timestep, text = inputs()
     source = load(folder)
     velocity = run(mobile_transformer(source, latents.shape[:3]), latents, timestep, text)
-    drop_in = run(source, latents.transpose(3, 0, 1, 2)[None], timestep, text).sample[0].permute(1, 2, 3, 0)
-    assert relative_error(velocity, drop_in) < 1e-5
+    torch_velocity = run(source, latents.transpose(3, 0, 1, 2)[None], timestep, text).sample[0].permute(1, 2, 3, 0)
+    assert relative_error(velocity, torch_velocity) < 1e-5
     if case in ("max", "lse", "no linear branch"):
-        return  # test_torch_model compares the module of the same hybrid with JAX
+        return  # test_torch_model compares the torch module with JAX
     graph, state = nnx.split(model)
     compiled = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given))
     with jax.default_matmul_precision("highest"):
@@ -86,15 +86,15 @@ def test_equals_the_jax_model_and_the_torch_module(saved, case):
 
 
 @pytest.mark.parametrize("case", ["max", "lse"])
-def test_tiles_change_nothing(saved, case):
+def test_tiling_does_not_change_the_velocity(saved, case):
     source, arguments = load(saved(case)[1]), inputs()
     shape = arguments[0].shape[:3]
-    whole, tiled = (run(mobile_transformer(source, shape, tile=tile), *arguments) for tile in (63, 10))
-    assert relative_error(tiled, whole) < 1e-6
+    untiled, tiled = (run(mobile_transformer(source, shape, tile=tile), *arguments) for tile in (63, 10))
+    assert relative_error(tiled, untiled) < 1e-6
 
 
 @pytest.mark.parametrize("case", ["max", "lse"])
-def test_heads_in_groups_change_nothing(saved, case, monkeypatch):
+def test_groups_of_heads_do_not_change_the_velocity(saved, case, monkeypatch):
     source, arguments = load(saved(case)[1]), inputs()
     shape = arguments[0].shape[:3]
     together = run(mobile_transformer(source, shape), *arguments)
@@ -103,7 +103,7 @@ def test_heads_in_groups_change_nothing(saved, case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["lse", "cubic"])
-def test_the_comparison_notices_every_map(saved, case):
+def test_control_another_feature_map_changes_the_velocity(saved, case):
     source, arguments = load(saved(case)[1]), inputs()
     shape = arguments[0].shape[:3]
     expected = run(mobile_transformer(source, shape), *arguments)
@@ -111,7 +111,7 @@ def test_the_comparison_notices_every_map(saved, case):
     assert maps
     for name, parameter in maps.items():
         if case == "lse" and name.startswith("blocks.2.") and name.endswith("log_scale"):
-            continue  # of the linear block: cancels
+            continue  # the scale of a linear block cancels
         kept = parameter.data
         parameter.data = kept + 0.1
         assert relative_error(run(mobile_transformer(source, shape), *arguments), expected) > 1e-5, name
@@ -120,7 +120,7 @@ def test_the_comparison_notices_every_map(saved, case):
 
 @pytest.mark.parametrize("hybrid", [hybrid for hybrid in HYBRIDS.values() if hybrid], ids=lambda hybrid: hybrid.lattice)
 @pytest.mark.parametrize("grid", [(1, 1, 1), (2, 2, 2), (3, 3, 7), (5, 4, 6)])
-def test_slices_have_the_softmax_tokens_of_every_rate_first(hybrid, grid):
+def test_softmax_tokens_of_every_rate_are_a_prefix_of_the_slices(hybrid, grid):
     order, slices = hybrid.token_order(grid), PrefixSlices.of(hybrid, grid)
     assert sorted(slices.permutation) == list(range(math.prod(grid)))
     for rate in (*hybrid.chain, "linear"):
@@ -129,7 +129,7 @@ def test_slices_have_the_softmax_tokens_of_every_rate_first(hybrid, grid):
 
 
 @pytest.mark.parametrize("case", ["max", "cubic"])
-def test_the_graph_is_of_rank_4_and_gathers_nothing(saved, case):
+def test_the_graph_has_tensors_of_rank_4_at_most_and_no_gather(saved, case):
     arguments = tuple(torch.tensor(x) for x in inputs())
     module = mobile_transformer(load(saved(case)[1]), arguments[0].shape[:3])
     graph = torch.export.export(module, arguments).graph
@@ -141,8 +141,8 @@ def test_the_graph_is_of_rank_4_and_gathers_nothing(saved, case):
     assert not [name for name in operations if any(word in name for word in ("index", "gather", "complex", "exp."))]
 
 
-def test_16_bits_hold_the_linear_state(saved):
-    """Keys of large features: their sum over the tokens leaves the range of 16 bits, the mobile state does not."""
+def test_float16_holds_the_linear_state(saved):
+    """The features of large keys, summed over the tokens, overflow float16; the mobile model's state does not."""
     source = load(saved("lse")[1])
     layout = TokenLayout.of(source.config, (GRID[0], 2 * GRID[1], 2 * GRID[2]))
     attention = source.blocks[4].attn1  # rate 8
@@ -154,15 +154,15 @@ def test_16_bits_hold_the_linear_state(saved):
     q, k, v = (torch.tensor(rng.normal(size=(1, 2, 63, 16)).astype(np.float32)) for _ in range(3))
     linear = k[:, :, layout.softmax[8] :]
     with torch.no_grad():
-        plain, spread = attention.phi_k(linear), torch.cat(mobile.phi_k[0](linear), dim=-1)
+        plain, scaled = attention.phi_k(linear), torch.cat(mobile.phi_k[0](linear), dim=-1)
         half = mobile.half().attend(0, q.half(), k.half(), v.half()).float()
-        whole = mobile.float().attend(0, q, k, v)
-    assert plain.sum(dim=2).max() > 65504 > 4 * spread.sum(dim=2).max()
-    assert torch.isfinite(half).all() and relative_error(half, whole) < 5e-3
+        full = mobile.float().attend(0, q, k, v)
+    assert plain.sum(dim=2).max() > 65504 > 4 * scaled.sum(dim=2).max()
+    assert torch.isfinite(half).all() and relative_error(half, full) < 5e-3
 
 
-def test_16_bits_hold_a_linear_block(saved):
-    """Values weighed by all keys leave the range of 16 bits, their mean does not."""
+def test_float16_holds_a_linear_block(saved):
+    """The sum of the weighted values overflows float16; their mean does not."""
     source = load(saved("lse")[1])
     layout = TokenLayout.of(source.config, (GRID[0], 2 * GRID[1], 2 * GRID[2]))
     attention = source.blocks[2].attn1
@@ -171,12 +171,12 @@ def test_16_bits_hold_a_linear_block(saved):
     v += 8
     with torch.no_grad():
         attention.phi_q.log_scale += math.log(2e4 / (attention.phi_q(q) @ attention.phi_k(k).mT).sum(dim=-1).max())
-        weighed = attention.phi_q(q) @ attention.phi_k(k).mT @ v
+        weighted_sum = attention.phi_q(q) @ attention.phi_k(k).mT @ v
         mobile = mobile_block(source, 2, layout).attn1
-        whole = mobile.attend(0, q, k, v)
+        full = mobile.attend(0, q, k, v)
         half = mobile.half().attend(0, q.half(), k.half(), v.half()).float()
-    assert weighed.max() > 65504
-    assert torch.isfinite(half).all() and relative_error(half, whole) < 5e-3
+    assert weighted_sum.max() > 65504
+    assert torch.isfinite(half).all() and relative_error(half, full) < 5e-3
 
 
 def test_patches_of_several_frames_are_refused(saved):

@@ -1,4 +1,4 @@
-"""The text encoder and the VAE's decoder of the mobile form against our JAX ones."""
+"""The mobile forms of the text encoder and of the VAE decoder, compared with our JAX models."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def ranks(module, *arguments):
     return {node.meta["val"].ndim for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
 
 
-def test_text_encoder(tiny_pipeline):
+def test_text_encoder_equals_jax(tiny_pipeline):
     token_ids, mask = Tokenizer(tiny_pipeline / "tokenizer")(["a red circle moves left"], 11)
     encoder = checkpoint.load_text_encoder(tiny_pipeline / "text_encoder")
     expected = text_encoder.encode_prompts(encoder, token_ids, mask)
@@ -37,7 +37,7 @@ def test_text_encoder(tiny_pipeline):
 
 
 @pytest.mark.parametrize("frames", [1, 3])
-def test_vae_decoder(tiny_pipeline, frames):
+def test_vae_decoder_equals_jax(tiny_pipeline, frames):
     latents = np.random.default_rng(0).normal(size=(frames, 3, 2, 4)).astype(np.float32)
     graph, state = nnx.split(checkpoint.load_vae(tiny_pipeline / "vae"))
     with jax.default_matmul_precision("highest"):
@@ -50,7 +50,7 @@ def test_vae_decoder(tiny_pipeline, frames):
     assert max(ranks(module, torch.tensor(latents))) <= 4
 
 
-def test_names_a_tensor_that_is_missing(tiny_pipeline, tmp_path):
+def test_a_missing_tensor_is_named(tiny_pipeline, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     (file,) = (tiny_pipeline / "vae").glob("*.safetensors")

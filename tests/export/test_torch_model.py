@@ -1,4 +1,4 @@
-"""The torch module against our JAX model, and inside diffusers' own pipeline."""
+"""The torch module compared with our JAX model, and inside diffusers' pipeline."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ HYBRIDS = {
 
 @pytest.fixture(scope="module")
 def saved(random_transformer, tmp_path_factory):
-    """A model with every tensor random, and the folder that holds it."""
+    """A function that returns (model, folder) of a case of HYBRIDS, every tensor random."""
 
     @functools.cache
     def saved(case):
@@ -97,7 +97,7 @@ def test_equals_the_jax_model(saved, case, grid):
 
 @pytest.mark.parametrize("activation", pallas_kernels.feature_map.ACTIVATIONS)
 @pytest.mark.parametrize(("degree", "layers"), [(1, 1), (3, 2)])
-def test_feature_maps_of_every_kind(activation, degree, layers):
+def test_feature_maps_of_every_activation_equal_jax(activation, degree, layers):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3
     widths = [8] + [8 * degree] * layers
@@ -117,7 +117,7 @@ def test_feature_maps_of_every_kind(activation, degree, layers):
 
 
 @pytest.mark.parametrize("case", ["max", "staggered"])
-def test_the_comparison_notices_every_map_and_field(saved, case):
+def test_control_another_feature_map_or_field_changes_the_velocity(saved, case):
     _, folder = saved(case)
     arguments = inputs(GRIDS["27 tokens"])
     module = load(folder)
@@ -126,7 +126,7 @@ def test_the_comparison_notices_every_map_and_field(saved, case):
     assert len(maps) == 4 * 2 * 5
     for name, parameter in maps.items():
         if name.startswith("blocks.2.") and name.endswith("log_scale"):
-            continue  # of the linear block: cancels
+            continue  # the scale of a linear block cancels
         kept = parameter.data
         parameter.data = kept + 0.1
         assert relative_error(torch_velocity(module, *arguments), expected) > 1e-4, name
@@ -143,7 +143,7 @@ def test_the_comparison_notices_every_map_and_field(saved, case):
 
 
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
-def test_a_plain_folder_is_diffusers_own_model(cross_attn_norm, tmp_path):
+def test_a_model_without_hybrid_blocks_equals_diffusers(cross_attn_norm, tmp_path):
     torch.manual_seed(0)
     sizes = SIZES | {"attention_head_dim": 20, "num_layers": 2, "cross_attn_norm": cross_attn_norm, "eps": 1e-5}
     reference = diffusers.WanTransformer3DModel(**sizes).eval()
@@ -166,7 +166,7 @@ def test_a_plain_folder_is_diffusers_own_model(cross_attn_norm, tmp_path):
     assert (module.dtype, module.device) == (reference.dtype, reference.device)
 
 
-def test_bfloat16(saved):
+def test_bfloat16_keeps_feature_maps_in_float32(saved):
     _, folder = saved("max")
     arguments = inputs(GRIDS["27 tokens"])
     module = load(folder, dtype=torch.bfloat16)
@@ -175,8 +175,8 @@ def test_bfloat16(saved):
     exact, rounded = torch_velocity(load(folder), *arguments), torch_velocity(module, *arguments)
     assert rounded.dtype == torch.bfloat16
     assert relative_error(rounded.float(), exact) < 0.05
-    everywhere = load(folder).to(torch.bfloat16)
-    assert relative_error(torch_velocity(everywhere, *arguments).float(), exact) < 0.1
+    all_bfloat16 = load(folder).to(torch.bfloat16)
+    assert relative_error(torch_velocity(all_bfloat16, *arguments).float(), exact) < 0.1
 
 
 def test_traces_to_a_static_graph(saved):
@@ -190,14 +190,14 @@ def test_traces_to_a_static_graph(saved):
         assert relative_error(graph(*arguments, return_dict=False)[0], expected) < 1e-6
 
 
-def test_names_what_does_not_fit(saved, tmp_path):
+def test_missing_wrong_and_unexpected_tensors_are_named(saved, tmp_path):
     _, folder = saved("cubic")
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (file,) = copy.glob("*.safetensors")
     tensors = load_file(file)
     del tensors["blocks.2.attn1.phi_k.0.bias"]
-    tensors["blocks.1.attn1.phi_q.log_scale"] = torch.zeros(2)  # of a softmax block
+    tensors["blocks.1.attn1.phi_q.log_scale"] = torch.zeros(2)  # which a softmax block does not have
     tensors["proj_out.bias"] = torch.zeros(5)
     save_file(tensors, file)
     with pytest.raises(InputError) as error:
@@ -226,7 +226,7 @@ def test_names_what_does_not_fit(saved, tmp_path):
         ({"temperature": 1.0}, "temperature"),
     ],
 )
-def test_another_format_is_refused(saved, change, message, tmp_path):
+def test_a_bad_hybrid_config_is_refused(saved, change, message, tmp_path):
     _, folder = saved("cubic")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hybrid": config["hybrid"] | change}))
@@ -234,7 +234,7 @@ def test_another_format_is_refused(saved, change, message, tmp_path):
         load(tmp_path)
 
 
-def test_calls_that_it_cannot_answer(saved):
+def test_bad_arguments_of_a_call_are_refused(saved):
     module = load(saved("cubic")[1])
     latents, timesteps, text = torch.zeros(1, 3, 3, 6, 6), torch.zeros(1), torch.zeros(1, 5, 12)
     for arguments, message in [
@@ -250,7 +250,7 @@ def test_calls_that_it_cannot_answer(saved):
 
 @pytest.fixture(scope="module")
 def bundled():
-    """diffusers' pipeline of the bundled model."""
+    """The bundled model as a pipeline of diffusers."""
     return diffusers.WanPipeline.from_pretrained(BUNDLED["tiny_wan"])
 
 
@@ -267,7 +267,7 @@ def operated(random_transformer, tmp_path_factory):
 
 
 def latents_of(bundled, transformer, noise, steps):
-    """Latents [B, T, H, W, C] by diffusers' pipeline with another transformer in it."""
+    """Latents [B, T, H, W, C] that diffusers' pipeline samples with the given transformer."""
     pipeline = diffusers.WanPipeline(**bundled.components | {"transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     frames, height, width, _ = noise.shape[1:]
@@ -293,7 +293,7 @@ def noise(bundled):
 
 
 @pytest.mark.parametrize("folder", ["published", "operated at rate 1"])
-def test_at_rate_1_diffusers_pipeline_makes_what_its_own_transformer_makes(bundled, noise, folder, tmp_path):
+def test_in_the_pipeline_rate_1_equals_the_transformer_of_diffusers(bundled, noise, folder, tmp_path):
     path = BUNDLED["tiny_wan"] / "transformer"
     if folder != "published":
         teacher = load_transformer(path)
@@ -305,24 +305,24 @@ def test_at_rate_1_diffusers_pipeline_makes_what_its_own_transformer_makes(bundl
     assert relative_error(latents_of(bundled, module, noise, steps=4), expected) < 1e-4
 
 
-def test_diffusers_pipeline_samples_a_hybrid_as_jsurgery_does(bundled, operated, noise):
+def test_in_the_pipeline_a_hybrid_gives_the_latents_of_jsurgery(bundled, operated, noise):
     steps, config = 10, load_config("tiny", {"model.path": str(operated)})
     config.video.frames, config.video.height, config.video.width, config.text_length = 5, 64, 48, TEXT_LENGTH
     config.sampler.update(solver="unipc", steps=steps, guidance=3.0, shift=bundled.scheduler.config.flow_shift)
     ours = load_pipeline(str(operated)).sample([PROMPT], config, seed=0)[0]
     theirs = latents_of(bundled, load(operated), noise, steps)
     assert relative_error(theirs, ours) < 1e-3
-    assert relative_error(latents_of(bundled, bundled.transformer, noise, steps), ours) > 0.05  # without surgery
+    assert relative_error(latents_of(bundled, bundled.transformer, noise, steps), ours) > 0.05  # control: the teacher
 
 
-def test_diffusers_pipeline_makes_a_video(bundled, operated):
+def test_the_pipeline_makes_a_video(bundled, operated):
     pipeline = diffusers.WanPipeline(**bundled.components | {"transformer": load(operated)}).to("cpu")
     pipeline.set_progress_bar_config(disable=True)
     (video,) = pipeline(PROMPT, num_frames=5, height=64, width=48, num_inference_steps=2, output_type="np").frames
     assert video.shape == (5, 64, 48, 3) and np.isfinite(video).all()
 
 
-def test_stock_diffusers_refuses_a_hybrid(operated, tmp_path):
+def test_diffusers_without_our_class_refuses_a_hybrid(operated, tmp_path):
     folder = tmp_path / "pipeline"
     shutil.copytree(BUNDLED["tiny_wan"], folder, ignore=shutil.ignore_patterns("transformer"))
     shutil.copytree(operated, folder / "transformer")

@@ -1,4 +1,4 @@
-"""The process that makes a format: what it prints, and that it does not outlive the command."""
+"""The worker process that makes a format: it ends with its parent, and libraries' output goes to a log."""
 
 import pathlib
 import subprocess
@@ -19,15 +19,15 @@ PARENT = """if True:
 """
 
 
-def test_ends_with_a_parent_that_was_killed():
+def test_the_worker_ends_when_its_parent_is_killed():
     command = [sys.executable, "-c", PARENT, CHILD]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "began\n"
         parent.kill()
-        assert parent.stdout.read() == ""  # the pipe ends when the last of both is gone
+        assert parent.stdout.read() == ""  # ends when both processes have ended
 
 
-def test_what_libraries_print_goes_to_a_file(tmp_path):
+def test_output_of_libraries_goes_to_a_file(tmp_path):
     code = f"""if True:
         import os, pathlib, sys
         from jsurgery.export.worker import divert
@@ -35,5 +35,5 @@ def test_what_libraries_print_goes_to_a_file(tmp_path):
         os.write(2, b"a library's\\n")
         print("ours", file=sys.stderr)
     """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stderr == "ours\n" and (tmp_path / "x.log").read_text() == "a library's\n"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stderr == "ours\n" and (tmp_path / "x.log").read_text() == "a library's\n"
