@@ -1,4 +1,4 @@
-"""Bad input ends in one line on stderr and exit code 2 (3: does not fit), with no traceback and nothing written."""
+"""Bad input ends with one line on stderr and exit code 2, or 3 for a mesh that does not fit; nothing is written."""
 
 import contextlib
 import dataclasses
@@ -31,16 +31,16 @@ SMALL = {
 }
 T_CONFIG = "transformer/config.json"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
-MODEL = "--config.model.path=model"  # a copy of the fixture's; `{model}` is the fixture itself
+MODEL = "--config.model.path=model"  # a copy of `tiny_pipeline`, which `{model}` stands for
 PAGE, POINTER = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
 
 
 @dataclasses.dataclass
 class Bad:
-    """What is prepared in the folder, the command, what its one line must tell, and the exit code."""
+    """A command, parts of its error message, what is done in the folder before, and the exit code."""
 
     arguments: str
-    told: tuple[str, ...]
+    parts: tuple[str, ...]
     prepare: Callable[[pathlib.Path], object] | None = None
     code: int = 2
 
@@ -52,7 +52,7 @@ def surgery(*overrides: str, model: str = "{model}", command: str = "surgery") -
 
 
 def written(name: str, content: bytes | str | object) -> Callable[[pathlib.Path], object]:
-    """Prepares one file; what is neither bytes nor text becomes JSON."""
+    """Writes one file; content that is neither bytes nor text is written as JSON."""
     if not isinstance(content, bytes):
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
 
@@ -68,7 +68,7 @@ def config_file(*lines: str) -> Callable[[pathlib.Path], object]:
     return written("mine.py", head + "".join(f"    {line}\n" for line in lines) + "    return c\n")
 
 
-def damaged(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True) -> Callable[[pathlib.Path], object]:
+def changed(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True) -> Callable[[pathlib.Path], object]:
     """Changes a file of the model in `model/`."""
 
     def prepare(folder: pathlib.Path) -> None:
@@ -81,11 +81,11 @@ def damaged(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True)
 
 
 def edited(name: str, **fields: object) -> Callable[[pathlib.Path], object]:
-    """Changes fields of a config.json of the model in `model/`, on purpose."""
-    return damaged(name, lambda content: json.dumps(json.loads(content) | fields).encode(), hashes=False)
+    """Changes fields of a config.json of the model in `model/` and removes the hashes, which would differ."""
+    return changed(name, lambda content: json.dumps(json.loads(content) | fields).encode(), hashes=False)
 
 
-def with_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
+def write_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
     def prepare(folder: pathlib.Path) -> None:
         transformer = folder / "model" / "transformer"
         (transformer / "hashes.json").unlink()
@@ -96,8 +96,8 @@ def with_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
     return prepare
 
 
-def begun(**overrides: str) -> Callable[[pathlib.Path], object]:
-    """A workdir in which `trace` has begun with other settings."""
+def begin_trace(**overrides: str) -> Callable[[pathlib.Path], object]:
+    """A workdir in which `trace` has begun with these settings."""
 
     def prepare(folder: pathlib.Path) -> None:
         fields = SMALL | {"model.path": "model"} | {name.replace("__", "."): text for name, text in overrides.items()}
@@ -107,17 +107,17 @@ def begun(**overrides: str) -> Callable[[pathlib.Path], object]:
     return prepare
 
 
-def marked(content: object) -> Callable[[pathlib.Path], object]:
+def write_marker(content: object) -> Callable[[pathlib.Path], object]:
     return written("run/trace/stage.json", content)
 
 
-def pickled(folder: pathlib.Path) -> None:
-    """A pickle that would make a file, were it executed."""
+def write_pickle(folder: pathlib.Path) -> None:
+    """A pickle that would write a file if it were executed."""
     payload = b"cos\nsystem\n(S'touch executed'\ntR."
     (folder / "weights.pth").write_bytes(b"\x80\x02" + payload)
 
 
-def broken_zip(folder: pathlib.Path) -> None:
+def write_broken_zip(folder: pathlib.Path) -> None:
     (folder / "weights.pth").write_bytes(b"PK\x03\x04" + b"\0" * 100)
 
 
@@ -181,27 +181,27 @@ MESHES = [
 MODELS = [
     Bad(surgery(model="no/such/model"), ("config.model.path", "no/such/model", "no such folder")),
     Bad(surgery(model=""), ("config.model.path", "(empty)", "tiny_wan")),
-    Bad(surgery(model="model"), (TRANSFORMER, "truncated"), damaged(TRANSFORMER, lambda b: b[:-100])),
-    Bad(surgery(model="model"), (TRANSFORMER, "empty"), damaged(TRANSFORMER, lambda b: b"")),
-    Bad(surgery(model="model"), (TRANSFORMER, "HTML"), damaged(TRANSFORMER, lambda b: PAGE)),
-    Bad(surgery(model="model"), (TRANSFORMER, "git-LFS", "git lfs pull"), damaged(TRANSFORMER, lambda b: POINTER)),
-    Bad(surgery(model="model"), (TRANSFORMER, "hash"), damaged(TRANSFORMER, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
+    Bad(surgery(model="model"), (TRANSFORMER, "truncated"), changed(TRANSFORMER, lambda b: b[:-100])),
+    Bad(surgery(model="model"), (TRANSFORMER, "empty"), changed(TRANSFORMER, lambda b: b"")),
+    Bad(surgery(model="model"), (TRANSFORMER, "HTML"), changed(TRANSFORMER, lambda b: PAGE)),
+    Bad(surgery(model="model"), (TRANSFORMER, "git-LFS", "git lfs pull"), changed(TRANSFORMER, lambda b: POINTER)),
+    Bad(surgery(model="model"), (TRANSFORMER, "hash"), changed(TRANSFORMER, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     Bad(
         surgery(model="model"),
         (TRANSFORMER, "cut short"),
-        damaged(TRANSFORMER, lambda b: struct.pack("<Q", 2**62) + b[8:], hashes=False),
+        changed(TRANSFORMER, lambda b: struct.pack("<Q", 2**62) + b[8:], hashes=False),
     ),
     Bad(surgery(model="model"), ("vae", "missing"), lambda f: [w.unlink() for w in f.glob("model/vae/*.safe*")]),
-    Bad(surgery(model="model"), ("spiece.model",), damaged("tokenizer/spiece.model", lambda b: PAGE, hashes=False)),
+    Bad(surgery(model="model"), ("spiece.model",), changed("tokenizer/spiece.model", lambda b: PAGE, hashes=False)),
     Bad(
         surgery(model="model"),
         ("text_encoder/config.json", "empty"),
-        damaged("text_encoder/config.json", lambda b: b""),
+        changed("text_encoder/config.json", lambda b: b""),
     ),
     Bad(
         surgery(model="model"),
         ("transformer/config.json", "truncated or changed"),
-        damaged("transformer/config.json", lambda b: b"{"),
+        changed("transformer/config.json", lambda b: b"{"),
     ),
     Bad(surgery(model="model"), ("_class_name", "'Flux'"), edited("transformer/config.json", _class_name="Flux")),
     Bad(surgery(model="model"), ("num_layers", "-1"), edited("transformer/config.json", num_layers=-1)),
@@ -211,10 +211,10 @@ MODELS = [
         ("hybrid.format_version", "9"),
         edited("transformer/config.json", _class_name="HybridWanTransformer3DModel", hybrid={"format_version": 9}),
     ),
-    Bad(surgery(model="model"), ("index.json", "b.safetensors", "not there"), with_index({"a": "b.safetensors"})),
-    Bad(surgery(model="model"), ("index.json", "in this folder"), with_index({"a": "../../outside.safetensors"})),
-    Bad("convert --model=weights.pth --output=out", ("weights.pth", "refused", "os.system"), pickled),
-    Bad("convert --model=weights.pth --output=out", ("weights.pth", "truncated or damaged"), broken_zip),
+    Bad(surgery(model="model"), ("index.json", "b.safetensors", "not there"), write_index({"a": "b.safetensors"})),
+    Bad(surgery(model="model"), ("index.json", "in this folder"), write_index({"a": "../../outside.safetensors"})),
+    Bad("convert --model=weights.pth --output=out", ("weights.pth", "refused", "os.system"), write_pickle),
+    Bad("convert --model=weights.pth --output=out", ("weights.pth", "truncated or damaged"), write_broken_zip),
     Bad("convert --model=model --output=model", ("--output=model", "already")),
     Bad("push --model=nowhere --repo=a/b", ("--model=nowhere", "no such folder")),
     Bad("push --model=model --repo=a/b", ("pickles", "x.bin"), written("model/x.bin", b"\x80")),
@@ -260,16 +260,16 @@ FILES = [
 ]
 WORKDIRS = [
     Bad(surgery(command="distill"), ("trace", "run that stage first")),
-    Bad(surgery("--config.seed=1", model="model"), ("trace/stage.json", "seed was 0, is 1"), begun()),
-    Bad(surgery(model="model"), ("trace/stage.json", "another version", "99"), marked({"format_version": 99})),
-    Bad(surgery(model="model"), ("trace/stage.json", "marker"), marked("")),
-    Bad(surgery(model="model"), ("trace/stage.json", "damaged"), marked({"complete": True})),
+    Bad(surgery("--config.seed=1", model="model"), ("trace/stage.json", "seed was 0, is 1"), begin_trace()),
+    Bad(surgery(model="model"), ("trace/stage.json", "another version", "99"), write_marker({"format_version": 99})),
+    Bad(surgery(model="model"), ("trace/stage.json", "marker"), write_marker("")),
+    Bad(surgery(model="model"), ("trace/stage.json", "damaged"), write_marker({"complete": True})),
     Bad(surgery(), ("run", "File exists"), written("run", b"a file")),
     Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
     Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
 ]
 TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *FILES, *WORKDIRS]
-# As a user starts them: one of each kind.
+# Also run in a process of their own, as a user would: one of each kind.
 PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
 
 
@@ -281,7 +281,7 @@ def label(bad: Bad) -> str:
     )
 
 
-def prepared(bad: Bad, folder: pathlib.Path, model: pathlib.Path) -> list[str]:
+def set_up(bad: Bad, folder: pathlib.Path, model: pathlib.Path) -> list[str]:
     if "model" in bad.arguments.replace("{model}", "").replace("config.model", ""):
         shutil.copytree(model, folder / "model")
     if bad.prepare is not None:
@@ -290,7 +290,7 @@ def prepared(bad: Bad, folder: pathlib.Path, model: pathlib.Path) -> list[str]:
 
 
 def tree(folder: pathlib.Path) -> dict[str, str]:
-    """Everything below, files with their hashes."""
+    """{path: hash, or "folder"} of everything in a folder."""
     found = sorted(folder.rglob("*"))
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for p in found}
 
@@ -300,14 +300,14 @@ def check(bad: Bad, code: int | None, out: str, err: str, before: dict[str, str]
     assert out == ""
     assert len(err.splitlines()) == 1 and err.startswith("jsurgery: ") and err.endswith("\n"), err
     assert "Traceback" not in err
-    for part in bad.told:
+    for part in bad.parts:
         assert part in err, err
     assert tree(folder) == before
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=label)
-def test_bad_input(bad, tmp_path, tiny_pipeline, monkeypatch, capsys):
-    arguments = prepared(bad, tmp_path, tiny_pipeline)
+def test_bad_input_is_refused(bad, tmp_path, tiny_pipeline, monkeypatch, capsys):
+    arguments = set_up(bad, tmp_path, tiny_pipeline)
     monkeypatch.chdir(tmp_path)
     before, model = tree(tmp_path), tree(tiny_pipeline)
     capsys.readouterr()
@@ -317,10 +317,10 @@ def test_bad_input(bad, tmp_path, tiny_pipeline, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("bad", PROCESSES, ids=label)
-def test_bad_input_of_a_process(bad, tmp_path, tiny_pipeline):
-    arguments = prepared(bad, tmp_path, tiny_pipeline)
+def test_bad_input_of_a_process_is_refused(bad, tmp_path, tiny_pipeline):
+    arguments = set_up(bad, tmp_path, tiny_pipeline)
     before = tree(tmp_path)
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "jsurgery", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -329,20 +329,20 @@ def test_bad_input_of_a_process(bad, tmp_path, tiny_pipeline):
         text=True,
         timeout=600,
     )
-    check(bad, ended.returncode, ended.stdout, ended.stderr, before, tmp_path)
+    check(bad, process.returncode, process.stdout, process.stderr, before, tmp_path)
 
 
-def test_the_table_is_long_enough():
-    assert len({bad.arguments + str(bad.told) for bad in TABLE}) == len(TABLE) >= 40
+def test_the_table_has_at_least_40_different_cases():
+    assert len({bad.arguments + str(bad.parts) for bad in TABLE}) == len(TABLE) >= 40
 
 
-def test_sound_input_passes_the_same_checks(tmp_path, tiny_pipeline):
-    """The control: what the table changes is all that is wrong with it."""
+def test_control_valid_input_is_not_refused(tmp_path, tiny_pipeline):
+    """The valid settings and model that the table changes are not refused."""
     Run(load_config("tiny", SMALL | {"model.path": str(tiny_pipeline)}), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_terminal_would_obey_is_spelt_out(capsys):
+def test_control_characters_are_escaped(capsys):
     assert cli.complain("a\x1b[2Jb\nc\x07 é\u202e", 2) == 2
     assert capsys.readouterr().err == "jsurgery: a\\x1b[2Jb c\\x07 é\\u202e\n"
 
@@ -358,24 +358,24 @@ def test_a_missing_file_is_named(tmp_path, tiny_pipeline, missing):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (lambda sound: b"", "empty"),
-        (lambda sound: b"abc", "truncated"),
-        (lambda sound: PAGE + b" " * 500, "HTML"),
-        (lambda sound: POINTER, "git-LFS"),
-        (lambda sound: b"PK\x03\x04" + sound, "pickle"),
-        (lambda sound: sound[:50], "truncated"),
-        (lambda sound: sound[:-1], "truncated"),
-        (lambda sound: sound + b"\0", "truncated or damaged"),
-        (lambda sound: sound[:8] + b"x" * (len(sound) - 8), "truncated or damaged"),
+        (lambda valid: b"", "empty"),
+        (lambda valid: b"abc", "truncated"),
+        (lambda valid: PAGE + b" " * 500, "HTML"),
+        (lambda valid: POINTER, "git-LFS"),
+        (lambda valid: b"PK\x03\x04" + valid, "pickle"),
+        (lambda valid: valid[:50], "truncated"),
+        (lambda valid: valid[:-1], "truncated"),
+        (lambda valid: valid + b"\0", "truncated or damaged"),
+        (lambda valid: valid[:8] + b"x" * (len(valid) - 8), "truncated or damaged"),
     ],
     ids=["empty", "three bytes", "html", "lfs", "pickle", "half a header", "a byte short", "a byte long", "no json"],
 )
 def test_the_quick_check_and_the_full_read_refuse_the_same_files(tmp_path, tiny_pipeline, content, cause):
-    sound = (tiny_pipeline / TRANSFORMER).read_bytes()
+    valid = (tiny_pipeline / TRANSFORMER).read_bytes()
     file = tmp_path / "model.safetensors"
-    file.write_bytes(content(sound))
+    file.write_bytes(content(valid))
     for read in (check_tensors, read_tensors):
         with pytest.raises(InputError, match=cause):
             read(file)
-    file.write_bytes(sound)
+    file.write_bytes(valid)
     check_tensors(file)

@@ -1,4 +1,4 @@
-"""A full disk, a read-only one, and files that disappear: one line, and what was written before is still there."""
+"""Full disks, read-only disks and disappearing files give errors of one line; earlier files stay intact."""
 
 import os
 import shutil
@@ -21,35 +21,35 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of its own: `mount(size)` makes it, or changes it."""
+    """(folder, mount): `mount(*options)` mounts a tmpfs of its own at the folder, or remounts it."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def mount(*options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"NOT TESTED: no disk can be mounted here: {done.stderr.strip()}")
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            pytest.skip(f"NOT TESTED: no disk can be mounted here: {process.stderr.strip()}")
 
     yield folder, mount
     subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def state(step: int):
-    """Random, so that nothing is saved by compressing it."""
+    """Random values, which do not compress."""
     return {"weights": jnp.asarray(np.random.default_rng(step).random(MEGABYTE // 8))}  # half a megabyte of float32
 
 
-def test_a_full_disk_during_a_save(disk):
+def test_a_full_disk_during_a_save_keeps_earlier_checkpoints(disk):
     folder, mount = disk
     mount(f"size={4 * MEGABYTE}")
     saved = []
-    with pytest.raises(InputError) as told, Checkpoints(folder / "checkpoints", every=1, keep=99) as checkpoints:
+    with pytest.raises(InputError) as raised, Checkpoints(folder / "checkpoints", every=1, keep=99) as checkpoints:
         for step in range(1, 40):
             checkpoints.save(step, state(step))
             checkpoints.wait()
             saved.append(step)
-    message = str(told.value)
+    message = str(raised.value)
     assert "No space left on device" in message and f"step {saved[-1]} is still there" in message
     assert len(message.splitlines()) == 1 and 1 <= len(saved) < 10
 
@@ -66,31 +66,31 @@ def records(count: int):
     return ({"latents": np.random.default_rng(i).random(MEGABYTE // 8)} for i in range(count))
 
 
-def test_a_full_disk_under_other_files(disk):
-    """Shards, tensors and JSON: what is there under its name is the whole earlier one."""
+def test_a_full_disk_leaves_other_files_complete(disk):
+    """Shards, tensors and JSON: under its final name a file is complete, if need be the earlier version."""
     folder, mount = disk
     mount(f"size={4 * MEGABYTE}")
     shards, tensors, marker = (epath.Path(folder / name) for name in ("shards", "tensors.safetensors", "marker.json"))
     write_shard(shard_path(shards, 0), records(1))
     write_tensors(tensors, {"a": np.ones(9)})
     write_json(marker, {"complete": False})
-    with pytest.raises(Exception) as told:
+    with pytest.raises(Exception) as raised:
         write_shard(shard_path(shards, 1), records(9))
-    assert "No space left on device" in (file_system_reason(told.value) or ""), repr(told.value)
-    with pytest.raises(OSError) as told:
+    assert "No space left on device" in (file_system_reason(raised.value) or ""), repr(raised.value)
+    with pytest.raises(OSError) as raised:
         write_tensors(tensors, {"a": np.random.default_rng(0).random(MEGABYTE)})
-    assert "No space left on device" in (file_system_reason(told.value) or "")
+    assert "No space left on device" in (file_system_reason(raised.value) or "")
     with (folder / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
         while True:
             filler.write(os.urandom(4096))
-    with pytest.raises(OSError) as told:
+    with pytest.raises(OSError) as raised:
         write_json(marker, {"complete": True, "more": "x" * 100_000})
-    assert "No space left on device" in (file_system_reason(told.value) or "")
+    assert "No space left on device" in (file_system_reason(raised.value) or "")
     assert len(Records(folder / "shards")) == 1 and read_tensors(tensors)["a"].sum() == 9
     assert marker.read_text() == '{\n  "complete": false\n}\n'
 
 
-def test_a_read_only_disk(disk, tiny_pipeline, capsys):
+def test_a_read_only_disk_is_refused(disk, tiny_pipeline, capsys):
     folder, mount = disk
     mount("size=1m")
     mount("remount", "ro")
@@ -101,23 +101,23 @@ def test_a_read_only_disk(disk, tiny_pipeline, capsys):
     assert "Read-only file system" in message and str(folder / "run") in message and len(message.splitlines()) == 1
 
 
-def test_a_folder_that_disappears_while_it_is_written_to(tmp_path):
+def test_a_disappearing_checkpoint_folder_is_one_line(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=9)
     checkpoints.save(1, state(1))
     checkpoints.wait()
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("a file is in its place")
-    with pytest.raises(InputError, match="could not be saved") as told:
+    with pytest.raises(InputError, match="could not be saved") as raised:
         checkpoints.save(2, state(2))
         checkpoints.close()
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_file_that_disappears_while_it_is_read(tmp_path):
-    """A shard removed in the middle of a stage ends in one line, too."""
+def test_a_disappearing_shard_is_one_line(tmp_path):
+    """A shard is removed while a stage reads it."""
     write_shard(shard_path(tmp_path, 0), records(3))
     source = Records(tmp_path)
     shard_path(tmp_path, 0).unlink()
-    with pytest.raises(Exception) as told:
+    with pytest.raises(Exception) as raised:
         [source[i] for i in range(3)]
-    assert isinstance(told.value, InputError) or file_system_reason(told.value), repr(told.value)
+    assert isinstance(raised.value, InputError) or file_system_reason(raised.value), repr(raised.value)

@@ -1,4 +1,4 @@
-"""Checkpoints whose files are not as they were written are found, and the files named; which stay, and which count."""
+"""Changed files of checkpoints are found and named; which checkpoints are kept, and which are restored."""
 
 import functools
 import pathlib
@@ -39,7 +39,7 @@ def restore(folder: pathlib.Path, **options):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Steps 3 and 7."""
+    """A folder with checkpoints of steps 3 and 7."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     save(folder, [3, 7])
     return folder
@@ -47,7 +47,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def files(saved, tmp_path):
-    """A copy of `saved`, and the files of its newest checkpoint."""
+    """(newest checkpoint in a copy of `saved`, its files)."""
     shutil.copytree(saved, tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / "7"
     return newest, [path for path in sorted(newest.rglob("*")) if path.is_file()]
@@ -57,7 +57,7 @@ def payload_of(files: list[pathlib.Path]) -> pathlib.Path:
     return max((path for path in files if path.parent.name == "d"), key=lambda path: path.stat().st_size)
 
 
-def test_one_flipped_bit_anywhere_is_found(files):
+def test_every_flipped_bit_is_found(files):
     newest, found = files
     assert len(found) > 5 and any(path.name == MANIFEST for path in found)
     assert find_damage(epath.Path(newest)) == []
@@ -68,52 +68,52 @@ def test_one_flipped_bit_anywhere_is_found(files):
         if not path.stat().st_size:
             continue
         content = path.read_bytes()
-        place, bit = rng.integers(len(content)), rng.integers(8)
-        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1 :])
-        told = find_damage(epath.Path(newest))
-        assert told == [f"{path.relative_to(newest)} is not as it was written"], (path, place, bit)
+        position, bit = rng.integers(len(content)), rng.integers(8)
+        path.write_bytes(content[:position] + bytes([content[position] ^ (1 << bit)]) + content[position + 1 :])
+        damage = find_damage(epath.Path(newest))
+        assert damage == [f"{path.relative_to(newest)} is not as it was written"], (path, position, bit)
         path.write_bytes(content)
         trials += 1
     assert find_damage(epath.Path(newest)) == []
 
 
-def test_orbax_alone_does_not_see_it(files, monkeypatch):
-    """The control: with no comparison, a flipped bit in a payload loads, as another state."""
+def test_control_orbax_alone_does_not_find_a_flipped_bit(files, monkeypatch):
+    """Without the comparison of hashes, a state with a flipped bit is restored."""
     newest, found = files
     payload = payload_of(found)
     content = payload.read_bytes()
     monkeypatch.setattr(checkpoints_module, "find_damage", lambda folder: [])
-    silent = 0
-    for place in range(len(content) // 3, len(content), len(content) // 7):
-        payload.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    undetected = 0
+    for position in range(len(content) // 3, len(content), len(content) // 7):
+        payload.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         try:
             _, found = restore(newest.parent)
-            silent += not same(found, 7)
-        except Exception:  # whatever Orbax says to what it cannot decode
+            undetected += not same(found, 7)
+        except Exception:  # Orbax could not decode the payload
             continue
-    assert silent
+    assert undetected
 
 
 @pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "empty"])
-def test_restoring_names_the_file(files, fault):
+def test_restoring_names_the_damaged_file(files, fault):
     newest, found = files
     path = payload_of(found)
     content = path.read_bytes()
     damaged = {"flipped": content[:-1] + bytes([content[-1] ^ 4]), "truncated": content[:-9], "empty": b""}
     path.unlink() if fault == "missing" else path.write_bytes(damaged[fault])
-    with pytest.raises(InputError, match="config.checkpoint.on_damage=older") as told:
+    with pytest.raises(InputError, match="config.checkpoint.on_damage=older") as raised:
         restore(newest.parent)
-    message = str(told.value)
+    message = str(raised.value)
     assert str(newest) in message and str(path.relative_to(newest)) in message and len(message.splitlines()) == 1
 
 
-def test_an_older_one_where_that_is_allowed(files, capsys):
+def test_an_older_checkpoint_is_restored_if_the_config_allows_it(files, capsys):
     newest, found = files
     payload_of(found).write_bytes(b"?")
     step, older = restore(newest.parent, on_damage="older")
     assert step == 3 and same(older, 3)
     assert "damaged" in capsys.readouterr().err
-    save(newest.parent, [7])  # gets there again
+    save(newest.parent, [7])  # the resumed run saves step 7 again
     assert restore(newest.parent)[0] == 7
     for path in newest.parent.glob("*/d/*"):
         path.unlink()
@@ -122,7 +122,7 @@ def test_an_older_one_where_that_is_allowed(files, capsys):
             restore(newest.parent, on_damage="older")
 
 
-def test_without_a_manifest_it_is_not_there(files, capsys):
+def test_a_checkpoint_without_a_manifest_is_ignored(files, capsys):
     newest, _ = files
     (newest / MANIFEST).unlink()
     step, found = restore(newest.parent)
@@ -131,7 +131,7 @@ def test_without_a_manifest_it_is_not_there(files, capsys):
     assert not newest.exists() and restore(newest.parent)[0] == 8
 
 
-def test_which_ones_stay(tmp_path):
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path):
     folder = tmp_path / "checkpoints"
     save(folder, range(1, 12), every=2, keep=2, keep_every=4)
     assert sorted(int(path.name) for path in folder.iterdir()) == [4, 8, 10]
@@ -140,11 +140,11 @@ def test_which_ones_stay(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["11"]
 
 
-def test_what_may_object_comes_before_anything_is_written(tmp_path):
+def test_the_check_runs_before_anything_is_written(tmp_path):
     folder = tmp_path / "checkpoints"
-    refused = functools.partial(pytest.fail, "asked")
+    fail = functools.partial(pytest.fail, "checked at a step that is not saved")
     with Checkpoints(folder, every=5, keep=2) as checkpoints:
-        checkpoints.save(4, state(4), check=refused)
+        checkpoints.save(4, state(4), check=fail)
         with pytest.raises(ZeroDivisionError):
             checkpoints.save(5, state(5), check=lambda: 1 // 0)
         assert checkpoints.complete_steps() == [] and not folder.exists()

@@ -40,8 +40,8 @@ def model(tmp_path, tiny_pipeline) -> pathlib.Path:
     return shutil.copytree(tiny_pipeline, tmp_path / "model")
 
 
-def test_one_flipped_byte_is_found_and_its_file_named(model):
-    """Anywhere: bytes are drawn evenly in half of the trials; files are in the other half, so that small ones occur."""
+def test_the_file_of_a_flipped_byte_is_named(model):
+    """Half of the trials draw from all bytes. The other half draw a file first, so that small files occur too."""
     rng, files = np.random.default_rng(0), files_of(model)
     sizes = np.array([(model / file).stat().st_size for file in files], float)
     found = 0
@@ -62,7 +62,7 @@ def test_truncated_and_missing_files_are_named(model):
     for trial in range(TRIALS):
         file = files[rng.integers(len(files))]
         content = (model / file).read_bytes()
-        if trial % 2 and file.name != HASHES:  # a folder without hashes is one that nobody has hashed
+        if trial % 2 and file.name != HASHES:  # a folder without hashes is valid
             (model / file).unlink()
         else:
             os.truncate(model / file, rng.integers(len(content)))
@@ -86,8 +86,8 @@ def test_control_without_hashes_a_flipped_byte_loads_silently(model):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
-def test_what_is_written_is_hashed(tmp_path, random_transformer, shard_bytes):
-    """Independently of the writer, which hashes what it writes as it goes."""
+def test_written_models_have_correct_hashes(tmp_path, random_transformer, shard_bytes):
+    """The hashes, which the writer computes while it writes, equal those of the finished files."""
     transformer = random_transformer(TINY_TRANSFORMER)
     save_transformer(transformer, tmp_path, shard_bytes=shard_bytes)
     recorded = json.loads((tmp_path / HASHES).read_text())["files"]
@@ -98,7 +98,7 @@ def test_what_is_written_is_hashed(tmp_path, random_transformer, shard_bytes):
     assert (len(recorded) > 3) == (shard_bytes == 4000)
 
 
-def test_saving_again_and_over_other_shards(tmp_path, random_transformer):
+def test_a_model_can_be_saved_over_one_with_other_shards(tmp_path, random_transformer):
     transformer = random_transformer(TINY_TRANSFORMER)
     for shard_bytes in (4000, 10**9, 9000):
         save_transformer(transformer, tmp_path, shard_bytes=shard_bytes)
@@ -106,7 +106,7 @@ def test_saving_again_and_over_other_shards(tmp_path, random_transformer):
         load_transformer(tmp_path)
 
 
-def test_an_operated_model_is_hashed_with_what_is_added_to_its_config(tmp_path, random_transformer):
+def test_hashes_of_an_operated_model_include_its_base_pipeline(tmp_path, random_transformer):
     hybrid = HybridConfig(rates=(2, 1))
     save_model(random_transformer(dataclasses.replace(TINY_TRANSFORMER, hybrid=hybrid)), tmp_path, "tiny_wan")
     check_hashes(tmp_path)
@@ -114,20 +114,20 @@ def test_an_operated_model_is_hashed_with_what_is_added_to_its_config(tmp_path, 
     assert read_config(tmp_path).hybrid == hybrid
 
 
-def test_a_write_that_breaks_off_leaves_no_hashes_that_lie(tmp_path, random_transformer, monkeypatch):
+def test_an_interrupted_write_leaves_no_outdated_hashes(tmp_path, random_transformer, monkeypatch):
     transformer = random_transformer(TINY_TRANSFORMER)
     save_transformer(transformer, tmp_path)
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jsurgery.wan.checkpoint.write_hashes", full)
+    monkeypatch.setattr("jsurgery.wan.checkpoint.write_hashes", disk_full)
     with pytest.raises(OSError):
         save_transformer(transformer, tmp_path)
     assert not (tmp_path / HASHES).exists()
 
 
-def test_a_file_alone_is_compared_alone(tmp_path, model):
+def test_checking_one_file_ignores_the_others(tmp_path, model):
     folder = model / "transformer"
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     check_hashes(folder / "diffusion_pytorch_model.safetensors")
@@ -145,14 +145,14 @@ def test_hashes_of_files_elsewhere_are_refused(tmp_path, name):
         check_hashes(folder)
 
 
-def test_a_file_is_read_again_when_it_has_changed_and_only_then(tmp_path, monkeypatch):
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"one")
     write_hashes(tmp_path, {}, "a")
     read = []
     from jsurgery.wan import folder_hashes
 
     monkeypatch.setattr(
-        folder_hashes, "size_and_sha256", lambda file, of=hashes.size_and_sha256: read.append(file) or of(file)
+        folder_hashes, "size_and_sha256", lambda file, sha256=hashes.size_and_sha256: read.append(file) or sha256(file)
     )
     check_hashes(tmp_path)
     check_hashes(tmp_path)
@@ -162,8 +162,8 @@ def test_a_file_is_read_again_when_it_has_changed_and_only_then(tmp_path, monkey
         check_hashes(tmp_path)
 
 
-def test_a_download_is_compared_with_the_names_that_the_hub_gave_its_files(tmp_path):
-    """As huggingface_hub lays out its cache: links to blobs named by sha256, or by git's hash of small files."""
+def test_a_download_is_checked_against_the_hashes_in_its_blob_names(tmp_path):
+    """In the cache of huggingface_hub, files are links to blobs named by their sha256, or by git's hash if small."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_a_download_is_compared_with_the_names_that_the_hub_gave_its_files(tmp_p
     check_hashes(snapshot)
 
 
-def test_the_bundled_model_is_hashed_and_sound():
+def test_hashes_of_the_bundled_model_are_complete_and_correct():
     for folder in BUNDLED.values():
         listed = {path for path in folder.rglob("*") if path.is_file() and path.name != HASHES}
         recorded = {
@@ -194,8 +194,8 @@ def test_the_bundled_model_is_hashed_and_sound():
         check_pipeline(str(folder))
 
 
-def test_hashes_do_not_change_which_model_it_is(model):
-    """A run goes on when hashes are added to its teacher."""
+def test_hashes_do_not_change_the_fingerprint_of_a_model(model):
+    """So that a run can resume after hashes have been added to its teacher."""
     before = folder_fingerprint(epath.Path(model))
     (model / "transformer" / HASHES).unlink()
     assert folder_fingerprint(epath.Path(model)) == before
