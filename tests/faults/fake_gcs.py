@@ -1,4 +1,4 @@
-"""An object store behind `gs://`: keys and whole objects, no folders, no rename; and a client that may die."""
+"""An object store behind `gs://`, without folders and renames, and a client that is killed at a chosen change."""
 
 import io
 from typing import Any
@@ -8,13 +8,13 @@ from fsspec import AbstractFileSystem
 
 
 class Killed(BaseException):
-    """What a program sees of its own death; whatever it still tries to write does not arrive."""
+    """Raised at the change at which the client is killed. Changes after it have no effect."""
 
 
 class FakeGcs(AbstractFileSystem):
-    """One bucket in memory. An object is there, whole, when its writer closes it.
+    """One bucket in memory. An object appears when its writer closes it.
 
-    Before change number `dies_at` (an object put, copied or deleted) the client dies.
+    The client is killed before change number `killed_at`; puts, copies and deletions of objects are changes.
     """
 
     protocol = ("gcs", "gs")
@@ -23,14 +23,14 @@ class FakeGcs(AbstractFileSystem):
     def __init__(self, **_: Any):
         super().__init__()
         self.objects: dict[str, bytes] = {}
-        self.changes, self.dies_at = 0, 0
+        self.changes, self.killed_at = 0, 0
 
     def alive(self) -> bool:
-        """Counts a change, and says whether it takes place."""
+        """Counts a change; returns whether it has an effect."""
         self.changes += 1
-        if self.changes == self.dies_at:
+        if self.changes == self.killed_at:
             raise Killed
-        return not self.dies_at or self.changes < self.dies_at
+        return not self.killed_at or self.changes < self.killed_at
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:

@@ -1,9 +1,9 @@
-"""Readers on files that were changed at random: each must take them or refuse them in words, and touch nothing else.
+"""Readers on files that were changed at random: each must read or refuse them, and touch no other file.
 
-    python tests/faults/fuzz.py READER --minutes=10     (or READER = all, one after the other; `make fuzz`)
+    python tests/faults/fuzz.py READER --minutes=10     (READER may be `all`, as in `make fuzz`)
 
-A reader may raise InputError and nothing else, within `PATIENCE` seconds of computing. It must leave its folder as it
-was, and may open no file outside of it. What fails is shrunk and printed by Hypothesis; it then belongs into `FOUND`.
+A reader may raise only InputError, and may take at most `PATIENCE` seconds of CPU time. It must not change its folder
+or open files outside of it. Hypothesis shrinks and prints contents on which a reader fails; add them to `REGRESSIONS`.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from jsurgery.load_config import load_config
 from jsurgery.rates import check_rates
 
 PATIENCE = 30
-SECRET = "outside.safetensors"  # lies beside the folder that is read, where nothing may lead
-ODD: list[Any] = [
+SECRET = "outside.safetensors"  # a file outside of the folder, which no reader may open
+ODD_VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, -0.5, 0.5, 1e308, math.nan, math.inf, "", "x",
     "1", "linear", "\0", "\ud800", "\x1b[2J", "a" * 300, "../" + SECRET, "/etc/passwd", "gs://bucket/x", "~", ".",
     [], {}, [[]], [[[1]]], {"a": 1}, ["../" + SECRET], [0.5, "x"], [1] * 50,
 ]  # fmt: skip
-WHOLE = [
+ODD_FILES = [
     b"", b"\0", b"{}", b"[]", b"null", b"0", b'"x"', b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{}",
     b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     b"PK\x03\x04", b"\x80\x04.", b"\xef\xbb\xbf{}", b'{"a": 1, "a": 2}', b"NaN", b"\r\n\r\n", "\u2028\u0085".encode(),
@@ -55,7 +55,7 @@ WHOLE = [
 
 @dataclasses.dataclass
 class Reader:
-    """`files` make a valid folder; those in `changed` are changed; `read` opens it and returns something."""
+    """`files` are a valid folder, those in `changed` are fuzzed, and `read` reads the folder."""
 
     files: dict[str, bytes]
     changed: tuple[str, ...]
@@ -63,8 +63,8 @@ class Reader:
 
 
 def changes(valid: bytes) -> st.SearchStrategy[bytes]:
-    """Files that are near to a valid one, or nothing like it."""
-    kinds = [st.sampled_from(WHOLE), changed_bytes(valid)]
+    """Contents of a file that are similar to valid ones, or entirely different."""
+    kinds = [st.sampled_from(ODD_FILES), changed_bytes(valid)]
     with contextlib.suppress(ValueError):
         kinds += 3 * [changed_json(json.loads(valid)).map(lambda value: json.dumps(value).encode())]
     if len(valid) > 8 and int.from_bytes(valid[:8], "little") < len(valid):
@@ -76,48 +76,48 @@ def changes(valid: bytes) -> st.SearchStrategy[bytes]:
 def changed_bytes(draw: st.DrawFn, valid: bytes) -> bytes:
     content = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(content)))
+        position = draw(st.integers(0, len(content)))
         length = draw(st.integers(0, 20))
         kind = draw(st.sampled_from(["flip", "cut", "drop", "insert", "repeat", "overwrite"]))
-        if kind == "flip" and at < len(content):
-            content[at] ^= draw(st.integers(1, 255))
+        if kind == "flip" and position < len(content):
+            content[position] ^= draw(st.integers(1, 255))
         elif kind == "cut":
-            del content[at:]
+            del content[position:]
         elif kind == "drop":
-            del content[at : at + length]
+            del content[position : position + length]
         elif kind == "repeat":
-            content[at:at] = content[at : at + length] * draw(st.integers(1, 50))
+            content[position:position] = content[position : position + length] * draw(st.integers(1, 50))
         else:
             text = draw(st.binary(max_size=20) | st.sampled_from([b'"', b"{", b"]", b",", b"\n", b"-", b"e9", b"\0"]))
-            content[at : at + (len(text) if kind == "overwrite" else 0)] = text
+            content[position : position + (len(text) if kind == "overwrite" else 0)] = text
     return bytes(content)
 
 
 @st.composite
 def changed_json(draw: st.DrawFn, valid: Any) -> Any:
-    """Some nodes of a document replaced, left out, renamed or exchanged."""
+    """A document with one to three nodes replaced, removed, renamed, copied from elsewhere or changed by a number."""
     root = [copy.deepcopy(valid)]
     for _ in range(draw(st.integers(1, 3))):
         places = list(nodes(root))
         holder, key = draw(st.sampled_from(places))
         action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "exchange", "nudge"]))
         if action == "replace" or holder is root:
-            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+            holder[key] = copy.deepcopy(draw(st.sampled_from(ODD_VALUES)))
         elif action == "remove":
             del holder[key]
         elif action == "rename" and isinstance(holder, dict):
             holder[draw(st.sampled_from(["", "x", "../" + SECRET, "a\0", "\ud800", str(key) + "_"]))] = holder.pop(key)
         elif action == "exchange":
-            other, at = draw(st.sampled_from(places))
-            if at in other if isinstance(other, dict) else at < len(other):
-                holder[key] = copy.deepcopy(other[at])
+            other, other_key = draw(st.sampled_from(places))
+            if other_key in other if isinstance(other, dict) else other_key < len(other):
+                holder[key] = copy.deepcopy(other[other_key])
         elif isinstance(holder[key], int | float):
             holder[key] += draw(st.integers(-10, 10))
     return root[0]
 
 
 def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a document: what holds it, and its key there."""
+    """Yields (container, key) of every node of a document."""
     for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
         if isinstance(item, dict | list):
@@ -126,7 +126,7 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def changed_header(draw: st.DrawFn, valid: bytes) -> bytes:
-    """A safetensors file whose header is another document, of the length that it says."""
+    """A safetensors file with a changed header, whose length is given correctly."""
     size = int.from_bytes(valid[:8], "little")
     text = json.dumps(draw(changed_json(json.loads(valid[8 : 8 + size])))).encode()
     return len(text).to_bytes(8, "little") + text + valid[8 + size :]
@@ -144,8 +144,8 @@ sys.addaudithook(_hook)
 
 
 @contextlib.contextmanager
-def watched(folder: pathlib.Path) -> Iterator[None]:
-    """Fails where the body opens a file outside of `folder` that is none of a library, or takes too long."""
+def watch(folder: pathlib.Path) -> Iterator[None]:
+    """Fails if the body takes too long, or opens a file outside of `folder` that belongs to no library."""
     global _watched
 
     def stop(*_: Any) -> None:
@@ -153,7 +153,7 @@ def watched(folder: pathlib.Path) -> Iterator[None]:
 
     before = {alarm: signal.signal(alarm, stop) for alarm in (signal.SIGVTALRM, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE)  # not ITIMER_PROF, whose signal libtpu sends as well
-    signal.alarm(20 * PATIENCE)  # of a machine that does other things
+    signal.alarm(20 * PATIENCE)  # wall-clock time, for a busy machine
     _watched = opened = []
     try:
         yield
@@ -170,27 +170,27 @@ def watched(folder: pathlib.Path) -> Iterator[None]:
 
 
 def tree(folder: pathlib.Path) -> dict[str, str]:
-    """sha256 of every file below."""
+    """{path: sha256} of every file in a folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def outcome(reader: Reader, folder: pathlib.Path) -> str:
-    """Reads the folder; returns what became of it."""
+    """Reads the folder; returns "taken" or "refused"."""
     before = tree(folder.parent)
-    with watched(folder):
+    with watch(folder):
         try:
             reader.read(folder)
             result = "taken"
         except InputError as refusal:
-            assert str(refusal).strip(), "a refusal without a word"
+            assert str(refusal).strip(), "the refusal has no message"
             result = "refused"
     assert tree(folder.parent) == before, "files changed"
     return result
 
 
-def laid_out(reader: Reader, parent: pathlib.Path) -> pathlib.Path:
-    """The valid folder, and beside it a file that is nobody's."""
+def write_folder(reader: Reader, parent: pathlib.Path) -> pathlib.Path:
+    """Writes the valid folder, and beside it the file SECRET."""
     folder = parent / "folder"
     for name, content in reader.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def try_contents(reader: Reader, folder: pathlib.Path, changed: dict[str, bytes]
 
 
 def contents(reader: Reader) -> st.SearchStrategy[dict[str, bytes]]:
-    """Of the files that are changed; where there are several, some of them as they were."""
+    """{file: content} of the fuzzed files; if there are several, some may be unchanged."""
     valid = {file: reader.files[file] for file in reader.changed}
     if len(valid) == 1:
         return st.fixed_dictionaries({file: changes(content) for file, content in valid.items()})
@@ -232,7 +232,7 @@ def tensors_of(folder: pathlib.Path) -> Any:
 
 
 def readers() -> dict[str, Callable[[], Reader]]:
-    """By name, what makes a reader: some need a model folder first."""
+    """{name: function that makes a reader}; some make a model folder first."""
     return {
         "safetensors": lambda: Reader({"w.safetensors": safetensors_file()}, ("w.safetensors",), tensors_of),
         "index": index_reader,
@@ -270,7 +270,7 @@ def index_reader() -> Reader:
 
 
 def model_folder() -> pathlib.Path:
-    """A folder with a transformer, a hybrid, a VAE, a text encoder and a tokenizer, as small as they can be."""
+    """A folder with a tiny transformer, hybrid transformer, VAE, text encoder and tokenizer."""
     from flax import nnx
 
     from jsurgery.attention.hybrid import HybridConfig
@@ -307,7 +307,7 @@ def files_of(name: str) -> dict[str, bytes]:
 
 
 def component(name: str) -> Reader:
-    """The config.json of a component: without hashes, which would find every change."""
+    """Reads a component with a fuzzed config.json, without hashes, which would refuse every change."""
     from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
 
     load = {"vae": load_vae, "text_encoder": load_text_encoder}.get(name, load_transformer)
@@ -334,7 +334,7 @@ def manifest_reader() -> Reader:
 
     folder = pathlib.Path(tempfile.mkdtemp())
     files = {"a/one": b"1" * 100, "two": b"2" * 10}
-    laid_out(Reader(files, (), lambda _: None), folder)
+    write_folder(Reader(files, (), lambda _: None), folder)
     write_manifest(epath.Path(folder / "folder"))
     files[MANIFEST] = (folder / "folder" / MANIFEST).read_bytes()
     shutil.rmtree(folder)
@@ -371,7 +371,7 @@ def plan_reader() -> Reader:
 
 
 def errors_reader() -> Reader:
-    """Up to the plan that is made of them."""
+    """Reads errors.json and makes a plan from it."""
     from jsurgery.surgery.knapsack import solve
     from jsurgery.surgery.plan import budget_cost, read_problem
 
@@ -423,7 +423,7 @@ def prompts_reader() -> Reader:
 
 
 def captions_reader(kind: str) -> Reader:
-    """And what encode does with every clip before it decodes."""
+    """Reads captions and does what `encode` does with each clip before decoding."""
     from jsurgery.data.shards import text_array
     from jsurgery.data.video_reader import Bucket, ClipLimits, Skipped, find_clips, read_clip
 
@@ -484,17 +484,17 @@ def study_reader() -> Reader:
     export = {"study": "s", "participant": "me", "answers": answers}
 
     def read(folder: pathlib.Path) -> Any:
-        sealed = read_key(folder / "study.key.json")
-        rows, _ = tally([str(folder / "answers.json")], sealed)
-        return table(rows, sealed)
+        key = read_key(folder / "study.key.json")
+        rows, _ = tally([str(folder / "answers.json")], key)
+        return table(rows, key)
 
     files = {"study.key.json": as_json(key), "answers.json": as_json(export)}
     return Reader(files, tuple(files), read)
 
 
-# What fuzzing has found, by reader: contents that once ended in something other than a value or InputError.
-DEEP = b"[" * 100_000  # deeper than Python's recursion
-FOUND: dict[str, list[dict[str, bytes]]] = {
+# Contents on which a reader once failed, found by fuzzing.
+DEEP = b"[" * 100_000  # nested deeper than Python's recursion limit
+REGRESSIONS: dict[str, list[dict[str, bytes]]] = {
     "captions_json": [{"clips.json": DEEP}],
     "captions_jsonl": [{"clips.jsonl": DEEP}],
     "manifest": [{"manifest.json": DEEP}],
@@ -507,9 +507,9 @@ FOUND: dict[str, list[dict[str, bytes]]] = {
 
 
 def configs() -> st.SearchStrategy[dict[str, str]]:
-    """Overrides of one to four fields, most of them of a type and a size that the field may have."""
+    """Overrides of one to four fields, most of them with values of a valid type and size."""
     known = flatten(base())
-    texts = st.text(max_size=20) | st.sampled_from([*map(repr, ODD), "1e999", "-0.0"])
+    texts = st.text(max_size=20) | st.sampled_from([*map(repr, ODD_VALUES), "1e999", "-0.0"])
     near = st.integers(-2, 40).map(str) | st.floats().map(repr) | st.lists(st.integers(-1, 20), max_size=4).map(repr)
     values = texts | near | st.sampled_from([value for allowed in config.CHOICES.values() for value in allowed])
     names = st.text(max_size=12) | st.sampled_from(["video", "seed.x"])
@@ -518,7 +518,7 @@ def configs() -> st.SearchStrategy[dict[str, str]]:
 
 
 def check_config(overrides: dict[str, str]) -> str:
-    """Valid, or refused in words; valid ones go through what a run derives from its config alone."""
+    """Loads the config and, if it is valid, does what a run derives from its config alone."""
     from jsurgery.attention.hybrid import HybridConfig
     from jsurgery.rates import parse_block_budget
     from jsurgery.surgery.plan import check_budget
@@ -547,7 +547,7 @@ def shapes() -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 def check_shape(shape: tuple[Any, ...]) -> str:
-    """A video's size and rates to its token order: a permutation with every rate's softmax tokens first."""
+    """Checks that the token order is a permutation in which the softmax tokens of every rate are a prefix."""
     from jsurgery.attention.token_order import TokenOrder
     from jsurgery.wan.model_config import WanConfig
     from jsurgery.wan.video_size import check_size, latent_grid
@@ -572,11 +572,11 @@ def check_shape(shape: tuple[Any, ...]) -> str:
 
 
 def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: float) -> dict[str, int]:
-    """Draws and checks until the time is over; how many ended how."""
+    """Draws and checks until the time is over; returns how often each outcome occurred."""
     counts: dict[str, int] = {}
-    until, round_ = time.monotonic() + 60 * minutes, 0
+    until, rounds = time.monotonic() + 60 * minutes, 0
     while time.monotonic() < until:
-        round_ += 1
+        rounds += 1
 
         @settings(
             max_examples=500,
@@ -586,12 +586,12 @@ def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: f
             suppress_health_check=list(HealthCheck),
         )
         @given(strategy)
-        def some(drawn: Any) -> None:
+        def run_example(drawn: Any) -> None:
             if time.monotonic() < until:
                 result = check(drawn)
                 counts[result] = counts.get(result, 0) + 1
 
-        some()
+        run_example()
     return counts
 
 
@@ -602,7 +602,7 @@ def fuzz(name: str, minutes: float) -> dict[str, int]:
         return endless(shapes(), check_shape, minutes)
     reader = readers()[name]()
     with tempfile.TemporaryDirectory() as parent:
-        folder = laid_out(reader, pathlib.Path(parent))
+        folder = write_folder(reader, pathlib.Path(parent))
         reader.read(folder)  # which imports what it needs
         assert outcome(reader, folder) == "taken", "the valid folder is refused"
         strategy = contents(reader)

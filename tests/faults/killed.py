@@ -1,9 +1,9 @@
-"""Runs `jsurgery` and signals its own process at a chosen moment.
+"""Runs `jsurgery` in this process and sends the process a signal at a chosen moment.
 
     python killed.py rename N LOG -- ARGUMENT ...    SIGKILL just before rename N, or removal N of a manifest; 0: never
     python killed.py SIGNAL STEP LOG -- ARGUMENT ... SIGTERM or SIGINT when step STEP is logged; 0: never
 
-LOG gets a line for every rename, or for every logged step: its number, the resident bytes, the programs compiled.
+LOG gets a line for each rename, or for each logged step: its number, resident bytes, number of compiled programs.
 """
 
 import logging
@@ -28,7 +28,7 @@ def main() -> int:
 
 
 class Compilations(logging.Handler):
-    """Counts what JAX says that it compiles."""
+    """Counts the programs that JAX logs as compiled."""
 
     count = 0
 
@@ -60,7 +60,7 @@ def signal_at(number: int, step: int, log: str) -> None:
 def kill_at(number: int, log: str) -> None:
     reached = 0
 
-    def deadly(name):
+    def killing(name):
         def call(source, *rest, **more):
             nonlocal reached
             moves = name in ("rename", "replace")
@@ -75,8 +75,8 @@ def kill_at(number: int, log: str) -> None:
         return call
 
     for name in PATCHED:
-        setattr(os, name, deadly(name))
-    assert pathlib.os.replace is os.replace  # etils and pathlib, too, call them through the module
+        setattr(os, name, killing(name))
+    assert pathlib.os.replace is os.replace  # etils and pathlib also call them through the module
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Faults by the hundred, in real processes: what was done before one stays, and the same command goes on from there.
+"""Kills and signals by the hundred, in real processes: finished work is kept, and the same command resumes from it.
 
     python -m tests.faults.soak [--kills=20] [--parts=random,renames,signals,steady] [--stages=...] [--seed=0]
 
-random   `--kills` SIGKILLs a stage at random moments: every launch is killed or ends well, every file that has its
-         final name is whole after every kill, and a run that has ended left what an undisturbed one leaves, bit for bit
-renames  SIGKILL just before every rename and every removal of a manifest that a run comes to
+random   `--kills` SIGKILLs per stage at random moments: every process is killed or succeeds, every file with its final
+         name is complete after every kill, and finished runs have the same result as an undisturbed run, bit for bit
+renames  SIGKILL just before each rename and each removal of a manifest
 signals  SIGTERM and SIGINT in distill and finetune, by one process and by two
-steady   300 steps of distill and finetune: neither memory nor programs grow
+steady   300 steps of distill and finetune: neither memory nor the number of compiled programs grows
 
 Exit code 0 only if nothing was lost.
 """
@@ -28,31 +28,31 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tests.conftest import build_tiny_pipeline
-from tests.faults.workdirs import FOLDERS, Workdirs, check_whole, result, write_clips
+from tests.faults.workdirs import FOLDERS, Workdirs, check_complete, result, write_clips
 
 PARTS = ("random", "renames", "signals", "steady")
 STAGES = ("trace", "distill", "finetune", "encode", "export")
 TRAINING = ("distill", "finetune")
-NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")  # by export
+NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")  # packages for export
 CODES = {"SIGTERM": 143, "SIGINT": 130}
-# With few steps, a run comes to few renames.
+# Few steps, and so few renames.
 SHORT = {"distill": {"distill.steps": "4"}, "finetune": {"finetune.steps": "4"}, "trace": {"trace.prompts": "3"}}
 
 
 @dataclasses.dataclass
 class Tally:
-    """What happened to one stage under random kills."""
+    """Counts for one stage under random kills."""
 
     kills: int = 0
     launches: int = 0
-    resumed: int = 0  # launches that found work of a killed one
-    ended: int = 0  # runs, all equal to the undisturbed one
-    files: int = 0  # looked at after kills, all whole
+    resumed: int = 0  # launches that found work of a killed run
+    ended: int = 0  # runs, all with the result of the undisturbed run
+    files: int = 0  # checked after kills, all complete
 
 
 def random_kills(stage: str, kills: int, workdirs: Workdirs, rng: random.Random) -> Tally:
     tally, folder = Tally(), FOLDERS.get(stage, stage)
-    reference = workdirs.begun(stage, f"{stage}_undisturbed")
+    reference = workdirs.prepare(stage, f"{stage}_undisturbed")
     began = time.monotonic()
     process = workdirs.start(stage, reference)
     at_work = wait_for(reference / folder / "lock", process)
@@ -62,10 +62,10 @@ def random_kills(stage: str, kills: int, workdirs: Workdirs, rng: random.Random)
     assert expected
 
     def compare(workdir: pathlib.Path) -> None:
-        assert result(workdir, stage) == expected, "another result than undisturbed"
+        assert result(workdir, stage) == expected, "the result differs from that of the undisturbed run"
         tally.ended += 1
 
-    workdir = workdirs.begun(stage, f"{stage}_killed")
+    workdir = workdirs.prepare(stage, f"{stage}_killed")
     while True:
         tally.launches += 1
         tally.resumed += (workdir / folder / "stage.json").exists()
@@ -74,7 +74,7 @@ def random_kills(stage: str, kills: int, workdirs: Workdirs, rng: random.Random)
             end_well(process)
             compare(workdir)
             return tally
-        # One in four at any moment from the start; the others while the stage is at work.
+        # One kill in four at any moment from the start, the others while the stage is at work.
         if rng.random() < 0.25:
             delay = rng.uniform(0, before)
         else:
@@ -87,28 +87,28 @@ def random_kills(stage: str, kills: int, workdirs: Workdirs, rng: random.Random)
             process.kill()
             process.wait()
             tally.kills += 1
-            tally.files += check_whole(workdir)
+            tally.files += check_complete(workdir)
             continue
         end_well(process)
         compare(workdir)
         during = time.monotonic() - began
-        workdir = workdirs.begun(stage, f"{stage}_killed")
+        workdir = workdirs.prepare(stage, f"{stage}_killed")
 
 
 def every_rename(stage: str, workdirs: Workdirs, stride: int = 1) -> tuple[int, list[str]]:
-    """How many kills there were, each followed by a launch that ended well; and where."""
+    """(number of kills, each followed by a run that succeeded; the target of each rename)."""
     short = SHORT.get(stage, {})
-    reference = workdirs.begun(stage, f"{stage}_renames")
-    ended, reached = workdirs.disturbed("rename", 0, stage, reference, **short)
+    reference = workdirs.prepare(stage, f"{stage}_renames")
+    ended, reached = workdirs.run_signalled("rename", 0, stage, reference, **short)
     assert ended.returncode == 0, ended.stderr[-3000:]
     expected, kills = result(reference, stage), 0
     for number in range(1, len(reached) + 1, stride):
-        workdir = workdirs.begun(stage, f"{stage}_rename")
-        ended, found = workdirs.disturbed("rename", number, stage, workdir, **short)
-        if len(found) < number:  # one that is there by chance, as when two saves overlap
+        workdir = workdirs.prepare(stage, f"{stage}_rename")
+        ended, found = workdirs.run_signalled("rename", number, stage, workdir, **short)
+        if len(found) < number:  # as when two saves overlap, which varies
             continue
         assert ended.returncode == -9, ended.stderr[-3000:]
-        check_whole(workdir)
+        check_complete(workdir)
         ended = workdirs.run(stage, workdir, **short)
         assert ended.returncode == 0, f"after a kill at {found[-1]}: {ended.stderr[-3000:]}"
         assert result(workdir, stage) == expected, f"after a kill at {found[-1]}"
@@ -117,51 +117,51 @@ def every_rename(stage: str, workdirs: Workdirs, stride: int = 1) -> tuple[int, 
 
 
 def signals(stage: str, workdirs: Workdirs) -> str:
-    """What was seen; raises AssertionError where a signal is not answered, or the result another one."""
-    reference = workdirs.begun(stage, f"{stage}_reference")
+    """A summary; raises AssertionError if a signal does not stop a run, or if the result differs."""
+    reference = workdirs.prepare(stage, f"{stage}_reference")
     assert workdirs.run(stage, reference).returncode == 0
-    expected, told = result(reference, stage), []
+    expected, seen = result(reference, stage), []
     for name, code in CODES.items():
-        workdir = workdirs.begun(stage, f"{stage}_signalled")
+        workdir = workdirs.prepare(stage, f"{stage}_signalled")
         began = time.monotonic()
-        ended, _ = workdirs.disturbed(name, 6, stage, workdir)
+        ended, _ = workdirs.run_signalled(name, 6, stage, workdir)
         assert ended.returncode == code, (ended.returncode, ended.stderr[-3000:])
         last = ended.stderr.splitlines()[-1]
         assert last.startswith(f"jsurgery: {stage}: stopped by {name}"), ended.stderr
-        assert not any(workdir.glob("model/*")) and check_whole(workdir)
-        told.append(f"{name}: {ended.returncode}, {time.monotonic() - began:.0f} s with its start")
-        again = workdirs.run(stage, workdir)
-        assert again.returncode == 0 and result(workdir, stage) == expected, again.stderr[-3000:]
-    two = workdirs.begun(stage, f"{stage}_two")
-    assert workdirs.in_two("SIGTERM", 0, stage, two) == [0, 0]
+        assert not any(workdir.glob("model/*")) and check_complete(workdir)
+        seen.append(f"{name}: {ended.returncode}, {time.monotonic() - began:.0f} s with its start")
+        resumed = workdirs.run(stage, workdir)
+        assert resumed.returncode == 0 and result(workdir, stage) == expected, resumed.stderr[-3000:]
+    two = workdirs.prepare(stage, f"{stage}_two")
+    assert workdirs.run_two("SIGTERM", 0, stage, two) == [0, 0]
     for name, code in CODES.items():
-        workdir = workdirs.begun(stage, f"{stage}_two_signalled")
-        codes = workdirs.in_two(name, 6, stage, workdir)
+        workdir = workdirs.prepare(stage, f"{stage}_two_signalled")
+        codes = workdirs.run_two(name, 6, stage, workdir)
         assert codes == [code, code], codes
-        assert check_whole(workdir)
-        assert workdirs.in_two(name, 0, stage, workdir) == [0, 0]
+        assert check_complete(workdir)
+        assert workdirs.run_two(name, 0, stage, workdir) == [0, 0]
         assert result(workdir, stage) == result(two, stage)
-        told.append(f"{name} to one of two: {codes}")
-    return "; ".join(told)
+        seen.append(f"{name} to one of two: {codes}")
+    return "; ".join(seen)
 
 
 def steady(stage: str, workdirs: Workdirs, steps: int = 300, settled: int = 50) -> str:
-    """Resident memory from step `settled` to the last, and programs compiled after the first logged step."""
+    """A summary of resident memory from step `settled` on and of programs compiled after the first logged step."""
     fields = {f"{stage}.steps": str(steps), "log_every": "1", "checkpoint.every": "25"}
-    ended, lines = workdirs.disturbed("SIGTERM", 0, stage, workdirs.begun(stage, f"{stage}_steady"), **fields)
+    ended, lines = workdirs.run_signalled("SIGTERM", 0, stage, workdirs.prepare(stage, f"{stage}_steady"), **fields)
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = [tuple(map(int, line.split())) for line in lines]
     assert [step for step, *_ in rows] == list(range(1, steps + 1))
     growth = rows[-1][1] / rows[settled - 1][1] - 1
     compiled = rows[-1][2] - rows[0][2]
-    assert rows[0][2] > 0, "the first step compiles"
+    assert rows[0][2] > 0, "no program counted at the first step"
     assert compiled == 0, f"{compiled} programs compiled after the first step"
     assert growth < 0.01, f"{growth:.2%} more memory after step {settled}"
     return f"{growth:+.2%} of {rows[settled - 1][1] / 1e6:.0f} MB, {rows[0][2]} programs at step 1 and at step {steps}"
 
 
 def wait_for(path: pathlib.Path, process: subprocess.Popen) -> float:
-    """When the file was there, or the process had ended."""
+    """Waits until the file exists or the process has ended; returns the time."""
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
     return time.monotonic()
@@ -174,7 +174,7 @@ def end_well(process: subprocess.Popen) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=20, help="a stage")
+    parser.add_argument("--kills", type=int, default=20, help="per stage")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=0)
@@ -205,7 +205,7 @@ def main() -> int:
         if "random" in parts:
             rng = random.Random(f"{options.seed} {stage}")
             attempt(f"random kills in {stage}", random_kills, stage, options.kills, workdirs, rng)
-        if "renames" in parts and stage != "export":  # which works in processes of its own
+        if "renames" in parts and stage != "export":  # whose work is in child processes
             attempt(f"a kill at every rename of {stage}", every_rename, stage, workdirs)
         if "signals" in parts and stage in TRAINING:
             attempt(f"signals in {stage}", signals, stage, workdirs)

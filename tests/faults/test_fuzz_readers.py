@@ -1,4 +1,4 @@
-"""Readers on files changed at random, a little of what `make fuzz` does for long, and all that it has found."""
+"""Readers on files changed at random: a small sample of `make fuzz`, and contents on which readers once failed."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from jsurgery.errors import InputError
 from tests.faults import fuzz
 
-# Half a second each; a whole model is loaded by some.
+# Half a second for each reader. Some load a model, and get fewer examples.
 EXAMPLES = dict.fromkeys(("transformer", "hybrid", "vae", "text_encoder"), 15) | {"tokenizer": 40}
 briefly = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -16,20 +16,20 @@ briefly = settings(deadline=None, database=None, derandomize=True, suppress_heal
 @pytest.mark.parametrize("name", fuzz.readers())
 def test_changed_files_are_read_or_refused(name, tmp_path):
     reader = fuzz.readers()[name]()
-    folder = fuzz.laid_out(reader, tmp_path)
+    folder = fuzz.write_folder(reader, tmp_path)
     reader.read(folder)  # which imports what it needs
     assert fuzz.outcome(reader, folder) == "taken"
-    for found in fuzz.FOUND.get(name, []):
-        fuzz.try_contents(reader, folder, reader.files | found)
+    for changed in fuzz.REGRESSIONS.get(name, []):
+        fuzz.try_contents(reader, folder, reader.files | changed)
     counts = {"taken": 0, "refused": 0}
 
     @settings(briefly, max_examples=EXAMPLES.get(name, 60))
     @given(fuzz.contents(reader))
-    def some(changed):
+    def run_example(changed):
         counts[fuzz.try_contents(reader, folder, changed)] += 1
 
-    some()
-    assert counts["refused"], "no change was one"
+    run_example()
+    assert counts["refused"], "no changed file was refused"
 
 
 @settings(briefly, max_examples=150)
@@ -44,8 +44,8 @@ def test_shapes_are_refused_or_have_a_token_order(shape):
     fuzz.check_shape(shape)
 
 
-def test_control_the_watch_sees_files_elsewhere_and_writes(tmp_path):
-    folder = fuzz.laid_out(fuzz.Reader({"a": b"1"}, ("a",), lambda _: None), tmp_path)
+def test_control_other_files_writes_and_exceptions_are_found(tmp_path):
+    folder = fuzz.write_folder(fuzz.Reader({"a": b"1"}, ("a",), lambda _: None), tmp_path)
     with pytest.raises(AssertionError, match="opened"):
         fuzz.outcome(fuzz.Reader({}, (), lambda f: (f.parent / fuzz.SECRET).read_bytes()), folder)
     with pytest.raises(AssertionError, match="files changed"):
@@ -54,21 +54,21 @@ def test_control_the_watch_sees_files_elsewhere_and_writes(tmp_path):
         fuzz.outcome(fuzz.Reader({}, (), lambda f: 1 / 0), folder)
 
 
-def test_control_the_watch_ends_what_does_not(tmp_path, monkeypatch):
+def test_control_an_endless_reader_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
 
-    def forever(_: pathlib.Path) -> None:
+    def loop_forever(_: pathlib.Path) -> None:
         while True:
             pass
 
     with pytest.raises(AssertionError, match="longer than 1 s"):
-        fuzz.outcome(fuzz.Reader({}, (), forever), fuzz.laid_out(fuzz.Reader({}, (), forever), tmp_path))
+        fuzz.outcome(fuzz.Reader({}, (), loop_forever), fuzz.write_folder(fuzz.Reader({}, (), loop_forever), tmp_path))
 
 
-def test_links_out_of_a_folder_are_not_names_of_shards(tmp_path):
-    """An index names files of its folder and nothing else, in whatever way it is put."""
+def test_an_index_cannot_name_files_outside_its_folder(tmp_path):
+    """An index may name only files of its folder, however the path is written."""
     reader = fuzz.readers()["index"]()
-    folder = fuzz.laid_out(reader, tmp_path)
+    folder = fuzz.write_folder(reader, tmp_path)
     index = folder / reader.changed[0]
     outside = tmp_path / fuzz.SECRET
     for name in (
@@ -83,9 +83,9 @@ def test_links_out_of_a_folder_are_not_names_of_shards(tmp_path):
             reader.read(folder)
 
 
-def test_a_vocabulary_that_is_not_text(tmp_path):
-    """Found by fuzzing: SentencePiece hands out pieces as they lie in the file."""
+def test_a_vocabulary_that_is_not_utf_8_is_refused(tmp_path):
+    """Found by fuzzing: SentencePiece returns pieces without checking that they are UTF-8."""
     reader = fuzz.readers()["tokenizer"]()
-    folder = fuzz.laid_out(reader, tmp_path)
+    folder = fuzz.write_folder(reader, tmp_path)
     changed = reader.files["spiece.model"].replace(b"<pad>", b"\xbcpad>")
     assert fuzz.try_contents(reader, folder, {"spiece.model": changed}) == "refused"

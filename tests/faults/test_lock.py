@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused and told of the first; one that was killed is no obstacle."""
+"""The lock of a stage's folder: a second run is refused and names the first; the lock of a killed run is free."""
 
 import json
 import os
@@ -30,7 +30,7 @@ with locked(epath.Path(sys.argv[1])):
 
 @pytest.fixture
 def other(tmp_path):
-    """A process that holds `tmp_path`/stage."""
+    """A process that holds the lock of `tmp_path`/stage."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "stage")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -40,15 +40,15 @@ def other(tmp_path):
     process.wait()
 
 
-def test_the_other_is_named_until_it_is_killed(tmp_path, other):
+def test_the_holder_is_named_until_it_is_killed(tmp_path, other):
     stage = StageFolder(tmp_path, "stage", ConfigDict({"seed": 0}), ["seed"])
     runs = []
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as raised:
         stage.run(lambda: runs.append(1))
-    message = str(told.value)
+    message = str(raised.value)
     assert f"process {other.pid} on {socket.gethostname()}" in message and str(tmp_path / "stage") in message
     assert len(message.splitlines()) == 1 and not runs
-    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["lock"], "nothing else was touched"
+    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["lock"], "the refused run wrote a file"
 
     other.send_signal(signal.SIGKILL)
     other.wait()
@@ -57,7 +57,7 @@ def test_the_other_is_named_until_it_is_killed(tmp_path, other):
     assert runs == [1] and not (tmp_path / "stage" / "lock").exists()
 
 
-def test_it_is_given_back_whatever_happens(tmp_path):
+def test_the_lock_is_released_after_an_error(tmp_path):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), locked(tmp_path / "stage"):
             raise ZeroDivisionError
@@ -71,8 +71,8 @@ def test_it_is_given_back_whatever_happens(tmp_path):
         pass
 
 
-def test_one_at_a_time(tmp_path):
-    """Eight processes that try for a while: never two inside at once."""
+def test_only_one_process_holds_the_lock(tmp_path):
+    """Four processes take the lock again and again; `mkdir` would fail if two held it at once."""
     script = """
 import os, pathlib, sys, time, types
 sys.modules["jax"] = types.SimpleNamespace(distributed=types.SimpleNamespace(is_initialized=lambda: False))
@@ -92,6 +92,6 @@ print(entered)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, str(tmp_path / "stage")]
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    counts = [int(process.communicate(timeout=120)[0]) for process in started]
-    assert [process.returncode for process in started] == [0] * 4 and min(counts) > 0
+    workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    counts = [int(process.communicate(timeout=120)[0]) for process in workers]
+    assert [process.returncode for process in workers] == [0] * 4 and min(counts) > 0

@@ -1,4 +1,4 @@
-"""The marker logic on an object store, where a rename is a copy and a deletion: whatever dies in between goes on."""
+"""Stages and checkpoints on an object store, where a rename is a copy and a deletion: a killed run resumes."""
 
 import json
 
@@ -20,8 +20,8 @@ from tests.faults.fake_gcs import FakeGcs, Killed, install
 STEPS, EVERY = 4, 2
 
 
-class FilesOfOrbax:
-    """Writes and reads what Orbax would, through etils: its own writer speaks to Google alone."""
+class FakeCheckpointer:
+    """Writes and reads a state through etils, in place of Orbax, whose writer needs Google's servers."""
 
     def save(self, path, state, force):
         if path.exists():
@@ -42,25 +42,25 @@ class FilesOfOrbax:
 
 @pytest.fixture
 def store(monkeypatch):
-    """An empty bucket; `gs://` goes there."""
+    """An empty bucket, which all `gs://` paths go to."""
     install()
     found = FakeGcs()
     monkeypatch.setattr(backends.fsspec_backend, "_get_filesystem", lambda name: found)
     monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(checkpoints_module.ocp, "StandardCheckpointer", FilesOfOrbax)
+    monkeypatch.setattr(checkpoints_module.ocp, "StandardCheckpointer", FakeCheckpointer)
     return found
 
 
 def launch() -> None:
-    """A stage that trains: each step adds its number; ends with what was added up."""
+    """Runs a stage whose training adds up the numbers of its steps, and whose result is the sum."""
     config = ConfigDict({"seed": 0})
     stage = StageFolder("gs://bucket/run", "training", config, ["seed"])
 
     def train() -> None:
         with Checkpoints(stage.folder / "checkpoints", every=EVERY, keep=1) as checkpoints:
             start, state = checkpoints.restore({"sum": np.zeros(3), "steps": np.zeros(1)})
-            metrics = Metrics.__new__(Metrics)  # TensorBoard's writer knows Google's buckets alone, too
-            metrics.folder, metrics.board = stage.folder, Silent()
+            metrics = Metrics.__new__(Metrics)  # whose writer for TensorBoard needs Google, too
+            metrics.folder, metrics.board = stage.folder, SilentBoard()
             metrics.rows = [row for row in read_metrics(stage.folder) if row["step"] <= start]
             for step in range(start, STEPS):
                 state = {"sum": state["sum"] + step, "steps": state["steps"] + 1}
@@ -72,7 +72,7 @@ def launch() -> None:
     stage.run(train)
 
 
-class Silent:
+class SilentBoard:
     def add_scalar(self, *_):
         pass
 
@@ -80,8 +80,8 @@ class Silent:
         pass
 
 
-def check(folder: epath.Path) -> None:
-    """What claims to be complete is."""
+def check_complete(folder: epath.Path) -> None:
+    """Fails if a checkpoint with a manifest, or a stage marked as complete, is not complete."""
     for manifest in [key for key in fsspec_keys(folder) if key.endswith(MANIFEST)]:
         assert find_damage(epath.Path(f"gs://{manifest}").parent) == []
     if (folder / "stage.json").exists() and json.loads((folder / "stage.json").read_text())["complete"]:
@@ -93,33 +93,32 @@ def fsspec_keys(folder: epath.Path) -> list[str]:
     return list(store.objects)
 
 
-def test_the_client_may_die_before_every_change(store):
+def test_a_run_killed_before_any_change_resumes_to_the_same_result(store):
     launch()
     expected, changes = dict(store.objects), store.changes
     assert json.loads(expected["bucket/run/training/result.json"]) == {"sum": [6.0] * 3, "steps": [4.0]}
     assert changes > 30 and not [key for key in expected if key.endswith(".tmp")]
-    went_on = 0
+    resumed = 0
     for number in range(1, changes + 1):
-        store.objects, store.changes, store.dies_at = {}, 0, number
-        # it may happen in the thread that seals a checkpoint
-        with pytest.raises(Killed):
+        store.objects, store.changes, store.killed_at = {}, 0, number
+        with pytest.raises(Killed):  # perhaps in the thread that writes a checkpoint's manifest
             launch()
-        store.dies_at = 0
-        check(epath.Path("gs://bucket/run/training"))
-        begun = store.changes
+        store.killed_at = 0
+        check_complete(epath.Path("gs://bucket/run/training"))
+        at_restart = store.changes
         launch()
-        check(epath.Path("gs://bucket/run/training"))
+        check_complete(epath.Path("gs://bucket/run/training"))
         found = {key: content for key, content in store.objects.items() if not key.endswith(".tmp")}
         assert found.keys() == expected.keys(), number
         name = "bucket/run/training/result.json"
         assert json.loads(found.pop(name)) == json.loads(expected[name])
         assert all(expected[key] == content for key, content in found.items()), number
-        went_on += store.changes - begun < changes
-    assert went_on > changes / 4, "many of them went on from what was there"
+        resumed += store.changes - at_restart < changes
+    assert resumed > changes / 4, "expected more runs to resume from earlier files"
 
 
-def test_a_marker_without_its_files_would_be_seen(store):
-    """The control: were the manifest written first, a death would leave one that lies."""
+def test_control_a_manifest_without_its_files_is_found(store):
+    """If the manifest were written first, a killed run could leave this."""
     launch()
     folder = epath.Path("gs://bucket/run/training/checkpoints/4")
     del store.objects["bucket/run/training/checkpoints/4/d/sum"]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted, answered after the step under way, which is saved; the same command goes on from there."""
+"""SIGTERM and SIGINT end a run after the current step, which is saved; the same command resumes from it."""
 
 import errno
 import os
@@ -25,13 +25,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, Interrupted)])
-def test_a_signal_is_noted_and_answered_when_asked(number, kind):
+def test_a_signal_ends_the_run_after_the_step(number, kind):
     before = [signal.getsignal(number) for number in KINDS]
     with Preemption("stage") as preemption:
         assert not preemption.should_stop()
         preemption.stop_if_asked()
         os.kill(os.getpid(), number)
-        preemption.stop_if_asked()  # the step is not over
+        preemption.stop_if_asked()  # not before the end of the step
         assert preemption.should_stop()
         with pytest.raises(kind, match=f"stage: stopped by {number.name}; .* the same command goes on"):
             preemption.stop_if_asked()
@@ -48,12 +48,12 @@ with Preemption("stage"):
         time.sleep(0.01)
     print("alive")
 """
-    for count, code, said in ((1, 0, "alive\n"), (2, -signal.SIGINT, "")):
+    for count, code, output in ((1, 0, "alive\n"), (2, -signal.SIGINT, "")):
         command = [sys.executable, "-c", script, str(count)]
-        ended = subprocess.run(
+        process = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, timeout=120
         )
-        assert (ended.returncode, ended.stdout) == (code, said)
+        assert (process.returncode, process.stdout) == (code, output)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ with Preemption("stage"):
         (RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device"), 2),
     ],
 )
-def test_what_a_command_ends_with(monkeypatch, capsys, raised, code):
+def test_exit_codes_of_signals_and_full_disks(monkeypatch, capsys, raised, code):
     def stage(options, overrides):
         raise raised
 
@@ -76,7 +76,7 @@ def test_what_a_command_ends_with(monkeypatch, capsys, raised, code):
     assert len(message.splitlines()) == 1 and message.startswith("jsurgery: ")
 
 
-def test_a_fault_of_ours_is_no_refusal(monkeypatch):
+def test_another_runtime_error_is_raised(monkeypatch):
     def stage(options, overrides):
         raise RuntimeError("a fault")
 
@@ -85,27 +85,27 @@ def test_a_fault_of_ours_is_no_refusal(monkeypatch):
         cli.main(["distill", "--workdir=somewhere"])
 
 
-def test_fine_tuning_stops_saves_and_goes_on_to_the_same_bits(tiny_pipeline, tmp_path, monkeypatch):
-    """SIGTERM in the third of six steps, with checkpoints due every hundred: the batches that follow are the next."""
+def test_stopped_and_resumed_fine_tuning_equals_an_uninterrupted_run(tiny_pipeline, tmp_path, monkeypatch):
+    """SIGTERM in the third of six steps, before any checkpoint is due. The resumed run takes the remaining batches."""
     write_latents(tmp_path / "latents")
-    config, asked = tiny_config(), []
+    config, taken = tiny_config(), []
     config.checkpoint.every = 100
 
-    def watched(*arguments):
+    def recorded_batches(*arguments):
         data = batches(*arguments)
 
-        class Watched:
+        class Recorded:
             def __getitem__(self, index):
-                asked.append((index, data[index]["latents"].tobytes()))
+                taken.append((index, data[index]["latents"].tobytes()))
                 return data[index]
 
-        return Watched()
+        return Recorded()
 
-    monkeypatch.setattr(finetune, "batches", watched)
+    monkeypatch.setattr(finetune, "batches", recorded_batches)
     run = lambda name: train(config, tiny_pipeline, tmp_path / "latents", tmp_path / name, monkeypatch)
     leaves = lambda model: [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
-    straight, plan = leaves(run("straight")), list(asked)
-    assert [index for index, _ in plan] == list(range(6)) and len({batch for _, batch in plan}) == 6
+    uninterrupted, all_taken = leaves(run("straight")), list(taken)
+    assert [index for index, _ in all_taken] == list(range(6)) and len({batch for _, batch in all_taken}) == 6
 
     log = Metrics.log
 
@@ -114,22 +114,22 @@ def test_fine_tuning_stops_saves_and_goes_on_to_the_same_bits(tiny_pipeline, tmp
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    asked.clear()
+    taken.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "log", signalled)
         with pytest.raises(Terminated, match="finetune: stopped by SIGTERM"):
             run("stopped")
-    assert asked == plan[:3]
+    assert taken == all_taken[:3]
     halfway = saved_state(tmp_path / "stopped", 3)["params"]
     resumed = leaves(run("stopped"))
-    assert asked == plan
-    assert all(np.array_equal(one, other) for one, other in zip(straight, resumed, strict=True))
-    pairs = zip(straight, jax.tree.leaves(halfway), strict=True)
-    assert not all(np.array_equal(one, other) for one, other in pairs), "there was something left to do"
+    assert taken == all_taken
+    assert all(np.array_equal(one, other) for one, other in zip(uninterrupted, resumed, strict=True))
+    pairs = zip(uninterrupted, jax.tree.leaves(halfway), strict=True)
+    assert not all(np.array_equal(one, other) for one, other in pairs), "the stopped run had already finished"
     assert [row["step"] for row in read_metrics(tmp_path / "stopped")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_batches_are_the_same_whenever_they_are_asked_for(tmp_path):
+def test_batches_do_not_depend_on_earlier_batches(tmp_path):
     write_latents(tmp_path)
     order = lambda steps: [batches(tmp_path, BATCH, SEED)[step]["captions"] for step in steps]
     assert order(range(20)) == order(range(13)) + order(range(13, 20))

@@ -1,4 +1,4 @@
-"""Two processes of which one is told to stop: both stop after the same step, which is saved, and go on from there."""
+"""Two processes, one of which gets a signal: both save and stop after the same step, and later resume from it."""
 
 import json
 import os
@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
 TRAINING = """
 import json, os, signal, sys
-coordinator, number, folder, told_at, name = sys.argv[1:]
-number, told_at = int(number), int(told_at)
+coordinator, number, folder, signal_at, name = sys.argv[1:]
+number, signal_at = int(number), int(signal_at)
 from jsurgery.runtime import processes
 processes.join(coordinator, 2, number)
 import jax
@@ -28,33 +28,33 @@ config.mesh.fsdp = 2
 mesh = make_mesh(config.mesh)
 state = put_state(mesh, {"ffn_in": {"kernel": np.arange(8, dtype=np.float32).reshape(4, 2)}})
 update = jax.jit(lambda state, step: jax.tree.map(lambda leaf: leaf * 1.5 + step, state), donate_argnums=0)
-said = {"steps": []}
+result = {"steps": []}
 try:
     with Checkpoints(folder, every=100, keep=2) as checkpoints, Preemption("training") as preemption:
         start, state = checkpoints.restore(state)
         for step in range(start, STEPS):
             state = update(state, float(step))
-            if number == 1 and step == told_at:
+            if number == 1 and step == signal_at:
                 os.kill(os.getpid(), getattr(signal, name))
-            said["steps"].append(step)
+            result["steps"].append(step)
             last = preemption.should_stop() or step + 1 == STEPS
             checkpoints.save(step + 1, state, last=last)
             preemption.stop_if_asked()
 except (Terminated, Interrupted) as error:
-    said["ended"] = type(error).__name__
-said["state"] = to_host(state)["ffn_in"]["kernel"].tolist()
-print(json.dumps(said), flush=True)
+    result["ended"] = type(error).__name__
+result["state"] = to_host(state)["ffn_in"]["kernel"].tolist()
+print(json.dumps(result), flush=True)
 """.replace("STEPS", str(STEPS))
 
 
-def run(folder: pathlib.Path, told_at: int, name: str = "SIGTERM") -> list[dict]:
-    """What two processes said, the second of which is signalled in step `told_at`."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        coordinator = f"localhost:{found.getsockname()[1]}"
-    started = [
+def run(folder: pathlib.Path, signal_at: int, name: str = "SIGTERM") -> list[dict]:
+    """The printed results of two processes, the second of which gets the signal `name` in step `signal_at`."""
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        coordinator = f"localhost:{free_port.getsockname()[1]}"
+    workers = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAINING, coordinator, str(number), str(folder), str(told_at), name],
+            [sys.executable, "-c", TRAINING, coordinator, str(number), str(folder), str(signal_at), name],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -62,17 +62,17 @@ def run(folder: pathlib.Path, told_at: int, name: str = "SIGTERM") -> list[dict]
         )
         for number in range(2)
     ]
-    ended = [process.communicate(timeout=900) for process in started]
-    assert [process.returncode for process in started] == [0, 0], [errors[-2000:] for _, errors in ended]
-    return [json.loads(line) for output, _ in ended for line in output.splitlines() if line.startswith("{")]
+    outputs = [process.communicate(timeout=900) for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], [errors[-2000:] for _, errors in outputs]
+    return [json.loads(line) for output, _ in outputs for line in output.splitlines() if line.startswith("{")]
 
 
-def test_both_stop_after_the_same_step_and_go_on(tmp_path):
-    first, second = run(tmp_path / "checkpoints", told_at=4)
+def test_both_stop_after_the_same_step_and_resume(tmp_path):
+    first, second = run(tmp_path / "checkpoints", signal_at=4)
     assert first == second and first["ended"] == "Terminated"
-    assert first["steps"] == list(range(6)), "told in the fifth step, agreed on in the next"
+    assert first["steps"] == list(range(6)), "signalled in the fifth step, stopped after the sixth"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
-    for resumed in run(tmp_path / "checkpoints", told_at=-1):
+    for resumed in run(tmp_path / "checkpoints", signal_at=-1):
         assert resumed["steps"] == list(range(6, STEPS)) and "ended" not in resumed
         state = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
         for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Fine-tuning of the tiny random transformer on a handful of latents, in this process, compiled once."""
+"""Fine-tuning of the tiny random transformer on a few latents, in this process, compiled once."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ from jsurgery.surgery import finetune
 from jsurgery.wan.checkpoint import load_transformer
 
 CLIPS, BATCH, SEED = 12, 2, 3
-POISON = 2e4  # a finite latent by which only a gradient becomes NaN
+POISON = 2e4  # a finite latent, at which `poisoned_loss` has a NaN gradient
 BAD_CLIP = 5
 
 
@@ -34,7 +34,7 @@ def tiny_config() -> ConfigDict:
 
 
 def write_latents(folder, bad: float | None = None) -> None:
-    """Clips of noise, of which one has a value that is `bad`."""
+    """Writes clips of noise, one of which has a value `bad` if that is given."""
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(CLIPS, 1, 4, 4, 4)).astype(np.float16)
     if bad is not None:
@@ -45,7 +45,7 @@ def write_latents(folder, bad: float | None = None) -> None:
 
 
 def first_bad_step(folder) -> tuple[int, int]:
-    """The first batch that has the bad clip, and at which of its rows."""
+    """(number of the first batch with the bad clip, row of the clip in it)."""
     data = batches(folder, BATCH, SEED)
     for step in range(CLIPS):
         if f"clip {BAD_CLIP}" in data[step]["captions"]:
@@ -53,27 +53,27 @@ def first_bad_step(folder) -> tuple[int, int]:
     raise AssertionError
 
 
-def poisoned(student, teacher, batch, teacher_weight):
-    """The loss, and a term that is always zero, whose gradient in one parameter is NaN at a poisoned batch."""
+def poisoned_loss(student, teacher, batch, teacher_weight):
+    """The loss, replaced for a batch with POISON by 0 with a NaN gradient in one parameter."""
     loss = original_loss(student, teacher, batch, teacher_weight)
-    # noised at level sigma, a latent of POISON stays large in the velocity
-    far = jnp.abs(batch["velocity"]).max() > POISON / 2
+    # a latent of POISON makes the velocity large, too
+    has_poison = jnp.abs(batch["velocity"]).max() > POISON / 2
     kernel = student.blocks.ffn_in.kernel[...]
-    root = jnp.sqrt(jnp.where(far, 0.0 * kernel[1], 1.0)).sum()
-    return jnp.where(far, 0.0, loss) + 0.0 * root
+    root = jnp.sqrt(jnp.where(has_poison, 0.0 * kernel[1], 1.0)).sum()
+    return jnp.where(has_poison, 0.0, loss) + 0.0 * root
 
 
 original_loss = finetune.velocity_loss
-compiled = {guarded: functools.lru_cache(finetune._make_update.__wrapped__) for guarded in (True, False)}
+make_update = {guarded: functools.lru_cache(finetune._make_update.__wrapped__) for guarded in (True, False)}
 
 
 def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=None):
-    """Fine-tuning of the tiny transformer; guarded and other updates are compiled once each."""
-    monkeypatch.setattr(finetune, "velocity_loss", poisoned)
+    """Fine-tunes the tiny transformer; `guarded` says whether updates with NaN are skipped. Each kind compiles once."""
+    monkeypatch.setattr(finetune, "velocity_loss", poisoned_loss)
     if not guarded:
         monkeypatch.setattr(optimizer, "keep_if_finite", lambda finite, new, old: new)
         monkeypatch.setattr(Guard, "record", lambda self, *seen: None)
-    monkeypatch.setattr(finetune, "_make_update", compiled[guarded])
+    monkeypatch.setattr(finetune, "_make_update", make_update[guarded])
     student = load_transformer(model / "transformer")
     if weight is not None:
         kernel = student.blocks.attn1.to_q.kernel

@@ -1,4 +1,4 @@
-"""Runs of real processes on a tiny random model: what they are told, what they leave, and that it is whole."""
+"""Workdirs of stages on a tiny random model, processes that run there, and checks of the files that they leave."""
 
 import hashlib
 import json
@@ -38,46 +38,46 @@ FIELDS = {
     "evaluate.validation_clips": "4", "log_every": "2", "checkpoint.every": "2", "data.workers": "1",
     "data.clips_per_shard": "1", "finetune.ema": "0.5",
 }  # fmt: skip
-# Folders that a stage reads; `export` takes the one as its model.
-BEFORE = {
+# Folders that a stage reads; `export` reads its folder as the model.
+INPUTS = {
     "distill": ("trace",),
     "finetune": ("trace", "distill", "plan", "hybrid", "latents"),
     "export": ("hybrid",),
 }
-FOLDERS = {"encode": "encoded"}  # of a stage that has another name
+FOLDERS = {"encode": "encoded"}  # of stages whose folder has another name
 CLIPS = 6
 TWO_DEVICES = "--xla_force_host_platform_device_count=2 "
 
 
 class Workdirs:
-    """Workdirs in which everything before a stage is done, and processes at work in them."""
+    """Prepares workdirs in which all earlier stages are done, and runs processes in them."""
 
     def __init__(self, folder: pathlib.Path, model: pathlib.Path, **fields: str):
         self.folder = folder
         self.fields = FIELDS | {"model.path": str(model)} | fields
-        # tensorboardX imports torch where there is one: seconds of every launch, for nothing.
+        # tensorboardX would import torch, which takes seconds, at every start.
         without_torch = folder / "without_torch"
         without_torch.mkdir(parents=True, exist_ok=True)
         (without_torch / "torch.py").write_text("raise ImportError\n")
         self.environment = os.environ | {
             "PYTHONPATH": f"{without_torch}{os.pathsep}{ROOT}",
             "JAX_PLATFORMS": "cpu",
-            # What one process has compiled the next one loads: a launch then takes seconds.
+            # Processes load what earlier ones have compiled, so that they start within seconds.
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-        self.made_up = folder / "made_up"
-        make_up(load_config("tiny", self.fields), self.made_up)
+        self.inputs = folder / "made_up"
+        write_inputs(load_config("tiny", self.fields), self.inputs)
 
-    def begun(self, stage: str, name: str = "run") -> pathlib.Path:
-        """A fresh workdir with what comes before `stage`."""
+    def prepare(self, stage: str, name: str = "run") -> pathlib.Path:
+        """A new workdir with the folders that `stage` reads."""
         workdir = self.folder / name
         shutil.rmtree(workdir, ignore_errors=True)
         workdir.mkdir()
-        for part in BEFORE.get(stage, ()):
-            shutil.copytree(self.made_up / part, workdir / ("model" if stage == "export" else part))
+        for part in INPUTS.get(stage, ()):
+            shutil.copytree(self.inputs / part, workdir / ("model" if stage == "export" else part))
         return workdir
 
     def arguments(self, stage: str, workdir: pathlib.Path, **fields: str) -> list[str]:
@@ -96,8 +96,8 @@ class Workdirs:
         _, errors = process.communicate(timeout=3600)
         return subprocess.CompletedProcess(process.args, process.returncode, "", errors)
 
-    def in_two(self, kind: str, number: int, stage: str, workdir: pathlib.Path) -> list[int]:
-        """Exit codes of two processes at one run, of which the second is signalled."""
+    def run_two(self, kind: str, number: int, stage: str, workdir: pathlib.Path) -> list[int]:
+        """The exit codes of two processes of one run, of which the second is signalled."""
         with socket.socket() as found:
             found.bind(("localhost", 0))
             coordinator = f"localhost:{found.getsockname()[1]}"
@@ -111,19 +111,19 @@ class Workdirs:
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         return [process.wait(timeout=3600) for process in started]
 
-    def disturbed(
+    def run_signalled(
         self, kind: str, number: int, stage: str, workdir: pathlib.Path, **more
     ) -> tuple[subprocess.CompletedProcess, list[str]]:
         """A run that `killed.py` signals, and the lines of its log."""
         log = workdir.with_name(f"{workdir.name}.log")
         log.unlink(missing_ok=True)
         wrapper = [str(pathlib.Path(__file__).with_name("killed.py")), kind, str(number), str(log)]
-        ended = self.run(stage, workdir, wrapper=wrapper, **more)
-        return ended, log.read_text().splitlines() if log.exists() else []
+        process = self.run(stage, workdir, wrapper=wrapper, **more)
+        return process, log.read_text().splitlines() if log.exists() else []
 
 
 def result(workdir: pathlib.Path, stage: str) -> dict[str, str]:
-    """What a finished stage is for: hashes of tensors or of records, by name."""
+    """The result of a finished stage: {name: hash} of its tensors, records or artefacts."""
     files = {"distill": "distill/feature_maps.safetensors", "finetune": "model/hybrid_wan.safetensors"}
     if stage in files:
         return {name: digest(values) for name, values in read_tensors(workdir / files[stage]).items()}
@@ -145,9 +145,9 @@ def digest(values: np.ndarray) -> str:
     return f"{values.dtype} {values.shape} {hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}"
 
 
-def check_whole(workdir: pathlib.Path) -> int:
-    """Fails at a file that has its final name and is not whole; returns how many were looked at."""
-    looked_at = 0
+def check_complete(workdir: pathlib.Path) -> int:
+    """Fails if a file with its final name is not complete; returns the number of files checked."""
+    checked = 0
     for path in sorted(workdir.rglob("*")):
         if path.is_dir() or "checkpoints" in path.parts or path.name == "lock":
             continue
@@ -162,11 +162,11 @@ def check_whole(workdir: pathlib.Path) -> int:
             read_tensors(path)
         else:
             continue
-        looked_at += 1
+        checked += 1
     for manifest in workdir.rglob(MANIFEST):
         assert find_damage(epath.Path(manifest.parent)) == [], manifest
-        looked_at += 1
-    return looked_at
+        checked += 1
+    return checked
 
 
 def write_clips(folder: pathlib.Path) -> None:
@@ -178,8 +178,8 @@ def write_clips(folder: pathlib.Path) -> None:
         (folder / f"{number}.txt").write_text(scene.caption)
 
 
-def make_up(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Noise for traces, feature maps and latents, marked as done: `distill` and `finetune` begin from it at once."""
+def write_inputs(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes finished stages with random traces, feature maps and latents, as inputs of `distill` and `finetune`."""
     run = Run(config, str(workdir))
     rng, model, rates = np.random.default_rng(0), run.model_config, config.hybrid.rates
     shape = (*latent_grid(config.video.frames, config.video.height, config.video.width), model.in_channels)
