@@ -536,10 +536,10 @@ def check_config(overrides: dict[str, str]) -> str:
 
 
 def shapes() -> st.SearchStrategy[tuple[Any, ...]]:
-    sound = st.integers(1, 20).map(lambda k: 16 * k)
-    side = sound | sound | st.integers(-16, 2**40)
-    few = st.integers(0, 8).map(lambda k: 4 * k + 1)
-    frames = few | few | st.integers(-4, 2**40)
+    valid_side = st.integers(1, 20).map(lambda k: 16 * k)
+    side = valid_side | valid_side | st.integers(-16, 2**40)
+    valid_frames = st.integers(0, 8).map(lambda k: 4 * k + 1)
+    frames = valid_frames | valid_frames | st.integers(-4, 2**40)
     chains = st.sampled_from([(2,), (1, 2, 4, 8), (2, 8, "linear"), (3, 9), ("linear",), (5,)])
     rate = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, "linear", "x", 2.0, None])
     lattices = st.sampled_from(["strided", "staggered", "strided", "staggered", "x"])

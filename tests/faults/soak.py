@@ -99,18 +99,18 @@ def every_rename(stage: str, workdirs: Workdirs, stride: int = 1) -> tuple[int, 
     """(number of kills, each followed by a run that succeeded; the target of each rename)."""
     short = SHORT.get(stage, {})
     reference = workdirs.prepare(stage, f"{stage}_renames")
-    ended, reached = workdirs.run_signalled("rename", 0, stage, reference, **short)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    process, reached = workdirs.run_signalled("rename", 0, stage, reference, **short)
+    assert process.returncode == 0, process.stderr[-3000:]
     expected, kills = result(reference, stage), 0
     for number in range(1, len(reached) + 1, stride):
         workdir = workdirs.prepare(stage, f"{stage}_rename")
-        ended, found = workdirs.run_signalled("rename", number, stage, workdir, **short)
+        process, found = workdirs.run_signalled("rename", number, stage, workdir, **short)
         if len(found) < number:  # as when two saves overlap, which varies
             continue
-        assert ended.returncode == -9, ended.stderr[-3000:]
+        assert process.returncode == -9, process.stderr[-3000:]
         check_complete(workdir)
-        ended = workdirs.run(stage, workdir, **short)
-        assert ended.returncode == 0, f"after a kill at {found[-1]}: {ended.stderr[-3000:]}"
+        process = workdirs.run(stage, workdir, **short)
+        assert process.returncode == 0, f"after a kill at {found[-1]}: {process.stderr[-3000:]}"
         assert result(workdir, stage) == expected, f"after a kill at {found[-1]}"
         kills += 1
     return kills, [line.split()[-1].replace(str(reference), "") for line in reached]
@@ -124,12 +124,12 @@ def signals(stage: str, workdirs: Workdirs) -> str:
     for name, code in CODES.items():
         workdir = workdirs.prepare(stage, f"{stage}_signalled")
         began = time.monotonic()
-        ended, _ = workdirs.run_signalled(name, 6, stage, workdir)
-        assert ended.returncode == code, (ended.returncode, ended.stderr[-3000:])
-        last = ended.stderr.splitlines()[-1]
-        assert last.startswith(f"jsurgery: {stage}: stopped by {name}"), ended.stderr
+        process, _ = workdirs.run_signalled(name, 6, stage, workdir)
+        assert process.returncode == code, (process.returncode, process.stderr[-3000:])
+        last = process.stderr.splitlines()[-1]
+        assert last.startswith(f"jsurgery: {stage}: stopped by {name}"), process.stderr
         assert not any(workdir.glob("model/*")) and check_complete(workdir)
-        seen.append(f"{name}: {ended.returncode}, {time.monotonic() - began:.0f} s with its start")
+        seen.append(f"{name}: {process.returncode}, {time.monotonic() - began:.0f} s with its start")
         resumed = workdirs.run(stage, workdir)
         assert resumed.returncode == 0 and result(workdir, stage) == expected, resumed.stderr[-3000:]
     two = workdirs.prepare(stage, f"{stage}_two")
@@ -148,8 +148,8 @@ def signals(stage: str, workdirs: Workdirs) -> str:
 def steady(stage: str, workdirs: Workdirs, steps: int = 300, settled: int = 50) -> str:
     """A summary of resident memory from step `settled` on and of programs compiled after the first logged step."""
     fields = {f"{stage}.steps": str(steps), "log_every": "1", "checkpoint.every": "25"}
-    ended, lines = workdirs.run_signalled("SIGTERM", 0, stage, workdirs.prepare(stage, f"{stage}_steady"), **fields)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    process, lines = workdirs.run_signalled("SIGTERM", 0, stage, workdirs.prepare(stage, f"{stage}_steady"), **fields)
+    assert process.returncode == 0, process.stderr[-3000:]
     rows = [tuple(map(int, line.split())) for line in lines]
     assert [step for step, *_ in rows] == list(range(1, steps + 1))
     growth = rows[-1][1] / rows[settled - 1][1] - 1

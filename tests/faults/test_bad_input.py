@@ -37,7 +37,7 @@ PAGE, POINTER = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.githu
 
 @dataclasses.dataclass
 class Bad:
-    """A command, parts of its error message, what is done in the folder before, and the exit code."""
+    """A command, parts of its error message, a function that prepares the folder, and the exit code."""
 
     arguments: str
     parts: tuple[str, ...]
