@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.attention.hybrid import token_order
@@ -86,7 +85,7 @@ def statistic_names(tokens: int) -> list[str]:
     return ["entropy / log N", *(f"top {k}" for k in tops), f"top 1 % ({percent})", "own frame"]
 
 
-@functools.partial(nnx.jit, static_argnames=("order", "sizes"))
+@functools.partial(jax.jit, static_argnames=("order", "sizes"))
 def concentration(
     model: WanTransformer, batch: dict[str, jax.Array], order: TokenOrder, sizes: tuple[int, ...]
 ) -> jax.Array:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.ablate.measurement_file import MeasurementFile
@@ -227,7 +226,7 @@ def prompt_ranges(count: int, parts: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-@nnx.jit
+@jax.jit
 def velocity(model: WanTransformer, batch: dict[str, jax.Array]) -> jax.Array:
     return model(batch["latents"], batch["timestep"], batch["text"])
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from jsurgery.bench.torch_reference import (
     REFERENCE,
@@ -105,7 +104,7 @@ def text_errors(base: epath.Path, length: int) -> tuple[dict[str, float], np.nda
     """Errors of the tokenizer and of the text encoder, and the reference's embeddings [P, L, D]."""
     say("verify: text encoder")
     token_ids, mask = Tokenizer(base / "tokenizer")(PROMPTS, length)
-    embed: Any = nnx.jit(encode_prompts)
+    embed: Any = jax.jit(encode_prompts)
     ours = np.asarray(embed(load_text_encoder(base / "text_encoder"), token_ids, mask))
     gc.collect()
 
@@ -154,7 +153,7 @@ def velocity_errors(
     say("verify: transformer")
     noise = np.random.default_rng(0).normal(size=(1, *latent_shape)).astype(np.float32)
     inputs = [(noise, np.array([timestep], np.float32), text_1xLxD) for timestep in TIMESTEPS]
-    model, run = load_transformer(folder), nnx.jit(lambda model, *inputs: model(*inputs))
+    model, run = load_transformer(folder), jax.jit(lambda model, *inputs: model(*inputs))
     ours = [np.asarray(run(model, *each)) for each in inputs]
     del model
     gc.collect()

@@ -242,7 +242,7 @@ class ClipEncoder:
         return np.concatenate(chunks, axis=1)
 
 
-@nnx.jit
+@jax.jit
 def _embed(text_encoder, token_ids, mask):
     return encode_prompts(text_encoder, token_ids, mask)
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.config import check_video, recorded_section
@@ -221,7 +221,7 @@ def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, trajectory_S
     return np.concatenate([np.asarray(velocity, np.float32) for velocity in per_step])
 
 
-@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
+@functools.partial(jax.jit, static_argnames=("guidance", "batched"))
 def _velocity(transformer, text, negative_text, x, timestep, guidance, batched):
     return guided_velocity(transformer, text, negative_text, guidance, batched)(x, jnp.full(x.shape[0], timestep))
 

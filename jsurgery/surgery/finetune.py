@@ -128,7 +128,7 @@ def finetune(
     return nnx.merge(graph, trained_parameters(state))
 
 
-@nnx.jit
+@jax.jit
 def _validation_loss(model, batch, key, shift):
     return velocity_loss(model, model, noised_batch(batch, key, shift), 0.0)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from jsurgery.attention.hybrid import token_order
@@ -55,13 +54,13 @@ def plan_forward(
     return model.apply_blocks(*inputs, planned, (choice_L, maps), order=order)
 
 
-@functools.partial(nnx.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, spec: DistillSpec) -> Any:
     """The mean share of the softmax branch in each block [L], with all blocks at the only rate of `spec`."""
     return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), spec, shares=True)[1]
 
 
-@functools.partial(nnx.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def velocity_errors(
     model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, spec: DistillSpec
 ) -> dict[str, Any]:

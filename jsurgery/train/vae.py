@@ -118,7 +118,7 @@ def train_vae(config: ConfigDict, workdir: epath.Path, folder: epath.Path) -> No
 
 def latent_statistics(vae: WanVae, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of the posterior's mean, per channel [C], over whole clips."""
-    moments = nnx.jit(lambda vae, video: vae.moments(video)[0])
+    moments = jax.jit(lambda vae, video: vae.moments(video)[0])
     video, latents = config.video, []
     for index in range(STATISTICS_CLIPS):
         scene = sprites.scene_at(config.seed + 1, index, two_sprites=config.data.two_sprites)

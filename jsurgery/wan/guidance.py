@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jsurgery.diffusion import State, Velocity, guided, solver_step
 from jsurgery.wan.transformer import WanTransformer
@@ -65,7 +64,8 @@ def guided_velocity(
     return velocity
 
 
-@functools.partial(nnx.jit, static_argnames=("guidance", "batched"))
+# jax.jit, since nnx.jit would return the model too: a copy of its weights at every call.
+@functools.partial(jax.jit, static_argnames=("guidance", "batched"))
 def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
     """The solver's state after one step from `state`, by a row of its schedule; compiled."""
     return solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)

@@ -8,7 +8,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -147,7 +146,7 @@ class _Sampling:
         return cls(**settings, record=record)
 
 
-@functools.partial(nnx.jit, static_argnames="settings")
+@functools.partial(jax.jit, static_argnames="settings")
 def _sample(transformer, text, negative_text, noise, key, settings: _Sampling):
     return sample(
         guided_velocity(transformer, text, negative_text, settings.guidance, settings.guidance_batched),
@@ -160,6 +159,6 @@ def _sample(transformer, text, negative_text, noise, key, settings: _Sampling):
     )
 
 
-@nnx.jit
+@jax.jit
 def _embed(text_encoder, token_ids, mask):
     return encode_prompts(text_encoder, token_ids, mask)

@@ -2,17 +2,19 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from flax import nnx
 
-from jsurgery.diffusion import initial_noise
+from jsurgery.diffusion import initial_noise, initial_state, schedule
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
 from jsurgery.wan import pipeline as pipeline_module
-from jsurgery.wan.guidance import guided_velocity
+from jsurgery.wan.guidance import guided_velocity, sampling_step
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import BUNDLED
 from jsurgery.wan.pipeline import load_pipeline
@@ -162,6 +164,22 @@ def test_guidance_evaluates_only_the_branches_it_needs(ours):
         np.testing.assert_allclose(velocity, np.full((3, 1, 2, 2, 4), value), rtol=1e-6)
     configs = small(steps=2, guidance=1.0), small(steps=2, guidance=1.0, negative_prompt="")
     assert np.array_equal(*(ours.sample_by_steps([PROMPT], config, seed=0) for config in configs))
+
+
+def test_a_sampling_step_returns_no_weights(ours):
+    """A returned model would be a copy of all weights at every step, and twice their memory."""
+    config = small(steps=2)
+    text, negative_text, noise, _ = ours._inputs([PROMPT], config, 0, 0)
+    row = schedule("unipc", 2, 3.0).row(0)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(ours.transformer)))
+
+    def output_bytes(step, **options):
+        lowered = step.lower(ours.transformer, text, negative_text, initial_state(noise), row, None, **options)
+        return lowered.compile().memory_analysis().output_size_in_bytes
+
+    assert output_bytes(sampling_step, guidance=5.0, batched=False) < 5 * noise.nbytes < weights / 10
+    control = nnx.jit(lambda model, *inputs: sampling_step.__wrapped__(model, *inputs, 5.0, False))
+    assert output_bytes(control) > weights
 
 
 def test_impossible_video_sizes_are_refused():

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import token_order
@@ -116,7 +115,7 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
     return jax.lax.cond(chosen, work, zeros)
 
 
-@functools.partial(nnx.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def measure_heads(teacher, batch, maps, spec: DistillSpec) -> dict[str, jax.Array]:
     """The `head_statistics` of all heads, leaves [blocks, rates, heads]."""
     return run_heads(teacher, batch, maps, spec, head_statistics)[1]
@@ -136,7 +135,7 @@ def loss_gradients(
     return velocity, losses.mean(axis=2), gradients
 
 
-@functools.partial(nnx.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def losses_and_gradients(teacher, batch, maps, spec: DistillSpec) -> tuple[jax.Array, FeatureMapPair]:
     """The losses and gradients of `loss_gradients`, compiled."""
     return loss_gradients(teacher, batch, maps, spec)[1:]
