@@ -1,7 +1,7 @@
 # make demo      the whole surgery on the bundled tiny model; prints the path of report.html
 # make test      the tests
 # make test-changed  those that uncommitted changes can touch, in about two minutes
-# make soak      faults by the hundred in real processes, each survived; takes about an hour
+# make soak      hundreds of runs killed or disturbed by real faults, and resumed; takes about an hour
 # make lint      ruff and pyright
 # make kernels   attention at every shape of its tests' grid, of every config on TPUs and on every mesh; takes hours
 # make evidence  the tables of the README, re-run; takes hours

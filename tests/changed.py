@@ -4,6 +4,7 @@ The distance of a test file from a changed file is the number of imports between
 in scripts for other processes. Run as a plugin of pytest: `pytest -p tests.changed --minutes=1`.
 """
 
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -37,10 +38,12 @@ def modules() -> dict[str, pathlib.Path]:
     return found
 
 
-def imported(text: str, known: Iterable[str]) -> set[str]:
-    """Those of the known modules that a file with this text imports."""
+def imported(text: str, package: str, known: Iterable[str]) -> set[str]:
+    """Those of the known modules that a file of a package imports, given its text."""
     names = set(NAMED.findall(text))
     for origin, parts, plain in IMPORT.findall(text):
+        if origin.startswith("."):
+            origin = importlib.util.resolve_name(origin, package).removesuffix(".")
         names |= {plain, origin} | {f"{origin}.{part}" for part in re.findall(r"\w+", parts)}
     return names & set(known)
 
@@ -50,8 +53,9 @@ def distances(changed: Iterable[pathlib.Path]) -> dict[pathlib.Path, int]:
     known = modules()
     texts = {file: file.read_text() for file in known.values()}
     users: dict[pathlib.Path, set[pathlib.Path]] = {}
-    for file, text in texts.items():
-        for name in imported(text, known):
+    for module, file in known.items():
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        for name in imported(texts[file], package, known):
             users.setdefault(known[name], set()).add(file)
         if file.name == "conftest.py":
             users.setdefault(file, set()).update(file.parent.rglob("test_*.py"))
@@ -74,7 +78,7 @@ class Nearest:
     """Chooses and orders the tests of one pytest run, and reports the files for which there was no time."""
 
     def __init__(self, minutes: float):
-        self.end, self.left = time.monotonic() + 60 * minutes, 0
+        self.end = time.monotonic() + 60 * minutes
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +90,6 @@ class Nearest:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if time.monotonic() > self.end:
-            self.left += 1
             pytest.skip("no time left: `make test` runs it")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -574,9 +574,8 @@ def check_shape(shape: tuple[Any, ...]) -> str:
 def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: float) -> dict[str, int]:
     """Draws and checks until the time is over; returns how often each outcome occurred."""
     counts: dict[str, int] = {}
-    until, rounds = time.monotonic() + 60 * minutes, 0
+    until = time.monotonic() + 60 * minutes
     while time.monotonic() < until:
-        rounds += 1
 
         @settings(
             max_examples=500,
