@@ -15,9 +15,9 @@ from jsurgery.evaluate.sprites_score import measure
 from jsurgery.io.files import write_json
 from jsurgery.runtime.progress import say
 from jsurgery.wan import pipeline
-from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import guided_velocity
-from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.prompt_embedder import PromptEmbedder
 
 from .driver import Pipeline
 from .parts import ExportJob
@@ -58,8 +58,7 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
 def jax_generator(job: ExportJob):
     """A function (prompt, noise [T, H, W, C]) -> video uint8 [F, H, W, 3], by our own JAX pipeline."""
     base = pathlib.Path(job.base)
-    tokenizer, encoder = Tokenizer(base / "tokenizer"), load_text_encoder(base / "text_encoder")
-    ours = pipeline.Pipeline(tokenizer, encoder, load_transformer(job.transformer), load_vae(base / "vae"))
+    ours = pipeline.Pipeline(PromptEmbedder(base), load_transformer(job.transformer), load_vae(base / "vae"))
     sampler = job.sampler
 
     @jax.jit

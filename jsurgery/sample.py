@@ -106,6 +106,8 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
     identity = transformer_identity(config)
     mesh = make_mesh(config.mesh, jax.local_devices())
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
+    words = [request.prompt for request in requests] + [config.sampler.negative_prompt]
+    pipeline.embedder.unpadded(words, config.text_length)
     for request in requests:
         progress = Progress(request.label, config.sampler.steps)
         latents = pipeline.sample_by_steps(

@@ -34,10 +34,9 @@ from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.wan.causal_conv import FrameCache
-from jsurgery.wan.checkpoint import load_text_encoder, load_vae
+from jsurgery.wan.checkpoint import load_vae
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder
-from jsurgery.wan.text_encoder import encode_prompts
-from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.prompt_embedder import PromptEmbedder
 from jsurgery.wan.video_size import check_size, latent_grid
 
 FIELDS = (
@@ -109,6 +108,7 @@ def encode_shards(
     with contextlib.closing(decoded), Preemption("encode", alone=True) as preemption:
         results = with_progress(decoded, len(numbers), preemption)
         for shard, of_shard in shards.items():
+            encoder.embedder.unpadded([clips[number].caption for number in of_shard], config.text_length)
             write_shard(folder, shard, clips, of_shard, results, encoder)
             check_skipped(folder, own_shards, data.max_skipped)
 
@@ -206,19 +206,17 @@ class ClipEncoder:
         self.batch, self.text_length, self.seed = config.data.batch, config.text_length, config.seed
         self.draws = config.data.posterior == "sample"
         self.vae = load_vae(base / "vae")
-        self.tokenizer = Tokenizer(base / "tokenizer")
-        self.text_encoder = load_text_encoder(base / "text_encoder", jnp.dtype(config.model.dtype))
+        self.embedder = PromptEmbedder(base, config.model.dtype)
 
     def records(self, numbers: Sequence[int], clips: Sequence[Clip], video_BxFxHxWx3: np.ndarray) -> Iterator[Record]:
         """Records of at most `batch` uint8 clips; the clips' `numbers` seed the noise of posterior samples."""
         filled = np.arange(self.batch) % len(clips)  # a shard's last batch is filled up with repeated clips
         latents = self.latents(to_float(video_BxFxHxWx3[filled]), [numbers[i] for i in filled])
-        token_ids, mask = self.tokenizer([clips[i].caption for i in filled], self.text_length)
-        text = np.asarray(_embed(self.text_encoder, token_ids, mask), np.float16)
-        for clip, z_TxHxWxC, text_LxD, length in zip(clips, latents, text, mask.sum(1), strict=False):
+        texts = self.embedder.unpadded([clip.caption for clip in clips], self.text_length)
+        for clip, z_TxHxWxC, text_LxD in zip(clips, latents, texts, strict=False):
             yield {
                 "latents": z_TxHxWxC.astype(np.float16),
-                "text": text_LxD[:length],
+                "text": text_LxD.astype(np.float16),
                 "caption": text_array(clip.caption),
                 "path": text_array(clip.path),
             }
@@ -240,11 +238,6 @@ class ClipEncoder:
             z, kept = _sample_chunk(graph, state, frames, noise[:, t : t + 1], kept)
             chunks.append(np.asarray(z, np.float32))
         return np.concatenate(chunks, axis=1)
-
-
-@jax.jit
-def _embed(text_encoder, token_ids, mask):
-    return encode_prompts(text_encoder, token_ids, mask)
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="kept")

@@ -94,9 +94,7 @@ def batches(
         element = {"latents": latents, "captions": [array_text(record["caption"]) for record in records]}
         return element | ({"text": [record["text"] for record in records]} if "text" in records[0] else {})
 
-    folder = epath.Path(folder)
-    buckets = sorted({path.parent for path in folder.glob("*/*.array_record")})
-    sources = [Records(bucket) for bucket in buckets or [folder]]
+    sources = bucket_records(folder)
     rows = range(batch) if rows is None else rows
     shuffled = [grain.MapDataset.source(source).shuffle(seed=seed).repeat() for source in sources]
     datasets = [
@@ -107,6 +105,21 @@ def batches(
     ]
     mixed = grain.MapDataset.mix(datasets, weights=[len(source) for source in sources])
     return cast(Sequence[dict[str, Any]], mixed if len(datasets) > 1 else datasets[0])
+
+
+def bucket_records(folder: epath.PathLike) -> list[Records]:
+    """The records of each bucket: of the folders in `folder` that hold shards, or of `folder` itself."""
+    folder = epath.Path(folder)
+    return [Records(bucket) for bucket in sorted({path.parent for path in folder.glob("*/*.array_record")}) or [folder]]
+
+
+def captions_to_embed(folder: epath.PathLike) -> list[str]:
+    """The distinct captions of a folder whose records hold no text embeddings; none if they do."""
+    sources = bucket_records(folder)
+    if "text" in sources[0][0]:
+        return []
+    captions = (array_text(source[index]["caption"]) for source in sources for index in range(len(source)))
+    return list(dict.fromkeys(captions))
 
 
 def padded_text(text: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -77,12 +77,12 @@ def records(
 
     A signal ends the work; the shard that is then incomplete is discarded.
     """
+    pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
     for start, batch in batched(prompts, config.data.batch):
         latents = np.asarray(pipeline.sample(batch, config, seed=config.seed, first=first + start)[0], np.float16)
-        text = np.asarray(pipeline.embed(batch, config.text_length), np.float16)
-        lengths = pipeline.tokenizer(list(batch), config.text_length)[1].sum(1)
-        for prompt, z_TxHxWxC, text_LxD, length in zip(batch, latents, text, lengths, strict=True):
-            yield {"latents": z_TxHxWxC, "text": text_LxD[:length], "caption": text_array(prompt)}
+        texts = pipeline.embedder.unpadded(batch, config.text_length)
+        for prompt, z_TxHxWxC, text_LxD in zip(batch, latents, texts, strict=True):
+            yield {"latents": z_TxHxWxC, "text": text_LxD.astype(np.float16), "caption": text_array(prompt)}
         progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)
         preemption.should_stop()
         preemption.stop_if_asked()

@@ -194,8 +194,10 @@ def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
 
 def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
-    teacher_graph, teacher_params = abstract_model(config, network, mesh)
     graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
+    teacher_graph, teacher_params = graph, None
+    if config.finetune.teacher_weight > 0:
+        teacher_graph, teacher_params = abstract_model(config, network, mesh)
     optimizer = adamw(config.finetune)
     state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, config.finetune.ema), params)
     latents, text, _ = inputs(config, network, mesh, config.finetune.batch)

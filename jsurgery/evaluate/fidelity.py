@@ -104,6 +104,7 @@ def evaluate_fidelity(
         hashes["clip"] = folder_fingerprint(epath.Path(hub.local_path(clip_model)))
     mark_workdir(folder, config, prompts, hashes)
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
+    pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
     for frames in durations:
         make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), networks)
     names = {}
@@ -115,7 +116,7 @@ def evaluate_fidelity(
         ]
         if not all(file.exists() for file in files):
             transformer = load_transformer(part, jnp.dtype(config.model.dtype))
-            pipeline = dataclasses.replace(pipeline, transformer=transformer)
+            pipeline = pipeline.with_transformer(transformer)
             for frames in durations:
                 compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], networks)
     result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)

@@ -1,6 +1,5 @@
 """The stage `evaluate`: samples all models of a surgery from the same prompts and noise, and scores the videos."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +50,7 @@ def measure_models(
     not sampled on all prompts. Also writes clips for the report, `videos/NAME/0000.mp4` and so on.
     """
     prompts, teacher = evaluation_prompts(config), next(iter(models))
+    pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
     sprites = config.prompts == "sprites"
     reference = sprites_reference(config, pipeline, folder / "reference.json") if sprites else None
     ranges = {name: (prompt_ranges or {}).get(name, range(len(prompts))) for name in models}
@@ -60,9 +60,9 @@ def measure_models(
             continue
         teacher_file = folder / f"{teacher}.npy"
         if name != teacher and not teacher_file.exists():
-            pipeline = dataclasses.replace(pipeline, transformer=models[teacher]())
+            pipeline = pipeline.with_transformer(models[teacher]())
             save_array(teacher_file, sample_all(config, pipeline, prompts, teacher, ranges[teacher])[0])
-        pipeline = dataclasses.replace(pipeline, transformer=load())
+        pipeline = pipeline.with_transformer(load())
         latents, videos = sample_all(config, pipeline, prompts, name, numbers)
         if name == teacher:
             save_array(teacher_file, latents)

@@ -11,7 +11,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.data.latents import batches, padded_text
+from jsurgery.data.latents import batches, captions_to_embed, padded_text
 from jsurgery.diffusion import add_noise_at_random_levels
 from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
@@ -30,13 +30,16 @@ def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> d
 
 
 def velocity_loss(
-    student: WanTransformer, teacher: WanTransformer, batch: dict[str, jax.Array], teacher_weight: float
+    student: WanTransformer, teacher: WanTransformer | None, batch: dict[str, jax.Array], teacher_weight: float
 ) -> jax.Array:
-    """(1 - w) times the mean squared error to the flow-matching velocity, plus w times that to the teacher's."""
+    """(1 - w) times the mean squared error to the flow-matching velocity, plus w times that to the teacher's.
+
+    With a weight of 0 no teacher is needed.
+    """
     inputs = batch["latents"], batch["timesteps"], batch["text"]
     predicted = student(*inputs)
     loss = (1 - teacher_weight) * jnp.mean((predicted - batch["velocity"]) ** 2)
-    if teacher_weight > 0:
+    if teacher is not None and teacher_weight > 0:
         teacher_velocity = jax.lax.stop_gradient(teacher(*inputs))
         loss += teacher_weight * jnp.mean((predicted - teacher_velocity) ** 2)
     return loss
@@ -67,8 +70,8 @@ def _make_update(
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, teacher_params, batch, key):
         def loss(params, piece):
-            reference = nnx.merge(teacher_graph, teacher_params)
-            return velocity_loss(nnx.merge(graph, params), reference, piece, teacher_weight)
+            teacher = nnx.merge(teacher_graph, teacher_params) if teacher_weight > 0 else None
+            return velocity_loss(nnx.merge(graph, params), teacher, piece, teacher_weight)
 
         noisy = noised_batch(batch, key, shift)
         return train_step(state, loss, noisy, optimizer, pieces=accumulate, ema=ema)
@@ -92,14 +95,17 @@ def finetune(
     settings = config.finetune
     mesh = make_mesh(config.mesh)
     student.shard(mesh, config.mesh.exchange)
-    teacher.transformer.shard(mesh, config.mesh.exchange)
     graph, params = nnx.split(student)
-    teacher_graph, teacher_params = nnx.split(teacher.transformer)
+    teacher_graph, teacher_params = graph, None
+    if settings.teacher_weight > 0:
+        teacher.transformer.shard(mesh, config.mesh.exchange)
+        teacher_graph, teacher_params = nnx.split(teacher.transformer)
     optimizer = adamw(settings)
     update = make_update(config, optimizer, graph, teacher_graph)
-    negative_text = np.asarray(teacher.embed([""], config.text_length))[0]
     rows = local_rows(mesh, settings.batch)
     data = batches(latents, settings.batch, config.seed, rows)
+    teacher.embedder.unpadded(["", *captions_to_embed(latents)], config.text_length)
+    negative_text = np.asarray(teacher.embed([""], config.text_length))[0]
 
     def embedded(step: int) -> dict[str, jax.Array]:
         element = data[step]
@@ -130,15 +136,16 @@ def finetune(
 
 @jax.jit
 def _validation_loss(model, batch, key, shift):
-    return velocity_loss(model, model, noised_batch(batch, key, shift), 0.0)
+    return velocity_loss(model, None, noised_batch(batch, key, shift), 0.0)
 
 
 def validation_loss(config: ConfigDict, model: WanTransformer, pipeline: Pipeline, latents: epath.Path) -> float:
     """Flow-matching loss on held-out clips, with the same noise and noise levels for every model."""
     data = batches(latents, VALIDATION_BATCH, seed=0)
     losses = []
-    for index in range(max(1, config.evaluate.validation_clips // VALIDATION_BATCH)):
-        element = data[index]
+    elements = [data[index] for index in range(max(1, config.evaluate.validation_clips // VALIDATION_BATCH))]
+    pipeline.embedder.unpadded([word for each in elements for word in each["captions"]], config.text_length)
+    for index, element in enumerate(elements):
         batch = {"latents": element["latents"], "text": pipeline.embed(element["captions"], config.text_length)}
         losses.append(
             float(_validation_loss(model, batch, jax.random.fold_in(jax.random.key(0), index), config.sampler.shift))

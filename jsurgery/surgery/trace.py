@@ -14,7 +14,7 @@ from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import to_host
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
-from jsurgery.wan.pipeline import Pipeline, batched
+from jsurgery.wan.pipeline import Pipeline
 
 
 def traced_prompts(config: ConfigDict) -> range:
@@ -38,11 +38,8 @@ def trace(
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
     words = [*prompts, sampler.negative_prompt]
-    # In batches of the same size as the samples, so that the compiled text encoder is used again.
-    texts = [np.asarray(pipeline.embed(batch, config.text_length), np.float32) for _, batch in batched(words, size)]
-    text_records = (
-        {"embedding": e, "prompt": text_array(p)} for e, p in zip(np.concatenate(texts), words, strict=True)
-    )
+    embeddings = pipeline.embedder(words, config.text_length).astype(np.float32)
+    text_records = ({"embedding": e, "prompt": text_array(p)} for e, p in zip(embeddings, words, strict=True))
     processes.on_first(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = evenly_spaced_steps(sampler.steps, config.trace.keep_steps)
     timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]

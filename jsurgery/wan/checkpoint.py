@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jsurgery.attention.feature_maps import QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, write_json
-from jsurgery.io.safetensors import SHARD_BYTES, Tensors, open_tensors, write_shards, write_tensors
+from jsurgery.io.safetensors import SHARD_BYTES, LazyTensor, Tensors, open_tensors, write_shards, write_tensors
 from jsurgery.runtime.mesh import parameter_shardings
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
@@ -26,12 +26,13 @@ from jsurgery.wan.model_config import (
     HYBRID_CLASS_NAME,
     ORIGINAL_CLASS_NAME,
     ORIGINAL_SIZES,
+    TextEncoderConfig,
     WanConfig,
     read_text_encoder_config,
     read_vae_config,
 )
 from jsurgery.wan.text_encoder import TextEncoder
-from jsurgery.wan.torch_layout import load_mirrored, mirrored_tensors
+from jsurgery.wan.torch_layout import check_fit, load_mirrored, mirrored_shapes, mirrored_tensors
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
@@ -164,15 +165,22 @@ def load_text_encoder(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> T
     """The encoder in a `text_encoder/` folder: config.json, and safetensors in one file or in shards with an index.
 
     `dtype` is that of parameters and computation. Raises InputError naming the file that is missing, damaged or of
-    another architecture.
+    another architecture. `PromptEmbedder` computes embeddings without loading all of it.
     """
+    check_hashes(path)
+    config, tensors = open_text_encoder(path)
+    encoder = abstract_module(TextEncoder, config)
+    load_mirrored(encoder, tensors, dtype=dtype, source=path)
+    return encoder
+
+
+def open_text_encoder(path: epath.PathLike) -> tuple[TextEncoderConfig, dict[str, LazyTensor]]:
+    """The config and the unread tensors of a `text_encoder/` folder. Raises InputError as `load_text_encoder` does."""
     folder = epath.Path(path)
-    check_hashes(folder)
     config, tensors = read_text_encoder_config(folder), open_tensors(folder)
     tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
-    encoder = abstract_module(TextEncoder, config)
-    load_mirrored(encoder, tensors, dtype=dtype, source=folder)
-    return encoder
+    check_fit(mirrored_shapes(abstract_module(TextEncoder, config)), tensors, folder)
+    return config, tensors
 
 
 def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:

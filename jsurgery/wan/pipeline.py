@@ -12,31 +12,50 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import initial_noise, initial_state, sample, schedule, step_keys
-from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import guided_velocity, sampling_step
 
 # `model_path` must stay importable from here: published model cards import it from `jsurgery.wan.pipeline`.
-from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.text_encoder import TextEncoder, encode_prompts
-from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.prompt_embedder import PromptEmbedder
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 from jsurgery.wan.video_size import latent_grid
 
 
-@dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A loaded model. `dataclasses.replace(pipeline, transformer=...)` samples from another transformer."""
+    """A model whose parts are loaded when they are first needed. `with_transformer` gives it another transformer."""
 
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    transformer: WanTransformer
-    vae: WanVae
+    def __init__(
+        self,
+        embedder: PromptEmbedder,
+        transformer: WanTransformer | Callable[[], WanTransformer],
+        vae: WanVae | Callable[[], WanVae],
+    ):
+        """`transformer` and `vae` are models, or functions that load them. A function is called at most once."""
+        self.embedder = embedder
+        self._transformer = transformer if isinstance(transformer, WanTransformer) else functools.cache(transformer)
+        self._vae = vae if isinstance(vae, WanVae) else functools.cache(vae)
+
+    @property
+    def transformer(self) -> WanTransformer:
+        return self._transformer if isinstance(self._transformer, WanTransformer) else self._transformer()
+
+    @property
+    def vae(self) -> WanVae:
+        return self._vae if isinstance(self._vae, WanVae) else self._vae()
+
+    def with_transformer(self, transformer: WanTransformer) -> "Pipeline":
+        """The pipeline with another transformer. It shares the embeddings and the VAE with this one."""
+        return Pipeline(self.embedder, transformer, self._vae)
 
     def embed(self, prompts: Sequence[str], length: int) -> jax.Array:
-        """Text embeddings [B, length, text_dim], with zeros after the end of each prompt."""
-        token_ids, mask = self.tokenizer(list(prompts), length)
-        return _embed(self.text_encoder, token_ids, mask)
+        """Text embeddings float32 [B, length, text_dim], with zeros after the end of each prompt.
+
+        Reads all layers of the text encoder unless the prompts were embedded before. A caller who needs many prompts
+        in turn embeds all of them first, by one call of `embedder.unpadded`.
+        """
+        return jnp.asarray(self.embedder(prompts, length), jnp.float32)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, H, W, C) of the latents of a video of `frames` x `height` x `width` pixels."""
@@ -104,22 +123,23 @@ class Pipeline:
 
 
 def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, exchange: str = "gather") -> Pipeline:
-    """Loads a model from a pipeline folder in the diffusers layout, an operated model's folder, or a bundled name.
+    """The model of a pipeline folder in the diffusers layout, of an operated model's folder, or of a bundled name.
 
-    With a mesh, the transformer's parameters are loaded onto it, and the transformer computes on it. `exchange` is that
-    of `WanTransformer.set_mesh`. Raises InputError naming the file that is missing, damaged or does not fit.
+    Its parts are loaded when they are first needed. With a mesh, the transformer's parameters are loaded onto it, and
+    the transformer computes on it. `exchange` is that of `WanTransformer.set_mesh`. Raises InputError naming the file
+    that is missing, damaged or does not fit: here by what headers tell, and by the values when a part is loaded.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
-    transformer = load_transformer(transformer_folder(folder), dtype, mesh)
-    if mesh is not None:
-        transformer.set_mesh(mesh, exchange)
-    return Pipeline(
-        tokenizer=Tokenizer(base / "tokenizer"),
-        text_encoder=load_text_encoder(base / "text_encoder"),
-        transformer=transformer,
-        vae=load_vae(base / "vae"),
-    )
+    check_pipeline(path)
+
+    def transformer() -> WanTransformer:
+        model = load_transformer(transformer_folder(folder), dtype, mesh)
+        if mesh is not None:
+            model.set_mesh(mesh, exchange)
+        return model
+
+    return Pipeline(PromptEmbedder(base, dtype), transformer, lambda: load_vae(base / "vae"))
 
 
 def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -157,8 +177,3 @@ def _sample(transformer, text, negative_text, noise, key, settings: _Sampling):
         key=key,
         record=settings.record,
     )
-
-
-@jax.jit
-def _embed(text_encoder, token_ids, mask):
-    return encode_prompts(text_encoder, token_ids, mask)

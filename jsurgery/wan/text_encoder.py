@@ -148,8 +148,12 @@ class TextEncoder(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs)
 
     def __call__(self, token_ids_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-        mask_bias_BxL = jnp.where(mask_BxL > 0, 0.0, jnp.finfo(jnp.float32).min)
-        return self.encoder(self.shared(token_ids_BxL), mask_bias_BxL[:, None, None, :])
+        return self.encoder(self.shared(token_ids_BxL), mask_bias(mask_BxL))
+
+
+def mask_bias(mask_BxL: jax.Array) -> jax.Array:
+    """What attention adds to its logits [B, H, L, L], so that no query attends to padding: float32 [B, 1, 1, L]."""
+    return jnp.where(mask_BxL > 0, 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
 
 
 def encode_prompts(encoder: TextEncoder, token_ids: jax.Array, mask: jax.Array) -> jax.Array:

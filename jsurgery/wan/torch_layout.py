@@ -54,6 +54,12 @@ def load_mirrored(
         fill(param, [tensors[name]], functools.partial(_from_torch, leaf), stacked=False, dtype=dtype)
 
 
+def set_mirrored(module: nnx.Module, arrays: Mapping[str, jax.Array], dtype: jnp.dtype) -> None:
+    """Sets the module's parameters to arrays that have the checkpoint's names and torch's layout; for use under jit."""
+    for name, leaf, param in _mirrored_params(module):
+        param.set_value(_from_torch(leaf, arrays[name]).astype(dtype))
+
+
 def check_fit(expected: Mapping[str, tuple[int, ...]], tensors: Tensors, source: epath.PathLike) -> None:
     """Raises InputError with the missing, unexpected and mis-shaped tensors: the first 20, and how many more."""
     problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - tensors.keys())]
@@ -130,5 +136,5 @@ def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(np.argsort(_KERNEL_AXES[array.ndim])) if leaf == "kernel" else array
 
 
-def _from_torch(leaf: str, array: np.ndarray) -> np.ndarray:
+def _from_torch(leaf: str, array: Any) -> Any:
     return array.transpose(_KERNEL_AXES[array.ndim]) if leaf == "kernel" else array

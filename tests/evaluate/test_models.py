@@ -1,6 +1,5 @@
 """A sampler is compiled once for all hybrid models that a run evaluates."""
 
-import dataclasses
 import logging
 
 import jax
@@ -52,7 +51,7 @@ def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compil
     save_model(operated, run.workdir / "model", str(tiny_pipeline))
     compiled.clear()
     for model in (operated, load_transformer(run.workdir / "model")):
-        pipeline = dataclasses.replace(run.pipeline, transformer=run.put_on_mesh(model))
+        pipeline = run.pipeline.with_transformer(run.put_on_mesh(model))
         for first in range(2):
             pipeline.sample(["a red circle"], config, seed=0, first=first)
     assert compiled.count("jit(_sample)") == 1
