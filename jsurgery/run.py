@@ -26,9 +26,9 @@ from jsurgery.runtime.progress import say
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
-from jsurgery.surgery.distillation.saved_maps import load_maps
+from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps
 from jsurgery.surgery.finetune import finetune
-from jsurgery.surgery.operate import operate, save_model
+from jsurgery.surgery.operate import operate, save_model, save_operated
 from jsurgery.surgery.plan import check_budget, plan, read_plan
 from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import trace
@@ -137,7 +137,7 @@ class Run:
             "trace": lambda: trace(self.config, self.shared_pipeline(), folder.folder, self.show_first_frame),
             "distill": lambda: self.distill_maps(folder.folder),
             "plan": lambda: plan(self.config, self.model_config, self.stages["distill"].folder, folder.folder),
-            "hybrid": lambda: save_model(self.hybrid_model(self.config.finetune.distilled), folder.folder, self.base),
+            "hybrid": lambda: self.save_hybrid(folder.folder),
             "latents": self.encode_latents,
             "finetune": self.finetune_and_save,
             "evaluation": self.evaluate_all,
@@ -225,12 +225,29 @@ class Run:
             whole.end()
         return bool(jobs)
 
-    def hybrid_model(self, distilled: bool) -> WanTransformer:
-        """The hybrid model of the plan. Its feature maps are trained if `distilled`, otherwise only calibrated."""
+    def plan_and_maps(self, distilled: bool) -> tuple[HybridConfig, FeatureMapPair]:
+        """The plan, and the maps of its blocks: trained if `distilled`, otherwise only calibrated."""
         rates = read_plan(self.stages["plan"].folder)["rates"]
         hybrid = HybridConfig.of(self.config, rates)
         file = self.stages["distill"].folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")
-        return operate(self.teacher, hybrid, load_maps(file, rates, hybrid.feature_map))
+        return hybrid, load_maps(file, rates, hybrid.feature_map)
+
+    def hybrid_model(self, distilled: bool) -> WanTransformer:
+        """The hybrid model of the plan, with maps as in `plan_and_maps`."""
+        return operate(self.teacher, *self.plan_and_maps(distilled))
+
+    def save_hybrid(self, folder: epath.Path) -> None:
+        plan, maps = self.plan_and_maps(self.config.finetune.distilled)
+        save_operated(transformer_folder(self.teacher_path), plan, maps, folder, self.base)
+
+    @functools.cached_property
+    def teacher_to_train(self) -> WanTransformer:
+        """The teacher with parameters in float32, to be trained or operated and then trained."""
+        dtype, mesh = jnp.dtype(self.config.model.dtype), self.mesh
+        teacher = load_transformer(transformer_folder(self.teacher_path), dtype, mesh)
+        if mesh is not None:
+            teacher.set_mesh(mesh, self.config.mesh.exchange)
+        return teacher
 
     def encode_latents(self) -> None:
         """Encodes sprites for training and for validation. Users encode other data by `jsurgery encode`."""
@@ -269,7 +286,7 @@ class Run:
             "teacher": lambda: self.put_on_mesh(self.teacher),
             "not_distilled": lambda: self.put_on_mesh(self.hybrid_model(False)),
             "distilled": lambda: self.put_on_mesh(self.hybrid_model(True)),
-            "finetuned": lambda: self.put_on_mesh(load_transformer(self.workdir / "model", dtype)),
+            "finetuned": lambda: self.put_on_mesh(load_transformer(self.workdir / "model", dtype, inference=True)),
         }
         evaluate(self.config, self.pipeline, models, self.validation_latents, self.stages["evaluation"].folder)
 

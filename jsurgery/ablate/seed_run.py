@@ -176,7 +176,7 @@ class SeedRun:
             if hybrid.linear_branch:
                 file = self.distilled(config) / f"{arm.maps}.safetensors"
                 maps = load_maps(file, hybrid.rates, hybrid.feature_map)
-            return operate(self.run.teacher, hybrid, maps)
+            return operate(self.run.teacher_to_train, hybrid, maps)
 
         if not arm.finetuned:
             return {0: Model(self.stage("operated", config, (), made_from, **inputs).name, build)}
@@ -196,7 +196,7 @@ class SeedRun:
         def load(step: int) -> WanTransformer:
             if not stage.done():
                 stage.run(train)
-            return load_transformer(folders[step], dtype=jnp.dtype(config.model.dtype))
+            return load_transformer(folders[step], jnp.dtype(config.model.dtype), inference=True)
 
         return {
             step: Model(f"{stage.name}_{step}", functools.partial(load, step), prompts)

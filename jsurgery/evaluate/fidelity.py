@@ -115,7 +115,7 @@ def evaluate_fidelity(
             folder / str(frames) / names[path] / f"{i:04d}.json" for frames in durations for i in range(len(prompts))
         ]
         if not all(file.exists() for file in files):
-            transformer = load_transformer(part, jnp.dtype(config.model.dtype))
+            transformer = load_transformer(part, jnp.dtype(config.model.dtype), inference=True)
             pipeline = pipeline.with_transformer(transformer)
             for frames in durations:
                 compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], networks)

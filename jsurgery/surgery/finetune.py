@@ -90,9 +90,12 @@ def finetune(
 ) -> WanTransformer:
     """Trains `student` on the shards in `latents`, from the newest checkpoint in `folder` on if there is one.
 
-    Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps.
+    Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps. Raises ValueError unless
+    the student's parameters are float32: updates are too small for 16 bits.
     """
     settings = config.finetune
+    if types := {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(student))} - {"float32"}:
+        raise ValueError(f"student: expected parameters in float32, found {', '.join(types)}")
     mesh = make_mesh(config.mesh)
     student.shard(mesh, config.mesh.exchange)
     graph, params = nnx.split(student)

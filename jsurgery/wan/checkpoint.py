@@ -73,16 +73,21 @@ def read_config(path: epath.PathLike) -> WanConfig:
     return WanConfig(num_attention_heads=heads, attention_head_dim=dim // heads, **sizes)
 
 
-def load_transformer(path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> WanTransformer:
+def load_transformer(
+    path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None, *, inference: bool = False
+) -> WanTransformer:
     """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
 
-    Parameters are float32; `dtype` is that of matmuls. Tensors are memory-mapped and moved one by one to their devices
-    of the mesh. Raises InputError naming the file that is missing, damaged or does not fit.
+    `dtype` is that of matmuls. Parameters are float32, as training needs them; for `inference` the weights of matmuls
+    are stored in `dtype`, with the same results. Tensors are memory-mapped and moved one by one to their devices of the
+    mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     check_hashes(path)
     config = read_config(path)
     tensors = open_tensors(path)
     model = abstract_module(WanTransformer, config, dtype=jnp.dtype(dtype))
+    if inference:
+        model.store_in_compute_dtype()
     if mesh is not None:
         state = nnx.state(model)
         placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

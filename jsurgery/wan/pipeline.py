@@ -134,7 +134,7 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
     check_pipeline(path)
 
     def transformer() -> WanTransformer:
-        model = load_transformer(transformer_folder(folder), dtype, mesh)
+        model = load_transformer(transformer_folder(folder), dtype, mesh, inference=True)
         if mesh is not None:
             model.set_mesh(mesh, exchange)
         return model

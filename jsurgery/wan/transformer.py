@@ -225,6 +225,21 @@ class WanTransformer(nnx.Module):
             maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
         return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
 
+    def store_in_compute_dtype(self) -> None:
+        """Converts weights to `dtype`, in place, where a layer converts them at every call: same results, less memory.
+
+        For inference. Norms, the time embedding and the modulation stay float32, and so do feature maps. The model may
+        be abstract.
+        """
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear) and module.dtype is not None:
+                for param in (module.kernel, module.bias):
+                    value = param.get_value()
+                    if isinstance(value, jax.ShapeDtypeStruct):
+                        param.set_value(jax.ShapeDtypeStruct(value.shape, module.dtype, sharding=value.sharding))
+                    else:
+                        param.set_value(value.astype(module.dtype))
+
     def shard(self, mesh: Mesh, exchange: str = "gather") -> None:
         """Moves the parameters onto the mesh, in place, and spreads activations over it from now on; see `set_mesh`."""
         self.set_mesh(mesh, exchange)

@@ -78,9 +78,8 @@ def train(config, model, latents, folder, monkeypatch, *, guarded=True, weight=N
     if weight is not None:
         kernel = student.blocks.attn1.to_q.kernel
         kernel[...] = kernel[...].at[weight, 0, 0].set(jnp.nan)
-    teacher = types.SimpleNamespace(
-        transformer=load_transformer(model / "transformer"), embed=lambda prompts, length: np.zeros((1, 4, 16))
-    )
+    embedder = types.SimpleNamespace(unpadded=lambda prompts, length: None)
+    teacher = types.SimpleNamespace(embedder=embedder, embed=lambda prompts, length: np.zeros((1, 4, 16)))
     return finetune.finetune(config, student, teacher, epath.Path(latents), epath.Path(folder))
 
 

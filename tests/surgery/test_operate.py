@@ -1,6 +1,7 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
@@ -9,9 +10,11 @@ from flax import nnx
 from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
+from jsurgery.io.safetensors import read_tensors, write_shards
 from jsurgery.surgery.distillation.saved_maps import load_maps, save_maps
-from jsurgery.surgery.operate import operate, save_model
-from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.surgery.operate import operate, save_model, save_operated
+from jsurgery.wan import checkpoint_layouts
+from jsurgery.wan.checkpoint import load_transformer, save_transformer
 from jsurgery.wan.model_config import WanConfig
 from pallas_kernels.feature_map import init_polynomial_map
 
@@ -93,6 +96,35 @@ def test_the_hybrid_shares_the_weights_of_the_teacher(teacher, maps, file, tmp_p
     assert loaded.config == operated.config
     assert_equal(parameters(loaded), parameters(operated))
     assert json.loads((tmp_path / "config.json").read_text())["base_pipeline"] == "somewhere/wan"
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("linear_branch", [True, False])
+def test_operating_on_files_gives_the_same_files(teacher, file, tmp_path, layout, linear_branch):
+    plan = HybridConfig(PLAN, feature_map=PHI, linear_branch=linear_branch)
+    maps = load_maps(file, PLAN, PHI)
+    save_transformer(teacher, tmp_path / "teacher", layout)
+    save_model(operate(load_transformer(tmp_path / "teacher"), plan, maps), tmp_path / "expected", "somewhere/wan")
+    save_operated(tmp_path / "teacher", plan, maps, tmp_path / "found", "somewhere/wan")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()} == files
+    assert len(files) == 3
+
+
+def test_operating_on_files_keeps_their_types_and_loads_no_model(teacher, file, tmp_path, monkeypatch):
+    save_transformer(teacher, tmp_path / "teacher")
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in read_tensors(tmp_path / "teacher").items()}
+    write_shards(tmp_path / "teacher", "diffusion_pytorch_model", tensors)
+    monkeypatch.setattr(checkpoint_layouts, "fill", lambda *_, **__: pytest.fail("weights are put on a device"))
+    save_operated(
+        tmp_path / "teacher", HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI), tmp_path / "found", "wan"
+    )
+    found = read_tensors(tmp_path / "found")
+    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    assert {tensor.dtype.name for name, tensor in found.items() if name not in tensors} == {"float32"}
+    (tmp_path / "teacher" / "config.json").write_text((tmp_path / "found" / "config.json").read_text())
+    with pytest.raises(InputError):
+        save_operated(tmp_path / "teacher", HybridConfig((2, 1)), load_maps(file, PLAN, PHI), tmp_path / "two", "wan")
 
 
 def test_a_hybrid_without_linear_branch_has_no_maps(teacher, file):

@@ -75,6 +75,22 @@ def test_velocity_equals_diffusers(size, tmp_path):
     assert np.array_equal(reference_velocity(back, latents, timesteps, text), expected)
 
 
+def test_weights_for_inference_take_half_the_memory_and_give_the_same_bits(tmp_path):
+    random_reference("small").save_pretrained(tmp_path)
+    trained, small = (load_transformer(tmp_path, jnp.bfloat16, inference=inference) for inference in (False, True))
+    arguments = inputs("small")
+    expected = velocity(trained, *arguments)
+    np.testing.assert_array_equal(velocity(small, *arguments), expected)
+    full = velocity(load_transformer(tmp_path), *arguments)
+    assert np.abs(expected - full).max() > 1e-4, "control: matmuls are in bfloat16"
+    types = {str(path): param.get_value().dtype for path, param in nnx.to_flat_state(nnx.state(small))}
+    in_float32 = [path for path, dtype in types.items() if dtype == jnp.float32]
+    assert {dtype.name for dtype in types.values()} == {"bfloat16", "float32"}
+    kept = ("norm", "time_in", "time_out", "time_proj", "scale_shift_table")
+    assert all(any(name in path for name in kept) for path in in_float32) and len(in_float32) == 14
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(trained))} == {"float32"}
+
+
 def test_control_every_tensor_affects_the_velocity(tmp_path):
     reference = random_reference("small")
     reference.save_pretrained(tmp_path)
