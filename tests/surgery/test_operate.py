@@ -116,15 +116,21 @@ def test_operating_on_files_keeps_their_types_and_loads_no_model(teacher, file, 
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in read_tensors(tmp_path / "teacher").items()}
     write_shards(tmp_path / "teacher", "diffusion_pytorch_model", tensors)
     monkeypatch.setattr(checkpoint_layouts, "fill", lambda *_, **__: pytest.fail("weights are put on a device"))
-    save_operated(
-        tmp_path / "teacher", HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI), tmp_path / "found", "wan"
-    )
+    plan, maps = HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI)
+    save_operated(tmp_path / "teacher", plan, maps, tmp_path / "found", "wan")
     found = read_tensors(tmp_path / "found")
     assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
     assert {tensor.dtype.name for name, tensor in found.items() if name not in tensors} == {"float32"}
-    (tmp_path / "teacher" / "config.json").write_text((tmp_path / "found" / "config.json").read_text())
-    with pytest.raises(InputError):
-        save_operated(tmp_path / "teacher", HybridConfig((2, 1)), load_maps(file, PLAN, PHI), tmp_path / "two", "wan")
+    with pytest.raises(InputError, match="plan: has 2 rates, the transformer 4 blocks"):
+        save_operated(tmp_path / "teacher", HybridConfig((2, 1)), maps, tmp_path / "two", "wan")
+
+
+def test_operating_on_the_files_of_a_hybrid_replaces_its_maps(teacher, file, tmp_path):
+    plan, maps = HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI)
+    save_model(operate(teacher, plan, maps), tmp_path / "hybrid", "wan")
+    other = jax.tree.map(lambda leaf: leaf + 1, maps)
+    save_operated(tmp_path / "hybrid", plan, other, tmp_path / "again", "wan")
+    assert_equal(load_transformer(tmp_path / "again").query_maps.maps, other[0])
 
 
 def test_a_hybrid_without_linear_branch_has_no_maps(teacher, file):
