@@ -2,6 +2,7 @@
 # make test      the tests
 # make test-changed  those that uncommitted changes can touch, in about two minutes
 # make soak      hundreds of runs killed or disturbed by real faults, and resumed; takes about an hour
+# make rehearsal the commands at the true size of Wan2.1 1.3B, with random weights, in under an hour and 16 GiB
 # make lint      ruff and pyright
 # make kernels   attention at every shape of its tests' grid, of every config on TPUs and on every mesh; takes hours
 # make evidence  the tables of the README, re-run; takes hours
@@ -26,7 +27,7 @@ ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 # A file's tests in one process, which builds what they share once; in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-changed soak lint fuzz kernels evidence ablations tables gpu-evidence notebooks clean
+.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -40,6 +41,9 @@ test-changed: $(VENV)/test.stamp
 
 soak: $(VENV)/test.stamp
 	$(ONE_THREAD) $(BIN)/python -m tests.faults.soak
+
+rehearsal: $(VENV)/test.stamp
+	$(BIN)/python -m tests.full_size.rehearse runs/rehearsal
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

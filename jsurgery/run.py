@@ -28,7 +28,7 @@ from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps
 from jsurgery.surgery.finetune import finetune
-from jsurgery.surgery.operate import operate, save_model, save_operated
+from jsurgery.surgery.operate import copy_model, operate, save_model, save_operated
 from jsurgery.surgery.plan import check_budget, plan, read_plan
 from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import trace
@@ -273,6 +273,9 @@ class Run:
     def finetune_and_save(self) -> None:
         subject = self.config.finetune.subject
         start = transformer_folder(self.teacher_path) if subject == "teacher" else self.stages["hybrid"].folder
+        if not self.config.finetune.steps:
+            processes.on_first(lambda: copy_model(start, self.workdir / "model", self.base))
+            return
         student = load_transformer(start, jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh))
         student.remat = self.config.model.remat
         teacher, latents, folder = self.shared_pipeline(), self.training_latents, self.stages["finetune"].folder

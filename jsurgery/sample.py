@@ -110,7 +110,7 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
     pipeline.embedder.unpadded(words, config.text_length)
     for request in requests:
         progress = Progress(request.label, config.sampler.steps)
-        latents = pipeline.sample_by_steps(
+        latents, _ = pipeline.sample(
             [request.prompt], config, seed=request.seed, first=request.number, on_step=progress.show
         )
         progress.show(config.sampler.steps, last=True)

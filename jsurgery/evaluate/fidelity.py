@@ -180,7 +180,7 @@ def make_reference(
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.savez(stream, way=trajectory, velocity=velocity, video=video)
         other_seed = (config.seed + 1) % 2**32
-        latents, _ = pipeline.sample([prompts[number]], config, seed=other_seed, first=number, record=True)
+        latents, _ = pipeline.sample([prompts[number]], config, seed=other_seed, first=number)
         write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], networks))
 
 
@@ -200,8 +200,7 @@ def compare(
             continue
         with (folder / "teacher" / f"{number:04d}.npz").open("rb") as stream:
             teacher = dict(np.load(stream))
-        # record=True as for the teacher's video: without it another program runs, which may round differently.
-        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
+        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number)
         numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"], prompts[number], networks)
         velocity = velocities(pipeline, config, prompts[number], teacher["way"])
         write_numbers(file, numbers | velocity_numbers(velocity, teacher["velocity"]))

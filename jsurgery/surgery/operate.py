@@ -8,12 +8,10 @@ from flax import nnx
 from jsurgery.attention.feature_maps import FeatureMapParams
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.io.safetensors import open_tensors
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.checkpoint import read_config, save_transformer, write_transformer
-from jsurgery.wan.folder_hashes import check_hashes
+from jsurgery.wan.checkpoint import open_transformer, save_transformer, write_transformer
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
@@ -49,12 +47,8 @@ def save_operated(
 
     One tensor at a time is in memory, and none on a device. The weights keep the type that they have in the file.
     """
-    config, tensors = read_config(teacher), open_tensors(teacher)
+    config, copied = open_transformer(teacher)
     check_plan(config, plan, feature_maps)
-    check_hashes(teacher)
-    layout = checkpoint_layouts.transformer_layout(tensors, teacher)
-    model = abstract_module(WanTransformer, config)
-    copied = checkpoint_layouts.renamed_transformer(model, tensors, layout, "diffusers", teacher)
     operated = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=plan))
     if plan.linear_branch:
         operated.query_maps, operated.key_maps = (FeatureMapParams(maps) for maps in feature_maps)
@@ -62,6 +56,12 @@ def save_operated(
     without_maps = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=None))
     ours |= {name: copied[name] for name in checkpoint_layouts.lazy_transformer_tensors(without_maps)}
     write_transformer(ours, operated.config, folder, "diffusers", more={"base_pipeline": base_pipeline})
+
+
+def copy_model(source: epath.Path, folder: epath.Path, base_pipeline: str) -> None:
+    """Writes the folder of `save_model` for the transformer in another folder or file, tensor by tensor, unchanged."""
+    config, tensors = open_transformer(source)
+    write_transformer(tensors, config, folder, "diffusers", more={"base_pipeline": base_pipeline})
 
 
 def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: str) -> None:

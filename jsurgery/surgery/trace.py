@@ -38,8 +38,8 @@ def trace(
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
     words = [*prompts, sampler.negative_prompt]
-    embeddings = pipeline.embedder(words, config.text_length).astype(np.float32)
-    text_records = ({"embedding": e, "prompt": text_array(p)} for e, p in zip(embeddings, words, strict=True))
+    embeddings = pipeline.embedder.unpadded(words, config.text_length)
+    text_records = (text_record(*each, config.text_length) for each in zip(embeddings, words, strict=True))
     processes.on_first(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = evenly_spaced_steps(sampler.steps, config.trace.keep_steps)
     timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]
@@ -76,6 +76,19 @@ def trace(
     progress.show(len(chosen), last=True)
 
 
+def text_record(embedding_LxD: np.ndarray, prompt: str, length: int) -> Record:
+    """The record of a prompt's text embedding, unpadded, and in 16 bits where it was computed in 16."""
+    stored = np.float32 if embedding_LxD.dtype == np.float32 else np.float16
+    return {"embedding": embedding_LxD.astype(stored), "prompt": text_array(prompt), "length": np.int32(length)}
+
+
+def padded_embedding(record: Record) -> np.ndarray:
+    """The text embedding float32 [text_length, D] of a `text_record`, or of an older one, which is padded already."""
+    embedding_LxD = record["embedding"].astype(np.float32)
+    missing = int(record.get("length", len(embedding_LxD))) - len(embedding_LxD)
+    return np.pad(embedding_LxD, ((0, missing), (0, 0)))
+
+
 class TraceSteps:
     """Random access to the traced steps of some prompts, by default of all that were traced; a source for grain.
 
@@ -100,7 +113,7 @@ class TraceSteps:
         return {
             "latents": step["latents"].astype(np.float32),
             "timestep": step["timestep"],
-            "text": self._text_record(step)["embedding"],
+            "text": padded_embedding(self._text_record(step)),
         }
 
     def position(self, prompt: int, step: int) -> int:

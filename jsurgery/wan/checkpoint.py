@@ -98,6 +98,18 @@ def load_transformer(
     return model
 
 
+def open_transformer(path: epath.PathLike, layout: str = "diffusers") -> tuple[WanConfig, Tensors]:
+    """The config and the unread tensors of a transformer, which get the names of `layout`, whatever theirs are.
+
+    Raises InputError as `load_transformer` does, and for a hybrid in a layout other than "diffusers".
+    """
+    check_hashes(path)
+    config, tensors = read_config(path), open_tensors(path)
+    model = abstract_module(WanTransformer, config)
+    stored = checkpoint_layouts.transformer_layout(tensors, path)
+    return config, checkpoint_layouts.renamed_transformer(model, tensors, stored, layout, path)
+
+
 def save_transformer(
     transformer: WanTransformer,
     path: epath.PathLike,

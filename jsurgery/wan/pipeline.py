@@ -1,9 +1,8 @@
 """From prompt to video: the tokenizer, text encoder, transformer and VAE of one model folder."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.diffusion import initial_noise, initial_state, sample, schedule, step_keys
+from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys
 from jsurgery.wan.checkpoint import load_transformer, load_vae
-from jsurgery.wan.guidance import guided_velocity, sampling_step
+from jsurgery.wan.guidance import sampling_step
 
 # `model_path` must stay importable from here: published model cards import it from `jsurgery.wan.pipeline`.
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
@@ -62,39 +61,33 @@ class Pipeline:
         return *latent_grid(frames, height, width), self.transformer.config.in_channels
 
     def sample(
-        self, prompts: Sequence[str], config: ConfigDict, *, seed: int, first: int = 0, record: bool = False
-    ) -> Any:
-        """Samples latents of prompts by `config.sampler` and `config.video`.
-
-        A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
-        Returns (latents [B, T, H, W, C], trajectory [steps, B, ...] with `record`, else None).
-        """
-        return _sample(self.transformer, *self._inputs(prompts, config, seed, first), _Sampling.of(config, record))
-
-    def sample_by_steps(
         self,
         prompts: Sequence[str],
         config: ConfigDict,
         *,
         seed: int,
         first: int = 0,
+        record: bool = False,
         on_step: Callable[[int], None] = lambda done: None,
-    ) -> jax.Array:
-        """The latents of `sample`, computed by a compiled step instead of a compiled loop.
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Samples latents of prompts by `config.sampler` and `config.video`.
 
-        `on_step` is called after every step with the number of steps done.
+        A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
+        `on_step` is called after every step with the number of steps done. Returns (latents [B, T, H, W, C], trajectory
+        [steps, B, ...] of the latents before each step with `record`, else None).
         """
         text, negative_text, noise, key = self._inputs(prompts, config, seed, first)
         sampler = config.sampler
         rows = schedule(sampler.solver, sampler.steps, sampler.shift)
         keys = step_keys(rows, key)
-        state = initial_state(noise)
+        state, trajectory = initial_state(noise), []
         for i in range(sampler.steps):
+            trajectory += [state.x] if record else []
             inputs = text, negative_text, state, rows.row(i), None if keys is None else keys[i]
             state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
             state.x.block_until_ready()
             on_step(i + 1)
-        return state.x
+        return state.x, jnp.stack(trajectory) if record else None
 
     def _inputs(
         self, prompts: Sequence[str], config: ConfigDict, seed: int, first: int
@@ -146,34 +139,3 @@ def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any
     """`items` in batches of `size`, each with the index of its first item."""
     for start in range(0, len(items), size):
         yield start, items[start : start + size]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sampling:
-    """The settings that are constants of a compiled sampler."""
-
-    solver: str
-    steps: int
-    shift: float
-    guidance: float
-    guidance_batched: bool
-    record: bool = False
-
-    @classmethod
-    def of(cls, config: ConfigDict, record: bool = False) -> Self:
-        settings = config.sampler.to_dict()
-        del settings["negative_prompt"]
-        return cls(**settings, record=record)
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _sample(transformer, text, negative_text, noise, key, settings: _Sampling):
-    return sample(
-        guided_velocity(transformer, text, negative_text, settings.guidance, settings.guidance_batched),
-        noise,
-        steps=settings.steps,
-        shift=settings.shift,
-        solver=settings.solver,
-        key=key,
-        record=settings.record,
-    )

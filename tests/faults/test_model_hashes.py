@@ -162,6 +162,33 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path, monkeypatch):
         check_hashes(tmp_path)
 
 
+def test_an_intact_large_file_is_remembered_by_later_processes(tmp_path, monkeypatch):
+    """A new process begins with an empty `_verified`."""
+    from jsurgery.wan import folder_hashes
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_hashes, "LARGE", 1)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "a").write_bytes(b"one")
+    write_hashes(model, {}, "a")
+    check_hashes(model)
+    monkeypatch.setattr(folder_hashes, "_verified", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_hashes, "size_and_sha256", lambda file: pytest.fail("read again"))
+        check_hashes(model)
+        patch.setattr(folder_hashes, "LARGE", 4)
+        with pytest.raises(pytest.fail.Exception):
+            check_hashes(model)
+    (model / "a").write_bytes(b"two")
+    with pytest.raises(InputError, match="a: damaged"):
+        check_hashes(model)
+    (tmp_path / "cache").chmod(0o500)
+    (model / "b").write_bytes(b"three")
+    write_hashes(model, {}, "a", "b")
+    check_hashes(model)
+
+
 def test_a_download_is_checked_against_the_hashes_in_its_blob_names(tmp_path):
     """In the cache of huggingface_hub, files are links to blobs named by their sha256, or by git's hash if small."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from flax import nnx
 
-from jsurgery.diffusion import initial_noise, initial_state, schedule
+from jsurgery.diffusion import initial_noise, initial_state, sample, schedule
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
 from jsurgery.wan import pipeline as pipeline_module
@@ -82,7 +82,7 @@ def test_unipc_with_guidance_equals_diffusers(ours, theirs):
     config = small(steps=20, guidance=5.0)
     noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
     expected = latents_of_diffusers(theirs, config, noise)
-    found = ours.sample_by_steps([PROMPT], config, seed=7)
+    found = ours.sample([PROMPT], config, seed=7)[0]
     assert found.shape == expected.shape and distance(found, expected) < 1e-3
     video = ours.decode(found)[0]
     decoded = theirs.vae.decode(unnormalised(theirs.vae, expected), return_dict=False)[0].detach()
@@ -99,7 +99,7 @@ def test_control_another_prompt_shift_guidance_or_noise_differs(ours, theirs):
     """With fewer steps than the test above; the unchanged settings must equal diffusers."""
     config = small(steps=4, guidance=5.0)
     expected = latents_of_diffusers(theirs, config, initial_noise(7, [0], ours.latent_shape(5, 64, 48)))
-    end = lambda prompt, config, seed=7: ours.sample_by_steps([prompt], config, seed=seed)
+    end = lambda prompt, config, seed=7: ours.sample([prompt], config, seed=seed)[0]
     assert distance(end(PROMPT, config), expected) < 1e-3
     assert distance(end(PROMPT, small(steps=4, negative_prompt="")), expected) > 5e-3
     assert distance(end(NEGATIVE, config), expected) > 5e-3
@@ -119,23 +119,27 @@ def test_euler_without_guidance_equals_diffusers(ours, theirs):
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "unipc"])
-def test_sampling_step_by_step_equals_the_compiled_loop(ours, solver):
+def test_compiled_steps_equal_one_compiled_loop(ours, solver):
     config = small(steps=3, solver=solver)
-    latents = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4)[0]
     done = []
-    stepped = ours.sample_by_steps([PROMPT, NEGATIVE], config, seed=1, first=4, on_step=done.append)
-    np.testing.assert_allclose(stepped, latents, atol=2e-4)
-    assert done == [1, 2, 3]
+    latents, trajectory = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4, record=True, on_step=done.append)
+    text, negative_text, noise, key = ours._inputs([PROMPT, NEGATIVE], config, 1, 4)
+    velocity = guided_velocity(ours.transformer, text, negative_text, config.sampler.guidance, batched=True)
+    loop = lambda noise: sample(velocity, noise, steps=3, shift=3.0, solver=solver, key=key, record=True)
+    expected, states = jax.jit(loop)(noise)
+    np.testing.assert_allclose(latents, expected, atol=2e-4)
+    np.testing.assert_allclose(trajectory, states, atol=2e-4)
+    assert done == [1, 2, 3] and ours.sample([PROMPT], config, seed=1)[1] is None
 
 
 def test_noise_depends_on_the_number_of_the_prompt(ours):
-    pair = ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=2), seed=1, first=4)
-    assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=5)[0], pair[1]) < 1e-3
-    assert distance(ours.sample_by_steps([NEGATIVE], small(steps=2), seed=1, first=4)[0], pair[1]) > 1e-1
+    pair = ours.sample([PROMPT, NEGATIVE], small(steps=2), seed=1, first=4)[0]
+    assert distance(ours.sample([NEGATIVE], small(steps=2), seed=1, first=5)[0][0], pair[1]) < 1e-3
+    assert distance(ours.sample([NEGATIVE], small(steps=2), seed=1, first=4)[0][0], pair[1]) > 1e-1
 
 
 def test_batched_and_sequential_guidance_are_equal(ours):
-    end = lambda batched: ours.sample_by_steps([PROMPT, NEGATIVE], small(steps=3, guidance_batched=batched), seed=0)
+    end = lambda batched: ours.sample([PROMPT, NEGATIVE], small(steps=3, guidance_batched=batched), seed=0)[0]
     np.testing.assert_allclose(end(False), end(True), atol=2e-4)
 
 
@@ -163,7 +167,7 @@ def test_guidance_evaluates_only_the_branches_it_needs(ours):
         assert found == rows
         np.testing.assert_allclose(velocity, np.full((3, 1, 2, 2, 4), value), rtol=1e-6)
     configs = small(steps=2, guidance=1.0), small(steps=2, guidance=1.0, negative_prompt="")
-    assert np.array_equal(*(ours.sample_by_steps([PROMPT], config, seed=0) for config in configs))
+    assert np.array_equal(*(ours.sample([PROMPT], config, seed=0)[0] for config in configs))
 
 
 def test_a_sampling_step_returns_no_weights(ours):

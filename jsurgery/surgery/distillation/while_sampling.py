@@ -32,6 +32,7 @@ from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding
 from jsurgery.surgery.distillation.replay import CALIBRATION_BATCHES
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
 from jsurgery.surgery.distillation.update import apply_gradients, make_optimizer
+from jsurgery.surgery.trace import padded_embedding
 from jsurgery.wan.guidance import guidance_batch, guide, sampling_step
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import latent_grid
@@ -72,7 +73,7 @@ class Trajectories:
         return embeddings, None if self.guidance == 1 else self._spread([len(self.texts) - 1] * len(self.rows))
 
     def _spread(self, numbers: Sequence[int]) -> jax.Array:
-        embeddings = np.stack([self.texts[number]["embedding"] for number in numbers])
+        embeddings = np.stack([padded_embedding(self.texts[number]) for number in numbers])
         return global_batch(self.mesh, self.rows, self.batch, embeddings)
 
     def begin(self, number: int) -> State:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from flax import nnx
 
@@ -23,7 +24,7 @@ from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.surgery.operate import operate
-from jsurgery.surgery.trace import TraceSteps
+from jsurgery.surgery.trace import TraceSteps, padded_embedding, text_record
 from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_polynomial_map
@@ -268,6 +269,19 @@ def traces(tmp_path_factory):
     write_shard(shard_path(folder / "text", 0), texts)
     write_shard(shard_path(folder / "steps", 0), steps)
     return folder
+
+
+@pytest.mark.parametrize(("computed", "stored"), [("float32", "float32"), ("bfloat16", "float16")])
+def test_texts_are_stored_unpadded_and_read_padded(computed, stored):
+    embedding = np.random.default_rng(0).normal(size=(5, 16)).astype(jnp.dtype(computed))
+    record = safetensors.numpy.load(safetensors.numpy.save(text_record(embedding, "a prompt", 9)))
+    assert record["embedding"].dtype == stored and record["embedding"].shape == (5, 16)
+    padded = padded_embedding(record)
+    assert padded.shape == (9, 16) and padded.dtype == np.float32
+    np.testing.assert_array_equal(padded[:5], embedding.astype(np.float32))
+    assert not padded[5:].any()
+    of_0_1 = {"embedding": padded, "prompt": record["prompt"]}
+    np.testing.assert_array_equal(padded_embedding(of_0_1), padded)
 
 
 def test_unconditional_steps_have_the_text_of_the_negative_prompt(traces):

@@ -1,0 +1,91 @@
+"""Writes a pipeline folder with the shapes and layout of Wan2.1-T2V-1.3B-Diffusers and random weights.
+
+    python -m tests.full_size.write_folder FOLDER [--blocks=N]
+
+Tensors are made one at a time while they are written. With `--blocks` the transformer has fewer blocks of true width.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import zlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from jsurgery.data import sprites
+from jsurgery.io.files import write_json
+from jsurgery.io.safetensors import LazyTensor, write_shards
+from jsurgery.train.teacher import write_pipeline_index
+from jsurgery.wan.abstract_module import abstract_module
+from jsurgery.wan.checkpoint import write_transformer
+from jsurgery.wan.checkpoint_layouts import lazy_transformer_tensors
+from jsurgery.wan.folder_hashes import write_hashes
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.text_encoder import TextEncoder
+from jsurgery.wan.tokenizer import train_tokenizer
+from jsurgery.wan.torch_layout import mirrored_shapes
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
+
+# Drawing 7 B normal numbers takes minutes; tensors are cut from these, each from another place on.
+NORMALS = np.random.default_rng(0).standard_normal((1 << 22) + 1).astype(np.float32)
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor in bfloat16, of a scale at which a network of such tensors keeps the scale of its input."""
+
+    def fetch() -> np.ndarray:
+        start = zlib.crc32(name.encode()) % len(NORMALS)
+        numbers = np.resize(np.roll(NORMALS, start), math.prod(shape)).reshape(shape)
+        offset, scale = scale_of(name, shape)
+        return (offset + scale * numbers).astype(ml_dtypes.bfloat16)
+
+    return LazyTensor(shape, np.dtype(ml_dtypes.bfloat16), fetch)
+
+
+def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """The mean and the standard deviation of a tensor's values."""
+    if "norm" in name or "gamma" in name:
+        return (0.0 if name.endswith("bias") else 1.0), 0.1
+    if name.endswith(("bias", "scale_shift_table")):
+        return 0.0, 0.1
+    if "relative_attention_bias" in name or name == "shared.weight":
+        return 0.0, 1.0
+    scale = 1 / math.sqrt(math.prod(shape[1:]))
+    return 0.0, scale / 8 if ".SelfAttention.q." in name else scale  # UMT5 does not divide logits by sqrt(64)
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
+    return {name: random_tensor(name, shape) for name, shape in shapes.items()}
+
+
+def write_folder(folder: epath.Path, blocks: int | None = None) -> None:
+    """Writes all parts. An interrupted call is repeated from the start of the part that was not finished."""
+    network = dataclasses.replace(WanConfig(), num_layers=blocks or WanConfig().num_layers)
+    if not (folder / "transformer" / "hashes.json").exists():
+        model = abstract_module(WanTransformer, network)
+        shapes = {name: tensor.shape for name, tensor in lazy_transformer_tensors(model).items()}
+        write_transformer(random_tensors(shapes), network, folder / "transformer", "diffusers")
+    for part, stem, config, kind in (
+        ("vae", "diffusion_pytorch_model", VaeConfig(), WanVae),
+        ("text_encoder", "model", TextEncoderConfig(), TextEncoder),
+    ):
+        if not (folder / part / "hashes.json").exists():
+            hashes = write_shards(folder / part, stem, random_tensors(mirrored_shapes(abstract_module(kind, config))))
+            write_json(folder / part / "config.json", config.to_json())
+            write_hashes(folder / part, hashes, "config.json")
+    if not (folder / "model_index.json").exists():
+        train_tokenizer(sprites.all_captions(), folder / "tokenizer")
+        write_pipeline_index(folder, shift=3.0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--blocks", type=int)
+    arguments = parser.parse_args()
+    write_folder(epath.Path(arguments.folder), arguments.blocks)
