@@ -39,10 +39,10 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> LazyTensor:
     """A tensor in bfloat16, of a scale at which a network of such tensors keeps the scale of its input."""
 
     def fetch() -> np.ndarray:
-        start = zlib.crc32(name.encode()) % len(NORMALS)
-        numbers = np.resize(np.roll(NORMALS, start), math.prod(shape)).reshape(shape)
         offset, scale = scale_of(name, shape)
-        return (offset + scale * numbers).astype(ml_dtypes.bfloat16)
+        numbers = (offset + scale * NORMALS).astype(ml_dtypes.bfloat16)
+        start = zlib.crc32(name.encode()) % len(numbers)
+        return np.resize(np.roll(numbers, start), shape)
 
     return LazyTensor(shape, np.dtype(ml_dtypes.bfloat16), fetch)
 
