@@ -58,13 +58,12 @@ for config in (network, dataclasses.replace(network, hybrid=None)):
 """
 MESHES = [
     [(1, 1, 8, 1), "gather"],
-    [(1, 1, 1, 4), "gather"],
     [(2, 1, 2, 2), "all_to_all"],
     [(1, 2, 4, 1), "gather"],
 ]
 TEACHER_MESHES = [[(1, 1, 4, 1), "all_to_all"]]
 if FULL_GRID:
-    MESHES += [[(4, 1, 1, 1), "gather"], [(1, 4, 1, 1), "gather"], *TEACHER_MESHES]
+    MESHES += [[axes, "gather"] for axes in ((4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 1, 4))] + TEACHER_MESHES
     TEACHER_MESHES += [[(1, 1, 8, 1), "gather"]]
 
 
