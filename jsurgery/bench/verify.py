@@ -30,11 +30,11 @@ from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.io.results import check_report, publish, relative_error, versions
 from jsurgery.runtime.progress import say
 from jsurgery.sample import sampling_config
-from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae
+from jsurgery.wan.checkpoint import load_transformer, load_vae, open_text_encoder
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.text_encoder import encode_prompts
-from jsurgery.wan.tokenizer import Tokenizer, clean_prompt
+from jsurgery.wan.prompt_embedder import PromptEmbedder
+from jsurgery.wan.tokenizer import clean_prompt
 from jsurgery.wan.video_size import check_size, latent_grid
 
 # Largest relative error |ours - theirs| / |theirs| that float32 rounding explains at any published size. For token ids:
@@ -103,23 +103,45 @@ def verify(model: str, frames: int, height: int, width: int, report: str | None 
 def text_errors(base: epath.Path, length: int) -> tuple[dict[str, float], np.ndarray]:
     """Errors of the tokenizer and of the text encoder, and the reference's embeddings [P, L, D]."""
     say("verify: text encoder")
-    token_ids, mask = Tokenizer(base / "tokenizer")(PROMPTS, length)
-    embed: Any = jax.jit(encode_prompts)
-    ours = np.asarray(embed(load_text_encoder(base / "text_encoder"), token_ids, mask))
-    gc.collect()
+    embedder = PromptEmbedder(base)
+    token_ids, mask = embedder.tokenizer(PROMPTS, length)
+    ours = embedder(PROMPTS, length)
 
-    import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
     cleaned = [clean_prompt(prompt) for prompt in PROMPTS]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
     expected_ids = tokenizer(cleaned, **options)["input_ids"]
-    encoder = transformers.UMT5EncoderModel.from_pretrained(base / "text_encoder", dtype=torch.float32).eval()
-    with torch.no_grad():
-        theirs = encoder(torch.tensor(token_ids), torch.tensor(mask)).last_hidden_state.numpy() * mask[:, :, None]
+    theirs = reference_embeddings(base / "text_encoder", token_ids, mask) * mask[:, :, None]
     differing = float(np.mean(token_ids != expected_ids))
     return {"token ids": differing, "text embeddings": relative_error(ours, theirs)}, theirs
+
+
+def reference_embeddings(folder: epath.Path, token_ids_BxL: np.ndarray, mask_BxL: np.ndarray) -> np.ndarray:
+    """The embeddings [B, L, D] of transformers' encoder in float32, with one of its layers in memory at a time.
+
+    All of UMT5-XXL takes 22.7 GB in float32.
+    """
+    import torch
+    import transformers
+
+    config, tensors = open_text_encoder(folder)
+
+    def load(module: Any, prefix: str) -> None:
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        module.load_state_dict({name: torch.from_numpy(np.array(tensor, np.float32)) for name, tensor in own.items()})
+
+    settings = transformers.UMT5Config.from_pretrained(folder, num_layers=1, vocab_size=1)
+    stack = transformers.UMT5EncoderModel(settings).eval().encoder
+    norm, stack.final_layer_norm = stack.final_layer_norm, torch.nn.Identity()
+    load(norm, "encoder.final_layer_norm.")
+    hidden = torch.from_numpy(np.asarray(tensors["shared.weight"])[token_ids_BxL].astype(np.float32))
+    with torch.no_grad():
+        for number in range(config.num_layers):
+            load(stack.block[0], f"encoder.block.{number}.")
+            hidden = stack(inputs_embeds=hidden, attention_mask=torch.tensor(mask_BxL)).last_hidden_state
+        return norm(hidden).numpy()
 
 
 def vae_errors(folder: epath.Path, frames: int, height: int, width: int) -> dict[str, float]:

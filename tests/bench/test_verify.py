@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from jsurgery import errors
 from jsurgery.attention.hybrid import HybridConfig
@@ -89,15 +91,26 @@ def test_wrong_tensors_of_the_vae_fail(tiny_pipeline, tmp_path, monkeypatch):
 def test_a_wrong_tensor_of_the_text_encoder_and_a_wrong_token_fail(tiny_pipeline, tmp_path, monkeypatch):
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     wrong = perturbed(tiny_pipeline / "text_encoder", tmp_path / "wrong", name)
-    load, tokenizer = checkpoint.load_text_encoder, verify.Tokenizer
 
-    def another_prompt(path):
-        return lambda prompts, length: tokenizer(path)([*prompts[:2], "a"], length)
+    class WrongEmbedder(verify.PromptEmbedder):
+        def __init__(self, base):
+            super().__init__(base)
+            right = self.tokenizer
+            self.tensors = checkpoint.open_text_encoder(wrong)[1]
+            self.tokenizer = lambda prompts, length: right([*prompts[:2], "a"], length)
 
-    monkeypatch.setattr(verify, "load_text_encoder", lambda _: load(wrong))
-    monkeypatch.setattr(verify, "Tokenizer", another_prompt)
+    monkeypatch.setattr(verify, "PromptEmbedder", WrongEmbedder)
     errors, _ = verify.text_errors(tiny_pipeline, 16)
     assert errors["token ids"] > 0 and errors["text embeddings"] > verify.BOUNDS["text embeddings"]
+
+
+def test_the_reference_gives_the_same_bits_layer_by_layer(tiny_pipeline):
+    folder = tiny_pipeline / "text_encoder"
+    token_ids, mask = verify.PromptEmbedder(tiny_pipeline).tokenizer(verify.PROMPTS, 16)
+    encoder = transformers.UMT5EncoderModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = encoder(torch.tensor(token_ids), torch.tensor(mask)).last_hidden_state.numpy()
+    np.testing.assert_array_equal(verify.reference_embeddings(folder, token_ids, mask), expected)
 
 
 @pytest.mark.parametrize(
