@@ -27,6 +27,9 @@ ONE_THREAD := XLA_FLAGS=--xla_cpu_multi_thread_eigen=false OMP_NUM_THREADS=1
 # A file's tests in one process, which builds what they share once; in the order of tests/conftest.py.
 BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 
+# The tests start a hundred processes, which should not each compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks clean
 .DELETE_ON_ERROR:
 
