@@ -21,7 +21,14 @@ from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import write_report
 from jsurgery.runtime import processes
-from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads, gather_to_first_process, make_mesh
+from jsurgery.runtime.mesh import (
+    abstract_mesh,
+    check_batch,
+    check_heads,
+    gather_to_first_process,
+    make_mesh,
+    single_device_mesh,
+)
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.distillation.distill import distill
@@ -151,7 +158,7 @@ class Run:
 
         It is on the mesh, or, with several processes, on the first device of this process.
         """
-        return self.load_pipeline(None if processes.several() else self.mesh)
+        return self.load_pipeline(single_device_mesh() if processes.several() else make_mesh(self.config.mesh))
 
     def shared_pipeline(self) -> Pipeline:
         """The teacher for a stage that all processes work on: each process loads its part of the weights."""
@@ -159,17 +166,11 @@ class Run:
             return self.pipeline
         for name in ("pipeline", "teacher"):  # frees the whole teacher, which a stage of process 0 may have loaded
             vars(self).pop(name, None)
-        return self.load_pipeline(self.mesh)
+        return self.load_pipeline(make_mesh(self.config.mesh))
 
-    def load_pipeline(self, mesh: Mesh | None) -> Pipeline:
+    def load_pipeline(self, mesh: Mesh) -> Pipeline:
         dtype = jnp.dtype(self.config.model.dtype)
         return load_pipeline(self.config.model.path, dtype, mesh, self.config.mesh.exchange)
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The mesh of the config; None for a single device."""
-        mesh = make_mesh(self.config.mesh)
-        return mesh if mesh.size > 1 else None
 
     def put_on_mesh(self, model: WanTransformer) -> WanTransformer:
         """Puts a model on the mesh of a run with a single process, and returns it.
@@ -243,10 +244,9 @@ class Run:
     @functools.cached_property
     def teacher_to_train(self) -> WanTransformer:
         """The teacher with parameters in float32, to be trained or operated and then trained."""
-        dtype, mesh = jnp.dtype(self.config.model.dtype), self.mesh
+        dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
         teacher = load_transformer(transformer_folder(self.teacher_path), dtype, mesh)
-        if mesh is not None:
-            teacher.set_mesh(mesh, self.config.mesh.exchange)
+        teacher.set_mesh(mesh, self.config.mesh.exchange)
         return teacher
 
     def encode_latents(self) -> None:

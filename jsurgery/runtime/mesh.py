@@ -61,6 +61,13 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
         raise DoesNotFit(f"config.mesh: {sizes}: expected axes that are whole sides of the topology") from None
 
 
+def single_device_mesh() -> Mesh:
+    """The mesh of this process's first device."""
+    return jax.make_mesh(
+        (1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.local_devices()[:1]
+    )
+
+
 def sharding(mesh: Mesh, *dimensions: str | None) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical names."""
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL[dimension] for dimension in dimensions)))
@@ -98,6 +105,15 @@ def put_state(mesh: Mesh, state: Any) -> Any:
         return jax.make_array_from_callback(leaf.shape, where, lambda index: values[index])
 
     return jax.tree.map(put, state, parameter_shardings(mesh, state))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """The arrays, whole on every device of the mesh. With several processes, each passes the full arrays."""
+    whole = sharding(mesh)
+    if whole.is_fully_addressable:
+        return jax.device_put(tree, whole)
+    put = lambda values: jax.make_array_from_callback(values.shape, whole, lambda index: values[index])
+    return jax.tree.map(lambda leaf: put(np.asarray(leaf)), tree)
 
 
 def to_host(tree: Any) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jsurgery.diffusion import State, Velocity, guided, solver_step
+from jsurgery.runtime.mesh import sharding
 from jsurgery.wan.transformer import WanTransformer
 
 
@@ -67,5 +68,10 @@ def guided_velocity(
 # jax.jit, since nnx.jit would return the model too: a copy of its weights at every call.
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))
 def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
-    """The solver's state after one step from `state`, by a row of its schedule; compiled."""
-    return solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)
+    """The solver's state after one step from `state`, by a row of its schedule; compiled.
+
+    With a mesh, the state is whole on every device: every step gets it as the first one did, and one program serves all.
+    """
+    state = solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)
+    mesh = transformer.device_mesh
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding(mesh))

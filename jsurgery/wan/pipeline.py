@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys
+from jsurgery.runtime.mesh import replicate
 from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import sampling_step
 
@@ -81,6 +82,8 @@ class Pipeline:
         rows = schedule(sampler.solver, sampler.steps, sampler.shift)
         keys = step_keys(rows, key)
         state, trajectory = initial_state(noise), []
+        if self.transformer.device_mesh is not None:
+            state = replicate(self.transformer.device_mesh, state)
         for i in range(sampler.steps):
             trajectory += [state.x] if record else []
             inputs = text, negative_text, state, rows.row(i), None if keys is None else keys[i]

@@ -180,7 +180,8 @@ class WanTransformer(nnx.Module):
     def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
         dim, patch = config.dim, math.prod(config.patch_size)
         self.config, self.dtype, self.remat = config, dtype, remat
-        self.mesh: Mesh | None = None
+        self.device_mesh: Mesh | None = None  # where the parameters are, if that was said
+        self.mesh: Mesh | None = None  # the same if it has several devices
         self.exchange = "gather"
         self.patch_embedding = Linear(patch * config.in_channels, dim, dtype=dtype, rngs=rngs)
         self.condition = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
@@ -252,10 +253,21 @@ class WanTransformer(nnx.Module):
         DoesNotFit when the mesh does not divide the heads.
         """
         check_heads(mesh, self.config.num_attention_heads, exchange)
-        self.mesh, self.exchange = (mesh if mesh.size > 1 else None), exchange
+        self.device_mesh, self.mesh, self.exchange = mesh, (mesh if mesh.size > 1 else None), exchange
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Linear):
                 module.set_mesh(self.mesh)
+
+    @property
+    def attention_mesh(self) -> Mesh | None:
+        """The mesh over which attention is mapped; None on the only device.
+
+        On one of several devices attention is mapped, too: else XLA might partition the arrays, and `hybrid_attention`
+        would avoid the kernels.
+        """
+        mesh = self.device_mesh
+        alone = mesh is not None and mesh.size == 1 and list(mesh.devices.flat) == jax.devices()
+        return None if alone else mesh
 
     @property
     def shards(self) -> int:
@@ -267,7 +279,7 @@ class WanTransformer(nnx.Module):
         num_softmax = k.shape[1] if order is None else order.num_softmax(rate)
         options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
         maps = (None, None) if rate == 1 or maps is None else maps
-        if self.mesh is None:
+        if self.attention_mesh is None:
             return attend(q, k, v, *maps, **options)
         if order is not None and order.valid is not None:
             options["key_valid"] = jnp.asarray(order.valid)
@@ -304,7 +316,7 @@ class WanTransformer(nnx.Module):
 
         graph, stacked = nnx.split(self.blocks)
         to_text = full_attention
-        if self.mesh is not None:
+        if self.attention_mesh is not None:
             to_text = functools.partial(sharded_cross_attention, sharding=self._sharding(len(x), "sequence", "heads"))
 
         def block(x, layer):
@@ -344,9 +356,9 @@ class WanTransformer(nnx.Module):
 
     def _sharding(self, batch: int, *dimensions: str | None) -> NamedSharding:
         """The sharding of an array of `batch` examples. A batch that the mesh does not divide is replicated."""
-        assert self.mesh is not None
-        divides = batch % batch_shards(self.mesh) == 0
-        return sharding(self.mesh, "batch" if divides else None, *dimensions)
+        assert self.attention_mesh is not None
+        divides = batch % batch_shards(self.attention_mesh) == 0
+        return sharding(self.attention_mesh, "batch" if divides else None, *dimensions)
 
     def patchify(self, latents_BxTxHxWxC: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> [B, N, pt * ph * pw * C], tokens in row-major order."""

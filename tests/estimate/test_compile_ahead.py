@@ -256,6 +256,24 @@ def test_a_sharded_step_uses_the_kernels(sharded_step):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("stage", ["sample", "finetune"])
+def test_one_of_eight_chips_uses_the_kernels(stage):
+    """The lowered program is enough: it holds the kernels already, and compiling takes longer."""
+    overrides = {"model.dtype": "bfloat16", "plan.budget": "1R2", "video.frames": "5", "evaluate.batch": "2"}
+    config = load_config("tiny", overrides | {"finetune.batch": "2"})
+    network = WanConfig(
+        num_attention_heads=2, attention_head_dim=128, in_channels=8, out_channels=8, text_dim=64, ffn_dim=384,
+        num_layers=2,
+    )  # fmt: skip
+    _, devices = chip_and_devices("v5e:2x4", 1)
+    assert len(devices) == 8
+    program = lowered(config, network, stage, make_mesh(config.mesh, devices[:1])).as_text()
+    kernels = set(re.findall(r"hybrid_[a-z_]*[a-z]", program))
+    assert {"hybrid_attend", "hybrid_state"} <= kernels and "tpu_custom_call" in program
+    assert ("hybrid_attend_backward" in kernels) == (stage == "finetune")
+
+
+@needs_libtpu
 def test_feed_forward_layers_do_not_gather_tokens(sharded_step):
     """Each chip has two examples of 61 tokens. A layer that flattened batch and tokens would gather all of them."""
     hidden = set(re.findall(r"\w+\[((?:\d+,)+)384\]", sharded_step))

@@ -54,4 +54,4 @@ def test_one_sampler_is_compiled_for_all_hybrids(tiny_pipeline, tmp_path, compil
         pipeline = run.pipeline.with_transformer(run.put_on_mesh(model))
         for first in range(2):
             pipeline.sample(["a red circle"], config, seed=0, first=first)
-    assert compiled.count("jit(_sample)") == 1
+    assert compiled.count("jit(sampling_step)") == 1
