@@ -226,8 +226,8 @@ class Run:
             whole.end()
         return bool(jobs)
 
-    def plan_and_maps(self, distilled: bool) -> tuple[HybridConfig, FeatureMapPair]:
-        """The plan, and the maps of its blocks: trained if `distilled`, otherwise only calibrated."""
+    def plan_and_maps(self, distilled: bool) -> tuple[HybridConfig, FeatureMapPair | None]:
+        """The plan, and the maps of its converted blocks: trained if `distilled`, otherwise only calibrated."""
         rates = read_plan(self.stages["plan"].folder)["rates"]
         hybrid = HybridConfig.of(self.config, rates)
         file = self.stages["distill"].folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")

@@ -133,7 +133,7 @@ def reference_embeddings(folder: epath.Path, token_ids_BxL: np.ndarray, mask_BxL
         module.load_state_dict({name: torch.from_numpy(np.array(tensor, np.float32)) for name, tensor in own.items()})
 
     settings = transformers.UMT5Config.from_pretrained(folder, num_layers=1, vocab_size=1)
-    stack = transformers.UMT5EncoderModel(settings).eval().encoder
+    stack: Any = transformers.UMT5EncoderModel(settings).eval().encoder
     norm, stack.final_layer_norm = stack.final_layer_norm, torch.nn.Identity()
     load(norm, "encoder.final_layer_norm.")
     hidden = torch.from_numpy(np.asarray(tensors["shared.weight"])[token_ids_BxL].astype(np.float32))

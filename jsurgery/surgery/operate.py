@@ -41,7 +41,7 @@ def check_plan(transformer: WanConfig, plan: HybridConfig, feature_maps: Feature
 
 
 def save_operated(
-    teacher: epath.Path, plan: HybridConfig, feature_maps: FeatureMapPair, folder: epath.Path, base_pipeline: str
+    teacher: epath.Path, plan: HybridConfig, feature_maps: FeatureMapPair | None, folder: epath.Path, base_pipeline: str
 ) -> None:
     """Writes the folder of `save_model(operate(...))`, with the weights copied from the teacher's folder or file.
 
@@ -50,7 +50,7 @@ def save_operated(
     config, copied = open_transformer(teacher)
     check_plan(config, plan, feature_maps)
     operated = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=plan))
-    if plan.linear_branch:
+    if feature_maps is not None and plan.linear_branch:
         operated.query_maps, operated.key_maps = (FeatureMapParams(maps) for maps in feature_maps)
     ours = checkpoint_layouts.lazy_transformer_tensors(operated)
     without_maps = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=None))

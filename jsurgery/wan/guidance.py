@@ -70,7 +70,7 @@ def guided_velocity(
 def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
     """The solver's state after one step from `state`, by a row of its schedule; compiled.
 
-    With a mesh, the state is whole on every device: every step gets it as the first one did, and one program serves all.
+    With a mesh, the state is whole on every device, as it is before the first step: one program serves all steps.
     """
     state = solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)
     mesh = transformer.device_mesh

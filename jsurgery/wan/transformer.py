@@ -235,11 +235,10 @@ class WanTransformer(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Linear) and module.dtype is not None:
                 for param in (module.kernel, module.bias):
-                    value = param.get_value()
-                    if isinstance(value, jax.ShapeDtypeStruct):
-                        param.set_value(jax.ShapeDtypeStruct(value.shape, module.dtype, sharding=value.sharding))
-                    else:
-                        param.set_value(value.astype(module.dtype))
+                    value: Any = param.get_value()  # type: ignore[union-attr]
+                    abstract = isinstance(value, jax.ShapeDtypeStruct)
+                    value = value.update(dtype=module.dtype) if abstract else value.astype(module.dtype)
+                    param.set_value(value)  # type: ignore[union-attr]
 
     def shard(self, mesh: Mesh, exchange: str = "gather") -> None:
         """Moves the parameters onto the mesh, in place, and spreads activations over it from now on; see `set_mesh`."""
