@@ -241,8 +241,9 @@ class Run:
         plan, maps = self.plan_and_maps(self.config.finetune.distilled)
         save_operated(transformer_folder(self.teacher_path), plan, maps, folder, self.base)
 
-    def load_teacher_to_train(self) -> WanTransformer:
-        """A new copy of the teacher, with parameters in float32, to be trained, or operated and then trained."""
+    @functools.cached_property
+    def teacher_to_train(self) -> WanTransformer:
+        """The teacher with parameters in float32, to be trained or operated and then trained."""
         dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
         teacher = load_transformer(transformer_folder(self.teacher_path), dtype, mesh)
         teacher.set_mesh(mesh, self.config.mesh.exchange)

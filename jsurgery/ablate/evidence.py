@@ -73,7 +73,7 @@ def evidence_of_seed(config: ConfigDict, workdir: epath.Path, seed: int) -> dict
         models[f"{name}_not_distilled"] = functools.partial(build, "initial")
         models[f"{name}_distilled"] = functools.partial(build, "feature_maps")
         models[f"{name}_finetuned"] = finetuned(run, name, functools.partial(build, "feature_maps"))
-        models[f"{name}_no_linear"] = lambda plan=no_linear: operate(run.load_teacher_to_train(), plan, None)
+        models[f"{name}_no_linear"] = lambda plan=no_linear: operate(run.teacher_to_train, plan, None)
         models[f"{name}_no_linear_finetuned"] = finetuned(
             run, f"{name}_no_linear", lambda no_linear=no_linear: operate(load_teacher(run), no_linear, None)
         )
@@ -121,12 +121,12 @@ def finetune_stage(run: Run, name: str) -> StageFolder:
 
 def load_teacher(run: Run) -> WanTransformer:
     """A copy of the teacher that training may change."""
-    return operate(run.load_teacher_to_train(), HybridConfig(rates=(1,) * run.model_config.num_layers), None)
+    return operate(run.teacher_to_train, HybridConfig(rates=(1,) * run.model_config.num_layers), None)
 
 
 def build_hybrid(run: Run, hybrid: HybridConfig, maps: str) -> WanTransformer:
     loaded = load_maps(run.stages["distill"].folder / f"{maps}.safetensors", hybrid.rates, hybrid.feature_map)
-    return operate(run.load_teacher_to_train(), hybrid, loaded)
+    return operate(run.teacher_to_train, hybrid, loaded)
 
 
 def finetuned(run: Run, name: str, build: Callable[[], WanTransformer]) -> Callable[[], WanTransformer]:

@@ -176,7 +176,7 @@ class SeedRun:
             if hybrid.linear_branch:
                 file = self.distilled(config) / f"{arm.maps}.safetensors"
                 maps = load_maps(file, hybrid.rates, hybrid.feature_map)
-            return operate(self.run.load_teacher_to_train(), hybrid, maps)
+            return operate(self.run.teacher_to_train, hybrid, maps)
 
         if not arm.finetuned:
             return {0: Model(self.stage("operated", config, (), made_from, **inputs).name, build)}

@@ -90,8 +90,6 @@ def finetune(
 ) -> WanTransformer:
     """Trains `student` on the shards in `latents`, from the newest checkpoint in `folder` on if there is one.
 
-    The first update overwrites the student's parameters, which are then no longer valid: a copy would take 4 bytes more
-    for each of them.
     Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps. Raises ValueError unless
     the student's parameters are float32: updates are too small for 16 bits.
     """
@@ -130,6 +128,7 @@ def finetune(
         bad = rows_with_faults(data[step]["latents"], rows)
         return likely_causes(values["loss"], step, bad, state["params"], faults)
 
+    params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
     state = run_steps(
         "finetune", config, put_state(mesh, initial_train_state(params, optimizer, settings.ema)), one_step,
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder, profile=profile,

@@ -67,8 +67,7 @@ def finetuned(tiny_pipeline, latents, folder, steps, monkeypatch, forgotten=0):
     student = load_transformer(tiny_pipeline / "transformer")
     stage.finetune(config, student, teacher, latents, epath.Path(folder))
     state = {"params": None, "opt_state": None, "ema": None, "step": None}
-    template = stage.nnx.state(load_transformer(tiny_pipeline / "transformer"))
-    saved = optimizer.initial_train_state(template, optimizer.adamw(config.finetune), 0.9)
+    saved = optimizer.initial_train_state(stage.nnx.split(student)[1], optimizer.adamw(config.finetune), 0.9)
     with Checkpoints(epath.Path(folder) / "checkpoints", every=1, keep=9) as checkpoints:
         step, saved = checkpoints.restore(saved)
     assert step == steps == int(saved["step"]) and saved.keys() == state.keys()

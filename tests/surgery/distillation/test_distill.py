@@ -274,7 +274,8 @@ def traces(tmp_path_factory):
 @pytest.mark.parametrize(("computed", "stored"), [("float32", "float32"), ("bfloat16", "float16")])
 def test_texts_are_stored_unpadded_and_read_padded(computed, stored):
     embedding = np.random.default_rng(0).normal(size=(5, 16)).astype(jnp.dtype(computed))
-    record = safetensors.numpy.load(safetensors.numpy.save(text_record(embedding, "a prompt", 9)))
+    arrays = {name: np.asarray(value) for name, value in text_record(embedding, "a prompt", 9).items()}
+    record = safetensors.numpy.load(safetensors.numpy.save(arrays))
     assert record["embedding"].dtype == stored and record["embedding"].shape == (5, 16)
     padded = padded_embedding(record)
     assert padded.shape == (9, 16) and padded.dtype == np.float32
