@@ -24,7 +24,8 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Not spec.loader.exec_module, which writes bytecode beside the user's file.
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
         config = module.get_config()
     except (Exception, SystemExit) as error:
         raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None

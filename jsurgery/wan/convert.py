@@ -16,7 +16,7 @@ from flax import nnx
 from jsurgery.errors import InputError
 from jsurgery.io.files import damaged, read_object, write_json
 from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
-from jsurgery.wan import hub, torch_layout
+from jsurgery.wan import checkpoint_layouts, hub, torch_layout
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_transformer, write_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
@@ -50,15 +50,16 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
                 raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
             to_diffusers(tensors, source, output)
             return output
-    _transformer(source, output, layout)
+    _transformer(tensors, source, output, layout)
     return output
 
 
-def _transformer(source: epath.Path, output: epath.Path, layout: str) -> None:
-    config, tensors = open_transformer(source, layout)
+def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
+    checkpoint_layouts.transformer_layout(tensors, source)  # raises, with what a pickle holds, if it is no transformer
+    config, renamed = open_transformer(source, layout)
     # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
-    write_transformer(tensors, config, output, layout, more=more)
+    write_transformer(renamed, config, output, layout, more=more)
 
 
 def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import platformdirs
 from etils import epath
 
 from jsurgery.errors import InputError
@@ -119,6 +118,8 @@ def _fault(file: epath.Path, size: int | None, expected: str) -> str | None:
 
 def _marker(status: tuple) -> pathlib.Path:
     """The empty file that says that a file was intact when it had these times, size and inode."""
+    import platformdirs  # not on every machine that runs `make gpu-evidence`, which loads no large file
+
     return platformdirs.user_cache_path("jsurgery") / "intact" / hashlib.sha256(repr(status).encode()).hexdigest()
 
 
