@@ -22,7 +22,7 @@ def base() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
-    c.model.dtype = "float32"  # of matmuls; parameters stay float32
+    c.model.dtype = "float32"  # of matmuls; trained parameters stay float32
     c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
 
     c.mesh = ConfigDict()  # devices along each axis; their product is the number of devices used

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import pathlib
 import re
@@ -12,6 +13,13 @@ from jsurgery.config import LARGEST, base, flatten, validate
 from jsurgery.errors import InputError
 
 
+class LoaderWithoutBytecode(importlib.machinery.SourceFileLoader):
+    """Runs a file and, unlike its base class, writes no bytecode beside it: the folder is the user's."""
+
+    def set_data(self, path, data, *, _mode=0o666) -> None:
+        pass
+
+
 def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen.
 
@@ -20,12 +28,13 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
     """
     name, topology = split_topology(name)
     path = config_path(name)
-    spec = importlib.util.spec_from_file_location(f"jsurgery_config_{path.stem}", path)
+    name_of_module = f"jsurgery_config_{path.stem}"
+    loader = LoaderWithoutBytecode(name_of_module, str(path))
+    spec = importlib.util.spec_from_file_location(name_of_module, path, loader=loader)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
-        # Not spec.loader.exec_module, which writes bytecode beside the user's file.
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        spec.loader.exec_module(module)
         config = module.get_config()
     except (Exception, SystemExit) as error:
         raise InputError(f"{path}: expected a get_config() that runs, found {type(error).__name__}: {error}") from None
