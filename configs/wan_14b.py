@@ -11,9 +11,9 @@ paper's 1.3B. Of `TOPOLOGIES`, the eight v6e are for sampling and synthesis; the
 from jsurgery.config import base
 
 # Distillation sees as many examples as in 10,000 steps with one example each.
-BATCHES = {"trace.batch": 16, "distill.batch": 16, "distill.steps": 625, "evaluate.batch": 16}
+BATCHES = {"trace.batch": 16, "distill.batch": 16, "distill.steps": 625, "evaluate.batch": 16, "checkpoint.keep": 1}
 TOPOLOGIES = {
-    "v6e:2x4": {"mesh.context": 2, "mesh.tensor": 4, "evaluate.batch": 1},
+    "v6e-8": {"evaluate.batch": 1},
     "v5p:8x8x8": BATCHES | {"mesh.fsdp": 8, "mesh.context": 8, "mesh.tensor": 8},
 }
 
@@ -24,4 +24,5 @@ def get_config():
     c.model.remat = "blocks"
     c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 480, 832, 16
     c.plan.budget = "20R2"
+    c.distill.mode = "sampling"
     return c

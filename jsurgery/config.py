@@ -25,11 +25,11 @@ def base() -> ConfigDict:
     c.model.dtype = "float32"  # of matmuls; trained parameters stay float32
     c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
 
-    c.mesh = ConfigDict()  # devices along each axis; their product is the number of devices used
-    c.mesh.data = 1
-    c.mesh.fsdp = 1
-    c.mesh.context = 1
-    c.mesh.tensor = 1
+    c.mesh = ConfigDict()  # devices along each axis, 0 being 1; all 0: every stage takes all devices and chooses axes
+    c.mesh.data = 0
+    c.mesh.fsdp = 0
+    c.mesh.context = 0
+    c.mesh.tensor = 0
     c.mesh.exchange = "gather"  # how attention reaches the keys of other shards; "all_to_all" divides the heads instead
 
     c.video = ConfigDict()
@@ -185,7 +185,8 @@ SHARES = (
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
     "distill.weight_decay", "distill.velocity_steps", "finetune.weight_decay", "finetune.warmup",
-    "train.vae_kl_weight", "profile", "checkpoint.keep_every", "max_skipped", *SHARES,
+    "train.vae_kl_weight", "profile", "checkpoint.keep_every", "max_skipped",
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", *SHARES,
 }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ class LoaderWithoutBytecode(importlib.machinery.SourceFileLoader):
 def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     """The config of a file path or a shipped name (`tiny`), with `a.b` -> text overrides, validated and frozen.
 
-    `wan_1_3b@v6e:4x4` also sets the fields in the file's `TOPOLOGIES` for these chips: the mesh, and batches that fit
-    it. Raises InputError naming the file or field.
+    `wan_1_3b@v6e:4x4` also sets the fields in the file's `TOPOLOGIES` for these chips, such as batches that suit them.
+    Raises InputError naming the file or field.
     """
     name, topology = split_topology(name)
     path = config_path(name)
@@ -56,7 +56,7 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
 
 def split_topology(name: str) -> tuple[str, str]:
     """("wan_1_3b@v6e:4x4") -> its two parts; without a topology the second is empty."""
-    found = re.fullmatch(r"(.+)@(\w+:\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"(.+)@([\w:-]+)", name)
     return (found[1], found[2]) if found else (name, "")
 
 

@@ -1,6 +1,7 @@
 """A run of the surgery in a workdir. It skips the stages that are already complete there."""
 
 import functools
+import gc
 from collections.abc import Sequence
 
 import jax
@@ -26,7 +27,9 @@ from jsurgery.runtime.mesh import (
     check_batch,
     check_heads,
     gather_to_first_process,
+    is_given,
     make_mesh,
+    mesh_sizes,
     single_device_mesh,
 )
 from jsurgery.runtime.progress import say
@@ -34,13 +37,16 @@ from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps
+from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import copy_model, operate, save_model, save_operated
+from jsurgery.surgery.phases import COMPUTING, on_mesh
 from jsurgery.surgery.plan import check_budget, plan, read_plan
 from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
-from jsurgery.surgery.trace import trace
+from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.models import find_sizes
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size
@@ -65,11 +71,13 @@ class Run:
     Attributes:
       stages: the StageFolder of every stage, by name.
       job: the StageFolder of the independent job that distils `config.distill.blocks`; None if that names no blocks.
+      config: the config with the mesh of the current stage.
       coming: the commands that `run_commands` has not finished yet.
     """
 
     def __init__(self, config: ConfigDict, workdir: str):
-        self.config, self.workdir = config, epath.Path(workdir)
+        self.config = self.original_config = config
+        self.workdir, self._config_of = epath.Path(workdir), dict[str, ConfigDict]()
         self.teacher_path = model_path(config.model.path)
         self.model_config = check_pipeline(config.model.path)
         self._check_config()
@@ -89,13 +97,18 @@ class Run:
         check_budget(config, self.model_config)
         mesh = abstract_mesh(config.mesh)
         check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange)
-        for batch in (config.distill.batch, config.finetune.batch // config.finetune.accumulate):
-            check_batch(mesh, batch)
+        if is_given(config.mesh):
+            for batch in (config.distill.batch, config.finetune.batch // config.finetune.accumulate):
+                check_batch(mesh, batch)
         if processes.several():
-            make_mesh(config.mesh)
-        if config.finetune.steps and config.data.path != "sprites":
-            if not config.data.path:
-                raise InputError("config.data.path: expected a folder of latents or 'sprites', found none")
+            for stage in COMPUTING:
+                make_mesh(self.config_of(stage).mesh)
+        if config.finetune.steps and not config.data.path and not own_clips(config):
+            raise InputError(
+                f"config.data.path: (empty): none of the trajectories ends within config.distill.steps = "
+                f"{config.distill.steps}; expected more steps, or a folder of latents"
+            )
+        if config.finetune.steps and config.data.path not in ("", "sprites"):
             check_latents(epath.Path(config.data.path), pipeline_folder(self.teacher_path) / "vae")
 
     def _chosen_blocks(self) -> tuple[int, ...] | None:
@@ -108,6 +121,10 @@ class Run:
 
     def run_commands(self, commands: Sequence[str]) -> None:
         """Runs commands in order. After each, `report.html` shows the results so far and the remaining commands."""
+        coming = [stage for stage in COMPUTING if BY_NAME[stage].command in commands]
+        for stage in coming if len(commands) > 1 else ():
+            if not processes.on_first(self.stages[stage].done):
+                self.config_of(stage)  # raises, before any work, where the devices' memory is too small for a stage
         for number, command in enumerate(commands):
             self.coming = commands[number:]
             self.run_command(command)
@@ -129,8 +146,8 @@ class Run:
         job = self.job if command == "distill" else None
         for stage in stages:
             folder = job or self.stages[stage.name]
-            if stage.all_processes and not processes.on_first(folder.done):
-                make_mesh(self.config.mesh)  # raises if the devices do not suit it, before anything is written
+            if stage.name in COMPUTING and not processes.on_first(folder.done):
+                make_mesh(self.config_of(stage.name).mesh)  # raises, before anything is written, for unsuitable devices
         processes.on_first(lambda: self.write_config(job))
         for name in names:
             self.run_stage(name)
@@ -150,7 +167,25 @@ class Run:
             "evaluation": self.evaluate_all,
             "report": lambda: write_report(self.config, self.workdir),
         }
+        if name in COMPUTING and not processes.on_first(folder.done):
+            self.place(name)
         folder.run(work[name], all_processes=BY_NAME[name].all_processes)
+
+    def config_of(self, stage: str) -> ConfigDict:
+        """The config with the mesh of a stage; see `phases.on_mesh`."""
+        if stage not in self._config_of:
+            sizes = find_sizes(self.original_config, "")
+            self._config_of[stage] = on_mesh(stage, self.original_config, sizes)
+        return self._config_of[stage]
+
+    def place(self, stage: str) -> None:
+        """Moves the run to the mesh of a stage. A teacher on another mesh goes; it is loaded again when needed."""
+        config = self.config_of(stage)
+        if mesh_sizes(config.mesh) != mesh_sizes(self.config.mesh):
+            for name in ("pipeline", "teacher", "teacher_to_train"):
+                vars(self).pop(name, None)
+            gc.collect()
+        self.config = config
 
     @functools.cached_property
     def pipeline(self) -> Pipeline:
@@ -263,7 +298,9 @@ class Run:
 
     @property
     def training_latents(self) -> epath.Path:
-        path = self.config.data.path
+        path, traced = self.config.data.path, "distill" if self.config.distill.mode == "sampling" else "trace"
+        if not path:
+            return self.stages[traced].folder / CLIPS
         return self.stages["latents"].folder / "train" if path == "sprites" else epath.Path(path)
 
     @property

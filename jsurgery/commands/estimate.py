@@ -27,7 +27,11 @@ def add(commands: Commands) -> None:
 
     text = "compile a stage's step for TPUs without having any: whether it fits, and what the chips exchange"
     command = commands.add("compile", run_compile, text)
-    command.add_argument("--stage", required=True, choices=["distill", "finetune", "sample", "train"])
+    choices = ["all", "distill", "finetune", "sample", "train"]
+    text = "one step of a stage; all: every program of a command, with all that lies beside it on a chip"
+    command.add_argument("--stage", required=True, choices=choices, help=text)
+    text = "the command that --stage=all compiles (default: surgery)"
+    command.add_argument("--of", choices=["surgery", "sample"], default="surgery", help=text)
     command.add_argument("--topology", help="such as v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
     command.add_argument("--num_slices", type=positive, default=1)
     add_json(command)
@@ -67,6 +71,11 @@ def run_cost(options: Options, overrides: Overrides) -> None:
 def run_compile(options: Options, overrides: Overrides) -> None:
     config = load_config(options.config, overrides)
     topology = topology_of(options)
+    if options.stage == "all":
+        from jsurgery.estimate.compile_command import compile_command
+
+        compile_command(config, options.config, options.of, topology, report=options.json)
+        return
     from jsurgery.estimate.compile_ahead import compile_stage
 
     compile_stage(config, options.config, options.stage, topology, slices=options.num_slices, report=options.json)

@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
+from jsurgery.commands.options import (
+    Commands,
+    Options,
+    Overrides,
+    add_dry_run,
+    add_processes,
+    join_processes,
+    read_config,
+)
+from jsurgery.load_config import split_topology
 
 if TYPE_CHECKING:
     from jsurgery.run import Run
@@ -25,6 +34,7 @@ def add(commands: Commands) -> None:
         command = commands.add(name, run_surgery, text)
         command.add_argument("--workdir", required=True, help="gets all files of this run")
         add_processes(command)
+        add_dry_run(command)
         if name == "plan":
             text = "also write the Pareto front of all plans, front.json and front.html"
             command.add_argument("--front", action="store_true", help=text)
@@ -32,6 +42,9 @@ def add(commands: Commands) -> None:
 
 def run_surgery(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
+    if options.dry_run:
+        run_dry(config, options)
+        return
     join_processes(options)
     from jsurgery.report.summary import tell_result
     from jsurgery.run import start_run
@@ -47,6 +60,20 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
         print(run.workdir / "report.html")
     if options.name == "plan" and options.front:
         print_front(config, run)
+
+
+def run_dry(config: ConfigDict, options: Options) -> None:
+    """Tells what the stages of a command would take. With a model's folder, first makes the command's own checks."""
+    from jsurgery.estimate.dry_run import dry_run
+    from jsurgery.run import Run
+    from jsurgery.surgery.stages import COMMANDS, STAGES
+
+    if config.model.path:
+        Run(config, options.workdir)
+    commands = COMMANDS if options.name == "surgery" else (options.name,)
+    stages = [stage.name for stage in STAGES if stage.command in commands]
+    topology, limits = split_topology(options.config)[1], {"disk": options.disk, "kept": options.kept}
+    dry_run(config, options.config, topology, stages, workdir=options.workdir, **limits, report=options.json)
 
 
 def print_front(config: ConfigDict, run: "Run") -> None:

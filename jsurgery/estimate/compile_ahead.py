@@ -3,8 +3,6 @@
 All numbers are the compiler's estimates, not measurements.
 """
 
-import dataclasses
-import functools
 import math
 import re
 import tempfile
@@ -13,35 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.hybrid import HybridConfig
-from jsurgery.diffusion import State, schedule, velocities_per_step
 from jsurgery.errors import DoesNotFit, InputError
-from jsurgery.estimate.chips import GIB, Chip, parse_topology
+from jsurgery.estimate.chips import GIB, GPUS, MACHINES, Chip, parse_topology
 from jsurgery.estimate.hlo import collectives, largest_buffers
+from jsurgery.estimate.programs import lowered, step_flops, trained_sizes
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, peak_bytes
-from jsurgery.rates import Rate, parse_block_budget
-from jsurgery.runtime.mesh import AXES, check_batch, make_mesh, parameter_shardings, sharding
-from jsurgery.runtime.optimizer import adamw, initial_train_state
+from jsurgery.runtime.mesh import is_given, make_mesh, mesh_sizes
 from jsurgery.runtime.progress import say
-from jsurgery.surgery import finetune
-from jsurgery.surgery.distillation.teacher_pass import DistillSpec
-from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
-from jsurgery.surgery.distillation.while_sampling import make_sampling_update
-from jsurgery.train import transformer as training
-from jsurgery.wan.cost import distillation_flops, model_flops, workload
-from jsurgery.wan.guidance import sampling_step
-from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import find_sizes
-from jsurgery.wan.transformer import WanTransformer
-from jsurgery.wan.video_size import latent_grid
+from jsurgery.surgery.phases import on_mesh
+from jsurgery.wan.models import ModelSizes, find_sizes
 from pallas_kernels import estimate
 
 SHOWN_BUFFERS = 8
@@ -57,35 +40,26 @@ def compile_stage(
     Raises InputError for an unknown topology and for a budget that does not name a plan.
     """
     check_report(report)
-    network = trained_sizes(config) if stage == "train" else find_sizes(config, config_name).transformer
+    sizes = trained_sizes(config) if stage == "train" else find_sizes(config, config_name)
     chip, devices = chip_and_devices(topology, slices)
-    mesh_devices = math.prod(config.mesh[axis] for axis in AXES)
-    if mesh_devices != len(devices):
-        sizes = " x ".join(f"{axis} {config.mesh[axis]}" for axis in AXES)
-        raise DoesNotFit(f"config.mesh: {sizes} = {mesh_devices} devices, {topology} has {len(devices)}")
+    config = mesh_of(stage, config, sizes, chip, devices, topology)
     mesh = make_mesh(config.mesh, devices)
     say(f"compile: {stage} on {topology}")
     start = time.perf_counter()
-    program = lowered(config, network, stage, mesh)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            compiled = program.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        except jax.errors.JaxRuntimeError as error:
-            status, _, complaint = str(error).partition(": ")
-            if status != "RESOURCE_EXHAUSTED":
-                raise
-            print(buffers_as_text(folder), flush=True)
-            raise DoesNotFit(f"{stage} on {topology}: {complaint}") from None
+    try:
+        compiled = compile_program(stage, config, sizes, mesh)
+    except OutOfMemory as error:
+        print(error.buffers, flush=True)
+        raise DoesNotFit(f"{stage} on {topology}: {error}") from None
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    parts = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
-    flops = step_flops(config, network, stage) / len(devices)
+    memory = memory_parts(compiled)
+    flops = step_flops(config, sizes.transformer, stage) / len(devices)
     result = {
         "stage": stage,
         "topology": topology,
         "slices": slices,
-        "mesh": {axis: config.mesh[axis] for axis in AXES},
-        "memory_bytes": parts | {"peak": parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]},
+        "mesh": mesh_sizes(config.mesh),
+        "memory_bytes": memory | {"peak": memory["argument"] + memory["output"] + memory["temp"] - memory["alias"]},
         "capacity_bytes": chip.memory,
         "flops_per_device": flops,
         "least_seconds": flops / chip.flops,
@@ -99,9 +73,52 @@ def compile_stage(
         write_json(epath.Path(report), result)
 
 
+class OutOfMemory(Exception):
+    """The compiler found no room for a program. The message is its own; `buffers` lists the largest buffers."""
+
+    def __init__(self, message: str, buffers: str):
+        super().__init__(message)
+        self.buffers = buffers
+
+
+def compile_program(program: str, config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
+    """The compiled program (`jax.stages.Compiled`). Raises OutOfMemory."""
+    low = lowered(program, config, sizes, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return low.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            status, _, complaint = str(error).partition(": ")
+            if status != "RESOURCE_EXHAUSTED":
+                raise
+            raise OutOfMemory(complaint, buffers_as_text(folder)) from None
+
+
+def memory_parts(compiled: Any) -> dict[str, int]:
+    """The compiler's bytes of a program on a device: arguments, output, temporary, and reused (alias)."""
+    memory = compiled.memory_analysis()
+    return {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
+
+
+def mesh_of(
+    stage: str, config: ConfigDict, sizes: ModelSizes, chip: Chip, devices: Sequence[Any], topology: str
+) -> ConfigDict:
+    """The config with the mesh that a stage takes on these chips. Raises DoesNotFit if `config.mesh` suits others."""
+    if stage == "train" or is_given(config.mesh):  # the compiler, not an estimate, tells whether it fits
+        named = math.prod(mesh_sizes(config.mesh).values())
+        if named != len(devices):
+            axes = " x ".join(f"{axis} {size}" for axis, size in mesh_sizes(config.mesh).items())
+            raise DoesNotFit(f"config.mesh: {axes} = {named} devices, {topology} has {len(devices)}")
+        return config
+    return on_mesh(stage, config, sizes, devices, chip.memory)
+
+
 def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
     """The chip and the devices of a topology. Raises InputError where libtpu does not know the topology."""
     chip, _ = parse_topology(topology)
+    topology = MACHINES.get(topology, topology)
+    if topology.partition(":")[0] in GPUS:
+        raise InputError(f"--topology={topology}: expected TPUs, for the compiler of GPUs needs one; see --dry_run")
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r"\w+:1(x1)*", topology) else {}
     try:
         options = single | ({"num_slices": slices} if slices > 1 else {})
@@ -109,161 +126,6 @@ def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not know it: {message}") from None
-
-
-def lowered(config: ConfigDict, network: WanConfig, stage: str, mesh: Mesh) -> Any:
-    """The lowered step (`jax.stages.Lowered`) of a stage; no array is made."""
-    stages = {
-        "distill": lowered_distill,
-        "finetune": lowered_finetune,
-        "sample": lowered_sample,
-        "train": lowered_train,
-    }
-    return stages[stage](config, network, mesh)
-
-
-def trained_sizes(config: ConfigDict) -> WanConfig:
-    """The sizes of the transformer that `train` trains."""
-    return training.model_configs(config.train, config.train.vocabulary)[0]
-
-
-def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
-    """The rates of a plan for a budget like "15R2": the first 15 blocks at rate 2. Its cost is that of any such plan.
-
-    Raises InputError for a budget that is no such name or converts more blocks than there are.
-    """
-    named = parse_block_budget(str(config.plan.budget))
-    if named is None:
-        raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
-    count, rate = named
-    if count > blocks:
-        raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
-    return (rate,) * count + (1,) * (blocks - count)
-
-
-def abstract_model(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Any]:
-    """The model's graph definition, and its parameters as shapes with shardings."""
-    build = lambda: WanTransformer(
-        network, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, rngs=nnx.Rngs(0)
-    )
-    model = nnx.eval_shape(build)
-    model.set_mesh(mesh, config.mesh.exchange)
-    graph, params = nnx.split(model)
-    return graph, with_shardings(params, parameter_shardings(mesh, params))
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings. `shardings` is one sharding for all leaves, or a tree with one for each."""
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
-    struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(struct, shapes, shardings)
-
-
-def inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int) -> tuple[Any, Any, Any]:
-    """Shapes of a batch: latents [B, T, H, W, C], text embeddings [B, L, text_dim], timesteps [B]; sharded by rows."""
-    check_batch(mesh, batch)
-    video = config.video
-    grid = latent_grid(video.frames, video.height, video.width)
-    shapes = (
-        jax.ShapeDtypeStruct((batch, *grid, network.in_channels), jnp.float32),
-        jax.ShapeDtypeStruct((batch, config.text_length, network.text_dim), jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.float32),
-    )
-    return with_shardings(shapes, sharding(mesh, "batch"))
-
-
-def lowered_distill(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    graph, params = abstract_model(config, network, mesh)
-    teacher: Any = nnx.merge(graph, params)
-    optimizer = make_optimizer(config)
-    maps = jax.eval_shape(lambda: initial_maps(config, teacher))
-    state = {"maps": maps, "opt_state": jax.eval_shape(optimizer.init, maps)}
-    latents, text, timesteps = inputs(config, network, mesh, config.distill.batch)
-    batch = {"latents": latents, "text": text, "timestep": timesteps}
-    state, spec = with_shardings(state, parameter_shardings(mesh, state)), DistillSpec.of(config)
-    if config.distill.mode == "traces":
-        return make_update(optimizer, graph, spec).lower(state, params, batch)
-    whole, sampler = sharding(mesh), config.sampler
-    update = make_sampling_update(optimizer, graph, spec, sampler.guidance, whole)
-    negative_text = None if sampler.guidance == 1 else text
-    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    trajectory = State(*[with_shardings(latents, whole)] * 4)
-    return update.lower(state, params, trajectory, text, negative_text, schedule_row(config, mesh), key)
-
-
-def lowered_finetune(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
-    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
-    teacher_graph, teacher_params = graph, None
-    if config.finetune.teacher_weight > 0:
-        teacher_graph, teacher_params = abstract_model(config, network, mesh)
-    optimizer = adamw(config.finetune)
-    state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, config.finetune.ema), params)
-    latents, text, _ = inputs(config, network, mesh, config.finetune.batch)
-    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
-    update = finetune.make_update(config, optimizer, graph, teacher_graph)
-    state = with_shardings(state, parameter_shardings(mesh, state))
-    return update.lower(state, teacher_params, {"latents": latents, "text": text}, key)
-
-
-def lowered_sample(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    hybrid = HybridConfig.of(config, planned_rates(config, network.num_layers))
-    graph, params = abstract_model(config, dataclasses.replace(network, hybrid=hybrid), mesh)
-    latents, text, _ = inputs(config, network, mesh, config.evaluate.batch)
-    negative_text = jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype, sharding=sharding(mesh))
-    sampler, row = config.sampler, schedule_row(config, mesh)
-
-    @functools.partial(jax.jit, donate_argnums=3)
-    def step(params, text, negative_text, state, row):
-        model = nnx.merge(graph, params)
-        return sampling_step(model, text, negative_text, state, row, None, sampler.guidance, sampler.guidance_batched)
-
-    return step.lower(params, text, negative_text, State(*[latents] * 4), row)
-
-
-def schedule_row(config: ConfigDict, mesh: Mesh) -> Any:
-    """Shapes of one row of the sampler's schedule, on every device."""
-    sampler = config.sampler
-    row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
-    return with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
-
-
-def lowered_train(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
-    train, dtype = config.train, jnp.dtype(config.model.dtype)
-    _, text_encoder = training.model_configs(train, train.vocabulary)
-    build = lambda: training.TransformerWithTextEncoder(network, text_encoder, dtype=dtype, rngs=nnx.Rngs(0))
-    teacher = nnx.eval_shape(build)
-    teacher.transformer.set_mesh(mesh, config.mesh.exchange)
-    graph, params = nnx.split(teacher)
-    optimizer = training.make_optimizer(train)
-    state = jax.eval_shape(lambda params: initial_train_state(params, optimizer, train.ema), params)
-    latents, _, _ = inputs(config, network, mesh, train.batch)
-    words = lambda count: jax.ShapeDtypeStruct((count, config.text_length), jnp.int32)
-    texts = {"token_ids": words(train.batch), "mask": words(train.batch)}
-    negative = {"blank_ids": words(1), "blank_mask": words(1)}
-    batch = {"latents": latents}
-    batch |= with_shardings(texts, sharding(mesh, "batch")) | with_shardings(negative, sharding(mesh))
-    key = with_shardings(jax.eval_shape(lambda: jax.random.key(0)), sharding(mesh))
-    state = with_shardings(state, parameter_shardings(mesh, state))
-    return training.make_update(config, optimizer, graph).lower(state, batch, key)
-
-
-def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
-    """FLOPs of one step on all devices together, by the cost model, including what remat recomputes."""
-    work = dataclasses.replace(workload(config, network), config=network)
-    if stage == "distill":
-        velocities = velocities_per_step(config.sampler.guidance) if config.distill.mode == "sampling" else 1
-        return config.distill.batch * velocities * distillation_flops(work, config.hybrid.rates)
-    if stage == "train":
-        return 3 * config.train.batch * model_flops(work, (1,) * network.num_layers)
-    forward = model_flops(work, planned_rates(config, network.num_layers))
-    if stage == "sample":
-        return config.evaluate.batch * forward * velocities_per_step(config.sampler.guidance)
-    times = 3 + (config.model.remat != "none")
-    if config.finetune.teacher_weight > 0:
-        times += model_flops(work, (1,) * network.num_layers) / forward
-    return config.finetune.batch * forward * times
 
 
 def buffers_as_text(folder: str) -> str:

@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.estimate.chips import Chip, parse_topology
-from jsurgery.estimate.compile_ahead import planned_rates, step_flops
+from jsurgery.estimate.programs import step_flops
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report
+from jsurgery.surgery.phases import planned_rates
 from jsurgery.surgery.trace import traced_prompts
 from jsurgery.wan.cost import model_bytes, model_flops, workload
 from jsurgery.wan.model_config import WanConfig

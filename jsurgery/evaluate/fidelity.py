@@ -172,8 +172,10 @@ def make_reference(
         control = folder / "control" / f"{number:04d}.json"
         if file.exists() and control.exists():
             continue
-        latents, trajectory = pipeline.sample([prompts[number]], config, seed=config.seed, first=number, record=True)
-        trajectory = np.asarray(trajectory)[kept, 0]
+        latents, trajectory = pipeline.sample(
+            [prompts[number]], config, seed=config.seed, first=number, record=list(kept)
+        )
+        trajectory = np.asarray(trajectory)[:, 0]
         video = pipeline.decode(latents)[0]
         velocity = velocities(pipeline, config, prompts[number], trajectory)
         file.parent.mkdir(parents=True, exist_ok=True)

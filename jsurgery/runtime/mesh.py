@@ -24,20 +24,32 @@ LOGICAL: dict[str | None, Any] = {
     "heads": "tensor",
     "embed": "fsdp",
     "mlp": "tensor",
+    "features": "fsdp",
     None: None,
 }
 
-# Parameter path -> the logical names of its trailing dimensions. All other dimensions and parameters are replicated.
+# Parameter path -> the logical names of its trailing dimensions. All other dimensions and parameters are replicated,
+# and so is a dimension that its axis does not divide.
 PARAMETERS = [
     (r"(to_q|to_k|to_v)/kernel$", ("embed", "heads")),
     (r"to_out/kernel$", ("heads", "embed")),
     (r"ffn_in/kernel$", ("embed", "mlp")),
     (r"ffn_out/kernel$", ("mlp", "embed")),
     # the feature maps of every head, in a model and in distillation
-    (r"kernels/\d+$", ("heads", None, None)),
-    (r"biases/\d+$", ("heads", None)),
+    (r"kernels/\d+$", ("heads", None, "features")),
+    (r"biases/\d+$", ("heads", "features")),
     (r"log_scale$", ("heads",)),
 ]
+
+
+def is_given(config: ConfigDict) -> bool:
+    """Whether `config.mesh` names sizes. Otherwise each stage chooses them (see `mesh_choice`)."""
+    return any(config[axis] for axis in AXES)
+
+
+def mesh_sizes(config: ConfigDict) -> dict[str, int]:
+    """The sizes of the axes of `config.mesh`. One that is not given counts as 1."""
+    return {axis: config[axis] or 1 for axis in AXES}
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,7 +58,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     Raises DoesNotFit if the mesh needs more devices than there are; if it leaves devices of several processes unused,
     since each process must hold a part; or if its axes are not sides of a TPU's torus.
     """
-    shape = tuple(config[axis] for axis in AXES)
+    shape = tuple(mesh_sizes(config).values())
     devices = jax.devices() if devices is None else devices
     size = math.prod(shape)
     hosts = len({device.process_index for device in devices})
@@ -68,7 +80,7 @@ def single_device_mesh() -> Mesh:
     )
 
 
-def sharding(mesh: Mesh, *dimensions: str | None) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, *dimensions: str | None) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical names."""
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL[dimension] for dimension in dimensions)))
 
@@ -79,13 +91,18 @@ def leaf_name(path: tuple) -> str:
     return name.removesuffix("/value")
 
 
-def parameter_shardings(mesh: Mesh, state: Any) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, state: Any) -> Any:
     """A sharding for every array of an NNX state (or a tree with the same paths), by `PARAMETERS`."""
 
     def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
         for pattern, dimensions in PARAMETERS:
             if re.search(pattern, leaf_name(path)):
-                return sharding(mesh, *(None,) * (leaf.ndim - len(dimensions)), *dimensions)
+                sizes = leaf.shape[leaf.ndim - len(dimensions) :]
+                divided = [
+                    dimension if dimension and size % mesh.shape[LOGICAL[dimension]] == 0 else None
+                    for dimension, size in zip(dimensions, sizes, strict=True)
+                ]
+                return sharding(mesh, *(None,) * (leaf.ndim - len(dimensions)), *divided)
         return sharding(mesh)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, state)
@@ -128,7 +145,7 @@ def to_host(tree: Any) -> Any:
 
 def abstract_mesh(config: ConfigDict) -> AbstractMesh:
     """The mesh of `config.mesh` without devices, for checks on any machine."""
-    return AbstractMesh(tuple(config[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(tuple(mesh_sizes(config).values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:

@@ -16,6 +16,8 @@ from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.pipeline import Pipeline
 
+CLIPS = "clips"  # the folder of the clips at which trajectories of training prompts end
+
 
 def traced_prompts(config: ConfigDict) -> range:
     """The prompts whose steps are kept: all, or only the held-out ones if maps learn while the teacher samples."""
@@ -31,6 +33,7 @@ def trace(
 ) -> None:
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
+    Also `folder/clips`, where the trajectories of training prompts end, for a fine-tuning that is given no other data.
     A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
     and `prompt`, the number of its text. With several processes, all sample, each with its part of the model, and
     process 0 writes. `seen` is called with the first prompt that is sampled and its latents [1, T, H, W, C].
@@ -54,14 +57,19 @@ def trace(
         for start in starts:
             batch = prompts[start : start + size]
             if start in missing:
-                latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=True)
+                latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=list(kept))
                 if start == missing[0]:
                     seen(batch[0], latents[:1])
-                latents_KxBxTxHxWxC = to_host(trajectory)[kept].astype(np.float16)
+                ends = list(zip(to_host(latents), embeddings[start:], batch, strict=False))
+                clips = [
+                    clip_record(*end) for end in ends[: max(0, config.trace.prompts - config.trace.holdout - start)]
+                ]
+                number = starts.index(start)
+                processes.on_first(lambda number=number, clips=clips: write_clips(folder, number, clips))
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
                 steps = (
                     {
-                        "latents": latents_KxBxTxHxWxC[step, item],
+                        "latents": trajectory[step, item].astype(np.float16),
                         "timestep": np.float32(timesteps[step]),
                         "conditional": np.bool_(coin[item, step]),
                         "prompt": np.int32(start + item),
@@ -74,6 +82,18 @@ def trace(
             preemption.should_stop()
             preemption.stop_if_asked()
     progress.show(len(chosen), last=True)
+
+
+def clip_record(latents_TxHxWxC: np.ndarray, embedding_LxD: np.ndarray, prompt: str) -> Record:
+    """The record of a clip for fine-tuning, as `jsurgery encode` writes it."""
+    latents, text = latents_TxHxWxC.astype(np.float16), embedding_LxD.astype(np.float16)
+    return {"latents": latents, "text": text, "caption": text_array(prompt)}
+
+
+def write_clips(folder: epath.Path, number: int, clips: list[Record]) -> None:
+    """Writes the clips of one batch of prompts, if there are any, to a shard in `folder/clips`."""
+    if clips:
+        write_shard(shard_path(folder / CLIPS, number), clips)
 
 
 def text_record(embedding_LxD: np.ndarray, prompt: str, length: int) -> Record:

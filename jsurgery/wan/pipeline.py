@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys
-from jsurgery.runtime.mesh import replicate
+from jsurgery.runtime.mesh import replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import sampling_step
 
@@ -68,14 +68,14 @@ class Pipeline:
         *,
         seed: int,
         first: int = 0,
-        record: bool = False,
+        record: Sequence[int] = (),
         on_step: Callable[[int], None] = lambda done: None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, np.ndarray | None]:
         """Samples latents of prompts by `config.sampler` and `config.video`.
 
         A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
-        `on_step` is called after every step with the number of steps done. Returns (latents [B, T, H, W, C], trajectory
-        [steps, B, ...] of the latents before each step with `record`, else None).
+        `on_step` is called after every step with the number of steps done. Returns the latents [B, T, H, W, C], and the
+        latents before each of the K steps `record`, [K, B, ...] on the host, or None without such steps.
         """
         text, negative_text, noise, key = self._inputs(prompts, config, seed, first)
         sampler = config.sampler
@@ -85,12 +85,12 @@ class Pipeline:
         if self.transformer.device_mesh is not None:
             state = replicate(self.transformer.device_mesh, state)
         for i in range(sampler.steps):
-            trajectory += [state.x] if record else []
+            trajectory += [to_host(state.x)] if i in record else []
             inputs = text, negative_text, state, rows.row(i), None if keys is None else keys[i]
             state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
             state.x.block_until_ready()
             on_step(i + 1)
-        return state.x, jnp.stack(trajectory) if record else None
+        return state.x, np.stack(trajectory) if trajectory else None
 
     def _inputs(
         self, prompts: Sequence[str], config: ConfigDict, seed: int, first: int

@@ -77,7 +77,7 @@ class PromptEmbedder:
             biases.append(mask_bias(jnp.asarray(mask_BxL)))
         for layer in self._layers():
             jax.block_until_ready(states)  # else all layers would be read, and wait in memory for the device
-            run = functools.partial(_run_layer, self.config, self.dtype, layer)
+            run = functools.partial(run_layer, self.config, self.dtype, layer)
             states = [run(x_BxLxE, bias) for x_BxLxE, bias in zip(states, biases, strict=True)]
         norm = self._read("encoder.final_layer_norm.")
         embeddings: dict[int, np.ndarray] = {}
@@ -103,7 +103,7 @@ class PromptEmbedder:
 # Modules are made under jit, since flax keeps arrays that a module was made of in reference cycles: layers would stay
 # in memory until Python looks for garbage.
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _run_layer(
+def run_layer(
     config: TextEncoderConfig, dtype: np.dtype, tensors: dict[str, jax.Array], x_BxLxE: jax.Array, bias: jax.Array
 ) -> jax.Array:
     block = abstract_module(Block, config)

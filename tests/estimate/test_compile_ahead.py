@@ -12,13 +12,15 @@ from flax import nnx
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.cli import main
 from jsurgery.config import base
-from jsurgery.estimate.compile_ahead import chip_and_devices, lowered
+from jsurgery.estimate.compile_ahead import chip_and_devices
 from jsurgery.estimate.hlo import collectives, largest_buffers
+from jsurgery.estimate.programs import lowered
 from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import make_mesh
 from jsurgery.runtime.optimizer import adamw, initial_train_state
 from jsurgery.surgery.finetune import make_update
-from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.models import ModelSizes
 from jsurgery.wan.transformer import WanTransformer
 from tests.conftest import needs_libtpu
 
@@ -174,6 +176,10 @@ def test_a_program_grows_with_its_distinct_rates_and_not_with_its_blocks():
     assert program(8, rates=(1, 8)) < 0.9 * eight, "fewer rates, but not a smaller program"
 
 
+def sizes_of(network):
+    return ModelSizes("a transformer", network, TextEncoderConfig(), VaeConfig())
+
+
 def run(*arguments):
     return main(["compile", "--config=tiny", *arguments])
 
@@ -184,7 +190,7 @@ def run(*arguments):
     [
         (["--stage=sample", "--topology=v9:2x2"], 2, ["--topology", "v5e:4x4", "'v9:2x2'"]),
         (["--stage=sample", "--topology=v5e:3x5"], 2, ["--topology=v5e:3x5"]),
-        (["--stage=sample", "--topology=v5e:2x2"], 3, ["= 1 devices, v5e:2x2 has 4"]),
+        (["--stage=sample", "--topology=v5e:2x2", "--config.mesh.data=1"], 3, ["= 1 devices, v5e:2x2 has 4"]),
         (["--stage=distill", "--topology=v5e:2x2", "--config.mesh.data=4"], 3, ["data 4 x fsdp 1 divides, found 1"]),
         (
             ["--stage=sample", "--topology=v5p:4x4x4", "--config.mesh.data=8", "--config.mesh.context=8"],
@@ -244,7 +250,7 @@ def sharded_step():
         num_layers=2,
     )  # fmt: skip
     _, devices = chip_and_devices("v5e:4x4", 1)
-    return lowered(config, network, "finetune", make_mesh(config.mesh, devices)).compile().as_text()
+    return lowered("finetune", config, sizes_of(network), make_mesh(config.mesh, devices)).compile().as_text()
 
 
 @needs_libtpu
@@ -267,7 +273,7 @@ def test_one_of_eight_chips_uses_the_kernels(stage):
     )  # fmt: skip
     _, devices = chip_and_devices("v5e:2x4", 1)
     assert len(devices) == 8
-    program = lowered(config, network, stage, make_mesh(config.mesh, devices[:1])).as_text()
+    program = lowered(stage, config, sizes_of(network), make_mesh(config.mesh, devices[:1])).as_text()
     kernels = set(re.findall(r"hybrid_[a-z_]*[a-z]", program))
     assert {"hybrid_attend", "hybrid_state"} <= kernels and "tpu_custom_call" in program
     assert ("hybrid_attend_backward" in kernels) == (stage == "finetune")

@@ -175,7 +175,7 @@ MESHES = [
     Bad(surgery("--config.mesh.tensor=3"), ("tensor 3", "2 heads"), code=3),
     Bad(surgery("--config.mesh.context=4", "--config.mesh.exchange=all_to_all"), ("context 4", "2 heads"), code=3),
     Bad(surgery("--config.mesh.data=3"), ("data 3 x fsdp 1",), code=3),
-    Bad(surgery("--config.mesh.fsdp=0"), ("config.mesh.fsdp", "positive", "0")),
+    Bad(surgery("--config.mesh.fsdp=-1"), ("config.mesh.fsdp", "positive", "-1")),
     Bad(surgery("--config.mesh.exchange=ring"), ("config.mesh.exchange", "gather, all_to_all", "'ring'")),
 ]
 MODELS = [

@@ -122,7 +122,7 @@ def test_euler_without_guidance_equals_diffusers(ours, theirs):
 def test_compiled_steps_equal_one_compiled_loop(ours, solver):
     config = small(steps=3, solver=solver)
     done = []
-    latents, trajectory = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4, record=True, on_step=done.append)
+    latents, trajectory = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4, record=range(3), on_step=done.append)
     text, negative_text, noise, key = ours._inputs([PROMPT, NEGATIVE], config, 1, 4)
     velocity = guided_velocity(ours.transformer, text, negative_text, config.sampler.guidance, batched=True)
     loop = lambda noise: sample(velocity, noise, steps=3, shift=3.0, solver=solver, key=key, record=True)

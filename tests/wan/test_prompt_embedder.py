@@ -85,14 +85,14 @@ def test_few_layers_are_in_memory_at_once(base, monkeypatch):
     """As many bytes as two layers have and the activations: one layer runs while the next is read."""
     layer = sum(leaf.nbytes for name, leaf in read_tensors(base / "text_encoder").items() if ".block.0." in name)
     before = sum(array.nbytes for array in jax.live_arrays())
-    peaks, run = [], prompt_embedder._run_layer
+    peaks, run = [], prompt_embedder.run_layer
 
     def watched(*arguments):
         y = run(*arguments)
         peaks.append(sum(array.nbytes for array in jax.live_arrays()) - before)
         return y
 
-    monkeypatch.setattr(prompt_embedder, "_run_layer", watched)
+    monkeypatch.setattr(prompt_embedder, "run_layer", watched)
     PromptEmbedder(base)([SENTENCE], 64)
     activations = 3 * 64 * CONFIG.d_model * 4
     assert len(peaks) == CONFIG.num_layers and max(peaks) < 2 * layer + activations

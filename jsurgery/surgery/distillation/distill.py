@@ -28,7 +28,6 @@ from jsurgery.wan.transformer import WanTransformer
 from pallas_kernels.reference import EPSILON
 
 LARGEST_LOG_SCALE = 20.0
-MODES = {"traces": Replay, "sampling": WhileSampling}  # of config.distill.mode
 
 
 def distill(
@@ -51,7 +50,10 @@ def distill(
     mesh = make_mesh(config.mesh)
     teacher.shard(mesh, config.mesh.exchange)
     held_out = TraceSteps(traces, range(config.trace.prompts - config.trace.holdout, config.trace.prompts))
-    learner = MODES[settings.mode](config, teacher, mesh, traces, spec)
+    if settings.mode == "sampling":
+        learner = WhileSampling(config, teacher, mesh, traces, spec, folder)
+    else:
+        learner = Replay(config, teacher, mesh, traces, spec)
 
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jsurgery.data.shards import Records
+from jsurgery.data.shards import Record, Records, array_text
 from jsurgery.diffusion import (
     Schedule,
     State,
@@ -28,11 +28,12 @@ from jsurgery.diffusion import (
     solver_step,
     step_keys,
 )
-from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding
+from jsurgery.runtime import processes
+from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding, to_host
 from jsurgery.surgery.distillation.replay import CALIBRATION_BATCHES
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
 from jsurgery.surgery.distillation.update import apply_gradients, make_optimizer
-from jsurgery.surgery.trace import padded_embedding
+from jsurgery.surgery.trace import clip_record, padded_embedding, write_clips
 from jsurgery.wan.guidance import guidance_batch, guide, sampling_step
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import latent_grid
@@ -52,6 +53,14 @@ def round_robin(steps: int, slots: int) -> Iterator[tuple[int, int, int]]:
                 if waited % steps == 0:
                     batch[slot] = next(numbers)
                 yield slot, batch[slot], waited % steps
+
+
+def own_clips(config: ConfigDict) -> int:
+    """The clips that trajectories of training prompts end at, which fine-tuning reads if it is given no other data."""
+    if config.distill.mode == "traces":
+        return config.trace.prompts - config.trace.holdout
+    turns = itertools.islice(round_robin(config.sampler.steps, config.distill.trajectories), config.distill.steps)
+    return config.distill.batch * sum(position + 1 == config.sampler.steps for _, _, position in turns)
 
 
 class Trajectories:
@@ -75,6 +84,14 @@ class Trajectories:
     def _spread(self, numbers: Sequence[int]) -> jax.Array:
         embeddings = np.stack([padded_embedding(self.texts[number]) for number in numbers])
         return global_batch(self.mesh, self.rows, self.batch, embeddings)
+
+    def clips(self, number: int, latents_BxTxHxWxC: np.ndarray) -> list[Record]:
+        """The records of the clips at which the trajectories of a batch end."""
+        texts = [self.texts[(number * self.batch + row) % self.prompts] for row in range(self.batch)]
+        return [
+            clip_record(latents, text["embedding"], array_text(text["prompt"]))
+            for latents, text in zip(latents_BxTxHxWxC, texts, strict=True)
+        ]
 
     def begin(self, number: int) -> State:
         """The noise of a batch, replicated on every device, as the state of a trajectory is between its steps."""
@@ -137,11 +154,20 @@ def make_sampling_update(
 class WhileSampling:
     """Trains inside the forwards by which the teacher samples `distill.trajectories` batches of prompts in turn."""
 
-    def __init__(self, config: ConfigDict, teacher: WanTransformer, mesh: Mesh, traces: epath.Path, spec: DistillSpec):
+    def __init__(
+        self,
+        config: ConfigDict,
+        teacher: WanTransformer,
+        mesh: Mesh,
+        traces: epath.Path,
+        spec: DistillSpec,
+        folder: epath.Path,
+    ):
+        """`folder` gets the clips at which trajectories end, as those of `trace`."""
         settings, sampler, video = config.distill, config.sampler, config.video
         shape = *latent_grid(video.frames, video.height, video.width), teacher.config.in_channels
         prompts = config.trace.prompts - config.trace.holdout
-        self.teacher, self.slots = teacher, settings.trajectories
+        self.teacher, self.slots, self.folder = teacher, settings.trajectories, folder
         self.trajectories = Trajectories(config, traces / "text", prompts, shape, mesh)
         self.turns = list(itertools.islice(round_robin(sampler.steps, self.slots), settings.steps))
         graph, self.teacher_params = nnx.split(teacher)
@@ -160,6 +186,9 @@ class WhileSampling:
         trajectory = trajectories[slot] if position else self.trajectories.begin(number)
         inputs = *self.trajectories.text(number), *self.trajectories.step(number, position)
         map_state, trajectories[slot], losses = self.update(map_state, self.teacher_params, trajectory, *inputs)
+        if position + 1 == self.trajectories.config.sampler.steps:
+            latents = to_host(trajectories[slot].x)
+            processes.on_first(lambda: write_clips(self.folder, number, self.trajectories.clips(number, latents)))
         return map_state | {"trajectories": trajectories}, losses
 
     def describe_batch(self, step: int) -> str:

@@ -1,0 +1,58 @@
+"""The bytes that every stage of the surgery writes to its workdir, by arithmetic from the config alone."""
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.surgery.distillation.while_sampling import own_clips
+from jsurgery.surgery.phases import largest_hybrid
+from jsurgery.surgery.trace import traced_prompts
+from jsurgery.wan import memory
+from jsurgery.wan.models import ModelSizes
+
+VIDEO_BYTES = 2_000_000  # of an mp4 in the report, about
+MODELS = 4  # that `evaluate` samples: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
+
+
+@dataclasses.dataclass(frozen=True)
+class StageDisk:
+    """Bytes of a stage. `scratch` is of no use once the surgery is done; `kept` is its result.
+
+    A checkpoint is counted while its successor is written: there are then `checkpoint.keep` + 1.
+    """
+
+    stage: str
+    scratch: int
+    kept: int
+
+
+def disk_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageDisk]:
+    """What a whole surgery writes, stage by stage."""
+    network = sizes.transformer
+    clip = memory.latents_bytes(config, network, itemsize=2)
+    texts = (config.trace.prompts + 1) * config.text_length * network.text_dim * 2
+    checkpoints = config.checkpoint.keep + 1
+    traced = len(traced_prompts(config)) * config.trace.keep_steps * clip
+    ends = own_clips(config) * clip
+    sampling = config.distill.mode == "sampling"
+    maps = jax.eval_shape(lambda: initial_maps(config, memory.abstract_transformer(config, network, inference=True)))
+    one_copy = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(maps))
+    trajectories = 4 * config.distill.trajectories * config.distill.batch * memory.latents_bytes(config, network)
+    distill_state = 3 * one_copy + (trajectories if sampling else 0)
+    hybrid = memory.parameter_bytes(config, largest_hybrid(config, network))
+    steps = config.finetune.steps
+    finetune_state = (3 + bool(config.finetune.ema)) * hybrid if steps else 0
+    sprites = config.data.path == "sprites"
+    clips = (config.data.clips + config.evaluate.validation_clips) * clip if sprites else 0
+    evaluated = MODELS * config.evaluate.prompts * memory.latents_bytes(config, network)
+    shown = MODELS * min(config.evaluate.videos, config.evaluate.prompts) * VIDEO_BYTES
+    return [
+        StageDisk("trace", traced + texts + (0 if sampling else ends), 0),
+        StageDisk("distill", checkpoints * distill_state + (ends if sampling else 0), 2 * one_copy),
+        StageDisk("hybrid", hybrid, 0),
+        StageDisk("latents", clips, 0),
+        StageDisk("finetune", checkpoints * finetune_state, hybrid),
+        StageDisk("evaluation", evaluated, shown),
+    ]

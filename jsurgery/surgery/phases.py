@@ -1,0 +1,148 @@
+"""The phases of every stage of the surgery, and the mesh that a stage computes on.
+
+The stages themselves and every estimate (`--dry_run`, `jsurgery compile --stage=all`) read this one declaration.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from jsurgery.diffusion import velocities_per_step
+from jsurgery.errors import InputError
+from jsurgery.rates import Rate, parse_block_budget
+from jsurgery.runtime.mesh import batch_shards, parameter_shardings
+from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
+from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.wan import memory
+from jsurgery.wan.memory import Phase, device_bytes
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.models import ModelSizes
+
+AnyMesh = Mesh | AbstractMesh
+COMPUTING = ("trace", "distill", "finetune", "evaluation")  # the stages that compute on a mesh
+
+
+def phases_of(stage: str, config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
+    """The phases of a stage on a mesh, in order: of one in COMPUTING, or of the command "sample"."""
+    return PHASES[stage](config, sizes, mesh)
+
+
+def stage_batch(stage: str, config: ConfigDict) -> int:
+    """The examples that a stage computes at once."""
+    batches = {
+        "trace": config.trace.batch,
+        "distill": config.distill.batch,
+        "finetune": config.finetune.batch // config.finetune.accumulate,
+        "evaluation": config.evaluate.batch,
+        "sample": config.evaluate.batch,
+    }
+    return batches[stage]
+
+
+def on_mesh(
+    stage: str,
+    config: ConfigDict,
+    sizes: ModelSizes,
+    devices: Sequence[Any] | int | None = None,
+    capacity: int | None = None,
+    **options: Any,
+) -> ConfigDict:
+    """The config of a stage with its mesh: the one that the config names, or one chosen by `choose_mesh`.
+
+    `devices` are by default those of all processes, and `capacity` the memory that the first of them reports. Raises
+    DoesNotFit, with the numbers, where a device has too little memory.
+    """
+    if devices is None:
+        devices = jax.devices()
+        capacity = device_memory(devices[0])
+    peak = lambda mesh: max(phase.bytes for phase in phases_of(stage, config, sizes, mesh))
+    heads = sizes.transformer.num_attention_heads
+    return choose_mesh(stage, config, stage_batch(stage, config), heads, peak, devices, capacity, **options)
+
+
+def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
+    """The rates of a plan for a budget like "15R2": the first 15 blocks at rate 2. Its cost is that of any such plan.
+
+    Raises InputError for a budget that is no such name or converts more blocks than there are.
+    """
+    named = parse_block_budget(str(config.plan.budget))
+    if named is None:
+        raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
+    count, rate = named
+    if count > blocks:
+        raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
+    return (rate,) * count + (1,) * (blocks - count)
+
+
+def largest_hybrid(config: ConfigDict, network: WanConfig) -> WanConfig:
+    """The network with as many converted blocks as the budget may give: all of them unless it names a number."""
+    rates = (config.hybrid.rates[0],) * network.num_layers
+    if parse_block_budget(str(config.plan.budget)) is not None:
+        rates = planned_rates(config, network.num_layers)
+    return memory.hybrid_network(config, network, rates)
+
+
+def trace_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
+    prompts, network = config.trace.prompts + 1, sizes.transformer
+    sampling = memory.sampling_phase(config, network, mesh, config.trace.batch, program="trace")
+    first_frame = memory.decoding_phase(config, sizes, sampling.held)
+    return [memory.text_phase(sizes.text_encoder, config, prompts), sampling, first_frame]
+
+
+def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
+    network, settings = sizes.transformer, config.distill
+    teacher = memory.abstract_transformer(config, network, inference=True)
+    maps = jax.eval_shape(lambda: initial_maps(config, teacher))
+    one_copy = device_bytes(maps, parameter_shardings(mesh, maps))
+    weights = {"weights": memory.weights(config, network, mesh, inference=True)}
+    held = weights | {"feature maps and their moments": 3 * one_copy, "initial feature maps": one_copy}
+    velocities = 1
+    if settings.mode == "sampling":
+        velocities = velocities_per_step(config.sampler.guidance)
+        states = 4 * settings.trajectories * settings.batch
+        held |= {"trajectories": states * memory.latents_bytes(config, network)}
+    examples = math.ceil(velocities * settings.batch / batch_shards(mesh))
+    own = memory.tokens_on_device(config, network, mesh, 1)
+    tokens = memory.tokens_of(config, network)
+    least = min((rate for rate in config.hybrid.rates if rate != "linear"), default=1)
+    zone = max(math.ceil(tokens / least), tokens - math.ceil(tokens / least))
+    # One head at a time: scores and their exponentials in float32.
+    scores = 2 * 4 * examples * own * zone
+    step = memory.forward_bytes(config, network, mesh, velocities * settings.batch) + scores + one_copy
+    phases = [Phase("distillation", held, step, "distill")]
+    if settings.velocity_steps:
+        forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
+        phases.append(Phase("velocity errors", held, forward, "velocity_errors"))
+    return phases
+
+
+def finetune_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
+    settings, network = config.finetune, largest_hybrid(config, sizes.transformer)
+    params = memory.weights(config, network, mesh, inference=False)
+    held = {"parameters and their moments": 3 * params, "the parameters at the start": params}
+    if settings.ema:
+        held |= {"averaged parameters": params}
+    if settings.teacher_weight > 0:
+        held |= {"teacher": memory.weights(config, sizes.transformer, mesh, inference=True)}
+    batch = stage_batch("finetune", config)
+    return [Phase("fine-tuning", held, params + memory.backward_bytes(config, network, mesh, batch), "finetune")]
+
+
+def evaluation_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
+    prompts, network = config.evaluate.prompts + 1, largest_hybrid(config, sizes.transformer)
+    sampling = memory.sampling_phase(config, network, mesh, config.evaluate.batch)
+    text = memory.text_phase(sizes.text_encoder, config, prompts)
+    return [text, sampling, memory.decoding_phase(config, sizes, sampling.held)]
+
+
+PHASES: dict[str, Callable[[ConfigDict, ModelSizes, AnyMesh], list[Phase]]] = {
+    "trace": trace_phases,
+    "distill": distill_phases,
+    "finetune": finetune_phases,
+    "evaluation": evaluation_phases,
+    "sample": evaluation_phases,
+}

@@ -1,0 +1,181 @@
+"""The bytes that phases of a command hold on each device, by arithmetic from a config, a model's sizes and a mesh.
+
+What is `held` stays on the device through a phase: it is counted exactly, from shapes and shardings. `working` is what
+the phase's largest program needs beside it: an estimate, by formulas that `jsurgery compile` checks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.diffusion import velocities_per_step
+from jsurgery.rates import Rate
+from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
+from jsurgery.wan.abstract_module import abstract_module
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.prompt_embedder import BATCH, PASS
+from jsurgery.wan.transformer import WanTransformer
+from jsurgery.wan.vae import WanVae
+from jsurgery.wan.video_size import latent_grid, num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of a command during which the same things lie on the devices.
+
+    Attributes:
+      name: what is done, such as "sampling".
+      held: {what: bytes a device}.
+      working: bytes a device of the largest program's own arrays.
+      program: the name of that program in `estimate.programs`.
+    """
+
+    name: str
+    held: Mapping[str, int]
+    working: int
+    program: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.held.values()) + self.working
+
+
+def device_bytes(shapes: Any, shardings: Any) -> int:
+    """The bytes that a device holds of a tree of arrays or shapes."""
+    sizes = jax.tree.map(
+        lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def abstract_transformer(config: ConfigDict, network: WanConfig, *, inference: bool) -> WanTransformer:
+    """The transformer with shapes for parameters, as `load_transformer` makes it."""
+    dtype = jnp.dtype(config.model.dtype)
+    model = abstract_module(WanTransformer, network, dtype=dtype, remat=config.model.remat)
+    if inference:
+        model.store_in_compute_dtype()
+    return model
+
+
+def weights(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, *, inference: bool) -> int:
+    """The bytes of a transformer's weights on a device."""
+    state = nnx.state(abstract_transformer(config, network, inference=inference))
+    return device_bytes(state, parameter_shardings(mesh, state))
+
+
+def parameter_bytes(config: ConfigDict, network: WanConfig) -> int:
+    """The bytes of a transformer's parameters as training keeps them, in float32."""
+    state = nnx.state(abstract_transformer(config, network, inference=False))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def hybrid_network(config: ConfigDict, network: WanConfig, rates: tuple[Rate, ...]) -> WanConfig:
+    """The network with these rates, one for each block."""
+    return dataclasses.replace(network, hybrid=HybridConfig.of(config, rates))
+
+
+def latents_bytes(config: ConfigDict, network: WanConfig, itemsize: int = 4) -> int:
+    """The bytes of a clip's latents."""
+    video = config.video
+    return math.prod(latent_grid(video.frames, video.height, video.width)) * network.in_channels * itemsize
+
+
+def text_phase(encoder: TextEncoderConfig, config: ConfigDict, prompts: int) -> Phase:
+    """Embedding of prompts, layer by layer (`PromptEmbedder`). Prompts are taken to be as long as they may be."""
+    width = jnp.dtype(config.model.dtype).itemsize
+    inner = encoder.num_heads * encoder.d_kv
+    layer = 4 * encoder.d_model * inner + 3 * encoder.d_model * encoder.d_ff
+    states = min(prompts, PASS) * config.text_length * encoder.d_model
+    batch = min(prompts, BATCH) * config.text_length
+    working = batch * (2 * encoder.d_ff + 6 * encoder.d_model) + 2 * batch * config.text_length * encoder.num_heads
+    held = {"two layers of the text encoder": 2 * layer * width, "states of the prompts": states * width}
+    return Phase("text encoder", held, working * width, "text")
+
+
+def sampling_phase(
+    config: ConfigDict,
+    network: WanConfig,
+    mesh: Mesh | AbstractMesh,
+    batch: int,
+    *,
+    program: str = "sample",
+) -> Phase:
+    """Sampling of `batch` prompts at once."""
+    latents, text = latents_bytes(config, network), config.text_length * network.text_dim * 4
+    guided = velocities_per_step(config.sampler.guidance)
+    at_once = guided if config.sampler.guidance_batched else 1
+    states = {"weights": weights(config, network, mesh, inference=True)}
+    states["state of the sampler"] = batch * (4 * latents + text) + (guided - 1) * text
+    working = forward_bytes(config, network, mesh, at_once * batch) + 4 * at_once * batch * latents
+    return Phase("sampling", states, working, program)
+
+
+def tokens_of(config: ConfigDict, network: WanConfig) -> int:
+    """The tokens of a clip."""
+    return num_tokens(config.video.frames, config.video.height, config.video.width, network.patch_size)
+
+
+def tokens_on_device(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, batch: int) -> int:
+    """The tokens of a batch that a device computes."""
+    return math.ceil(batch / batch_shards(mesh)) * math.ceil(
+        tokens_of(config, network) / mesh.shape[LOGICAL["sequence"]]
+    )
+
+
+def forward_bytes(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, batch: int) -> int:
+    """The arrays of a forward pass at its largest, without weights: a block's tokens, queries, keys, values and so on.
+
+    The feed-forward layer's input and hidden tokens, or the attention's, whichever are more. Under `fsdp` also the
+    weights of a block, gathered.
+    """
+    width, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape[LOGICAL["heads"]]
+    tokens = tokens_on_device(config, network, mesh, batch)
+    shards = mesh.shape[LOGICAL["sequence"]]
+    attention = 3 * network.dim + 4 * network.dim // tensor + (2 * network.dim // tensor * shards if shards > 1 else 0)
+    feed_forward = 3 * network.dim + 2 * network.ffn_dim // tensor
+    return width * tokens * max(attention, feed_forward) + gathered_block(network, mesh, width)
+
+
+def backward_bytes(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, batch: int) -> int:
+    """The arrays of a forward and backward pass, without weights and gradients: the inputs of all blocks and, with
+    `remat`, what the backward pass of one block keeps; without, of all blocks."""
+    width, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape[LOGICAL["heads"]]
+    tokens = tokens_on_device(config, network, mesh, batch)
+    one_block = tokens * width * (16 * network.dim + 3 * network.ffn_dim // tensor)
+    inputs = network.num_layers * tokens * width * network.dim
+    blocks = 1 if config.model.remat == "blocks" else network.num_layers
+    return inputs + blocks * one_block + gathered_block(network, mesh, width)
+
+
+def gathered_block(network: WanConfig, mesh: Mesh | AbstractMesh, width: int) -> int:
+    """The weights of a block that a device gathers under `fsdp`, while those of the next one arrive."""
+    if mesh.shape[LOGICAL["embed"]] == 1:
+        return 0
+    return 2 * width * (8 * network.dim**2 + 2 * network.dim * network.ffn_dim) // mesh.shape[LOGICAL["heads"]]
+
+
+def vae_weights(vae: VaeConfig) -> int:
+    """The bytes of the VAE's weights, which are float32 and whole on every device."""
+    state = nnx.state(abstract_module(WanVae, vae))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int]) -> Phase:
+    """Decoding of one clip on a device, a latent frame at a time (`WanVae.decode_in_chunks`)."""
+    vae, video = sizes.vae, config.video
+    pixels, width = video.height * video.width, (vae.decoder_base_dim or vae.base_dim)
+    # Every causal convolution keeps two frames of its input. Levels: (channels, share of the pixels, frames at once).
+    levels = [(width * multiplier, 4.0**-level) for level, multiplier in enumerate(vae.dim_mult)]
+    kept = sum(channels * share * 2 * 2 * (vae.num_res_blocks + 1) for channels, share in levels)
+    at_once = 8 * levels[0][0]
+    return Phase("decoding", {"VAE": vae_weights(vae)} | dict(held), int(4 * pixels * (kept + at_once)), "decode")
