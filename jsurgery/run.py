@@ -34,6 +34,7 @@ from jsurgery.runtime.mesh import (
 )
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.surgery.disk import check_disk, disk_of_stages, written_bytes
 from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps
@@ -46,7 +47,7 @@ from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.models import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size
@@ -121,15 +122,23 @@ class Run:
 
     def run_commands(self, commands: Sequence[str]) -> None:
         """Runs commands in order. After each, `report.html` shows the results so far and the remaining commands."""
-        coming = [stage for stage in COMPUTING if BY_NAME[stage].command in commands]
-        for stage in coming if len(commands) > 1 else ():
-            if not processes.on_first(self.stages[stage].done):
-                self.config_of(stage)  # raises, before any work, where the devices' memory is too small for a stage
+        if len(commands) > 1:
+            self.check_resources([stage.name for stage in STAGES if stage.command in commands])
         for number, command in enumerate(commands):
             self.coming = commands[number:]
             self.run_command(command)
             self.coming = commands[number + 1 :]
             self.show_progress()
+
+    def check_resources(self, names: Sequence[str]) -> None:
+        """Raises DoesNotFit or InputError, before any work, where memory or disk is too small for unfinished stages."""
+        unfinished = [name for name in names if not processes.on_first(self.stages[name].done)]
+        for name in unfinished:
+            if name in COMPUTING:
+                self.config_of(name)
+        rows = [row for row in disk_of_stages(self.original_config, self.sizes) if row.stage in unfinished]
+        there = sum(written_bytes(self.stages[row.stage].folder) for row in rows)
+        processes.on_first(lambda: check_disk(rows, str(self.workdir), written=there))
 
     def run_command(self, command: str) -> None:
         """Runs the stages of one command. Raises InputError, with nothing written, if an earlier stage is missing."""
@@ -171,11 +180,15 @@ class Run:
             self.place(name)
         folder.run(work[name], all_processes=BY_NAME[name].all_processes)
 
+    @functools.cached_property
+    def sizes(self) -> ModelSizes:
+        """The sizes of the teacher's three models."""
+        return find_sizes(self.original_config, "")
+
     def config_of(self, stage: str) -> ConfigDict:
         """The config with the mesh of a stage; see `phases.on_mesh`."""
         if stage not in self._config_of:
-            sizes = find_sizes(self.original_config, "")
-            self._config_of[stage] = on_mesh(stage, self.original_config, sizes)
+            self._config_of[stage] = on_mesh(stage, self.original_config, self.sizes)
         return self._config_of[stage]
 
     def place(self, stage: str) -> None:

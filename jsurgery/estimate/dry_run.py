@@ -4,7 +4,6 @@ Memory and disk are the arithmetic by which the command itself chooses its meshe
 hours are `jsurgery roofline`'s. Nothing is measured.
 """
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +11,18 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.errors import DoesNotFit, InputError
+from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import CHIPS, GIB, Chip, parse_topology
 from jsurgery.estimate.roofline import estimate, work_of_stages
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import abstract_mesh, mesh_sizes
 from jsurgery.runtime.mesh_choice import describe_mesh, device_memory
-from jsurgery.surgery.disk import StageDisk, disk_of_stages
+from jsurgery.surgery.disk import GB, StageDisk, check_disk, disk_of_stages
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
 from jsurgery.wan.models import ModelSizes, find_sizes
 
-GB = 1e9
 EFFICIENCY = 0.4  # of the peak rates, for the hours
 # A row of the roofline -> the stage that it belongs to.
 STAGE_OF_WORK = {"velocity errors of blocks": "distill", "evaluate": "evaluation"}
@@ -118,30 +116,6 @@ def hour_rows(
             row = estimate(work, chip, count, None, EFFICIENCY)
             rows.append(row | {"hours": row["chip_hours"]["expected"] / count})
     return rows
-
-
-def check_disk(disks: Sequence[StageDisk], workdir: str | None, disk: float | None, kept: float | None) -> None:
-    """Raises InputError if the files of all stages, or the results, take more than there is."""
-    total = sum(row.scratch + row.kept for row in disks)
-    results = sum(row.kept for row in disks)
-    free = None if disk is None else disk * GB
-    if free is None and workdir is not None and "://" not in workdir:
-        free = free_bytes(workdir)
-    if free is not None and total > free:
-        raise InputError(
-            f"--workdir={workdir}: expected {total / GB:.1f} GB of free disk, found {free / GB:.1f} GB "
-            "(config.checkpoint.keep and config.distill.mode=sampling take less)"
-        )
-    if kept is not None and results > kept * GB:
-        raise InputError(f"--kept={kept:g}: the results take {results / GB:.1f} GB")
-
-
-def free_bytes(workdir: str) -> int:
-    """The free disk at a folder that may not exist yet."""
-    folder = epath.Path(workdir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def as_text(

@@ -1,10 +1,14 @@
 """The bytes that every stage of the surgery writes to its workdir, by arithmetic from the config alone."""
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.errors import InputError
 from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import largest_hybrid
@@ -12,6 +16,7 @@ from jsurgery.surgery.trace import traced_prompts
 from jsurgery.wan import memory
 from jsurgery.wan.models import ModelSizes
 
+GB = 1e9
 VIDEO_BYTES = 2_000_000  # of an mp4 in the report, about
 MODELS = 4  # that `evaluate` samples: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
 
@@ -56,3 +61,44 @@ def disk_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageDisk]:
         StageDisk("finetune", checkpoints * finetune_state, hybrid),
         StageDisk("evaluation", evaluated, shown),
     ]
+
+
+def check_disk(
+    disks: Sequence[StageDisk],
+    workdir: str | None,
+    disk: float | None = None,
+    kept: float | None = None,
+    written: int = 0,
+) -> None:
+    """Raises InputError if the files of these stages, or the results alone, take more than there is.
+
+    There are `disk` GB, by default what is free at `workdir`, and `kept` GB for the results. An object store has no
+    limit. Of the files, `written` bytes are there already.
+    """
+    total = max(0, sum(row.scratch + row.kept for row in disks) - written)
+    results = sum(row.kept for row in disks)
+    free = None if disk is None else disk * GB
+    if free is None and workdir is not None and "://" not in workdir:
+        free = free_bytes(workdir)
+    if free is not None and total > free:
+        raise InputError(
+            f"--workdir={workdir}: expected {total / GB:.1f} GB of free disk, found {free / GB:.1f} GB "
+            "(config.checkpoint.keep and config.distill.mode=sampling take less)"
+        )
+    if kept is not None and results > kept * GB:
+        raise InputError(f"--kept={kept:g}: the results take {results / GB:.1f} GB")
+
+
+def free_bytes(workdir: str) -> int:
+    """The free disk at a folder that may not exist yet."""
+    folder = epath.Path(workdir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def written_bytes(folder: epath.Path) -> int:
+    """The bytes of all files below a folder; 0 on an object store, where no limit is checked."""
+    if "://" in str(folder) or not folder.exists():
+        return 0
+    return sum(path.stat().length for path in folder.glob("**/*") if path.is_file())

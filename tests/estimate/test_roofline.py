@@ -11,7 +11,7 @@ FORWARD = 30 * (6.594e12 + 0.618e12 + 0.417e12 + 1.803e12)  # Wan2.1 1.3B, 32,76
 
 def run(tmp_path, *flags: str) -> dict:
     report = tmp_path / "roofline.json"
-    assert main(["roofline", "--config=wan_1_3b", f"--json={report}", *flags]) == 0
+    assert main(["roofline", "--config=wan_1_3b", "--config.distill.mode=traces", f"--json={report}", *flags]) == 0
     return json.loads(report.read_text())
 
 

@@ -69,7 +69,11 @@ def test_too_large_a_mesh_for_sampling(refused, tmp_path):
         (["compile", "--stage=sample"], 2, ["--topology: expected", "NAME@TOPOLOGY"]),
         (["compile", "--stage=sample", "--topology=v5e"], 2, ["--topology", "'v5e'"]),
         (["compile", "--stage=sample", "--config=tiny@v5e:4x4"], 2, ["tiny@v5e:4x4", "none"]),
-        (["compile", "--stage=sample", "--config=wan_1_3b@v4:2x2"], 2, ["wan_1_3b@v4:2x2", "v5e:16x16, v6e-8, v6e:4x4"]),
+        (
+            ["compile", "--stage=sample", "--config=wan_1_3b@v4:2x2"],
+            2,
+            ["wan_1_3b@v4:2x2", "v5e:16x16, v6e-8, v6e:4x4"],
+        ),
         (["roofline"], 2, ["--topology: expected"]),
     ],
 )
