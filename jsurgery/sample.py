@@ -20,8 +20,9 @@ from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import check_heads, make_mesh
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.wan.checkpoint import read_config
+from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.models import CONFIGS, SCHEDULERS
+from jsurgery.wan.models import CONFIGS, SCHEDULERS, find_sizes
 from jsurgery.wan.pipeline import load_pipeline
 from jsurgery.wan.video_size import check_size
 
@@ -87,6 +88,7 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
+    config = on_mesh(config)
     check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
     if again:
         return list(requests)
@@ -103,7 +105,7 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
     """Makes the videos one after another and yields each file."""
     if not requests:
         return
-    identity = transformer_identity(config)
+    identity, config = transformer_identity(config), on_mesh(config)
     mesh = make_mesh(config.mesh, jax.local_devices())
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
     words = [request.prompt for request in requests] + [config.sampler.negative_prompt]
@@ -117,6 +119,11 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
         video = pipeline.decode(latents)[0]
         write_video(request.file, video, config.video.fps, settings(config, request, identity))
         yield request.file
+
+
+def on_mesh(config: ConfigDict) -> ConfigDict:
+    """The config with a mesh of this process's devices, on which one video is sampled at a time."""
+    return on_sampling_mesh("sample", config, find_sizes(config, ""), 1)
 
 
 def transformer_identity(config: ConfigDict) -> str:

@@ -3,6 +3,7 @@
 The stages themselves and every estimate (`--dry_run`, `jsurgery compile --stage=all`) read this one declaration.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,10 +88,8 @@ def largest_hybrid(config: ConfigDict, network: WanConfig) -> WanConfig:
 
 
 def trace_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
-    prompts, network = config.trace.prompts + 1, sizes.transformer
-    sampling = memory.sampling_phase(config, network, mesh, config.trace.batch, program="trace")
-    first_frame = memory.decoding_phase(config, sizes, sampling.held)
-    return [memory.text_phase(sizes.text_encoder, config, prompts), sampling, first_frame]
+    """The decoding is that of the first frame, for the report."""
+    return memory.sampling_phases(config, sizes, mesh, config.trace.batch, config.trace.prompts, program="trace")
 
 
 def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
@@ -133,10 +132,8 @@ def finetune_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> lis
 
 
 def evaluation_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
-    prompts, network = config.evaluate.prompts + 1, largest_hybrid(config, sizes.transformer)
-    sampling = memory.sampling_phase(config, network, mesh, config.evaluate.batch)
-    text = memory.text_phase(sizes.text_encoder, config, prompts)
-    return [text, sampling, memory.decoding_phase(config, sizes, sampling.held)]
+    hybrid = dataclasses.replace(sizes, transformer=largest_hybrid(config, sizes.transformer))
+    return memory.sampling_phases(config, hybrid, mesh, config.evaluate.batch, config.evaluate.prompts)
 
 
 PHASES: dict[str, Callable[[ConfigDict, ModelSizes, AnyMesh], list[Phase]]] = {

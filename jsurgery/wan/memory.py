@@ -6,7 +6,7 @@ the phase's largest program needs beside it: an estimate, by formulas that `jsur
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
+from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 from jsurgery.wan.models import ModelSizes
@@ -179,3 +180,38 @@ def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int
     kept = sum(channels * share * 2 * 2 * (vae.num_res_blocks + 1) for channels, share in levels)
     at_once = 8 * levels[0][0]
     return Phase("decoding", {"VAE": vae_weights(vae)} | dict(held), int(4 * pixels * (kept + at_once)), "decode")
+
+
+def sampling_phases(
+    config: ConfigDict,
+    sizes: ModelSizes,
+    mesh: Mesh | AbstractMesh,
+    batch: int,
+    prompts: int,
+    *,
+    program: str = "sample",
+) -> list[Phase]:
+    """The phases of sampling videos of `prompts`, of which `batch` are sampled at once, and of decoding them."""
+    sampling = sampling_phase(config, sizes.transformer, mesh, batch, program=program)
+    text = text_phase(sizes.text_encoder, config, prompts + 1)  # and the negative prompt
+    return [text, sampling, decoding_phase(config, sizes, sampling.held)]
+
+
+def on_sampling_mesh(
+    command: str,
+    config: ConfigDict,
+    sizes: ModelSizes,
+    batch: int,
+    devices: Sequence[Any] | int | None = None,
+    capacity: int | None = None,
+) -> ConfigDict:
+    """The config of a command that samples, with the mesh that it names or that `choose_mesh` finds.
+
+    `devices` are by default those of this process, and `capacity` the memory that the first of them reports. Raises
+    DoesNotFit, with the numbers, where a device has too little memory.
+    """
+    if devices is None:
+        devices = jax.local_devices()
+        capacity = device_memory(devices[0])
+    peak = lambda mesh: max(phase.bytes for phase in sampling_phases(config, sizes, mesh, batch, batch))
+    return choose_mesh(command, config, batch, sizes.transformer.num_attention_heads, peak, devices, capacity)
