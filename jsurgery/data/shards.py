@@ -3,6 +3,7 @@
 A record is a flat dict of arrays, stored as safetensors; text is stored as UTF-8 bytes in a uint8 array.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -13,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from jsurgery.errors import InputError
+from jsurgery.io.files import replacing_locally
 
 Record = dict[str, Any]
 
@@ -30,12 +32,16 @@ def shard_path(folder: epath.PathLike, shard: int) -> epath.Path:
 
 
 class ShardWriter:
-    """Writes a shard under a temporary name, which `close` changes to `path`: a shard with that name is complete."""
+    """Writes a shard under a temporary name, which `close` changes to `path`: a shard with that name is complete.
+
+    ArrayRecord reads gs://, but writes local files alone: a shard for gs:// is uploaded by `close`.
+    """
 
     def __init__(self, path: epath.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, path.with_suffix(".tmp")
-        self._writer = ArrayRecordWriter(str(self.temporary), "group_size:1")
+        self._replacing = contextlib.ExitStack()
+        temporary = self._replacing.enter_context(replacing_locally(path, path.with_suffix(".tmp").name))
+        self._writer = ArrayRecordWriter(str(temporary), "group_size:1")
 
     def write(self, record: Record) -> None:
         arrays = {name: np.asarray(array, order="C") for name, array in record.items()}
@@ -43,7 +49,7 @@ class ShardWriter:
 
     def close(self) -> None:
         self._writer.close()
-        self.temporary.replace(self.path)
+        self._replacing.close()
 
 
 def write_shard(path: epath.Path, records: Iterable[Record]) -> None:

@@ -7,15 +7,16 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import replacing
+from jsurgery.io.files import replacing_locally
 
 SHEET_FRAMES = 9
 SUFFIXES = (".mp4", ".gif", ".png")
 
 
-def check_suffix(path: pathlib.Path) -> None:
+def check_suffix(path: pathlib.PurePath) -> None:
     if path.suffix not in SUFFIXES:
         raise InputError(f"--output={path}: expected a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
@@ -29,11 +30,12 @@ def write_video(
     """
     from PIL import Image, PngImagePlugin
 
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(settings or {})
-    with replacing(path, f".{path.name}{path.suffix}") as temporary:  # the writers choose the format by the suffix
+    # The writers choose the format by the suffix.
+    with replacing_locally(path, f".{path.name}{path.suffix}") as temporary:
         if path.suffix == ".mp4":
             _write_mp4(temporary, video_FxHxWx3, fps, comment)
         elif path.suffix == ".gif":
@@ -53,13 +55,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     import av.error
     from PIL import Image
 
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     try:
         if path.suffix == ".mp4":
-            with av.open(str(path)) as container:
+            with path.open("rb") as stream, av.open(stream) as container:
                 comment = container.metadata.get("comment", "")
         else:
-            with Image.open(path) as image:
+            with path.open("rb") as stream, Image.open(stream) as image:
                 comment = image.info.get("settings" if path.suffix == ".png" else "comment", "")
         settings = json.loads(comment)
     except (av.error.FFmpegError, OSError, ValueError):

@@ -12,7 +12,7 @@ from jsurgery.data.prompts import load_prompts
 from jsurgery.data.video_writer import write_video
 from jsurgery.evaluate import sprites_score
 from jsurgery.evaluate.sprites_reference import sprites_reference
-from jsurgery.io.files import save_array, write_json
+from jsurgery.io.files import load_array, save_array, write_json
 from jsurgery.runtime.progress import Progress
 from jsurgery.surgery.finetune import validation_loss
 from jsurgery.wan.pipeline import Pipeline, batched
@@ -66,7 +66,7 @@ def measure_models(
         latents, videos = sample_all(config, pipeline, prompts, name, numbers)
         if name == teacher:
             save_array(teacher_file, latents)
-        difference = latents - np.load(teacher_file)[numbers.start : numbers.stop]
+        difference = latents - load_array(teacher_file)[numbers.start : numbers.stop]
         result: dict[str, Any] = {"latent_rmse": np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist()}
         if validation_latents is not None:
             result["validation_loss"] = validation_loss(config, pipeline.transformer, pipeline, validation_latents)

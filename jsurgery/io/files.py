@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -78,9 +79,31 @@ def replacing(path: AnyPath, temporary_name: str | None = None) -> Iterator[AnyP
     temporary.replace(path)
 
 
+@contextlib.contextmanager
+def replacing_locally(path: epath.Path, temporary_name: str | None = None) -> Iterator[pathlib.Path]:
+    """Like `replacing`, for libraries that write to local files alone.
+
+    For a path on an object store (gs://), the temporary path is in a folder of this machine, which needs room for the
+    file. When the block ends, the file is uploaded under the temporary name, and then gets its own.
+    """
+    with replacing(path, temporary_name) as temporary:
+        if "://" not in str(path):
+            yield pathlib.Path(temporary)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            local = pathlib.Path(folder, temporary.name)
+            yield local
+            epath.Path(local).copy(temporary, overwrite=True)
+
+
 def save_array(path: epath.Path, array: np.ndarray) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array)
+
+
+def load_array(path: epath.Path) -> np.ndarray:
+    with path.open("rb") as stream:
+        return np.load(stream)
 
 
 def write_json(path: AnyPath, content: Any, indent: int | None = 2) -> None:

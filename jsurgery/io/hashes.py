@@ -1,5 +1,6 @@
-"""Hashes of files, and manifests: the size and sha256 of every file of a folder, to find damage later."""
+"""Hashes of files, and manifests: the size and a hash of every file of a folder, to find damage later."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from jsurgery.io.files import AnyPath, replacing
 
 MANIFEST = "manifest.json"  # of a saved training state; see `jsurgery.runtime.checkpoints`
 HASHES = "hashes.json"  # of a model folder; see `jsurgery.wan.folder_hashes`
+MD5 = "md5:"  # before the hash of an object, which its store computed
 BLOCK = 1 << 24  # bytes read at once
 THREADS = 8
 
@@ -19,12 +21,15 @@ THREADS = 8
 def write_manifest(folder: epath.Path) -> None:
     """Hashes every file of the folder into its manifest, as the last step of writing it.
 
-    A folder with a manifest is therefore complete.
+    A folder with a manifest is therefore complete. On gs:// the hash is the MD5 that the store computed from the bytes
+    it received, and no file is read again; elsewhere, and for an object without one, it is a sha256.
     """
     (folder / (MANIFEST + ".tmp")).unlink(missing_ok=True)  # left by a process that was killed
+    known = stored_hashes(folder) if str(folder).startswith("gs://") else {}
     names = sorted(files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = dict(zip(names, pool.map(lambda name: size_and_sha256(folder / name), names), strict=True))
+        found = pool.map(lambda name: known.get(name) or size_and_sha256(folder / name), names)
+        hashes = dict(zip(names, found, strict=True))
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(manifest_text(hashes))
 
@@ -49,14 +54,15 @@ def find_damage(folder: epath.Path) -> list[str]:
             return f"{name} is missing"
         if (length := file.stat().length) != size:
             return f"{name} has {length} bytes, was written with {size}"
-        return f"{name} is not as it was written" if size_and_sha256(file) != [size, digest] else None
+        actual = size_and_md5(file) if digest.startswith(MD5) else size_and_sha256(file)
+        return f"{name} is not as it was written" if actual != [size, digest] else None
 
     with ThreadPoolExecutor(THREADS) as pool:
         return [line for line in pool.map(fault, expected) if line]
 
 
 def manifest_text(hashes: dict[str, list[Any]]) -> str:
-    """The JSON of a manifest: [size, sha256] by file name, and a hash of these entries that shows damage to them."""
+    """The JSON of a manifest: [size, hash] by file name, and a hash of these entries that shows damage to them."""
     digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     return json.dumps({"files": hashes, "sha256": digest}, indent=1) + "\n"
 
@@ -70,9 +76,33 @@ def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield prefix + path.name
 
 
+def stored_hashes(folder: epath.Path) -> dict[str, list[Any]]:
+    """[bytes, "md5:" + hexadecimal MD5] by file name, as a store lists its objects; without those that have none."""
+    from etils.epath.backend import fsspec_backend
+
+    store = fsspec_backend.fs(folder)
+    store.invalidate_cache()  # which does not know what Orbax has written
+    listed = {f"gs://{name.removeprefix('gs://')}": of for name, of in store.find(str(folder), detail=True).items()}
+    return {
+        name.removeprefix(f"{folder}/"): [of["size"], MD5 + base64.b64decode(of["md5Hash"]).hex()]
+        for name, of in listed.items()
+        if of.get("md5Hash")
+    }
+
+
+def size_and_md5(file: AnyPath) -> list[Any]:
+    """[bytes, "md5:" + hexadecimal MD5] of a file."""
+    size, digest = _size_and_digest(file, hashlib.md5(usedforsecurity=False))
+    return [size, MD5 + digest]
+
+
 def size_and_sha256(file: AnyPath) -> list[Any]:
     """[bytes, hexadecimal sha256] of a file."""
-    digest, size = hashlib.sha256(), 0
+    return _size_and_digest(file, hashlib.sha256())
+
+
+def _size_and_digest(file: AnyPath, digest: Any) -> list[Any]:
+    size = 0
     # Not hashlib.file_digest, which needs `readinto`: streams of object stores do not have it.
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):

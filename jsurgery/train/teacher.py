@@ -1,13 +1,14 @@
 """The command `train`: trains a tiny Wan from scratch, as a complete pipeline folder of diffusers."""
 
 import json
-import shutil
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
 from jsurgery.data.latents import encode_sprites
+from jsurgery.io.files import replacing
+from jsurgery.io.hashes import files
 from jsurgery.runtime.lock import locked
 from jsurgery.train.transformer import train_transformer
 from jsurgery.train.vae import train_vae
@@ -39,8 +40,8 @@ def train_parts(config: ConfigDict, workdir: epath.Path, model: epath.Path) -> e
     """Makes the missing parts: tokenizer, VAE, encoded clips, transformer with text encoder, pipeline index."""
     init = model_path(config.train.init) if config.train.init else None
     for part in ("tokenizer", "vae"):
-        if init is not None and not (model / part).exists():
-            shutil.copytree(init / part, model / part)
+        if init is not None:
+            copy_folder(init / part, model / part)
     if not (model / "tokenizer" / "spiece.model").exists():
         train_tokenizer(sprites.all_captions(), model / "tokenizer", vocab_size=config.train.vocabulary)
     if not (model / "vae" / "config.json").exists():
@@ -58,6 +59,15 @@ def train_parts(config: ConfigDict, workdir: epath.Path, model: epath.Path) -> e
     save_text_encoder(teacher.text_encoder, model / "text_encoder")
     write_pipeline_index(model, shift=config.sampler.shift)
     return model
+
+
+def copy_folder(source: epath.Path, target: epath.Path) -> None:
+    """Copies the missing files of a folder, either of which may be on gs://."""
+    for name in files(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (target / name).exists():
+            with replacing(target / name) as temporary:
+                (source / name).copy(temporary, overwrite=True)
 
 
 def write_pipeline_index(model: epath.Path, shift: float) -> None:

@@ -1,6 +1,14 @@
 """An object store behind `gs://`, without folders and renames, and a client that is killed at a chosen change."""
 
+import base64
+import contextlib
+import hashlib
+import http.server
 import io
+import os
+import threading
+import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -14,7 +22,8 @@ class Killed(BaseException):
 class FakeGcs(AbstractFileSystem):
     """One bucket in memory. An object appears when its writer closes it.
 
-    The client is killed before change number `killed_at`; puts, copies and deletions of objects are changes.
+    The client is killed before change number `killed_at`; puts, copies and deletions of objects are changes. `read` has
+    the names of the objects that were opened to be read. `hashes`: whether the store tells their MD5.
     """
 
     protocol = ("gcs", "gs")
@@ -24,6 +33,8 @@ class FakeGcs(AbstractFileSystem):
         super().__init__()
         self.objects: dict[str, bytes] = {}
         self.changes, self.killed_at = 0, 0
+        self.read: list[str] = []
+        self.hashes = True
 
     def alive(self) -> bool:
         """Counts a change; returns whether it has an effect."""
@@ -39,7 +50,10 @@ class FakeGcs(AbstractFileSystem):
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         path = self._strip_protocol(path)
         if path in self.objects:
-            return {"name": path, "size": len(self.objects[path]), "type": "file"}
+            content = self.objects[path]
+            digest = base64.b64encode(hashlib.md5(content).digest()).decode()
+            hashed = {"md5Hash": digest} if self.hashes else {}
+            return {"name": path, "size": len(content), "type": "file", **hashed}
         if any(key.startswith(f"{path}/") for key in self.objects):
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
@@ -58,6 +72,7 @@ class FakeGcs(AbstractFileSystem):
         if "r" in mode:
             if path not in self.objects:
                 raise FileNotFoundError(path)
+            self.read.append(path)
             return io.BytesIO(self.objects[path])
         return Upload(self, path)
 
@@ -104,3 +119,39 @@ class Upload(io.BytesIO):
 
 def install() -> None:
     fsspec.register_implementation("gcs", FakeGcs, clobber=True)
+
+
+@contextlib.contextmanager
+def served(store: FakeGcs) -> Iterator[None]:
+    """Inside the block, Google's C++ client, by which ArrayRecord reads gs://, gets the objects of `store`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Answers GET /storage/v1/b/BUCKET/o/NAME?alt=media with the range of bytes that is asked for."""
+
+        def do_GET(self) -> None:
+            bucket, _, name = self.path.partition("?")[0].removeprefix("/storage/v1/b/").partition("/o/")
+            content = store.objects.get(f"{bucket}/{urllib.parse.unquote(name)}")
+            if content is None:
+                self.send_error(404)
+                return
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            start = int(first) if first else max(0, len(content) - int(last))
+            end = int(last) + 1 if first and last else len(content)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content[start:end])))
+            self.end_headers()
+            self.wfile.write(content[start:end])
+
+        def log_message(self, *_: Any) -> None:
+            """Keeps the tests' output free of requests."""
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"] = f"http://localhost:{server.server_address[1]}"
+    try:
+        yield
+    finally:
+        del os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"]
+        server.shutdown()
+        server.server_close()

@@ -1,6 +1,7 @@
-"""Stages and checkpoints on an object store, where a rename is a copy and a deletion: a killed run resumes."""
+"""Stages, checkpoints, shards, arrays and videos on an object store, where a rename is a copy and a deletion."""
 
 import json
+import tempfile
 
 import fsspec
 import numpy as np
@@ -9,13 +10,16 @@ from etils import epath
 from etils.epath import backend as backends
 from ml_collections import ConfigDict
 
-from jsurgery.io.files import write_json
-from jsurgery.io.hashes import MANIFEST, find_damage
+from jsurgery.data import sprites
+from jsurgery.data.shards import Records, shard_path, write_shard
+from jsurgery.data.video_writer import read_settings, write_video
+from jsurgery.io.files import load_array, save_array, write_json
+from jsurgery.io.hashes import MANIFEST, find_damage, write_manifest
 from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.metrics import Metrics, read_metrics
 from jsurgery.runtime.stage_folder import StageFolder
-from tests.faults.fake_gcs import FakeGcs, Killed, install
+from tests.faults.fake_gcs import FakeGcs, Killed, install, served
 
 STEPS, EVERY = 4, 2
 
@@ -45,7 +49,8 @@ def store(monkeypatch):
     """An empty bucket, which all `gs://` paths go to."""
     install()
     found = FakeGcs()
-    monkeypatch.setattr(backends.fsspec_backend, "_get_filesystem", lambda name: found)
+    local = fsspec.filesystem("file")
+    monkeypatch.setattr(backends.fsspec_backend, "_get_filesystem", lambda name: local if name == "file" else found)
     monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
     monkeypatch.setattr(checkpoints_module.ocp, "StandardCheckpointer", FakeCheckpointer)
     return found
@@ -128,3 +133,56 @@ def test_control_a_manifest_without_its_files_is_found(store):
 def test_an_object_store_has_no_lock(store):
     launch()
     assert not [key for key in store.objects if key.endswith("lock")] and fsspec.get_filesystem_class("gcs") is FakeGcs
+
+
+def write_files(folder: epath.Path) -> None:
+    """A shard, an array and a video, by libraries that know no object stores."""
+    write_shard(shard_path(folder, 0), ({"latents": np.full((2, 3), number)} for number in range(5)))
+    save_array(folder / "latents.npy", np.arange(6).reshape(2, 3))
+    write_video(folder / "videos" / "0000.mp4", sprites.render(sprites.scene_at(0, 0), 5, 32, 48), 8, {"seed": 3})
+
+
+def test_shards_arrays_and_videos_are_written_and_read(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = epath.Path("gs://bucket/run")
+    write_files(folder)
+    names = ["bucket/run/00000.array_record", "bucket/run/latents.npy", "bucket/run/videos/0000.mp4"]
+    assert sorted(store.objects) == names and not list(tmp_path.iterdir()), "files are left in the temporary folder"
+    with served(store):
+        records = Records(folder)
+        assert [records[number]["latents"].tolist() for number in (4, 0)] == [[[4] * 3] * 2, [[0] * 3] * 2]
+        assert len(records) == 5
+    assert load_array(folder / "latents.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert read_settings(folder / "videos" / "0000.mp4") == {"seed": 3}
+
+    expected, changes = dict(store.objects), store.changes
+    assert changes == 9, "each file is uploaded, copied to its name, and its upload deleted"
+    for number in range(1, changes + 1):
+        store.objects, store.changes, store.killed_at = {}, 0, number
+        with pytest.raises(Killed):
+            write_files(folder)
+        found = {name: content for name, content in store.objects.items() if name in names}
+        assert list(found) == names[: number // 3], "a name without its whole file, or a file without its name"
+        assert all(len(content) == len(expected[name]) for name, content in found.items())
+        store.killed_at = 0
+
+
+def test_a_manifest_takes_the_hashes_of_the_store(store):
+    """Nothing is read again after writing; damage is found as before, and an object without a hash is read."""
+    folder = epath.Path("gs://bucket/run/checkpoints/7")
+    rng = np.random.default_rng(0)
+    for name in ("d/a", "d/b", "c"):
+        (folder / name).write_bytes(rng.bytes(1000))
+    store.read.clear()
+    write_manifest(folder)
+    assert store.read == [] and find_damage(folder) == []
+    assert sorted(set(store.read)) == [f"bucket/run/checkpoints/7/{name}" for name in ("c", "d/a", "d/b", MANIFEST)]
+    whole = store.objects["bucket/run/checkpoints/7/d/b"]
+    for position, bit in rng.integers([1000, 8], size=(20, 2)):
+        flipped = bytes([whole[position] ^ (1 << bit)])
+        store.objects["bucket/run/checkpoints/7/d/b"] = whole[:position] + flipped + whole[position + 1 :]
+        assert find_damage(folder) == ["d/b is not as it was written"]
+
+    store.hashes = False
+    write_manifest(folder)
+    assert json.loads((folder / MANIFEST).read_text())["files"]["c"][1].isalnum() and find_damage(folder) == []
