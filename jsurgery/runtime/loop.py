@@ -38,7 +38,7 @@ def run_steps(
         format_metrics: (numbers as NumPy arrays) -> (values to log, a note for the progress line); called every
             `log_every` steps.
         likely_cause: (step, numbers, details, newest state) -> a text on where non-finite numbers may come from.
-        validate: (state) -> more values to log; called whenever a checkpoint is due.
+        validate: (state) -> more values to log; called every `config.checkpoint.every` steps.
         profile: the folder for a profiler trace of `config.profile` steps.
 
     Raises:

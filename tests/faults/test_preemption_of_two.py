@@ -1,4 +1,7 @@
-"""Two processes, one of which gets a signal: both save and stop after the same step, and later resume from it."""
+"""Two processes, one of which gets a signal: both save and stop after the same step, and later resume from it.
+
+Both also save after the same step when the last save is old by the clock of one of them.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 12
 TRAINING = """
-import json, os, signal, sys
+import json, os, signal, sys, types
 coordinator, number, folder, signal_at, name = sys.argv[1:]
 number, signal_at = int(number), int(signal_at)
 from jsurgery.runtime import processes
@@ -19,6 +22,7 @@ import jax
 import numpy as np
 from jsurgery.config import base
 from jsurgery.errors import Interrupted, Terminated
+from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.mesh import to_host, make_mesh, put_state
 from jsurgery.runtime.preemption import Preemption
@@ -26,14 +30,17 @@ from jsurgery.runtime.preemption import Preemption
 config = base()
 config.mesh.fsdp = 2
 mesh = make_mesh(config.mesh)
+clock = 0
+checkpoints_module.time = types.SimpleNamespace(monotonic=lambda: clock)
 state = put_state(mesh, {"ffn_in": {"kernel": np.arange(8, dtype=np.float32).reshape(4, 2)}})
 update = jax.jit(lambda state, step: jax.tree.map(lambda leaf: leaf * 1.5 + step, state), donate_argnums=0)
 result = {"steps": []}
 try:
-    with Checkpoints(folder, every=100, keep=2) as checkpoints, Preemption("training") as preemption:
+    with Checkpoints(folder, every=100, minutes=1, keep=9) as checkpoints, Preemption("training") as preemption:
         start, state = checkpoints.restore(state)
         for step in range(start, STEPS):
             state = update(state, float(step))
+            clock += 25 if number == 0 else 0  # the other's clock stands still
             if number == 1 and step == signal_at:
                 os.kill(os.getpid(), getattr(signal, name))
             result["steps"].append(step)
@@ -71,10 +78,12 @@ def test_both_stop_after_the_same_step_and_resume(tmp_path):
     first, second = run(tmp_path / "checkpoints", signal_at=4)
     assert first == second and first["ended"] == "Terminated"
     assert first["steps"] == list(range(6)), "signalled in the fifth step, stopped after the sixth"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    saved = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved() == [4, 6], "process 0 finds a minute gone after the third step; both save after the fourth"
     for resumed in run(tmp_path / "checkpoints", signal_at=-1):
         assert resumed["steps"] == list(range(6, STEPS)) and "ended" not in resumed
         state = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
         for step in range(STEPS):
             state = [[1.5 * value + step for value in row] for row in state]
         assert resumed["state"] == state
+    assert saved() == [4, 6, 10, 12]
