@@ -73,6 +73,7 @@ def base() -> ConfigDict:
     c.distill.learning_rate = 1e-3
     c.distill.weight_decay = 0.0
     c.distill.calibrate = True
+    c.distill.error_steps = 0  # held-out steps for the errors of the attention, evenly spread; 0: all
     c.distill.velocity_steps = 8  # held-out steps for the error of the velocity, with each block converted alone
     c.distill.blocks = ""  # the blocks of this job ("0-9", "0,3,5"), one of several that `plan` merges; "": all
 
@@ -119,6 +120,7 @@ def base() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 200
+    c.checkpoint.minutes = 0.0  # also when the last one is this old; 0: by steps alone
     c.checkpoint.keep = 2  # the newest
     c.checkpoint.keep_every = 0  # also keeps every N-th step; 0: none
     c.checkpoint.on_damage = "stop"  # if the newest checkpoint is damaged; "older": goes on from the newest intact one
@@ -184,8 +186,8 @@ SHARES = (
 )  # fmt: skip
 MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
-    "distill.weight_decay", "distill.velocity_steps", "finetune.weight_decay", "finetune.warmup",
-    "train.vae_kl_weight", "profile", "checkpoint.keep_every", "max_skipped",
+    "distill.weight_decay", "distill.error_steps", "distill.velocity_steps", "finetune.weight_decay", "finetune.warmup",
+    "train.vae_kl_weight", "profile", "checkpoint.keep_every", "checkpoint.minutes", "max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", *SHARES,
 }  # fmt: skip
 
@@ -194,7 +196,7 @@ LARGEST, LARGEST_COUNT = 1e30, 10**9
 
 # A workdir, a video and a measurement record the config that they were made with. They must stay valid when a field is
 # added: a later field is recorded only where it differs from the value given here, which must mean "as before".
-LATER_FIELDS: dict[str, Any] = {"distill.mode": "traces"}
+LATER_FIELDS: dict[str, Any] = {"distill.mode": "traces", "distill.error_steps": 0}
 # A field that has an effect only where another field has a certain value is recorded only there.
 EFFECTIVE_WHERE = {"distill.trajectories": ("distill.mode", "sampling")}
 

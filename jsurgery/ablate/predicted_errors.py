@@ -26,7 +26,7 @@ from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps, 
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import BlockCosts, block_costs, budget_cost
-from jsurgery.surgery.plan_forward import velocity_errors
+from jsurgery.surgery.plan_forward import plan_velocity, velocity_errors
 
 PLANS = 50
 AIM = 0.9
@@ -143,10 +143,12 @@ def errors_of(
     batches: Sequence[dict],
 ) -> dict[str, np.ndarray]:
     """Every plan's velocity errors, means over batches. A plan has for each block an index into `choices`."""
-    choices_PxL = jnp.asarray(np.array(choices)[plans_PxL])
+    choices_PxL, teacher = np.array(choices)[plans_PxL], seed.run.teacher
     errors, progress = [], Progress("objective", len(batches))
     for number in progress.over(range(len(batches))):
-        errors.append(jax.device_get(velocity_errors(seed.run.teacher, batches[number], maps, choices_PxL, setup)))
+        batch = batches[number]
+        velocity = plan_velocity(teacher, batch, maps, np.zeros(seed.layers, int), setup)
+        errors.append(velocity_errors(teacher, batch, maps, choices_PxL, setup, velocity))
     return jax.tree.map(lambda *arrays: np.mean(arrays, axis=0), *errors)
 
 

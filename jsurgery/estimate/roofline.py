@@ -106,8 +106,8 @@ def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
     trace, distill, finetune = config.trace.batch, config.distill.batch, config.finetune.batch
     batches, evaluated = math.ceil(len(traced_prompts(config)) / trace), EVALUATED * config.evaluate.prompts
     forward = model_flops(work, softmax)
-    # For every held-out step and block: the teacher's forward, and a forward for each rate.
-    forwards = config.distill.velocity_steps * network.num_layers * (1 + len(config.hybrid.rates))
+    # For every held-out step: the teacher's forward, and one with each block at each rate.
+    forwards = config.distill.velocity_steps * (1 + network.num_layers * len(config.hybrid.rates))
     return [
         StageWork("trace", batches * velocities, trace * forward, trace * teacher),
         StageWork("distill", config.distill.steps, step_flops(config, network, "distill"), distill * teacher),

@@ -97,16 +97,17 @@ def check_tensors(path: epath.PathLike) -> None:
     open_tensors(path)
 
 
-def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: epath.PathLike, tensors: Tensors, metadata: dict[str, str] | None = None) -> list[Any]:
     """Writes one .safetensors file under a temporary name, then renames it: a file under its final name is complete.
 
-    A hashes.json in its folder is removed before that, as by `write_shards`.
+    A hashes.json in its folder is removed before that, as by `write_shards`. Returns the file's [size, sha256].
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        _write_file(temporary, tensors, metadata)
+        written = _write_file(temporary, tensors, metadata)
         (path.parent / HASHES).unlink(missing_ok=True)
+    return written
 
 
 def write_shards(

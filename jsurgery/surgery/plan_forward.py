@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jsurgery.attention.hybrid import token_order
 from jsurgery.rates import Rate
+from jsurgery.runtime.mesh import to_host
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.wan.transformer import WanTransformer
@@ -61,21 +64,33 @@ def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: Fea
 
 
 @functools.partial(jax.jit, static_argnames="spec")
+def plan_velocity(
+    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, choice_L: ArrayLike, spec: DistillSpec
+) -> jax.Array:
+    """The velocity [B, T, H, W, C] of a plan; all zeros in `choice_L`: the softmax model's."""
+    return plan_forward(model, batch, maps, jnp.asarray(choice_L), spec)[0]
+
+
 def velocity_errors(
-    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, plans_PxL: jax.Array, spec: DistillSpec
-) -> dict[str, Any]:
-    """Relative errors of the velocity of P plans against the softmax model: "l1" and "squared", each [P].
+    model: WanTransformer,
+    batch: dict[str, jax.Array],
+    maps: FeatureMapPair,
+    plans_PxL: np.ndarray,
+    spec: DistillSpec,
+    teacher: jax.Array,
+) -> dict[str, np.ndarray]:
+    """Relative errors of the velocity of P plans against `teacher`, the softmax model's: "l1" and "squared", each [P].
 
     "squared" is the mean over the batch of relative squared errors. Squared errors of blocks add up if the blocks'
     errors are uncorrelated.
     """
-    teacher = plan_forward(model, batch, maps, jnp.zeros(model.config.num_layers, int), spec)[0]
+    errors = [relative_errors(plan_velocity(model, batch, maps, choice_L, spec), teacher) for choice_L in plans_PxL]
+    return jax.tree.map(lambda *of_plans: np.stack(of_plans), *to_host(errors))
 
-    def errors(choice_L):
-        difference = plan_forward(model, batch, maps, choice_L, spec)[0] - teacher
-        of_each = tuple(range(1, teacher.ndim))
-        squared_B = (difference**2).sum(of_each) / (teacher**2).sum(of_each)
-        return jnp.abs(difference).sum() / jnp.abs(teacher).sum(), squared_B.mean()
 
-    l1_P, squared_P = lax.map(errors, plans_PxL)
-    return {"l1": l1_P, "squared": squared_P}
+@jax.jit
+def relative_errors(velocity: jax.Array, teacher: jax.Array) -> dict[str, jax.Array]:
+    """The errors of one velocity; see `velocity_errors`."""
+    difference, of_each = velocity - teacher, tuple(range(1, teacher.ndim))
+    squared_B = (difference**2).sum(of_each) / (teacher**2).sum(of_each)
+    return {"l1": jnp.abs(difference).sum() / jnp.abs(teacher).sum(), "squared": squared_B.mean()}

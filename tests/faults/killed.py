@@ -1,6 +1,7 @@
 """Runs `jsurgery` in this process and sends the process a signal at a chosen moment.
 
     python killed.py rename N LOG -- ARGUMENT ...    SIGKILL just before rename N, or removal N of a manifest; 0: never
+    python killed.py rename N:NAME LOG -- ...        the same, of renames to NAME alone
     python killed.py SIGNAL STEP LOG -- ARGUMENT ... SIGTERM or SIGINT when step STEP is logged; 0: never
 
 LOG gets a line for each rename, or for each logged step: its number, resident bytes, number of compiled programs.
@@ -19,7 +20,8 @@ def main() -> int:
     kind, number, log, dash, *arguments = sys.argv[1:]
     assert dash == "--"
     if kind == "rename":
-        kill_at(int(number), log)
+        count, _, name = number.partition(":")
+        kill_at(int(count), log, name)
     else:
         signal_at(getattr(signal, kind), int(number), log)
     from jsurgery.cli import main as command
@@ -57,17 +59,18 @@ def signal_at(number: int, step: int, log: str) -> None:
     Metrics.log = signalled
 
 
-def kill_at(number: int, log: str) -> None:
+def kill_at(number: int, log: str, target: str) -> None:
     reached = 0
 
     def killing(name):
         def call(source, *rest, **more):
             nonlocal reached
             moves = name in ("rename", "replace")
-            if moves or os.fspath(source).endswith("manifest.json"):
+            moved_to = os.fspath(rest[0]) if moves else ""
+            if moved_to.endswith(target) if moves else os.fspath(source).endswith("manifest.json") and not target:
                 reached += 1
                 with open(log, "a") as lines:
-                    lines.write(f"{name} {source} {rest[0] if moves else ''}\n")
+                    lines.write(f"{name} {source} {moved_to}\n")
                 if reached == number:
                     os.kill(os.getpid(), signal.SIGKILL)
             return PATCHED[name](source, *rest, **more)

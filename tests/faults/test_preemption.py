@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from jsurgery import cli
@@ -18,6 +19,7 @@ from jsurgery.data.latents import batches
 from jsurgery.errors import Interrupted, Terminated
 from jsurgery.runtime.metrics import Metrics, read_metrics
 from jsurgery.runtime.preemption import KINDS, Preemption
+from jsurgery.runtime.resumable_sums import ResumableSums
 from jsurgery.surgery import finetune
 from tests.faults.tiny_training import BATCH, SEED, saved_state, tiny_config, train, write_latents
 
@@ -36,6 +38,35 @@ def test_a_signal_ends_the_run_after_the_step(number, kind):
         with pytest.raises(kind, match=f"stage: stopped by {number.name}; .* the same command goes on"):
             preemption.stop_if_asked()
     assert [signal.getsignal(number) for number in KINDS] == before
+
+
+def test_sums_resume_unless_they_were_made_with_something_else(tmp_path):
+    path, measured = epath.Path(tmp_path / "sums.json"), []
+
+    def add_up(made_with, *, interrupt_at=None):
+        def measure(number):
+            measured.append(number)
+            if number == interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"a": np.float32([number, 0.1]), "b": np.nan}
+
+        measured.clear()
+        sums = ResumableSums(path, "stage", made_with)
+        found = sums.add_up("numbers", 7, measure, save_every=3)
+        return found, sums
+
+    whole, sums = add_up([1, 2])
+    assert measured == list(range(7)) and whole["a"][0] == 21 and np.isnan(whole["b"])
+    sums.remove()
+    with pytest.raises(Interrupted, match="stage: stopped by SIGINT"):
+        add_up([1, 2], interrupt_at=4)
+    begun = path.read_bytes()
+    resumed, sums = add_up([1, 2])
+    assert measured == [5, 6] and resumed["a"].tolist() == whole["a"].tolist()
+    path.write_bytes(begun)
+    assert add_up([1, 3])[0]["a"].tolist() == whole["a"].tolist() and measured == list(range(7))
+    sums.remove()
+    assert not path.exists()
 
 
 def test_a_second_interrupt_ends_the_process_at_once():

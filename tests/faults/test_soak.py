@@ -1,4 +1,4 @@
-"""A run that is killed during a save, then terminated, and then gives the same result as an undisturbed run.
+"""A run that is killed and terminated while it trains, and killed in the held-out errors, gives an undisturbed result.
 
 `make soak` does the same with hundreds of kills, in every stage.
 """
@@ -39,7 +39,12 @@ def test_a_killed_and_terminated_run_ends_with_the_same_result(workdirs):
     # nothing is compiled after the first step
     assert len(steps) > 1 and len({line.split()[2] for line in steps}) == 1
 
-    process = workdirs.run("distill", workdir)
+    # killed when the errors of the velocity on the first of two batches are measured, and not yet saved
+    process, saves = workdirs.run_signalled("rename", "3:held_out.json", "distill", workdir)
+    assert process.returncode == -9 and len(saves) == 3 and check_complete(workdir)
+    process, saves = workdirs.run_signalled("rename", "0:held_out.json", "distill", workdir)
     assert process.returncode == 0, process.stderr[-3000:]
+    assert len(saves) == 2, "the errors of the attention were measured again"
+    assert (workdir / "distill" / "errors.json").read_text() == (undisturbed / "distill" / "errors.json").read_text()
     assert result(workdir, "distill") == expected
     assert check_complete(workdir) and not list(workdir.rglob("*.tmp"))

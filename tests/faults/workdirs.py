@@ -112,7 +112,7 @@ class Workdirs:
         return [process.wait(timeout=3600) for process in started]
 
     def run_signalled(
-        self, kind: str, number: int, stage: str, workdir: pathlib.Path, **more
+        self, kind: str, number: int | str, stage: str, workdir: pathlib.Path, **more
     ) -> tuple[subprocess.CompletedProcess, list[str]]:
         """A run that `killed.py` signals, and the lines of its log."""
         log = workdir.with_name(f"{workdir.name}.log")

@@ -27,8 +27,11 @@ INITIAL, TRAINED = "initial.safetensors", "feature_maps.safetensors"
 FeatureMapPair = tuple[LearnedMap, LearnedMap]
 
 
-def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> None:
-    """Writes tensors named blocks.I.rate_R.phi_q.LEAF, one map for each rate and each of `blocks`."""
+def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> list[Any]:
+    """Writes tensors named blocks.I.rate_R.phi_q.LEAF, one map for each rate and each of `blocks`.
+
+    Returns the file's [size, sha256].
+    """
     tensors = {}
     for side, stacked in zip((QUERY_MAP, KEY_MAP), maps, strict=True):
         for leaf_name, leaf in named_leaves(stacked).items():
@@ -37,7 +40,7 @@ def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blo
                 for of_rate, rate in zip(of_block, rates, strict=True):
                     tensors[f"blocks.{block}.rate_{rate}.{side}.{leaf_name}"] = of_rate
     phi = maps[0]
-    write_tensors(
+    return write_tensors(
         path,
         tensors,
         metadata={"degree": str(phi.degree), "layers": str(len(phi.kernels)), "activation": phi.activation},

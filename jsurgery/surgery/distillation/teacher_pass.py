@@ -7,7 +7,7 @@ queries, keys and values, so that nothing but gradients leaves a block.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ class DistillSpec:
 def run_heads(
     teacher: WanTransformer,
     batch: dict[str, jax.Array],
-    maps: FeatureMapPair,
+    maps: Any,
     spec: DistillSpec,
     visit,
     all_blocks: bool = False,
@@ -116,9 +116,12 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def measure_heads(teacher, batch, maps, spec: DistillSpec) -> dict[str, jax.Array]:
-    """The `head_statistics` of all heads, leaves [blocks, rates, heads]."""
-    return run_heads(teacher, batch, maps, spec, head_statistics)[1]
+def measure_heads(
+    teacher, batch, candidates: Sequence[FeatureMapPair], spec: DistillSpec
+) -> Sequence[dict[str, jax.Array]]:
+    """The `head_statistics` of all heads with each of several sets of maps, leaves [blocks, rates, heads]."""
+    visit = lambda candidates, at: [head_statistics(maps, at) for maps in candidates]
+    return run_heads(teacher, batch, candidates, spec, visit)[1]
 
 
 def loss_gradients(

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,12 @@ from jsurgery.attention.hybrid import HybridConfig, token_order
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.config import base
 from jsurgery.data.shards import shard_path, text_array, write_shard
+from jsurgery.errors import Terminated
 from jsurgery.io.safetensors import read_tensors
+from jsurgery.runtime.mesh import make_mesh
 from jsurgery.runtime.metrics import read_metrics
+from jsurgery.surgery import plan_forward
+from jsurgery.surgery.distillation import held_out
 from jsurgery.surgery.distillation.distill import calibrate, distill
 from jsurgery.surgery.distillation.jobs import merge
 from jsurgery.surgery.distillation.losses import HeadActivations, TokenShards, attention_loss, nested_softmax
@@ -208,7 +215,7 @@ def test_attention_loss_is_that_of_brute_force(rate, stabilizer, spread):
 @pytest.mark.parametrize("name", SETUPS)
 def test_statistics_and_calibration(teacher, batches, maps, order, activations, name):
     spec = SETUPS[name]
-    found = measure_heads(teacher, batches[0], maps, spec)
+    found = measure_heads(teacher, batches[0], (maps,), spec)[0]
     for block, index in np.ndindex(2, len(RATES)):
         rate, (q, k, v) = RATES[index], (x[block] for x in activations)
         query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps)  # noqa: B023
@@ -231,7 +238,7 @@ def test_statistics_and_calibration(teacher, batches, maps, order, activations, 
                 assert found["teacher_mass"][block, index, head] == pytest.approx(expected, rel=1e-4)
 
     calibrated = calibrate(teacher, batches, maps, spec)
-    masses = [measure_heads(teacher, batch, calibrated, spec) for batch in batches]
+    masses = [measure_heads(teacher, batch, (calibrated,), spec)[0] for batch in batches]
     mass, expected = (sum(stats[key] for stats in masses) for key in ("mass", "teacher_mass"))
     np.testing.assert_allclose(mass, expected, rtol=1e-4)
     with pytest.raises(AssertionError):  # before calibration, masses differ
@@ -243,7 +250,7 @@ def test_calibration_stays_finite_if_linear_keys_score_far_above_the_stabilizer(
     graph, state = nnx.split(teacher)
     sharp = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     sharp.blocks.attn1.norm_k[...] *= 300
-    found = measure_heads(sharp, batches[0], maps, SETUPS[name])
+    found = measure_heads(sharp, batches[0], (maps,), SETUPS[name])[0]
     assert np.isinf(found["teacher_mass"]).any()
     _, key_maps = calibrate(sharp, batches, maps, SETUPS[name])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(key_maps))
@@ -350,6 +357,80 @@ def test_resumed_distillation_equals_uninterrupted_distillation(teacher, traces,
     for name in ("errors.json", "metrics.jsonl"):
         assert (folder / name).read_text() == (distilled / name).read_text()
     assert [row["step"] for row in read_metrics(folder)] == [10, 20, 30, 40]
+
+
+def test_held_out_steps_are_evenly_spread(traces):
+    config = small_config(**{"distill.error_steps": 2})
+    chosen = held_out.HeldOut(config, make_mesh(config.mesh), traces).chosen
+    assert chosen == {"errors": [[0], [2]], "velocity errors": [[0], [1], [2]]}
+
+
+class Killed(BaseException):
+    """Nothing is saved after it."""
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """(the forwards for the held-out errors, each with its timestep; {number: what is called before that forward})."""
+    done, before = [], {}
+
+    def count(module, name, kind):
+        original = getattr(module, name)
+
+        def counting(model, batch, maps, *rest):
+            done.append((kind, float(batch["timestep"][0]), *(rest[0].tolist() if kind == "plan" else ())))
+            before.get(len(done) - 1, lambda: None)()
+            return original(model, batch, maps, *rest)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(held_out, "measure_heads", "heads")
+    count(held_out, "plan_velocity", "teacher")
+    count(plan_forward, "plan_velocity", "plan")
+    return done, before
+
+
+def test_held_out_errors_resume(teacher, traces, distilled, tmp_path, work):
+    """Two runs are killed and one gets SIGTERM. Nothing is done twice but the open batch."""
+    done, before = work
+
+    def run():
+        done.clear()
+        distill(small_config(), teacher, traces, epath.Path(tmp_path))
+        return list(done)
+
+    def stopped(number, how, error):
+        before[number] = how
+        with pytest.raises(error):
+            run()
+        before.clear()
+        assert (tmp_path / "held_out.json").exists() and not (tmp_path / "errors.json").exists()
+        return list(done)
+
+    def kill():
+        raise Killed
+
+    shutil.copytree(distilled / "checkpoints", tmp_path / "checkpoints")
+    whole = run()
+    plans = [(block, choice) for block in range(2) for choice in (1, 2, 3)]
+    times = [entry[1] for entry in whole[:3]]
+    assert len(set(times)) > 1
+    assert whole[3:] == [
+        entry
+        for time in times
+        for entry in [("teacher", time), *(("plan", time, *np.eye(2, dtype=int)[b] * choice) for b, choice in plans)]
+    ]
+    assert (tmp_path / "errors.json").read_text() == (distilled / "errors.json").read_text()
+    assert not (tmp_path / "held_out.json").exists()
+    (tmp_path / "errors.json").unlink()
+
+    assert stopped(2, kill, Killed) == whole[:3]
+    assert stopped(13, kill, Killed) == whole[2:16], "in the second block of the second batch of velocities"
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped(2, terminate, Terminated) == whole[10:14], "the signal comes in the first block, which is finished"
+    assert run() == [whole[10], *whole[14:]]
+    assert (tmp_path / "errors.json").read_text() == (distilled / "errors.json").read_text()
+    assert not (tmp_path / "held_out.json").exists()
 
 
 def test_a_forward_may_stop_before_the_last_block(teacher, batches):

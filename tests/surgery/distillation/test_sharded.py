@@ -13,7 +13,7 @@ from jsurgery.config import base
 from jsurgery.runtime.mesh import AXES, make_mesh, global_batch, put_state
 from jsurgery.surgery.distillation.distill import initial_maps
 from jsurgery.surgery.distillation.replay import make_optimizer, make_update
-from jsurgery.surgery.plan_forward import velocity_errors
+from jsurgery.surgery.plan_forward import plan_velocity, velocity_errors
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
@@ -43,8 +43,9 @@ def found(model, job):
     for loss, stabilizer in (("value", "max"), ("attention", "lse")):
         spec = DistillSpec(rates, (1, 2, 8), "strided", stabilizer, loss)
         values.append(losses_and_gradients(model, batch, maps, spec))
-    values.append(measure_heads(model, batch, maps, spec))
-    values.append(velocity_errors(model, batch, maps, jnp.array([[2, 0], [0, 1], [1, 3]]), spec))
+    values.append(measure_heads(model, batch, (maps,), spec))
+    teacher_velocity = plan_velocity(model, batch, maps, np.zeros(2, int), spec)
+    values.append(velocity_errors(model, batch, maps, np.array([[2, 0], [0, 1], [1, 3]]), spec, teacher_velocity))
     if job:
         one = dataclasses.replace(spec, blocks=(0,))
         values.append(losses_and_gradients(model, batch, jax.tree.map(lambda x: x[:1], maps), one))
