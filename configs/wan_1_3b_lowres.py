@@ -4,9 +4,9 @@
         --config.model.path=/path/to/Wan2.1-T2V-1.3B-Diffusers --config.prompts=prompts.txt
 
 Without `--config.data.path`, fine-tuning reads the clips at which the teacher's trajectories end. Every stage chooses
-its mesh from the devices that are there. `TOPOLOGIES` has batches that suit machines by name: TPUs by compiling ahead of
-time, GPUs by arithmetic alone. The paper's settings of sampling, distillation, planning and fine-tuning (appendix A.1,
-section 4) are the defaults in `jsurgery.config.base()`.
+its mesh from the devices that are there. `TOPOLOGIES` has batches that suit machines by name: TPUs by compiling ahead
+of time, GPUs by arithmetic alone. The paper's settings of sampling, distillation, planning and fine-tuning (appendix
+A.1, section 4) are the defaults in `jsurgery.config.base()`.
 """
 
 from jsurgery.config import base

@@ -19,11 +19,11 @@ from jsurgery.diffusion import State, schedule, velocities_per_step
 from jsurgery.runtime.mesh import batch_shards, check_batch, parameter_shardings, sharding
 from jsurgery.runtime.optimizer import adamw, initial_train_state
 from jsurgery.surgery import finetune
-from jsurgery.surgery.distillation.teacher_pass import DistillSpec
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.surgery.distillation.while_sampling import make_sampling_update
 from jsurgery.surgery.phases import planned_rates
-from jsurgery.surgery.plan_forward import velocity_errors
+from jsurgery.surgery.plan_forward import plan_velocity
 from jsurgery.train import transformer as training
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.cost import distillation_flops, model_flops, workload
@@ -141,13 +141,22 @@ def abstract_maps(config: ConfigDict, network: WanConfig, mesh: Mesh) -> Any:
     return with_shardings(maps, parameter_shardings(mesh, maps))
 
 
-def lowered_velocity_errors(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
-    network, spec = sizes.transformer, DistillSpec.of(config)
+def held_out_inputs(config: ConfigDict, network: WanConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The teacher, a batch of held-out steps and the feature maps, as the errors' programs take them."""
     model = nnx.merge(*abstract_model(config, network, mesh, inference=True))
     latents, text, timesteps = spread_inputs(config, network, mesh, batch_shards(mesh))
     batch = {"latents": latents, "text": text, "timestep": timesteps}
-    plans = jax.ShapeDtypeStruct((len(spec.rates), network.num_layers), jnp.int32)
-    return velocity_errors.lower(model, batch, abstract_maps(config, network, mesh), plans, spec)
+    return model, batch, abstract_maps(config, network, mesh)
+
+
+def lowered_attention_errors(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
+    model, batch, maps = held_out_inputs(config, sizes.transformer, mesh)
+    return measure_heads.lower(model, batch, (maps, maps), DistillSpec.of(config))
+
+
+def lowered_velocity_errors(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
+    plan = np.zeros(sizes.transformer.num_layers, int)
+    return plan_velocity.lower(*held_out_inputs(config, sizes.transformer, mesh), plan, DistillSpec.of(config))
 
 
 def lowered_finetune(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
@@ -228,6 +237,7 @@ PROGRAMS: dict[str, Callable[[ConfigDict, ModelSizes, Mesh], Any]] = {
     "trace": lowered_trace,
     "sample": lowered_sample,
     "distill": lowered_distill,
+    "attention_errors": lowered_attention_errors,
     "velocity_errors": lowered_velocity_errors,
     "finetune": lowered_finetune,
     "encode": lowered_encode,

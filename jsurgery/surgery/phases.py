@@ -98,7 +98,7 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
     maps = jax.eval_shape(lambda: initial_maps(config, teacher))
     one_copy = device_bytes(maps, parameter_shardings(mesh, maps))
     weights = {"weights": memory.weights(config, network, mesh, inference=True)}
-    held = weights | {"feature maps and their moments": 3 * one_copy, "initial feature maps": one_copy}
+    held = weights | {"feature maps and their moments": 3 * one_copy}
     velocities = 1
     if settings.mode == "sampling":
         velocities = velocities_per_step(config.sampler.guidance)
@@ -113,8 +113,10 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
     scores = 2 * 4 * examples * own * zone
     step = memory.forward_bytes(config, network, mesh, velocities * settings.batch) + scores + one_copy
     phases = [Phase("distillation", held, step, "distill")]
+    held = weights | {"initial and trained feature maps": 2 * one_copy}
+    forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
+    phases.append(Phase("attention errors", held, forward + scores // examples, "attention_errors"))
     if settings.velocity_steps:
-        forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
         phases.append(Phase("velocity errors", held, forward, "velocity_errors"))
     return phases
 

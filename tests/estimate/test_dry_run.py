@@ -28,7 +28,7 @@ def test_a_whole_surgery_from_prompts_alone_on_one_free_session(tmp_path, capsys
     output = capsys.readouterr().out
     assert code == 0 and "fine-tuning reads the 184 clips" in output and "nothing is run or measured" in output
     phases = {(row["stage"], row["phase"]): row for row in found["phases"]}
-    assert found["devices"] == 8 and len(phases) == 9
+    assert found["devices"] == 8 and len(phases) == 10
     assert all(row["bytes"] < 0.95 * 16 * GIB for row in phases.values())
     training = phases["finetune", "fine-tuning"]
     assert training["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}

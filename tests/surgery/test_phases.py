@@ -2,7 +2,6 @@
 
 import shutil
 
-import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx

@@ -54,7 +54,7 @@ def distill(
     maps = put_state(mesh, initial_maps(config, teacher))
     if settings.calibrate:
         maps = calibrate(teacher, learner.calibration(), maps, spec)
-    initial = to_host(maps)
+    initial = jax.tree.map(np.array, to_host(maps))  # copies: an update overwrites the arrays on the devices
     processes.on_first(lambda: save_maps(folder / INITIAL, initial, spec.rates, blocks))
 
     def update(state: dict[str, Any], step: int) -> tuple[dict[str, Any], jax.Array, None]:
@@ -69,15 +69,16 @@ def distill(
         return f"the loss or its gradient is not finite in {bad[0]}, {len(bad)} in all: {learner.describe_batch(step)}"
 
     opt_state = make_optimizer(config).init(maps)  # type: ignore[arg-type]
-    fresh = {"maps": jax.tree.map(jnp.copy, maps), "opt_state": opt_state} | learner.initial_trajectories()
-    state = run_steps(
-        "distill", config, put_state(mesh, fresh), update, steps=settings.steps, checkpoints=folder / "checkpoints",
+    fresh = [put_state(mesh, {"maps": maps, "opt_state": opt_state} | learner.initial_trajectories())]
+    del maps, opt_state
+    maps = run_steps(  # `pop`, so that a resumed run does not keep the fresh state on the devices
+        "distill", config, fresh.pop(), update, steps=settings.steps, checkpoints=folder / "checkpoints",
         metrics=folder, format_metrics=format_metrics, likely_cause=likely_cause, profile=profile,
-    )  # fmt: skip
-    trained = to_host(state["maps"])
+    )["maps"]  # fmt: skip
+    trained = to_host(maps)
     _, digest = processes.on_first(lambda: save_maps(folder / TRAINED, trained, spec.rates, blocks))
     sums = ResumableSums(folder / SUMS, "distill", {"maps": digest, "steps": held_out.chosen})
-    errors = held_out_errors(teacher, held_out, maps, state["maps"], spec, sums)
+    errors = held_out_errors(teacher, held_out, put_state(mesh, initial), maps, spec, sums)
     processes.on_first(lambda: write_json(folder / "errors.json", {"blocks": list(blocks)} | errors))
     sums.remove()
 
