@@ -19,7 +19,7 @@ from jsurgery.rates import Rate
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import rope_tables
 
-from .torch_attention import TorchFeatureMap, apply_rope, hybrid_attention
+from .torch_attention import TorchFeatureMap, apply_rope, block_length, hybrid_attention
 from .torch_files import read_json, read_tensors
 
 # Tensors whose names contain one of these stay float32 whatever the dtype of `load`.
@@ -116,7 +116,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig, rate: Rate):
         super().__init__()
         dim = config.dim
-        self.eps = config.eps
+        self.eps, self.ffn_dim = config.eps, config.ffn_dim
         self.attn1 = Attention(config, converted=rate != 1)
         self.attn2 = Attention(config)
         self.norm2 = LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
@@ -142,7 +142,9 @@ class Block(nn.Module):
         x = x + self.attn2(self.norm2(x).to(dtype), text_BxMxD, text_BxMxD.shape[1])
 
         h = (plain_norm(x, self.eps) * (1 + scale2) + shift2).to(dtype)
-        return (x + self.ffn(h) * gate2).to(dtype)
+        block = block_length(len(h) * self.ffn_dim * h.element_size())
+        h = torch.cat([self.ffn(h_BxTxD) for h_BxTxD in h.split(block, dim=1)], dim=1)
+        return (x + h * gate2).to(dtype)
 
 
 def plain_norm(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -14,12 +14,16 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pallas_kernels
 from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.diffusion import initial_noise
 from jsurgery.errors import InputError
+from jsurgery.export import torch_attention
 from jsurgery.export.torch_attention import TorchFeatureMap
 from jsurgery.export.torch_model import HybridWanTransformer3DModel, load
 from jsurgery.load_config import load_config
@@ -88,11 +92,54 @@ def relative_error(actual, expected):
     ("case", "grid"),
     [("max", "24 tokens"), *((case, "27 tokens") for case in HYBRIDS)],
 )
-def test_equals_the_jax_model(saved, case, grid):
+def test_equals_the_jax_model(saved, case, grid, monkeypatch):
     model, folder = saved(case)
     arguments = inputs(GRIDS[grid])
     expected = run(*nnx.split(model), *arguments)
-    assert relative_error(torch_velocity(load(folder), *arguments), expected) < 1e-5
+    module = load(folder)
+    at_once = torch_velocity(module, *arguments)
+    assert relative_error(at_once, expected) < 1e-5
+    monkeypatch.setattr(torch_attention, "BLOCK_BYTES", 2600)  # 5 tokens of attention, 8 of a feed-forward
+    in_blocks = torch_velocity(module, *arguments)
+    assert relative_error(in_blocks, expected) < 1e-5 and relative_error(in_blocks, at_once) < 1e-6
+    if case != "no linear branch":
+        assert (in_blocks != at_once).any()  # that sums over the keys are made in blocks shows in the rounding
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the size in bytes of the largest tensor that an operation returns, and that operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, (tensor.numel() * tensor.element_size(), str(func)))
+        return outputs
+
+
+@pytest.mark.parametrize(("stabilizer", "batch"), [("max", 1), ("lse", 2)])
+def test_no_tensor_at_480p_is_larger_than_a_gib(stabilizer, batch, monkeypatch):
+    """Blocks of the sizes of Wan2.1 1.3B on 32,760 tokens in float32, on tensors without values."""
+    config = WanConfig(num_layers=4, hybrid=HybridConfig((1, 2, 8, "linear"), stabilizer=stabilizer))
+
+    def largest():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            module = HybridWanTransformer3DModel(config)
+            latents, text = torch.zeros(batch, 16, 21, 60, 104), torch.zeros(batch, 512, 4096)
+            with LargestTensor() as found:
+                (velocity,) = module(latents, torch.zeros(batch), text, return_dict=False)
+        assert velocity.shape == latents.shape
+        return found.largest
+
+    size, operation = largest()
+    assert size <= 1 << 30, operation
+    monkeypatch.setattr(torch_attention, "BLOCK_BYTES", 1 << 40)  # control: all tokens at once
+    scores = 4 * batch * 12 * 32760 * 16380 if stabilizer == "max" else 4 * batch * 32760 * 8960
+    assert largest()[0] == scores > 1 << 30
 
 
 @pytest.mark.parametrize("activation", pallas_kernels.feature_map.ACTIVATIONS)
