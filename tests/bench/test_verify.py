@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -39,11 +40,16 @@ def hybrid(tiny_pipeline, random_transformer, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("kind", ["bundled", "hybrid"])
-def test_correct_folders_pass(kind, hybrid, tmp_path, capsys):
+def test_correct_folders_pass(kind, hybrid, tmp_path, monkeypatch, capsys):
     model = "tiny_wan" if kind == "bundled" else str(hybrid)
     report = tmp_path / "verify.json"
+    embed, devices = verify.PromptEmbedder.__call__, []
+    spy = lambda *arguments: devices.append(jax.config.jax_default_device) or embed(*arguments)
+    monkeypatch.setattr(verify.PromptEmbedder, "__call__", spy)
     assert main(["verify", f"--model={model}", f"--json={report}", *SIZE]) == 0
-    printed = capsys.readouterr().out
+    assert [device.platform for device in devices] == ["cpu"] and jax.config.jax_default_device is None
+    printed, told = capsys.readouterr()
+    assert "verify: text encoder, on the CPU, a layer at a time\n" in told
     found = json.loads(report.read_text())
     assert json.loads(printed) == found and str(hybrid.parent) not in printed
     assert found["passed"] and found["hybrid"] == (kind == "hybrid") and found["text_length"] == 16
