@@ -68,13 +68,15 @@ class PromptEmbedder:
     def _encode(self, tokens: list[np.ndarray], longest: int) -> list[np.ndarray]:
         """The embeddings of prompts that are given as their token ids [L], L being at most `longest`."""
         check_hashes(self.folder)
-        table, batches = self.tensors["shared.weight"], list(batched_by_length([len(ids) for ids in tokens], longest))
+        batches = list(batched_by_length([len(ids) for ids in tokens], longest))
+        table = np.asarray(self.tensors["shared.weight"])  # memory-mapped, or from an object store read once
         states, biases = [], []
         for numbers, size in batches:
             ids_BxL = np.stack([np.pad(tokens[number], (0, size - len(tokens[number]))) for number in numbers])
             mask_BxL = np.arange(size) < np.array([len(tokens[number]) for number in numbers])[:, None]
-            states.append(jnp.asarray(np.asarray(table)[ids_BxL], self.dtype))
+            states.append(jnp.asarray(table[ids_BxL], self.dtype))
             biases.append(mask_bias(jnp.asarray(mask_BxL)))
+        del table
         for layer in self._layers():
             jax.block_until_ready(states)  # else all layers would be read, and wait in memory for the device
             run = functools.partial(run_layer, self.config, self.dtype, layer)

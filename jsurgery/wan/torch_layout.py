@@ -84,24 +84,27 @@ def fill(
 ) -> None:
     """Sets `param` to its only source, or with `stacked` to all sources on a new first axis.
 
-    `param` keeps its sharding, and its dtype unless `dtype` is given. Sources are read one at a time, and only for the
-    parts of `param` that lie on this process's devices.
+    `param` keeps its sharding, and its dtype unless `dtype` is given. Sources are read if a part of them lies on this
+    process's devices, and then once.
     """
-    shape, dtype = param.shape, np.dtype(dtype or param.dtype)
+    shape, dtype, value = param.shape, np.dtype(dtype or param.dtype), param.get_value()
+    placed = not isinstance(value, jax.Array) or value.committed
+    sharding = value.sharding if placed else None
+    read: Callable[[int], np.ndarray] = lambda number: np.asarray(sources[number])
+    if sharding is not None and len(sharding.addressable_devices) > 1:
+        read = functools.cache(read)  # devices take slices of the same sources
 
     def part(index: Any) -> np.ndarray:
         filled = _aligned(np.broadcast_to(0, shape)[index].shape, dtype)
         if not stacked:
-            _copy(filled, from_torch(np.asarray(sources[0]))[index])
+            _copy(filled, from_torch(read(0))[index])
         else:
-            for row, source in zip(filled, sources[index[0]], strict=True):
-                _copy(row, from_torch(np.asarray(source))[index[1:]])
+            for row, number in zip(filled, range(len(sources))[index[0]], strict=True):
+                _copy(row, from_torch(read(number))[index[1:]])
         return filled
 
-    value = param.get_value()
-    placed = not isinstance(value, jax.Array) or value.committed
-    if placed and value.sharding is not None:
-        param.set_value(jax.make_array_from_callback(shape, value.sharding, part))
+    if sharding is not None:
+        param.set_value(jax.make_array_from_callback(shape, sharding, part))
     else:
         param.set_value(jax.device_put(part((slice(None),) * len(shape))))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 
 class Killed(BaseException):
@@ -23,7 +24,8 @@ class FakeGcs(AbstractFileSystem):
     """One bucket in memory. An object appears when its writer closes it.
 
     The client is killed before change number `killed_at`; puts, copies and deletions of objects are changes. `read` has
-    the names of the objects that were opened to be read. `hashes`: whether the store tells their MD5.
+    the names of the objects that were opened to be read. Reading asks for ranges of bytes as gcsfs does, reading ahead
+    included; `bytes_read` counts them. `hashes`: whether the store tells their MD5.
     """
 
     protocol = ("gcs", "gs")
@@ -32,7 +34,7 @@ class FakeGcs(AbstractFileSystem):
     def __init__(self, **_: Any):
         super().__init__()
         self.objects: dict[str, bytes] = {}
-        self.changes, self.killed_at = 0, 0
+        self.changes, self.killed_at, self.bytes_read = 0, 0, 0
         self.read: list[str] = []
         self.hashes = True
 
@@ -68,12 +70,12 @@ class FakeGcs(AbstractFileSystem):
         found = [self.info(f"{path}/{name}") for name in sorted(below)]
         return found if detail else [one["name"] for one in found]
 
-    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if "r" in mode:
             if path not in self.objects:
                 raise FileNotFoundError(path)
             self.read.append(path)
-            return io.BytesIO(self.objects[path])
+            return Download(self, path)
         return Upload(self, path)
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
@@ -102,6 +104,12 @@ class FakeGcs(AbstractFileSystem):
 
     def rmdir(self, path: str) -> None:
         """Folders are parts of names."""
+
+
+class Download(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        self.fs.bytes_read += end - start
+        return self.fs.objects[self.path][start:end]
 
 
 class Upload(io.BytesIO):
