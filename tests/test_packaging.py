@@ -1,12 +1,15 @@
 """The wheel, installed in a new environment: its files, its command and its configs."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 
@@ -76,6 +79,17 @@ def test_the_wheel_contains_two_packages_and_all_their_files(wheel):
     moved = {f"jsurgery/{path.relative_to(ROOT).as_posix()}" for name in MOVED for path in (ROOT / name).glob("*.py")}
     assert len(files) > 30 and len(moved) > 3
     assert files | moved == {name for name in names if ".dist-info/" not in name}
+
+
+def test_extras_name_extras_of_jax_and_the_readme_names_ours():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    accelerators = {name: extras[name][0] for name in ("tpu", "cuda", "cuda12")}
+    assert accelerators == {"tpu": "jax[tpu]", "cuda": "jax[cuda13]", "cuda12": "jax[cuda12]"}
+    offered = importlib.metadata.metadata("jax").get_all("Provides-Extra")
+    assert {"tpu", "cuda13", "cuda12"} <= set(offered)
+    assert all("etils[epath-gcs]" in extras[name] for name in accelerators)  # workdirs on gs://
+    named = set(re.findall(r"jsurgery\[(\w+)\]", (ROOT / "README.md").read_text()))
+    assert named >= set(accelerators) and named <= set(extras)
 
 
 def test_the_command_works_from_anywhere(python, tmp_path):
