@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.block_traffic import block_traffic
 from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
 from pallas_kernels.reference import EPSILON
 
@@ -153,16 +154,16 @@ class Problem:
     def call(self, kernel, name: str, grid: tuple[int, ...], parallel: int, flops: int, exps: int, **options):
         """`pl.pallas_call` over (B, H, *grid). Steps along the first `parallel` axes of `grid` may run in any order.
 
-        flops and exps are those of one head. HBM traffic is estimated as every operand and result once.
+        flops and exps are those of one head. HBM traffic is that of the blocks; see `block_traffic`.
         """
-        per_call = self.batch * self.heads
+        per_call, whole_grid = self.batch * self.heads, (self.batch, self.heads, *grid)
 
         def run(*operands):
-            results = jax.tree.leaves(options["out_shape"])
-            traffic = sum(x.size * x.dtype.itemsize for x in (*operands, *results))
+            specs = [*options["in_specs"], *jax.tree.leaves(options["out_specs"])]
+            traffic = block_traffic(whole_grid, specs, [*operands, *jax.tree.leaves(options["out_shape"])])
             return pl.pallas_call(
                 kernel,
-                grid=(self.batch, self.heads, *grid),
+                grid=whole_grid,
                 name=name,
                 interpret=self.interpret,
                 cost_estimate=pl.CostEstimate(

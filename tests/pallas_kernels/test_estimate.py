@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.extend.core import jaxprs_in_params
 
 from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, gradients, of_rows, step
 from pallas_kernels import tpu, tpu_forward
+from pallas_kernels.block_traffic import block_traffic
 from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
 from tests.conftest import needs_libtpu
 
@@ -93,7 +95,8 @@ def test_grid_steps_of_the_kernels_of_a_gradient():
         query=128, key=128, key_chunk=128, state=256, backward_query=256, backward_key=128, backward_state=128
     )
     attend = at_rate(tpu.hybrid_attention, size, 2, block_sizes=blocks)
-    found = kernels_of(jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 2)).jaxpr)
+    jaxpr = jax.make_jaxpr(functools.partial(gradients, attend))(*arguments(size, 2)).jaxpr
+    found = kernels_of(jaxpr)
     assert {name: [kernel.steps for kernel in kernels] for name, kernels in found.items()} == {
         "hybrid_state": [2 * 2],
         "hybrid_attend": [2 * 3 * 2],
@@ -102,6 +105,36 @@ def test_grid_steps_of_the_kernels_of_a_gradient():
         "hybrid_state_backward": [2 * 2],
         "hybrid_attend_backward": [2 * 2 * 2],
     }
+    # Each block of queries reads all blocks of softmax keys. The last, of tokens 128 to 255, reaches past the 150th.
+    moved, weights = traffic_of(jaxpr)["hybrid_attend"], 128 * 256 + 256 * 256
+    rows = 300 + 300 + 3 * 2 * 256  # q and y once, k and v for each block of queries
+    assert moved == 2 * (2 * (128 * rows + weights + 256 * 128) + 4 * (2 * 256 + 256 + 2 * 300))
+    # Backward, each of two blocks of keys reads q and dy; k, v, dk, dv, dq and its linear part move once.
+    rows = 2 * 2 * 300 + 2 * 256 + 2 * 150 + 2 * 300
+    assert traffic_of(jaxpr)["hybrid_attend_backward"] == 2 * (2 * 128 * rows + 4 * 2 * 300 * (3 + 1))
+
+
+def traffic_of(jaxpr):
+    """Bytes that each kernel declares, by name."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] = equation.params["cost_estimate"].bytes_accessed
+        for inner in jaxprs_in_params(equation.params):
+            found |= traffic_of(inner)
+    return found
+
+
+def test_a_block_moves_when_it_is_another_than_in_the_step_before():
+    """Six steps, (i, j) = (0, 0), (0, 1), (1, 0), ...; the third block of 8 rows has 4."""
+    rows, columns = pl.BlockSpec((8, 128), lambda i, j: (i, 0)), pl.BlockSpec((8, 128), lambda i, j: (0, j))
+    late = pl.BlockSpec((None, 8, 128), lambda i, j: (i, jnp.where(i == 2, j, 0), 0))
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    count = lambda spec, x: block_traffic((3, 2), [spec], [x]) // (4 * 128)
+    assert count(rows, array(20, 128)) == 20
+    assert count(columns, array(20, 256)) == 6 * 8
+    assert count(late, array(3, 12, 128)) == 8 + 8 + 8 + 4
+    assert block_traffic((3, 2), [rows, columns], [array(20, 128), array(20, 256)]) == 4 * 128 * 68
 
 
 SCHEDULE = """

@@ -1,0 +1,35 @@
+"""The HBM traffic of a Pallas kernel on TPU, from its grid and block specs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import pallas as pl
+
+
+def block_traffic(grid: Sequence[int], specs: Sequence[pl.BlockSpec], arrays: Sequence[Any]) -> int:
+    """Bytes that a kernel copies between HBM and VMEM.
+
+    The kernel's steps run over the grid in row-major order. A block is copied in the steps whose block is not that of
+    the step before, and only as far as it lies inside its array.
+
+    Args:
+        specs: of operands and results.
+        arrays: their arrays or shapes, in the same order.
+    """
+    steps = np.indices(grid).reshape(len(grid), -1)
+    total = 0
+    with jax.ensure_compile_time_eval():
+        for spec, array in zip(specs, arrays, strict=True):
+            total += _copied_elements(spec, array.shape, steps) * array.dtype.itemsize
+    return total
+
+
+def _copied_elements(spec: pl.BlockSpec, shape: tuple[int, ...], steps: np.ndarray) -> int:
+    assert spec.index_map is not None and spec.block_shape is not None
+    index = np.stack([np.broadcast_to(np.asarray(i), steps.shape[1:]) for i in spec.index_map(*steps)])
+    sizes: list[Any] = [1 if size is None else size for size in spec.block_shape]
+    inside = [np.minimum(size, length - i * size) for size, length, i in zip(sizes, shape, index, strict=True)]
+    changes = np.concatenate([[True], (index[:, 1:] != index[:, :-1]).any(axis=0)])
+    return int(np.prod(np.stack(inside), axis=0)[changes].sum())
