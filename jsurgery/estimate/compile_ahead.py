@@ -19,6 +19,7 @@ from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.estimate.chips import GIB, GPUS, MACHINES, Chip, parse_topology
 from jsurgery.estimate.hlo import collectives, largest_buffers
 from jsurgery.estimate.programs import lowered, step_flops, trained_sizes
+from jsurgery.estimate.traffic import bound_by, program_work
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, peak_bytes
 from jsurgery.runtime.mesh import is_given, make_mesh, mesh_sizes
@@ -53,7 +54,9 @@ def compile_stage(
         raise DoesNotFit(f"{stage} on {topology}: {error}") from None
     seconds = time.perf_counter() - start
     memory = memory_parts(compiled)
-    flops = step_flops(config, sizes.transformer, stage) / len(devices)
+    flops, text = step_flops(config, sizes.transformer, stage) / len(devices), compiled.as_text()
+    work = program_work(text)
+    times = work.seconds(chip)
     result = {
         "stage": stage,
         "topology": topology,
@@ -63,7 +66,10 @@ def compile_stage(
         "capacity_bytes": chip.memory,
         "flops_per_device": flops,
         "least_seconds": flops / chip.flops,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(text),
+        **dataclasses.asdict(work),
+        "seconds": times,
+        "bound_by": bound_by(times),
         "compile_seconds": seconds,
         "compile_peak_bytes": peak_bytes(),
         "source": "static estimate of the TPU compiler; FLOPs by jsurgery's cost model",
@@ -143,7 +149,13 @@ def as_text(result: dict[str, Any]) -> str:
         f"{result['stage']} on {result['topology']}: static estimate of the TPU compiler, FLOPs by the cost model",
         f"memory a device: {memory['peak'] / GIB:.2f} of {result['capacity_bytes'] / GIB:.0f} GiB (arguments "
         f"{memory['argument'] / GIB:.2f}, temporary {memory['temp'] / GIB:.2f}, reused {memory['alias'] / GIB:.2f})",
-        f"FLOPs a device: {result['flops_per_device'] / 1e12:.3g} T, at the peak rate {result['least_seconds']:.3g} s",
+        f"FLOPs a device: {result['flops_per_device'] / 1e12:.3g} T by the cost model, "
+        f"{result['flops'] / 1e12:.3g} T in the program",
+        f"bytes a device: {result['hbm_bytes'] / 1e9:.4g} GB to and from HBM, "
+        f"{result['exchanged_bytes'] / 1e9:.4g} GB exchanged",
+        "seconds at the chip's rates: "
+        + ", ".join(f"{name} {seconds:.3g}" for name, seconds in result["seconds"].items())
+        + f"; bound by {result['bound_by']}",
         *(f"{kind}: {each['count']} a step, {each['bytes'] / GIB:.4g} GiB" for kind, each in moved.items()),
         f"compiled in {result['compile_seconds']:.0f} s and {result['compile_peak_bytes'] / GIB:.1f} GiB",
     ]

@@ -1,17 +1,22 @@
-"""Reads a compiled program's HLO text for the traffic between devices, and XLA's report for the largest buffers."""
+"""Reads a compiled program's HLO text: its instructions, how often they run, and the traffic between devices.
+
+Also reads XLA's report for the largest buffers.
+"""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16} | {f"{kind}{8 * n}": n for kind in "suf" for n in (1, 2, 4, 8)}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"([a-z]\w*?)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_VALUE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")  # {{0,1},{2,3}} or [2,2]<=[4]
@@ -21,15 +26,64 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
+class Value:
+    """An array in an instruction's result. `layout` is the text in braces after its shape, like "1,0:T(8,128)S(1)"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        return BYTES.get(self.dtype, 0) * math.prod(self.shape)
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it lies in HBM: memory space 0, which the text leaves out."""
+        return "S(" not in self.layout
+
+    @property
+    def stored_bytes(self) -> int:
+        """`nbytes` with the padding of the two minor dimensions to whole tiles."""
+        order, _, tiles = self.layout.partition(":")
+        tile = [int(size) for size in tiles[2 : tiles.find(")")].split(",")] if tiles.startswith("T(") else []
+        minor_first = [self.shape[int(axis)] for axis in order.split(",")] if order else list(self.shape)[::-1]
+        padded = [-(-size // unit) * unit for size, unit in zip(minor_first, tile[::-1], strict=False)]
+        return BYTES.get(self.dtype, 0) * math.prod(padded + minor_first[len(padded) :])
+
+
+@dataclasses.dataclass(frozen=True)
 class Instruction:
+    """`name = result operation(rest`; `rest` holds the operands, the closing parenthesis and the attributes."""
+
+    name: str
     result: str
     operation: str
     rest: str
+    is_root: bool = False
+
+    @functools.cached_property
+    def values(self) -> tuple[Value, ...]:
+        """The arrays of the result, those of a tuple in order."""
+        return tuple(
+            Value(dtype, tuple(int(size) for size in shape.split(",") if size), layout)
+            for dtype, shape, layout in _VALUE.findall(self.result)
+        )
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operands."""
+        depth = 1
+        for position, character in enumerate(self.rest):
+            depth += (character == "(") - (character == ")")
+            if depth == 0:
+                return tuple(_OPERAND.findall(self.rest[:position]))
+        return tuple(_OPERAND.findall(self.rest))
 
     @property
     def bytes_out(self) -> int:
         """Bytes that a collective produces on a device; of a reduce-scatter the bytes that it takes."""
-        sizes = [_nbytes(*shape) for shape in _SHAPE.findall(self.result)]
+        sizes = [value.nbytes for value in self.values]
         if self.operation == "reduce-scatter" and (groups := _GROUPS.search(self.rest)):
             return sum(sizes) * (int(groups[2]) if groups[2] else 1 + groups[1].count(","))
         if self.operation in ("all-gather-start", "collective-permute-start"):  # the result also lists the inputs
@@ -37,15 +91,122 @@ class Instruction:
         return sum(sizes)
 
 
+class Computation(dict[str, Instruction]):
+    """The instructions of a computation by name, in their order."""
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next((each for each in self.values() if each.is_root), list(self.values())[-1])
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """The parameters by number."""
+        return {int(each.rest.partition(")")[0]): each for each in self.values() if each.operation == "parameter"}
+
+    @functools.cached_property
+    def starts_collective(self) -> bool:
+        """Whether a collective begins here that TPUs split into steps, to run beside other work."""
+        return any('"AsyncCollectiveStart"' in each.rest for each in self.values())
+
+    def is_later_step(self, collective: Instruction) -> bool:
+        """Whether a collective is such a step, and not the first."""
+        return "chain_id=" in collective.rest and not self.starts_collective
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read an instruction's result, by its name."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self}
+        for each in self.values():
+            for operand in dict.fromkeys(each.operands):
+                users.setdefault(operand, []).append(each)
+        return users
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The computations of a program by name; `entry` is the name of the one that is run."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def total(
+        self, count: Callable[[Instruction, Computation], Counter | None], weigh: Callable[[Counter], float]
+    ) -> Counter:
+        """The sum of `count(instruction, its computation)` over one run of the program.
+
+        Where `count` returns None, the computations that the instruction calls are counted: the body of a loop as often
+        as it runs, or once where that is not known; of a conditional only the branch of most weight by `weigh`.
+        """
+        return self._total(self.entry, count, weigh, {})
+
+    def _total(self, name: str, count, weigh, known: dict[str, Counter]) -> Counter:
+        if name not in known:
+            known[name] = Counter()
+            computation = self.computations.get(name, Computation())
+            for instruction in computation.values():
+                own = count(instruction, computation)
+                if own is not None:
+                    known[name] += own
+                    continue
+                times, called, branches = self.calls(instruction)
+                totals = [self._total(each, count, weigh, known) for each in branches]
+                heaviest = [max(totals, key=weigh)] if totals else []
+                for each in heaviest + [self._total(each, count, weigh, known) for each in called]:
+                    known[name] += Counter({key: times * n for key, n in each.items()})
+        return known[name]
+
+    def calls(self, instruction: Instruction) -> tuple[int, list[str], list[str]]:
+        """How often an instruction runs what it calls, the computations that it calls, and those of which it takes
+        one."""
+        branches = [
+            name.strip().lstrip("%") for names in _BRANCHES.findall(instruction.rest) for name in names.split(",")
+        ]
+        called = []
+        for role, name in _CALLED.findall(instruction.rest):
+            (branches if role in ("true_computation", "false_computation") else called).append(name)
+        return self.trips(instruction) if instruction.operation == "while" else 1, called, branches
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs: the compiler's note, else the only constant in the loop's condition, else 1."""
+        if noted := _TRIPS.search(loop.rest):
+            return int(noted[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        compared = self.computations.get(condition[1], Computation()) if condition else Computation()
+        constants = [each.rest for each in compared.values() if each.operation == "constant"]
+        numbers = [int(digits[0]) for text in constants if (digits := re.match(r"\d+", text))]
+        return numbers[0] if len(numbers) == 1 else 1
+
+
+def parse(text: str) -> Module:
+    """The computations of HLO text, as `compiled.as_text()` has it."""
+    computations, current, entry = {}, None, ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[1], Computation())
+            entry = match[1] if line.startswith("ENTRY") else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            root, name, result, operation, rest = match.groups()
+            current[name] = Instruction(name, result, operation, rest, root is not None)
+    return Module(computations, entry)
+
+
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """By kind of collective: `count`, and `bytes` produced on one device, in one run of the program.
 
-    The body of a loop counts as often as it runs, or once where that is not known. Of a conditional only the branch
-    that moves most bytes counts. A reduce-scatter counts the bytes that it takes. A collective that TPUs split into
-    steps, to run beside other work, counts once.
+    A reduce-scatter counts the bytes that it takes. A collective that TPUs split into steps, to run beside other work,
+    counts once. For loops and conditionals see `Module.total`.
     """
-    computations, entry = _parse(text)
-    totals = _total(entry, computations, {})
+
+    def count(instruction: Instruction, computation: Computation) -> Counter | None:
+        kind = instruction.operation.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return None
+        if computation.is_later_step(instruction):
+            return Counter()
+        return Counter({(kind, "count"): 1, (kind, "bytes"): instruction.bytes_out})
+
+    weigh = lambda total: sum(n for (_, unit), n in total.items() if unit == "bytes")
+    totals = parse(text).total(count, weigh)
     kinds = sorted({kind for kind, _ in totals})
     return {kind: {unit: totals[kind, unit] for unit in ("count", "bytes")} for kind in kinds}
 
@@ -59,61 +220,3 @@ def largest_buffers(report: str, count: int) -> list[tuple[int, str]]:
     rows = _BUFFER.findall("".join(space))
     buffers = [(int(float(size) * _UNITS[unit]), shapes) for size, unit, shapes in rows]
     return sorted(buffers, key=lambda buffer: -buffer[0])[:count]
-
-
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation by its name, and the name of the entry computation."""
-    computations, current, entry = {}, None, ""
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            current = computations.setdefault(match[1], [])
-            entry = match[1] if line.startswith("ENTRY") else entry
-        elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(Instruction(*match.groups()))
-    return computations, entry
-
-
-def _total(name: str, computations: dict[str, list[Instruction]], known: dict[str, Counter]) -> Counter:
-    """(kind, "count" | "bytes") -> total of a computation and all that it calls; `known` keeps totals by name."""
-    if name not in known:
-        known[name] = Counter()
-        instructions = computations.get(name, [])
-        starts = any("AsyncCollectiveStart" in instruction.rest for instruction in instructions)
-        for instruction in instructions:
-            kind = instruction.operation.removesuffix("-start")
-            if kind in COLLECTIVES:
-                if starts or "chain_id=" not in instruction.rest:
-                    known[name] += Counter({(kind, "count"): 1, (kind, "bytes"): instruction.bytes_out})
-            else:
-                for times, called in _called(instruction, computations, known):
-                    known[name] += Counter({key: times * n for key, n in called.items()})
-    return known[name]
-
-
-def _called(instruction: Instruction, computations, known) -> Iterator[tuple[int, Counter]]:
-    """(how often it runs, its totals) of each computation that an instruction calls."""
-    times = _trips(instruction, computations) if instruction.operation == "while" else 1
-    branches = [name.strip().lstrip("%") for names in _BRANCHES.findall(instruction.rest) for name in names.split(",")]
-    for role, name in _CALLED.findall(instruction.rest):
-        if role in ("true_computation", "false_computation"):
-            branches.append(name)
-        else:
-            yield times, _total(name, computations, known)
-    if branches:
-        totals = [_total(name, computations, known) for name in branches]
-        yield 1, max(totals, key=lambda total: sum(n for (_, unit), n in total.items() if unit == "bytes"))
-
-
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: the compiler's note, else the only constant in the loop's condition, else 1."""
-    if noted := _TRIPS.search(loop.rest):
-        return int(noted[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    compared = computations.get(condition[1], []) if condition else []
-    constants = [instruction.rest for instruction in compared if instruction.operation == "constant"]
-    numbers = [int(digits[0]) for text in constants if (digits := re.match(r"\d+", text))]
-    return numbers[0] if len(numbers) == 1 else 1
-
-
-def _nbytes(dtype: str, dimensions: str) -> int:
-    return BYTES.get(dtype, 0) * math.prod(int(size) for size in dimensions.split(",") if size)

@@ -19,6 +19,8 @@ from jsurgery.wan.video_size import num_tokens
 
 # The fields of a BlockCost, and its total.
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
+# How often distillation reads or writes a head's scores, and the features of both its maps at a rate.
+SCORE_PASSES, FEATURE_PASSES = 3, 24
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,22 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
         ffn=2 * dim * config.ffn_dim + 2 * tokens * (dim + config.ffn_dim),
     )
     return BlockCost(*(bytes_per_value * count for count in vars(values).values()))
+
+
+def distillation_bytes(workload: Workload, rates: Sequence[Rate]) -> int:
+    """Memory traffic of one distillation step with the loss "value" on one example, every block at all these rates.
+
+    Beside the teacher's least traffic, what `surgery.distillation.losses` forms of each head in float32. The scores
+    [N, N] are written once, with their maxima, and read twice: for the sum of their exponentials and for the product
+    with the values. Features of queries and keys, [N, F], are passed to and fro by the layers of both maps and by their
+    gradients. The passes are those of compiled TPU programs in which the scores do not fit into the chip's own memory.
+    """
+    config, tokens = workload.config, workload.tokens
+    values = SCORE_PASSES * tokens**2
+    if workload.feature_map:
+        values += FEATURE_PASSES * len(rates) * tokens * num_features(workload.feature_map, config.attention_head_dim)
+    teacher = model_bytes(workload, (1,) * config.num_layers)
+    return teacher + 4 * config.num_layers * config.num_attention_heads * values
 
 
 def share(block: BlockCost) -> float:
