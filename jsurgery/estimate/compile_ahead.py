@@ -24,7 +24,8 @@ from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, peak_bytes
 from jsurgery.runtime.mesh import is_given, make_mesh, mesh_sizes
 from jsurgery.runtime.progress import say
-from jsurgery.surgery.phases import on_mesh
+from jsurgery.surgery.phases import on_mesh, planned_rates
+from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.models import ModelSizes, find_sizes
 from pallas_kernels import estimate
 
@@ -55,7 +56,8 @@ def compile_stage(
     seconds = time.perf_counter() - start
     memory = memory_parts(compiled)
     flops, text = step_flops(config, sizes.transformer, stage) / len(devices), compiled.as_text()
-    work = program_work(text)
+    shares = branch_shares(config, sizes.transformer) if stage in ("sample", "finetune") else ()
+    work = program_work(text, shares)
     times = work.seconds(chip)
     result = {
         "stage": stage,
@@ -66,7 +68,7 @@ def compile_stage(
         "capacity_bytes": chip.memory,
         "flops_per_device": flops,
         "least_seconds": flops / chip.flops,
-        "collectives": collectives(text),
+        "collectives": collectives(text, shares),
         **dataclasses.asdict(work),
         "seconds": times,
         "bound_by": bound_by(times),
@@ -132,6 +134,12 @@ def chip_and_devices(topology: str, slices: int) -> tuple[Chip, Sequence[Any]]:
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         message = str(error).strip().splitlines()[0]
         raise InputError(f"--topology={topology}: libtpu (the `tpu` extra) does not know it: {message}") from None
+
+
+def branch_shares(config: ConfigDict, network: WanConfig) -> tuple[float, ...]:
+    """The share of the blocks at each rate of the plan: of the scan's turns that take each branch of its attention."""
+    rates = planned_rates(config, network.num_layers)
+    return tuple(rates.count(rate) / len(rates) for rate in sorted(set(rates), key=str))
 
 
 def buffers_as_text(folder: str) -> str:

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16} | {f"{kind}{8 * n}": n for kind in "suf" for n in (1, 2, 4, 8)}
@@ -130,16 +130,20 @@ class Module:
     entry: str
 
     def total(
-        self, count: Callable[[Instruction, Computation], Counter | None], weigh: Callable[[Counter], float]
+        self,
+        count: Callable[[Instruction, Computation], Counter | None],
+        weigh: Callable[[Counter], float],
+        branch_shares: Sequence[float] = (),
     ) -> Counter:
         """The sum of `count(instruction, its computation)` over one run of the program.
 
         Where `count` returns None, the computations that the instruction calls are counted: the body of a loop as often
-        as it runs, or once where that is not known; of a conditional only the branch of most weight by `weigh`.
+        as it runs, or once where that is not known; the branches of a conditional by their share of its runs, if there
+        are as many as `branch_shares`, otherwise only the branch of most weight by `weigh`.
         """
-        return self._total(self.entry, count, weigh, {})
+        return self._total(self.entry, count, weigh, branch_shares, {})
 
-    def _total(self, name: str, count, weigh, known: dict[str, Counter]) -> Counter:
+    def _total(self, name: str, count, weigh, shares: Sequence[float], known: dict[str, Counter]) -> Counter:
         if name not in known:
             known[name] = Counter()
             computation = self.computations.get(name, Computation())
@@ -149,10 +153,14 @@ class Module:
                     known[name] += own
                     continue
                 times, called, branches = self.calls(instruction)
-                totals = [self._total(each, count, weigh, known) for each in branches]
-                heaviest = [max(totals, key=weigh)] if totals else []
-                for each in heaviest + [self._total(each, count, weigh, known) for each in called]:
-                    known[name] += Counter({key: times * n for key, n in each.items()})
+                totals = [(times, self._total(each, count, weigh, shares, known)) for each in called]
+                taken = [self._total(each, count, weigh, shares, known) for each in branches]
+                if len(taken) == len(shares):
+                    totals += zip(shares, taken, strict=True)
+                elif taken:
+                    totals.append((1, max(taken, key=weigh)))
+                for runs, each in totals:
+                    known[name] += Counter({key: runs * n for key, n in each.items()})
         return known[name]
 
     def calls(self, instruction: Instruction) -> tuple[int, list[str], list[str]]:
@@ -190,7 +198,7 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
+def collectives(text: str, branch_shares: Sequence[float] = ()) -> dict[str, dict[str, int]]:
     """By kind of collective: `count`, and `bytes` produced on one device, in one run of the program.
 
     A reduce-scatter counts the bytes that it takes. A collective that TPUs split into steps, to run beside other work,
@@ -206,9 +214,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
         return Counter({(kind, "count"): 1, (kind, "bytes"): instruction.bytes_out})
 
     weigh = lambda total: sum(n for (_, unit), n in total.items() if unit == "bytes")
-    totals = parse(text).total(count, weigh)
+    totals = parse(text).total(count, weigh, branch_shares)
     kinds = sorted({kind for kind, _ in totals})
-    return {kind: {unit: totals[kind, unit] for unit in ("count", "bytes")} for kind in kinds}
+    return {kind: {unit: round(totals[kind, unit]) for unit in ("count", "bytes")} for kind in kinds}
 
 
 def largest_buffers(report: str, count: int) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from jsurgery.estimate.chips import Chip
 from jsurgery.estimate.hlo import COLLECTIVES, Computation, Instruction, Module, Value, collectives, parse
@@ -64,12 +65,17 @@ def bound_by(seconds: dict[str, float]) -> str:
     return max(seconds, key=seconds.__getitem__)
 
 
-def program_work(text: str) -> ProgramWork:
-    """The work of a program, from its HLO text: `jax.stages.Compiled.as_text()`."""
+def program_work(text: str, branch_shares: Sequence[float] = ()) -> ProgramWork:
+    """The work of a program, from its HLO text: `jax.stages.Compiled.as_text()`.
+
+    `branch_shares` says how often each branch is taken of conditionals that have as many branches; of any other
+    conditional the heaviest branch counts.
+    """
     program = parse(text)
-    flops = program.total(lambda instruction, computation: _flops(instruction, computation), Counter.total)
-    moved = program.total(lambda instruction, computation: _hbm(program, instruction, computation), Counter.total)
-    exchanged = sum(kind["bytes"] for kind in collectives(text).values())
+    flops = program.total(_flops, Counter.total, branch_shares)
+    hbm = lambda instruction, computation: _hbm(program, instruction, computation)
+    moved = program.total(hbm, Counter.total, branch_shares)
+    exchanged = sum(kind["bytes"] for kind in collectives(text, branch_shares).values())
     return ProgramWork(flops["flops"], moved["bytes"], exchanged)
 
 

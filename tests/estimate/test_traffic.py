@@ -104,6 +104,9 @@ def test_a_loop_counts_its_slices_as_often_as_it_runs():
     once += 10 * SLICE  # %history
     assert work.hbm_bytes == pytest.approx(10 * turn + once, abs=10 * 1024)  # and scalars
     assert work.flops == 10 * (2 * 1024 * 1024 * 128 + 1000)
+    # With known shares, a fifth of the turns runs the branch that moves something.
+    assert program_work(LOOP, (0.8, 0.2)).hbm_bytes == work.hbm_bytes - 0.8 * 10 * 2 * SLICE
+    assert program_work(LOOP, (0.5, 0.3, 0.2)) == work
     assert work.exchanged_bytes == 0
 
 
