@@ -3,6 +3,7 @@
 All numbers are the compiler's estimates, not measurements.
 """
 
+import dataclasses
 import math
 import re
 import tempfile

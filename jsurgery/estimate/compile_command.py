@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import GIB
-from jsurgery.estimate.compile_ahead import OutOfMemory, chip_and_devices, compile_program, memory_parts, mesh_of
+from jsurgery.estimate.compile_ahead import (
+    OutOfMemory,
+    branch_shares,
+    chip_and_devices,
+    compile_program,
+    memory_parts,
+    mesh_of,
+)
+from jsurgery.estimate.traffic import bound_by, program_work
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import make_mesh, mesh_sizes
@@ -62,15 +70,19 @@ def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str
             say(f"compile: {stage}, {phase.name} on {topology}")
             start = time.perf_counter()
             try:
-                memory = memory_parts(compile_program(phase.program, placed, sizes, mesh))
+                compiled = compile_program(phase.program, placed, sizes, mesh)
             except OutOfMemory as error:
                 yield row | {"error": str(error), "fits": False}
                 continue
+            memory = memory_parts(compiled)
+            shares = branch_shares(placed, sizes.transformer) if phase.program in ("sample", "finetune") else ()
+            seconds = program_work(compiled.as_text(), shares).seconds(chip)
+            row |= {"seconds": seconds, "bound_by": bound_by(seconds)}
             added = memory["temp"] + memory["output"] - memory["alias"]
             peak = max(held, memory["argument"]) + added
             fits = peak <= USABLE * chip.memory
-            seconds = time.perf_counter() - start
-            yield row | {"memory_bytes": memory, "peak_bytes": peak, "fits": fits, "compile_seconds": seconds}
+            took = time.perf_counter() - start
+            yield row | {"memory_bytes": memory, "peak_bytes": peak, "fits": fits, "compile_seconds": took}
 
 
 def as_text(command: str, topology: str, rows: list[dict[str, Any]]) -> str:
@@ -80,11 +92,14 @@ def as_text(command: str, topology: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         start = [row["stage"], row["phase"], describe_mesh(row["mesh"]) if row["mesh"] else "none fits"]
         if "error" in row:
-            cells.append([*start, gib(row.get("held_bytes", 0)), "", "", f"does not fit: {row['error']}"])
+            cells.append([*start, gib(row.get("held_bytes", 0)), "", "", f"does not fit: {row['error']}", "", ""])
             continue
         peak, held, capacity = row["peak_bytes"], row["held_bytes"], row["capacity_bytes"]
         verdict = "fits" if row["fits"] else "does not fit"
-        cells.append([*start, gib(held), gib(peak - held), f"{gib(peak)} of {capacity / GIB:.0f}", verdict])
+        times = " / ".join(f"{row['seconds'][kind]:.3g}" for kind in ("compute", "memory", "exchange"))
+        peaks = [gib(held), gib(peak - held), f"{gib(peak)} of {capacity / GIB:.0f}", verdict]
+        cells.append([*start, *peaks, times, row["bound_by"]])
     header = ["stage", "phase", "mesh", "held, GiB a chip", "added by the program", "peak", ""]
+    header += ["s a run: compute / memory / exchange", "ruled by"]
     title = f"{command} on {topology}: static estimates of the TPU compiler; what lies beside a program by arithmetic"
     return "\n".join([title, markdown_table(header, cells)])
