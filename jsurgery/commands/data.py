@@ -1,5 +1,6 @@
 """Training data: encode reads videos, synthesize samples them from a teacher."""
 
+from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
 
@@ -18,6 +19,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--prompts_file", required=True, help="one prompt a line")
     command.add_argument("--workdir", required=True, help="gets synthesized/; running it again resumes")
     add_processes(command)
+    add_dry_run(command)
 
 
 def run_encode(options: Options, overrides: Overrides) -> None:
@@ -30,8 +32,13 @@ def run_encode(options: Options, overrides: Overrides) -> None:
 
 def run_synthesize(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
-    join_processes(options)
     from jsurgery.data.prompts import read_prompts
+
+    prompts = read_prompts(options.prompts_file)
+    if options.dry_run:
+        dry_run_sampling("synthesize", config, options, len(prompts), config.data.batch)
+        return
+    join_processes(options)
     from jsurgery.data.synthesize import synthesize_clips
 
-    print(synthesize_clips(config, read_prompts(options.prompts_file), options.workdir))
+    print(synthesize_clips(config, prompts, options.workdir))

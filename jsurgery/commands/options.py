@@ -83,18 +83,6 @@ def add_size(command: Parser, **sizes: int) -> None:
         command.add_argument(f"--{name}", type=positive, default=default, help=f"default: {default}")
 
 
-def add_dry_run(command: Parser) -> None:
-    """Adds the flags of a dry run."""
-    text = "only tell what would run: meshes, memory, disk and hours of NAME@TOPOLOGY, or of this machine"
-    command.add_argument("--dry_run", action="store_true", help=text)
-    text = "for --dry_run: GB of disk that there are (default: what is free under --workdir)"
-    command.add_argument("--disk", type=float, metavar="GB", help=text)
-    text = "for --dry_run: GB that there are for the results alone, without checkpoints and traces"
-    command.add_argument("--kept", type=float, metavar="GB", help=text)
-    text = "for --dry_run: also write the result here"
-    command.add_argument("--json", metavar="FILE", help=text)
-
-
 def add_processes(command: Parser) -> None:
     """Adds the flags for a run with several processes."""
     text = "where process 0 listens, the same for all processes; auto on TPU pods and under Slurm or Open MPI"

@@ -1,5 +1,6 @@
 """sample: makes videos from prompts."""
 
+from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
 from jsurgery.commands.options import SAMPLE_FIELDS, Commands, Options, Overrides, add_fields, read_sampling_config
 
 
@@ -10,6 +11,7 @@ def add(commands: Commands) -> None:
     prompts.add_argument("--prompts_file", help="one prompt a line; running it again makes the videos still missing")
     command.add_argument("--output", help=".mp4, .gif or .png (default: out.mp4); with --prompts_file a folder of mp4")
     add_fields(command, SAMPLE_FIELDS)
+    add_dry_run(command)
 
 
 def run_sample(options: Options, overrides: Overrides) -> None:
@@ -19,5 +21,9 @@ def run_sample(options: Options, overrides: Overrides) -> None:
 
     single = options.prompts_file is None
     prompts = [options.prompt] if single else read_prompts(options.prompts_file)
-    for file in sample_videos(config, prompts, options.output or ("out.mp4" if single else "samples"), single):
+    output = options.output or ("out.mp4" if single else "samples")
+    if options.dry_run:
+        dry_run_sampling("sample", config, options, len(prompts), 1, output)
+        return
+    for file in sample_videos(config, prompts, output, single):
         print(file, flush=True)

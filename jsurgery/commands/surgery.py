@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
+from jsurgery.commands.dry_run import add_dry_run, limits
 from jsurgery.commands.options import (
     Commands,
     Options,
     Overrides,
-    add_dry_run,
     add_processes,
     join_processes,
     read_config,
@@ -72,8 +72,7 @@ def run_dry(config: ConfigDict, options: Options) -> None:
         Run(config, options.workdir)
     commands = COMMANDS if options.name == "surgery" else (options.name,)
     stages = [stage.name for stage in STAGES if stage.command in commands]
-    topology, limits = split_topology(options.config)[1], {"disk": options.disk, "kept": options.kept}
-    dry_run(config, options.config, topology, stages, workdir=options.workdir, **limits, report=options.json)
+    dry_run(config, options.config, split_topology(options.config)[1], stages, limits(options))
 
 
 def print_front(config: ConfigDict, run: "Run") -> None:

@@ -4,83 +4,117 @@ Memory and disk are the arithmetic by which the command itself chooses its meshe
 hours are `jsurgery roofline`'s. Nothing is measured.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import CHIPS, GIB, Chip, parse_topology
-from jsurgery.estimate.roofline import estimate, work_of_stages
+from jsurgery.estimate.roofline import StageWork, estimate, synthesis, work_of_stages
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import abstract_mesh, mesh_sizes
 from jsurgery.runtime.mesh_choice import describe_mesh, device_memory
-from jsurgery.surgery.disk import GB, StageDisk, check_disk, disk_of_stages
+from jsurgery.surgery.disk import GB, VIDEO_BYTES, StageDisk, check_disk, disk_of_stages
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
-from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan import memory
+from jsurgery.wan.memory import Phase, on_sampling_mesh
+from jsurgery.wan.models import find_sizes
 
 EFFICIENCY = 0.4  # of the peak rates, for the hours
 # A row of the roofline -> the stage that it belongs to.
 STAGE_OF_WORK = {"velocity errors of blocks": "distill", "evaluate": "evaluation"}
 
 
-def dry_run(
-    config: ConfigDict,
-    config_name: str,
-    topology: str,
-    stages: Sequence[str],
-    *,
-    workdir: str | None = None,
-    disk: float | None = None,
-    kept: float | None = None,
-    report: str | None = None,
-) -> None:
-    """Prints the phases of stages with mesh, memory, disk and hours.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a dry run compares with, and where it writes its numbers.
 
-    Args:
-        config_name: tells the published model where `config.model.path` is empty.
-        topology: such as "v5e-8" or "v5e:4x4"; "" for the devices of this machine.
-        stages: names of stages.
-        workdir: where the files would lie.
-        disk: the GB that there are for all files; by default what is free at `workdir`.
-        kept: the GB that there are for the results alone.
-        report: a JSON file for the same numbers.
-
-    Raises DoesNotFit, after the table, if a stage fits no mesh of the devices; InputError if the disk is too small.
+    Attributes:
+      workdir: where the files would lie; None: no disk is needed.
+      disk: the GB that there are for all files; None: what is free at `workdir`.
+      kept: the GB that there are for the results alone; None: no limit.
+      report: a JSON file for the numbers.
     """
-    check_report(report)
-    sizes = find_sizes(config, config_name)
-    machine, chip, count, capacity = devices_of(topology)
-    computing = [stage for stage in stages if stage in COMPUTING]
-    phases = [row for stage in computing for row in phase_rows(stage, config, sizes, count, capacity)]
-    hours = [] if chip is None else hour_rows(config, sizes, stages, chip, count)
+
+    workdir: str | None
+    disk: float | None = None
+    kept: float | None = None
+    report: str | None = None
+
+
+def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequence[str], limits: Limits) -> None:
+    """Prints the phases of a surgery's stages with mesh, memory, disk and hours.
+
+    `config_name` tells the published model where `config.model.path` is empty. `topology` is one like "v5e-8" or
+    "v5e:4x4", or "" for the devices of this machine. Raises DoesNotFit, after the tables, if a stage fits no mesh of
+    the devices; InputError if the disk is too small.
+    """
+    check_report(limits.report)
+    sizes, machine = find_sizes(config, config_name), machine_of(topology)
+    phases = []
+    for stage in stages:
+        if stage in COMPUTING:
+            place = lambda stage=stage: on_mesh(
+                stage, config, sizes, machine.count, machine.memory, tell=lambda line: None
+            )
+            phases += phase_rows(stage, place, lambda placed, mesh, stage=stage: phases_of(stage, placed, sizes, mesh))
+    works = [(STAGE_OF_WORK.get(work.stage, work.stage), work) for work in work_of_stages(config, sizes.transformer)]
+    hours = hour_rows([work for stage, work in works if stage in stages], machine)
     disks = [row for row in disk_of_stages(config, sizes) if row.stage in stages]
-    print(as_text(config, machine, count, capacity, stages, phases, hours, disks), flush=True)
-    if report is not None:
-        write_json(
-            epath.Path(report),
-            {"machine": machine, "devices": count, "phases": phases, "hours": hours, "disk": [vars(d) for d in disks]},
-        )
-    if too_large := [row for row in phases if "error" in row]:
-        raise DoesNotFit("; ".join(row["error"] for row in too_large))
-    check_disk(disks, workdir, disk, kept)
+    clips = "finetune" in stages and not config.data.path and config.finetune.steps
+    note = (
+        f"fine-tuning reads the {own_clips(config)} clips at which the teacher's trajectories end, since "
+        "config.data.path is empty; `jsurgery synthesize` makes more"
+    )
+    tell(machine, phases, hours, disks, [note] if clips else [], limits)
 
 
-def devices_of(topology: str) -> tuple[str, Chip | None, int, int | None]:
-    """(name, chip, number of devices, bytes of memory of each) of a topology, or of this machine.
+def dry_run_sampling(
+    command: str, config: ConfigDict, config_name: str, topology: str, videos: int, batch: int, limits: Limits
+) -> None:
+    """Prints the same for a command that samples `videos`, `batch` at once, to mp4 files or, in `synthesize`, shards."""
+    check_report(limits.report)
+    sizes, machine = find_sizes(config, config_name), machine_of(topology)
+    place = lambda: on_sampling_mesh(command, config, sizes, batch, machine.count, machine.memory)
+    phases = phase_rows(command, place, lambda placed, mesh: memory.sampling_phases(placed, sizes, mesh, batch, videos))
+    clip = VIDEO_BYTES
+    if command == "synthesize":
+        text = config.text_length * sizes.transformer.text_dim * 2
+        clip = memory.latents_bytes(config, sizes.transformer, itemsize=2) + text
+    hours = hour_rows([synthesis(config, sizes.transformer, videos)], machine)
+    tell(machine, phases, hours, [StageDisk(command, 0, videos * clip)], [], limits)
 
-    The chip and the memory are None where they are not known.
-    """
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices: their name, chip, number, and the bytes of memory of each. The last is None where it is not known, and
+    so is the chip."""
+
+    name: str
+    chip: Chip | None
+    count: int
+    memory: int | None
+
+    @property
+    def of_memory(self) -> str:
+        return "" if self.memory is None else f" of {self.memory / GIB:.0f} GiB"
+
+
+def machine_of(topology: str) -> Machine:
+    """The devices of a topology, or of this machine where it is empty."""
     if topology:
         chip, count = parse_topology(topology)
-        return topology, chip, count, chip.memory
+        return Machine(topology, chip, count, chip.memory)
     devices = jax.devices()
     kind = devices[0].device_kind
-    return kind, chip_of(kind), len(devices), device_memory(devices[0])
+    return Machine(kind, chip_of(kind), len(devices), device_memory(devices[0]))
 
 
 def chip_of(kind: str) -> Chip | None:
@@ -92,45 +126,52 @@ def chip_of(kind: str) -> Chip | None:
 
 
 def phase_rows(
-    stage: str, config: ConfigDict, sizes: ModelSizes, count: int, capacity: int | None
+    stage: str, place: Callable[[], ConfigDict], phases: Callable[[ConfigDict, AbstractMesh], Sequence[Phase]]
 ) -> list[dict[str, Any]]:
-    """The phases of a stage on the mesh that it would choose; one row with an error where none fits."""
+    """The phases of a stage on the mesh that `place` chooses; one row with an error where none fits."""
     try:
-        placed = on_mesh(stage, config, sizes, count, capacity, tell=lambda line: None)
+        placed = place()
     except DoesNotFit as error:
         return [{"stage": stage, "error": str(error)}]
     return [
         {"stage": stage, "phase": phase.name, "mesh": mesh_sizes(placed.mesh), "bytes": phase.bytes, **vars(phase)}
-        for phase in phases_of(stage, placed, sizes, abstract_mesh(placed.mesh))
+        for phase in phases(placed, abstract_mesh(placed.mesh))
     ]
 
 
-def hour_rows(
-    config: ConfigDict, sizes: ModelSizes, stages: Sequence[str], chip: Chip, count: int
-) -> list[dict[str, Any]]:
-    """The roofline's rows of these stages, each with the hours on all devices."""
-    rows = []
-    for work in work_of_stages(config, sizes.transformer):
-        stage = STAGE_OF_WORK.get(work.stage, work.stage)
-        if stage in stages:
-            row = estimate(work, chip, count, None, EFFICIENCY)
-            rows.append(row | {"hours": row["chip_hours"]["expected"] / count})
-    return rows
+def hour_rows(works: Sequence[StageWork], machine: Machine) -> list[dict[str, Any]]:
+    """The roofline's rows, each with the hours on all devices; none for devices of unknown speed."""
+    if machine.chip is None:
+        return []
+    rows = [estimate(work, machine.chip, machine.count, None, EFFICIENCY) for work in works]
+    return [row | {"hours": row["chip_hours"]["expected"] / machine.count} for row in rows]
 
 
-def as_text(
-    config: ConfigDict,
-    machine: str,
-    count: int,
-    capacity: int | None,
-    stages: Sequence[str],
+def tell(
+    machine: Machine,
     phases: list[dict[str, Any]],
     hours: list[dict[str, Any]],
     disks: Sequence[StageDisk],
-) -> str:
-    """The tables that the command prints, in Markdown."""
-    of = "" if capacity is None else f" of {capacity / GIB:.0f} GiB"
-    lines = [f"{machine}, {count} devices{of}: arithmetic alone, nothing is run or measured", ""]
+    notes: Sequence[str],
+    limits: Limits,
+) -> None:
+    """Prints and writes the tables, and raises the errors of `dry_run`."""
+    print("\n".join([*tables(machine, phases, hours, disks), *notes]), flush=True)
+    if limits.report is not None:
+        found = {"machine": machine.name, "devices": machine.count, "phases": phases, "hours": hours}
+        write_json(epath.Path(limits.report), found | {"disk": [vars(row) for row in disks]})
+    if too_large := [row["error"] for row in phases if "error" in row]:
+        raise DoesNotFit("; ".join(too_large))
+    check_disk(disks, limits.workdir, limits.disk, limits.kept)
+
+
+def tables(
+    machine: Machine, phases: list[dict[str, Any]], hours: list[dict[str, Any]], disks: Sequence[StageDisk]
+) -> list[str]:
+    """Tables of memory, disk and hours, in Markdown."""
+    lines = [
+        f"{machine.name}, {machine.count} devices{machine.of_memory}: arithmetic alone, nothing is run or measured"
+    ]
     cells = []
     for row in phases:
         if "error" in row:
@@ -139,7 +180,7 @@ def as_text(
         held = ", ".join(f"{what} {size / GIB:.2f}" for what, size in row["held"].items())
         peak = f"{row['bytes'] / GIB:.1f} ({held}; working {row['working'] / GIB:.2f})"
         cells.append([row["stage"], row["phase"], describe_mesh(row["mesh"]), peak])
-    lines += [markdown_table(["stage", "phase", "mesh", f"GiB a device{of}"], cells), ""]
+    lines += ["", markdown_table(["stage", "phase", "mesh", f"GiB a device{machine.of_memory}"], cells), ""]
     cells = [[row.stage, f"{row.scratch / GB:.1f}", f"{row.kept / GB:.1f}"] for row in disks]
     cells.append(["all", f"{sum(r.scratch for r in disks) / GB:.1f}", f"{sum(r.kept for r in disks) / GB:.1f}"])
     lines += [markdown_table(["stage", "scratch, GB of disk", "kept"], cells, numbers=True), ""]
@@ -148,12 +189,7 @@ def as_text(
         cells = [hour_cells(row) for row in hours]
         cells.append(["all", "", "", "", "", "", f"{sum(row['hours'] for row in hours):.2f}"])
         lines += [markdown_table(header, cells, numbers=True), ""]
-    if "finetune" in stages and not config.data.path and config.finetune.steps:
-        lines.append(
-            f"fine-tuning reads the {own_clips(config)} clips at which the teacher's trajectories end, since "
-            "config.data.path is empty; `jsurgery synthesize` makes more"
-        )
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def hour_cells(row: dict[str, Any]) -> list[str]:

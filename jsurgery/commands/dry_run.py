@@ -1,0 +1,44 @@
+"""The flags of --dry_run, which several commands have."""
+
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from jsurgery.commands.options import Options, Parser
+from jsurgery.load_config import split_topology
+
+if TYPE_CHECKING:
+    from jsurgery.estimate.dry_run import Limits
+
+
+def add_dry_run(command: Parser) -> None:
+    """Adds the flags of a dry run."""
+    text = "only tell what would run: meshes, memory, disk and hours of NAME@TOPOLOGY, or of this machine"
+    command.add_argument("--dry_run", action="store_true", help=text)
+    text = "for --dry_run: GB of disk that there are (default: what is free under --workdir)"
+    command.add_argument("--disk", type=float, metavar="GB", help=text)
+    text = "for --dry_run: GB that there are for the results alone, without checkpoints and traces"
+    command.add_argument("--kept", type=float, metavar="GB", help=text)
+    text = "for --dry_run: also write the result here"
+    command.add_argument("--json", metavar="FILE", help=text)
+
+
+def limits(options: Options, workdir: str | None = None) -> "Limits":
+    """The limits that the flags give. `workdir` is where files would lie, by default `--workdir`."""
+    from jsurgery.estimate.dry_run import Limits
+
+    return Limits(workdir or options.workdir, options.disk, options.kept, options.json)
+
+
+def dry_run_sampling(
+    command: str, config: ConfigDict, options: Options, videos: int, batch: int, workdir: str | None = None
+) -> None:
+    """Tells what sampling of `videos`, `batch` at once, would take. With a model's folder, first checks its files."""
+    from jsurgery.estimate import dry_run
+    from jsurgery.wan.model_folder import check_pipeline
+
+    if config.model.path:
+        check_pipeline(config.model.path)
+    name = options.config or "tiny"
+    found = limits(options, workdir)
+    dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)
