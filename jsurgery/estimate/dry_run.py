@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import CHIPS, GIB, Chip, parse_topology
-from jsurgery.estimate.roofline import StageWork, estimate, synthesis, work_of_stages
+from jsurgery.estimate.roofline import COMPILER, StageWork, estimate, synthesis, work_of_stages
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import abstract_mesh, mesh_sizes
@@ -79,7 +79,7 @@ def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequenc
 def dry_run_sampling(
     command: str, config: ConfigDict, config_name: str, topology: str, videos: int, batch: int, limits: Limits
 ) -> None:
-    """Prints the same for a command that samples `videos`, `batch` at once, to mp4 files or, in `synthesize`, shards."""
+    """The same for a command that samples `videos`, `batch` at once, to mp4 files or, in `synthesize`, to shards."""
     check_report(limits.report)
     sizes, machine = find_sizes(config, config_name), machine_of(topology)
     place = lambda: on_sampling_mesh(command, config, sizes, batch, machine.count, machine.memory)
@@ -194,6 +194,6 @@ def tables(
 
 def hour_cells(row: dict[str, Any]) -> list[str]:
     seconds = row["seconds"]
-    exchange = f"{seconds['exchange']:.3g}" if row["exchange_known"] else "not counted"
+    exchange = f"{seconds['exchange']:.3g}" if row["counted_by"] == COMPILER else "not counted"
     cells = [row["stage"], str(row["steps"]), f"{seconds['compute']:.3g}", f"{seconds['memory']:.3g}", exchange]
     return [*cells, row["bound_by"], f"{row['hours']:.2f}"]
