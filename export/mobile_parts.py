@@ -1,6 +1,5 @@
 """The parts of a job as torch modules of static shape, from which TFLite and ONNX files are made."""
 
-import functools
 import pathlib
 
 import torch
@@ -16,15 +15,11 @@ from .torch_model import load
 
 
 class MobileParts:
-    """Builds one part at a time. The transformer is loaded once, when one of its parts is first built."""
+    """Builds one part at a time, of the transformer with that part's weights alone."""
 
     def __init__(self, job: ExportJob, folder: pathlib.Path):
         self.job, self.folder = job, folder
         self.layout = TokenLayout.of(job.config, job.latent_shape)
-
-    @functools.cached_property
-    def model(self):
-        return load(self.job.transformer)
 
     def module(self, part: Part) -> nn.Module:
         job = self.job
@@ -32,15 +27,16 @@ class MobileParts:
             return load_text_encoder(f"{job.base}/text_encoder", job.text_length)
         if part.name == "vae_decoder":
             return load_vae_decoder(f"{job.base}/vae")
+        model = load(job.transformer, blocks=part.blocks)
         if part.name == "condition":
-            return Condition(self.model).eval()
+            return Condition(model).eval()
         if part.name == "embed":
-            return Embed(self.model, self.layout).eval()
+            return Embed(model, self.layout).eval()
         if part.name == "head":
-            return Head(self.model, self.layout).eval()
+            return Head(model, self.layout).eval()
         if part.name == "transformer":
-            return mobile_transformer(self.model, job.latent_shape)
-        blocks = [mobile_block(self.model, number, self.layout) for number in part.blocks]
+            return mobile_transformer(model, job.latent_shape)
+        blocks = [mobile_block(model, number, self.layout) for number in part.blocks]
         return blocks[0] if len(blocks) == 1 else Blocks(*blocks).eval()
 
     def arguments(self, part: Part, sample: int = 0) -> tuple[torch.Tensor, ...]:

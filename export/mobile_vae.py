@@ -137,7 +137,7 @@ def load_vae_decoder(path: str | pathlib.Path) -> VaeDecoder:
     """Loads the decoder from a diffusers `vae/` folder. Raises InputError for a missing tensor."""
     folder = pathlib.Path(path)
     config = VaeConfig.from_json(read_json(folder / "config.json"))
-    tensors = {name: tensor.float() for name, tensor in read_tensors(folder).items()}
+    tensors = {name: tensor.float() for name, tensor in read_tensors(folder, "decoder.", "post_quant_conv.").items()}
     try:
         return VaeDecoder(config, tensors).eval()
     except KeyError as missing:

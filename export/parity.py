@@ -23,9 +23,11 @@ def load_sample(folder: str | pathlib.Path, number: int, names: tuple[str, ...])
     return [np.load(sample_file(folder, number, name)) for name in names]
 
 
-def missing_samples(folder: str | pathlib.Path, count: int) -> list[int]:
-    """The numbers of those of the first `count` samples that have not been written."""
-    return [number for number in range(count) if not (pathlib.Path(folder) / "reference" / str(number)).exists()]
+def missing_samples(folder: str | pathlib.Path, count: int, names: Iterable[str]) -> list[int]:
+    """The numbers of those of the first `count` samples that lack one of the named tensors."""
+    names = list(names)
+    whole = lambda number: all(sample_file(folder, number, name).exists() for name in names)
+    return [number for number in range(count) if not whole(number)]
 
 
 def errors(part: Part, outputs: Iterable[Any], folder: str | pathlib.Path, sample: int = 0) -> dict[str, float | None]:

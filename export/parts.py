@@ -63,11 +63,13 @@ class ExportJob:
     prompts: tuple[str, ...]  # of samples that begin from noise
     sampler: dict[str, Any]
     seed: int
+    decoder: bool = True  # whether the VAE's is exported, if there is one; one whose layers are too large is not
+    only: tuple[str, ...] = ()  # names of the parts that are made now; (): all
 
     @classmethod
     def read(cls, folder: str | pathlib.Path) -> Self:
         fields = json.loads((pathlib.Path(folder) / JOB).read_text())
-        return cls(**fields | {"prompts": tuple(fields["prompts"])})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("prompts", "only")})
 
     def write(self, folder: pathlib.Path) -> None:
         (folder / JOB).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -76,6 +78,9 @@ class ExportJob:
     def fingerprint(self) -> str:
         """Hash of all that changes an artefact. The paths of folders are left out."""
         fields = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        del fields["only"]
+        if self.decoder:
+            del fields["decoder"]  # as before there was a choice
         fields |= {name: bool(fields[name]) for name in ("transformer", "base", "trace")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -118,14 +123,28 @@ class ExportJob:
         transformer = self.transformer_parts(step)
         encoder = Part("text_encoder", prompt, ("token_ids", "mask"), ("text_embeddings",))
         decoder = Part("vae_decoder", video, ("latents",), ("video",))
-        return [*([encoder] if self.text_encoder else []), *transformer, *([decoder] if self.base else [])]
+        return [
+            *([encoder] if self.text_encoder else []),
+            *transformer,
+            *([decoder] if self.base and self.decoder else []),
+        ]
+
+    def needed(self) -> list[Part]:
+        """The parts that are made now, and those before them whose outputs they need, in order."""
+        chosen, needed = self.only or [part.name for part in self.parts()], []
+        tensors: set[str] = set()
+        for part in reversed(self.parts()):
+            if part.name in chosen or tensors & set(part.outputs):
+                needed.insert(0, part)
+                tensors |= set(part.inputs)
+        return needed
 
     def artefacts(self, folder: pathlib.Path, format: str, choices: tuple[str, ...] = ()) -> list[Artefact]:
-        """The artefacts of a format, in order. `choices` are the precisions for tflite and the chips for qnn.
+        """The artefacts of a format that are made now, in order. `choices` are tflite's precisions or qnn's chips.
 
         qnn leaves two parts out: the text encoder looks up a table, and the condition needs float32 for its angles.
         """
-        names = [part.name for part in self.parts()]
+        names = [part.name for part in self.parts() if part.name in self.only or not self.only]
         if format == "qnn":
             names = [name for name in names if name not in ("text_encoder", "condition")]
             return [Artefact(folder, format, "fp16", name, chip) for chip in choices for name in names]

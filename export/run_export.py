@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -25,7 +26,7 @@ from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stage_folder import StageFolder, read_marker
 from jsurgery.version import __version__
-from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
+from jsurgery.wan.model_config import TextEncoderConfig, WanConfig, read_vae_config
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.tokenizer import EOS, PAD
 from jsurgery.wan.video_size import check_size
@@ -37,9 +38,10 @@ from .parts import FORMAT_VERSION, ExportJob
 from .worker import LOG
 
 FIELDS = ("video", "text_length", "sampler", "seed")
+SIZE = ("frames", "height", "width")
 SAMPLES = 9  # of the reference: artefacts are compared on the first, the others calibrate
 PAPER_FRAMES = (81, 101, 121, 141)
-LARGEST = 1_900_000_000  # bytes of weights in one file: TFLite and ONNX files address less than 2 GB
+LARGEST = 1_900_000_000  # bytes of a file's weights, or of a tensor: TFLite and ONNX files address less than 2 GB
 FORMULA = [
     "data = latents - sigma * velocity",
     "corrected = corrector . (latents, previous corrected, data of two steps ago, data of the last step, data)",
@@ -56,15 +58,17 @@ def export(
     precisions: Sequence[str] = ("float32", "fp16"),
     chips: Sequence[str] = ("SM8750",),
     blocks_per_file: int = 1,
+    only: Sequence[str] = (),
     score: int = 0,
     ai_hub: Sequence[str] | None = None,
 ) -> pathlib.Path:
     """Writes `workdir/export`: artefacts by format, manifest.json and parity.json. Keeps artefacts that it finds there.
 
     `model` is a model folder, by default `workdir/model`. `blocks_per_file` 0 puts the whole transformer into one file.
-    `score` is a number of sprites prompts whose videos, made by every TFLite precision and by JAX, are scored. `ai_hub`
-    are the choices of `ai_hub.export`, which runs last. Raises InputError for missing packages and for input that does
-    not fit, and ParityError, after everything is made, where an artefact exceeds its bound.
+    `only` are the names of the parts to make, by default all. `score` is a number of sprites prompts whose videos, made
+    by every TFLite precision and by JAX, are scored. `ai_hub` are the choices of `ai_hub.export`, which runs last.
+    Raises InputError for missing packages and for input that does not fit, and ParityError, after everything is made,
+    where an artefact exceeds its bound.
     """
     if "://" in str(workdir):
         raise InputError(f"--workdir={workdir}: export writes to local folders only")
@@ -72,7 +76,9 @@ def export(
     if ai_hub:
         formats = [name for name in PRECISIONS if name in {*formats, "tflite" if ai_hub[1] == "tflite" else "onnx"}]
     need_packages([*formats, *(["ai_hub"] if ai_hub else [])])
-    job, left_out = make_job(config, pathlib.Path(workdir), model, blocks_per_file)
+    if only and (score or ai_hub):
+        raise InputError(f"--parts={','.join(only)}: expected all parts with --score and --ai_hub")
+    job, left_out = make_job(config, pathlib.Path(workdir), model, blocks_per_file, only)
     stage = StageFolder(workdir, "export", config, FIELDS, weights=job.identity, blocks_per_file=str(blocks_per_file))
     stage.done()
     with locked(stage.folder):
@@ -103,7 +109,8 @@ def write_formats(
 
     # A process starts only if something is missing: it would import its libraries first.
     samples = SAMPLES if "w8a16" in precisions else 1
-    if missing_samples(folder, samples):
+    names = {name for part in job.needed() for name in (*part.inputs, *part.outputs)}
+    if missing_samples(folder, 1, names) or missing_samples(folder, samples, names - {"video"}):
         run_worker("jax_reference", folder, str(samples))
     for format in formats:
         choices = tuple({"tflite": precisions, "qnn": chips}.get(format, ()))
@@ -112,7 +119,7 @@ def write_formats(
                 run_worker(format, folder, *choices)
         finally:
             write_json(epath.Path(folder) / "manifest.json", manifest(config, job, folder, left_out))
-    complete = [name for name in precisions if "tflite" in formats]
+    complete = [name for name in precisions if "tflite" in formats and not job.only]
     if complete:
         run_worker("end_to_end", folder, *complete)
     if score and complete:
@@ -121,7 +128,8 @@ def write_formats(
     rows += [json.loads(file.read_text()) for file in sorted((folder / "chain").glob("*.json"))]
     write_json(epath.Path(folder) / "parity.json", rows)
     check_parity(rows, folder / "parity.json")
-    stage.end()
+    if not job.only:
+        stage.end()
     if ai_hub:
         run_worker("ai_hub", folder, *ai_hub)
     return folder
@@ -160,11 +168,11 @@ def need_packages(formats: Sequence[str]) -> None:
 
 
 def make_job(
-    config: ConfigDict, workdir: pathlib.Path, model: str | None, blocks_per_file: int
+    config: ConfigDict, workdir: pathlib.Path, model: str | None, blocks_per_file: int, only: Sequence[str] = ()
 ) -> tuple[ExportJob, dict[str, str]]:
     """The job, and the components that it leaves out, each with the reason.
 
-    Raises InputError where there is no such model, or it does not take the video size.
+    Raises InputError where there is no such model, it does not take the video size, or it has no part named in `only`.
     """
     if model is None and not (workdir / "model").exists():
         raise InputError(f"{workdir / 'model'}: no such folder; run `jsurgery surgery` first, or name one with --model")
@@ -175,7 +183,7 @@ def make_job(
         raise InputError(f"{file}: no such file; export reads the diffusers layout, see `jsurgery convert`")
     network = WanConfig.from_json(json.loads(file.read_text()), source=str(file))
     check_size(network, config.video.frames, config.video.height, config.video.width)
-    left_out, encoder = {}, False
+    left_out, encoder, decoder = {}, False, True
     try:
         base = str(pipeline_folder(folder))
     except InputError:
@@ -185,9 +193,13 @@ def make_job(
         encoder = size <= LARGEST
         if not encoder:
             left_out["text encoder"] = f"{size / 1e9:.1f} GB in float32, over what one file holds"
+        size = 4 * read_vae_config(epath.Path(base) / "vae").base_dim * math.prod(config.video[name] for name in SIZE)
+        decoder = size <= LARGEST
+        if not decoder:
+            left_out["VAE decoder"] = f"{size / 1e9:.1f} GB for all frames after one layer, over what one file holds"
     trace = workdir / "trace"
     traced = bool(base) and was_traced(trace, config)
-    return ExportJob(
+    job = ExportJob(
         transformer=str(transformer),
         base=base,
         text_encoder=encoder,
@@ -202,7 +214,13 @@ def make_job(
         prompts=tuple(load_prompts(config, SAMPLES)) if encoder and not traced else (),
         sampler=recorded_section(config, "sampler"),
         seed=config.seed,
-    ), left_out
+        decoder=decoder,
+        only=tuple(only),
+    )
+    names = [part.name for part in job.parts()]
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"--parts={unknown[0]}: no such part; expected some of {', '.join(names)}")
+    return job, left_out
 
 
 def encoder_bytes(file: epath.Path) -> int:
@@ -217,7 +235,7 @@ def was_traced(trace: pathlib.Path, config: ConfigDict) -> bool:
     marker = read_marker(epath.Path(trace))
     if marker is None or not marker["complete"]:
         return False
-    size = {f"video.{name}": config.video[name] for name in ("frames", "height", "width")}
+    size = {f"video.{name}": config.video[name] for name in SIZE}
     size["text_length"] = config.text_length
     return all(marker["made_with"].get(field) == value for field, value in size.items())
 

@@ -8,6 +8,8 @@ of converted blocks. diffusers is not needed, unless a caller asks for its outpu
 import contextlib
 import math
 import pathlib
+import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import rope_tables
 
 from .torch_attention import TorchFeatureMap, apply_rope, block_length, hybrid_attention
-from .torch_files import read_json, read_tensors
+from .torch_files import open_tensors, read_json
 
 # Tensors whose names contain one of these stay float32 whatever the dtype of `load`.
 FLOAT32 = ("time_embedder", "time_proj", "scale_shift_table", "norm", "log_scale")
@@ -270,30 +272,35 @@ class HybridWanTransformer3DModel(nn.Module):
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, self.config.out_channels, t * pt, h * ph, w * pw)
 
 
-def load(path: str | pathlib.Path, dtype: torch.dtype = torch.float32) -> HybridWanTransformer3DModel:
+def load(
+    path: str | pathlib.Path, dtype: torch.dtype = torch.float32, blocks: Collection[int] | None = None
+) -> HybridWanTransformer3DModel:
     """Loads a transformer from a local folder in the diffusers layout, hybrid or not, in evaluation mode.
 
     `dtype` is the dtype of matmuls. Norms, modulation, the time embedding and the feature maps' scales stay float32.
-    Raises InputError that names a missing or damaged file, or the tensors that do not fit.
+    `blocks` are the numbers of the blocks whose weights are read, all by default; the others stay without memory, on
+    torch's meta device. Raises InputError that names a missing or damaged file, or the tensors that do not fit.
     """
     folder = pathlib.Path(path)
     config = WanConfig.from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
-    tensors = read_tensors(folder)
+    stored = open_tensors(folder)
     with torch.device("meta"):
         model = HybridWanTransformer3DModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - actual.keys())]
-    problems += [f"unexpected {name} {actual[name]}" for name in sorted(actual.keys() - expected.keys())]
+    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - stored.keys())]
+    problems += [f"unexpected {name} {stored[name].shape}" for name in sorted(stored.keys() - expected.keys())]
     problems += [
-        f"{name} should be {shape}, is {actual[name]}"
+        f"{name} should be {shape}, is {stored[name].shape}"
         for name, shape in expected.items()
-        if actual.get(name, shape) != shape
+        if name in stored and stored[name].shape != shape
     ]
     if problems:
         raise InputError(f"{folder}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
-    for name, tensor in tensors.items():
-        stays_float32 = any(part in name for part in FLOAT32)
-        tensors[name] = tensor.to(torch.float32 if stays_float32 else dtype)
-    model.load_state_dict(tensors, assign=True)
+    tensors = {}
+    for name, tensor in stored.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block is None or blocks is None or int(block[1]) in blocks:
+            stays_float32 = any(part in name for part in FLOAT32)
+            tensors[name] = tensor.read().to(torch.float32 if stays_float32 else dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
     return model.eval()

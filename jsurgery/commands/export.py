@@ -31,6 +31,8 @@ def add(commands: Commands) -> None:
         "--chips", type=some_of(CHIPS), default="SM8750", help=f"for the format qnn, some of {CHIPS} (default: SM8750)"
     )
     command.add_argument("--blocks_per_file", type=positive, default=1, help="transformer blocks per file (default: 1)")
+    text = "make these parts alone, such as block_00,head; a part is loaded by itself (default: all)"
+    command.add_argument("--parts", type=lambda names: names.split(","), default=(), metavar="NAMES", help=text)
     command.add_argument("--one_file", action="store_true", help="write the whole transformer to one file")
     text = "also sample N sprites videos with the exported files and score them"
     command.add_argument("--score", type=positive, metavar="N", help=text)
@@ -73,6 +75,7 @@ def run_export(options: Options, overrides: Overrides) -> None:
             precisions=options.precision,
             chips=options.chips,
             blocks_per_file=0 if options.one_file else options.blocks_per_file,
+            only=options.parts,
             score=options.score or 0,
             ai_hub=hub,
         )

@@ -63,9 +63,33 @@ def test_artefacts_of_every_format(tmp_path):
 
 
 def test_missing_samples_are_listed(tmp_path):
-    (tmp_path / "reference" / "1").mkdir(parents=True)
-    (tmp_path / "reference" / "2.tmp").mkdir()  # of an interrupted run
-    assert missing_samples(tmp_path, 3) == [0, 2]
+    for name in ("0/latents", "1/latents", "1/velocity", "2/velocity"):
+        file = tmp_path / "reference" / f"{name}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert missing_samples(tmp_path, 4, ("latents", "velocity")) == [0, 2, 3]
+    assert missing_samples(tmp_path, 3, ("latents",)) == [2]
+
+
+def test_a_part_needs_the_parts_that_make_its_inputs(tmp_path):
+    found = job(tmp_path)
+    needed = lambda *only: [part.name for part in dataclasses.replace(found, only=only).needed()]
+    assert needed() == [part.name for part in found.parts()]
+    assert needed("embed") == ["embed"] and needed("vae_decoder") == ["vae_decoder"]
+    assert needed("block_01") == ["text_encoder", "condition", "embed", "block_00", "block_01"]
+    one = dataclasses.replace(found, only=("block_01",))
+    assert one.fingerprint == found.fingerprint
+    assert [artefact.part for artefact in one.artefacts(tmp_path, "onnx")] == ["block_01"]
+
+
+def test_a_decoder_whose_layers_no_file_holds_is_left_out(tmp_path):
+    """It decodes all frames at once: with 8 channels 145 frames of 480x832 are 1.85 GB, 161 are 2.06."""
+    for frames, exported in ((145, True), (161, False)):
+        config = load_config("tiny", {"video.frames": str(frames), "video.height": "480", "video.width": "832"})
+        found, left_out = make_job(config, tmp_path, "tiny_wan", blocks_per_file=1)
+        assert ("vae_decoder" in [part.name for part in found.parts()]) == exported == ("VAE decoder" not in left_out)
+    assert left_out["VAE decoder"].startswith("2.1 GB for all frames")
+    assert found.fingerprint != dataclasses.replace(found, decoder=True).fingerprint
 
 
 def test_a_job_is_read_back_from_its_file(tmp_path):
@@ -127,6 +151,7 @@ def test_a_missing_package_is_named(tmp_path, format, monkeypatch, capsys):
         ("--chips=A17", "SM8750,SM8650"),
         ("--frames=6", "4k + 1"),
         ("--workdir=gs://bucket/run", "local folders"),
+        ("--parts=block_00,block_09", "--parts=block_09: no such part; expected some of text_encoder, condition, "),
     ],
 )
 def test_bad_flags_are_refused(tmp_path, flag, message, capsys):

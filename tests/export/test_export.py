@@ -133,17 +133,20 @@ def test_every_node_is_on_the_npu(manifest):
 
 
 def test_finished_artefacts_are_kept(exported, workdir, capfd):
-    """The same command makes only artefacts that are missing or truncated."""
-    missing, truncated = exported / "onnx" / "head.float32.onnx", exported / "onnx" / "embed.float32.onnx"
-    kept = exported / "onnx" / "block_00.float32.onnx"
-    before = kept.stat().st_mtime_ns
+    """A command makes only artefacts that are missing or truncated, and with --parts only those of these parts."""
+    names = "head", "embed", "condition", "block_00"
+    missing, truncated, left, kept = (exported / "onnx" / f"{name}.float32.onnx" for name in names)
+    before, content = kept.stat().st_mtime_ns, left.read_bytes()
     missing.unlink()
+    left.unlink()
     truncated.write_bytes(truncated.read_bytes()[:100])
     capfd.readouterr()
-    assert run(workdir, "--formats=onnx") == 0
+    assert run(workdir, "--formats=onnx", "--parts=block_00,head,embed") == 0
     log = capfd.readouterr().err
     assert log.count("export: onnx ") == 2 and missing.name in log and truncated.name in log
     assert kept.stat().st_mtime_ns == before and missing.exists() and truncated.stat().st_size > 100
+    assert not left.exists()
+    left.write_bytes(content)
 
 
 def test_another_video_size_is_refused(exported, workdir, capsys):

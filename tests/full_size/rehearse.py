@@ -10,6 +10,7 @@ Fine-tuning runs on two blocks of true width: for all 30, weights, gradients and
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -36,6 +37,7 @@ TUNED = {
     "finetune.steps": 2, "finetune.batch": 1, "data.path": "sprites", "data.clips": 8, "evaluate.validation_clips": 8,
     "plan.budget": "1R2",
 }  # fmt: skip
+EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "onnx", "onnxscript", "onnxruntime")
 STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
 
 
@@ -70,6 +72,10 @@ def others(folder: pathlib.Path) -> dict[str, list[str]]:
         "convert": ["convert", model, f"--output={folder / 'original'}", "--layout=original"],
         "convert, back": ["convert", f"--model={folder / 'original'}", f"--output={folder / 'back'}"],
         "verify": ["verify", model],
+        "export, one block": [
+            *("export", "--config=wan_1_3b_lowres", model, *sizes[:3], f"--workdir={folder / 'exported'}"),
+            *("--parts=block_00", "--formats=tflite,onnx", "--precision=fp16"),
+        ],
     }
 
 
@@ -121,6 +127,9 @@ def rehearse(folder: pathlib.Path, only: set[str]) -> None:
     commands = {"write the model": [*write, str(folder / "wan")]}
     commands |= {"write two blocks": [*write, str(folder / "wan_two_blocks"), "--blocks=2"]}
     commands |= {name: ["jsurgery", *command] for name, command in (stages(folder) | others(folder)).items()}
+    if missing := [name for name in EXPORT if importlib.util.find_spec(name) is None]:
+        del commands["export, one block"]
+        print(f"export, one block: NOT RUN, without {', '.join(missing)}: pip install '.[export]'")
     for name, command in commands.items():
         if not only or name in only:
             run(name, command)
