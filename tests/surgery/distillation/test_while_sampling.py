@@ -10,7 +10,7 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.config import base
-from jsurgery.data.shards import Records, shard_path, text_array, write_shard
+from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
 from jsurgery.diffusion import initial_noise, sample
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors
@@ -19,7 +19,7 @@ from jsurgery.runtime.mesh import make_mesh, sharding
 from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer
-from jsurgery.surgery.distillation.while_sampling import Trajectories, make_sampling_update, round_robin
+from jsurgery.surgery.distillation.while_sampling import Trajectories, make_sampling_update, own_clips, round_robin
 from jsurgery.surgery.trace import TraceSteps, trace
 from jsurgery.wan.guidance import guided_velocity
 from jsurgery.wan.pipeline import load_pipeline
@@ -111,6 +111,26 @@ def distilled(teacher, traces, tmp_path_factory):
     folder = epath.Path(tmp_path_factory.mktemp("distill"))
     distill(small_config(), teacher, traces, folder)
     return folder
+
+
+def test_the_ends_of_trajectories_are_clips_to_fine_tune_on(teacher, traces, distilled):
+    """60 steps, 4 a trajectory, in two slots: 14 batches of 2 end. Each clip is what the sampler makes of its noise."""
+    clips, texts = Records(distilled / "clips"), Records(traces / "text")
+    assert len(clips) == own_clips(small_config()) == 28
+    words = np.stack([texts[i]["embedding"] for i in (0, 1)])
+    velocity = guided_velocity(teacher, words, texts[4]["embedding"][None], 3.0, True)
+    expected, _ = jax.jit(
+        lambda noise: sample(
+            velocity, noise, steps=4, shift=3.0, solver="euler_ancestral", key=jax.random.fold_in(jax.random.key(0), 0)
+        )
+    )(initial_noise(0, [0, 1], LATENTS))
+    for number in (0, 1):
+        clip = clips[number]
+        np.testing.assert_allclose(clip["latents"], expected[number], rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(clip["text"], texts[number]["embedding"], atol=2e-3)
+        assert array_text(clip["caption"]) == str(number)
+    assert own_clips(small_config(**{"distill.mode": "traces"})) == 3
+    assert own_clips(small_config(**{"distill.steps": 3})) == 0
 
 
 def test_errors_of_the_held_out_prompt_fall(distilled):
