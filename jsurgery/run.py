@@ -15,6 +15,7 @@ from jsurgery.config import block_numbers, flatten
 from jsurgery.data.latents import check_latents, encode_sprites
 from jsurgery.data.prompts import load_prompts
 from jsurgery.errors import InputError
+from jsurgery.estimate.nearest_machine import placed_or_nearest
 from jsurgery.evaluate.surgery_models import evaluate
 from jsurgery.io.fields import describe_changes
 from jsurgery.io.files import write_json
@@ -188,7 +189,8 @@ class Run:
     def config_of(self, stage: str) -> ConfigDict:
         """The config with the mesh of a stage; see `phases.on_mesh`."""
         if stage not in self._config_of:
-            self._config_of[stage] = on_mesh(stage, self.original_config, self.sizes)
+            place = lambda: on_mesh(stage, self.original_config, self.sizes)
+            self._config_of[stage] = placed_or_nearest(stage, self.original_config, self.sizes, place)
         return self._config_of[stage]
 
     def place(self, stage: str) -> None:

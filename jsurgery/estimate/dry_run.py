@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import CHIPS, GIB, Chip, parse_topology
+from jsurgery.estimate.nearest_machine import placed_or_nearest
 from jsurgery.estimate.roofline import COMPILER, StageWork, estimate, synthesis, work_of_stages
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
@@ -61,9 +62,10 @@ def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequenc
     phases = []
     for stage in stages:
         if stage in COMPUTING:
-            place = lambda stage=stage: on_mesh(
+            on_devices = lambda stage=stage: on_mesh(
                 stage, config, sizes, machine.count, machine.memory, tell=lambda line: None
             )
+            place = lambda stage=stage, there=on_devices: placed_or_nearest(stage, config, sizes, there)
             phases += phase_rows(stage, place, lambda placed, mesh, stage=stage: phases_of(stage, placed, sizes, mesh))
     works = [(STAGE_OF_WORK.get(work.stage, work.stage), work) for work in work_of_stages(config, sizes.transformer)]
     hours = hour_rows([work for stage, work in works if stage in stages], machine)
