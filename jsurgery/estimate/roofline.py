@@ -31,8 +31,8 @@ PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data s
 
 
 COMPILER = "compiled program"
-LEAST = "cost model: least traffic, exchange not counted"
-LEAST_AND_SCORES = "cost model: least traffic and scores in HBM, exchange not counted"
+LEAST = "cost model: least traffic"
+LEAST_AND_SCORES = "cost model: least traffic, scores in HBM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,8 @@ def as_text(result: dict[str, Any]) -> str:
         cells += [f"{seconds['compute']:.3g}", f"{seconds['memory']:.3g}", exchange, row["bound_by"]]
         cells += [f"{row['step_seconds']['expected']:.3g}", f"{row['chip_hours']['expected']:.1f}", row["counted_by"]]
         lines.append("| " + " | ".join(cells) + " |")
+    if any(row["counted_by"] != COMPILER for row in result["stages"]):
+        lines.append("?: exchange is not known without a file of `jsurgery compile --json`")
     hours = result["chip_hours"]
     lines.append(
         f"surgery: {hours['expected']:.1f} chip-hours at {share}, {hours['bound']:.1f} at the bound; "

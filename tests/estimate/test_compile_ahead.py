@@ -233,7 +233,16 @@ def test_distillation_compiles_for_tpus(tmp_path, capsys):
     found = json.loads(file.read_text())
     memory = found["memory_bytes"]
     assert 0 < memory["argument"] < memory["peak"] < found["capacity_bytes"] == 16 * 2**30
-    assert found["collectives"]["all-gather"]["bytes"] > 0 and "static estimate" in capsys.readouterr().out
+    assert found["collectives"]["all-gather"]["bytes"] > 0
+    # The cost model counts the same FLOPs. Parameters are read at least once.
+    assert found["flops"] == pytest.approx(found["flops_per_device"], rel=0.2)
+    assert found["hbm_bytes"] > memory["argument"] and found["bound_by"] in found["seconds"]
+    output = capsys.readouterr().out
+    assert "static estimate" in output and f"bound by {found['bound_by']}" in output
+    flags = ["--config=tiny", "--topology=v5e:2x2", f"--compiled={file}", *rates, f"--json={tmp_path / 'roofline.json'}"]
+    assert main(["roofline", *flags]) == 0
+    row = json.loads((tmp_path / "roofline.json").read_text())["stages"][1]
+    assert row["stage"] == "distill" and row["seconds"] == found["seconds"] and row["counted_by"] == "compiled program"
 
 
 @pytest.fixture(scope="module")
