@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--efficiency", type=float, default=0.4, help=text)
     text = "also estimate the synthesis of this many training clips, as a row of its own"
     command.add_argument("--clips", type=positive, default=0, help=text)
-    text = "files written by `compile --json`: they tell how much the chips exchange"
+    text = "files written by `compile --json`: their FLOPs and bytes replace those of the cost model"
     command.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help=text)
     add_json(command)
 

@@ -92,19 +92,20 @@ def hbm_bytes(program: Module, instruction: Instruction, computation: Computatio
 
     Operands and results count once, with the padding of their tiles, unless they lie in the chip's own memory. A fusion
     counts at its boundary. What slices a value counts the slice, and what updates a slice in place counts the slice,
-    also inside a fusion. A kernel counts what its `cost_estimate` says.
+    also inside a fusion. A kernel counts what its `cost_estimate` says, in proportion to how much of its operands and
+    results lies in HBM, since the estimate does not tell them apart.
     """
     operation = instruction.operation.removesuffix("-start")
     if operation in FREE or operation.endswith(("-done", "-update")):
         return 0
-    if operation == "custom-call":
-        if cost := _kernel_cost(instruction):
-            return int(cost.get("bytes_accessed", 0))
-        if (target := _TARGET.search(instruction.rest)) and target[1] in FREE_CALLS:
-            return 0
+    if operation == "custom-call" and (target := _TARGET.search(instruction.rest)) and target[1] in FREE_CALLS:
+        return 0
     operands = [computation[name] for name in instruction.operands if name in computation]
     sizes = [_stored(each.values) for each in operands]
     results = _results(instruction)
+    if cost := _kernel_cost(instruction):
+        everything = _size(results) + sum(_size(each.values) for each in operands)
+        return round(cost.get("bytes_accessed", 0) * (sum(sizes) + _stored(results)) / max(everything, 1))
     if operation in SLICES:
         return (_size(results) if sizes[0] else 0) + _stored(results) + sum(sizes[1:])
     if operation in UPDATES:

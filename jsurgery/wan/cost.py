@@ -160,7 +160,8 @@ def distillation_bytes(workload: Workload, rates: Sequence[Rate]) -> int:
     Beside the teacher's least traffic, what `surgery.distillation.losses` forms of each head in float32. The scores
     [N, N] are written once, with their maxima, and read twice: for the sum of their exponentials and for the product
     with the values. Features of queries and keys, [N, F], are passed to and fro by the layers of both maps and by their
-    gradients. The passes are those of compiled TPU programs in which the scores do not fit into the chip's own memory.
+    gradients. The passes are those of compiled TPU programs whose scores do not fit into the chip's own memory: for
+    Wan2.1 1.3B at 320x480, rates 2, 4, 8 and "linear", 1.16 TB an example are counted in the program, 1.17 TB here.
     """
     config, tokens = workload.config, workload.tokens
     values = SCORE_PASSES * tokens**2

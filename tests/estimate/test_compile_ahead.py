@@ -239,7 +239,13 @@ def test_distillation_compiles_for_tpus(tmp_path, capsys):
     assert found["hbm_bytes"] > memory["argument"] and found["bound_by"] in found["seconds"]
     output = capsys.readouterr().out
     assert "static estimate" in output and f"bound by {found['bound_by']}" in output
-    flags = ["--config=tiny", "--topology=v5e:2x2", f"--compiled={file}", *rates, f"--json={tmp_path / 'roofline.json'}"]
+    flags = [
+        "--config=tiny",
+        "--topology=v5e:2x2",
+        f"--compiled={file}",
+        *rates,
+        f"--json={tmp_path / 'roofline.json'}",
+    ]
     assert main(["roofline", *flags]) == 0
     row = json.loads((tmp_path / "roofline.json").read_text())["stages"][1]
     assert row["stage"] == "distill" and row["seconds"] == found["seconds"] and row["counted_by"] == "compiled program"

@@ -100,6 +100,8 @@ def test_a_loop_counts_its_slices_as_often_as_it_runs():
     turn += 2 * SLICE  # the branch %large: reads and writes
     turn += 4_000_000  # the kernel, by its own account
     turn += 2 * SLICE  # %kept: reads a row, writes it into the history
+    near = LOOP.replace("%k = bf16[1024,128]{1,0:T(8,128)(2,1)", "%k = bf16[1024,128]{1,0:T(8,128)(2,1)S(1)")
+    assert program_work(near).hbm_bytes == pytest.approx(program_work(LOOP).hbm_bytes - 10 * 4_000_000 / 3)
     once = 1000 * 128 * 4  # %thin, whose rows are padded to 128 lanes
     once += 10 * SLICE  # %history
     assert work.hbm_bytes == pytest.approx(10 * turn + once, abs=10 * 1024)  # and scalars
