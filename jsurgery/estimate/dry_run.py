@@ -30,7 +30,13 @@ from jsurgery.wan.models import find_sizes
 
 EFFICIENCY = 0.4  # of the peak rates, for the hours
 # A row of the roofline -> the stage that it belongs to.
-STAGE_OF_WORK = {"velocity errors of blocks": "distill", "evaluate": "evaluation"}
+STAGE_OF_WORK = {
+    "text encoder": "trace",
+    "attention errors of blocks": "distill",
+    "velocity errors of blocks": "distill",
+    "evaluate": "evaluation",
+    "decode": "evaluation",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequenc
             )
             place = lambda stage=stage, there=on_devices: placed_or_nearest(stage, config, sizes, there)
             phases += phase_rows(stage, place, lambda placed, mesh, stage=stage: phases_of(stage, placed, sizes, mesh))
-    works = [(STAGE_OF_WORK.get(work.stage, work.stage), work) for work in work_of_stages(config, sizes.transformer)]
+    works = [(STAGE_OF_WORK.get(work.stage, work.stage), work) for work in work_of_stages(config, sizes)]
     hours = hour_rows([work for stage, work in works if stage in stages], machine)
     disks = [row for row in disk_of_stages(config, sizes) if row.stage in stages]
     clips = "finetune" in stages and not config.data.path and config.finetune.steps

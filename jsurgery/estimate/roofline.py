@@ -22,9 +22,17 @@ from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report
 from jsurgery.surgery.phases import planned_rates
 from jsurgery.surgery.trace import traced_prompts
-from jsurgery.wan.cost import distillation_bytes, model_bytes, model_flops, workload
+from jsurgery.wan.cost import (
+    distillation_bytes,
+    distillation_flops,
+    model_bytes,
+    model_flops,
+    text_encoder_cost,
+    workload,
+)
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan.vae_cost import vae_cost
 
 EVALUATED = 4  # models: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
 PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data synthesis
@@ -45,6 +53,7 @@ class StageWork:
         program: the stage of `jsurgery compile` whose program does the work; "" if none does.
         runs: runs of that program for one step.
         counted: what `bytes` counts.
+        alone: whether one chip does the work, while the others wait.
     """
 
     stage: str
@@ -54,6 +63,7 @@ class StageWork:
     program: str = ""
     runs: float = 1.0
     counted: str = LEAST
+    alone: bool = False
 
 
 def roofline(
@@ -80,10 +90,10 @@ def roofline(
     if not 0 < efficiency <= 1:
         raise InputError(f"--efficiency: expected a share of the peak, in (0, 1], found {efficiency}")
     programs = read_programs(compiled, topology)
-    network = find_sizes(config, config_name).transformer
+    sizes = find_sizes(config, config_name)
     row = lambda work: estimate(work, chip, chips, programs.get(work.program), efficiency)
-    rows = [row(work) for work in work_of_stages(config, network)]
-    synthesis_rows = [row(synthesis(config, network, clips))] if clips else []
+    rows = [row(work) for work in work_of_stages(config, sizes)]
+    synthesis_rows = [row(synthesis(config, sizes.transformer, clips))] if clips else []
     result = {
         "topology": topology,
         "chips": chips,
@@ -113,8 +123,9 @@ def read_programs(files: Sequence[str], topology: str) -> dict[str, ProgramWork]
     return programs
 
 
-def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
+def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
     """The stages of a surgery whose time is computation on the chips."""
+    network, video = sizes.transformer, config.video
     work = dataclasses.replace(workload(config, network), config=network)
     softmax, planned = (1,) * network.num_layers, planned_rates(config, network.num_layers)
     per_step = velocities_per_step(config.sampler.guidance)
@@ -129,14 +140,23 @@ def work_of_stages(config: ConfigDict, network: WanConfig) -> list[StageWork]:
     examples = distill * (per_step if config.distill.mode == "sampling" else 1)
     scores = examples * distillation_bytes(work, config.hybrid.rates)
     distilling, tuning = (step_flops(config, network, stage) for stage in ("distill", "finetune"))
+    held_out = config.trace.holdout * config.trace.keep_steps
+    measured = min(held_out, config.distill.error_steps or held_out)
+    of_prompt = text_encoder_cost(sizes.text_encoder, config.text_length, 2)
+    decoded = vae_cost(sizes.vae, video.frames, video.height, video.width)[1]
+    shown = EVALUATED * min(config.evaluate.videos, config.evaluate.prompts)
+    one_example = distillation_flops(work, config.hybrid.rates)
     return [
+        StageWork("text encoder", config.trace.prompts + 1, of_prompt.flops, of_prompt.bytes / 8, alone=True),
         StageWork("trace", batches * velocities, trace * forward, trace * teacher),
         StageWork("distill", config.distill.steps, distilling, scores, "distill", counted=LEAST_AND_SCORES),
+        StageWork("attention errors of blocks", measured, one_example, scores / examples, counted=LEAST_AND_SCORES),
         StageWork("velocity errors of blocks", forwards, forward, teacher),
         StageWork("finetune", config.finetune.steps, tuning, finetune * hybrid * passes, "finetune"),
         StageWork(
             "evaluate", evaluated * velocities, forward, teacher, "sample", 1 / (config.evaluate.batch * per_step)
         ),
+        StageWork("decode", shown, decoded.flops, decoded.bytes),
     ]
 
 
@@ -150,7 +170,8 @@ def synthesis(config: ConfigDict, network: WanConfig, clips: int) -> StageWork:
 
 def estimate(work: StageWork, chip: Chip, chips: int, program: ProgramWork | None, efficiency: float) -> dict[str, Any]:
     """The row of a stage. `program` is the work of one chip in a run of its compiled program, None if not compiled."""
-    each = ProgramWork(work.flops / chips, work.bytes / chips, 0.0)
+    sharing = 1 if work.alone else chips
+    each = ProgramWork(work.flops / sharing, work.bytes / sharing, 0.0)
     if program is not None:
         each = ProgramWork(*(work.runs * n for n in dataclasses.astuple(program)))
     times = each.seconds(chip)
@@ -159,7 +180,7 @@ def estimate(work: StageWork, chip: Chip, chips: int, program: ProgramWork | Non
     return {
         "stage": work.stage,
         "steps": work.steps,
-        "flops_per_step": each.flops * chips,
+        "flops_per_step": each.flops * sharing,
         "seconds": times,
         "counted_by": work.counted if program is None else COMPILER,
         "bound_by": bound_by(times),
