@@ -70,7 +70,7 @@ def test_the_longest_of_three_times_of_a_compiled_program_is_its_bound(
     assert finetune["step_seconds"] == {"bound": pytest.approx(max(seconds)), "expected": pytest.approx(expected)}
     assert finetune["flops_per_step"] == pytest.approx(16 * 197e12)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.endswith("| compiled program |") for row in rows] == [False] * 4 + [True] * 2
+    assert [row.endswith("| compiled program |") for row in rows] == [False] * 6 + [True] * 2 + [False]
 
 
 @pytest.mark.parametrize(
