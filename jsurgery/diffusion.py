@@ -176,19 +176,26 @@ def initial_state(noise: jax.Array) -> State:
 
 
 def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array | None = None) -> State:
-    """The state after one step, by a row of a schedule. `key` draws fresh noise; None for a solver without it."""
+    """The state after one step, by a row of a schedule.
+
+    `key` draws fresh noise: one key for the batch, or [B], one for each of its rows; None for a solver without noise.
+    """
     data = state.x - row.sigma * velocity(state.x, jnp.full(state.x.shape[0], row.timestep))
     terms = (state.x, state.previous_x, state.older_data, state.last_data, data)
     corrected = sum((row.corrector[i] * term for i, term in enumerate(terms)), start=jnp.zeros_like(data))
     x = row.predictor[0] * corrected + row.predictor[1] * state.last_data + row.predictor[2] * data
     if key is not None:
-        x += row.renoise * jax.random.normal(key, x.shape, x.dtype)
+        draw = lambda key, x: jax.random.normal(key, x.shape, x.dtype)
+        x += row.renoise * (jax.vmap(draw) if key.ndim else draw)(key, x)
     return State(x, corrected, state.last_data, data)
 
 
 def step_keys(rows: Schedule, key: jax.Array) -> jax.Array | None:
-    """A key for every step, or None for a solver without fresh noise."""
-    return jax.random.split(key, len(rows.renoise)) if np.any(rows.renoise) else None
+    """A key for every step, or None for a solver without fresh noise. Of keys [B], each step gets as many."""
+    if not np.any(rows.renoise):
+        return None
+    split = lambda key: jax.random.split(key, len(rows.renoise))
+    return jax.vmap(split, out_axes=1)(key) if key.ndim else split(key)
 
 
 def sample(

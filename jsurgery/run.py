@@ -223,12 +223,11 @@ class Run:
         return load_pipeline(self.config.model.path, dtype, mesh, self.config.mesh.exchange)
 
     def put_on_mesh(self, model: WanTransformer) -> WanTransformer:
-        """Puts a model on the mesh of a run with a single process, and returns it.
+        """Puts a model on the run's mesh, and returns it. With several processes, all must call it.
 
         A single device is a mesh, too: programs compiled for parameters on a mesh cannot be reused for others.
         """
-        if not processes.several():
-            model.shard(make_mesh(self.config.mesh), self.config.mesh.exchange)
+        model.shard(make_mesh(self.config.mesh), self.config.mesh.exchange)
         return model
 
     @functools.cached_property
@@ -283,10 +282,6 @@ class Run:
         file = self.stages["distill"].folder / ("feature_maps.safetensors" if distilled else "initial.safetensors")
         return hybrid, load_maps(file, rates, hybrid.feature_map)
 
-    def hybrid_model(self, distilled: bool) -> WanTransformer:
-        """The hybrid model of the plan, with maps as in `plan_and_maps`."""
-        return operate(self.teacher, *self.plan_and_maps(distilled))
-
     def save_hybrid(self, folder: epath.Path) -> None:
         plan, maps = self.plan_and_maps(self.config.finetune.distilled)
         save_operated(transformer_folder(self.teacher_path), plan, maps, folder, self.base)
@@ -336,14 +331,23 @@ class Run:
         processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base))
 
     def evaluate_all(self) -> None:
-        dtype = jnp.dtype(self.config.model.dtype)
+        dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
+        pipeline = self.shared_pipeline()
+        hybrid = lambda distilled: operate(pipeline.transformer, *self.plan_and_maps(distilled))
+
+        def finetuned() -> WanTransformer:
+            vars(self).pop("teacher", None)
+            pipeline.drop_transformer()  # which the hybrids before shared
+            return load_transformer(self.workdir / "model", dtype, mesh, inference=True)
+
         models = {
-            "teacher": lambda: self.put_on_mesh(self.teacher),
-            "not_distilled": lambda: self.put_on_mesh(self.hybrid_model(False)),
-            "distilled": lambda: self.put_on_mesh(self.hybrid_model(True)),
-            "finetuned": lambda: self.put_on_mesh(load_transformer(self.workdir / "model", dtype, inference=True)),
+            "teacher": lambda: pipeline.transformer,
+            "not_distilled": lambda: hybrid(False),
+            "distilled": lambda: hybrid(True),
+            "finetuned": finetuned,
         }
-        evaluate(self.config, self.pipeline, models, self.validation_latents, self.stages["evaluation"].folder)
+        models = {name: lambda load=load: self.put_on_mesh(load()) for name, load in models.items()}
+        evaluate(self.config, pipeline, models, self.validation_latents, self.stages["evaluation"].folder)
 
     def write_config(self, job: StageFolder | None = None) -> None:
         """Writes config.json to the workdir, or to the folder of a job, since other jobs may share the workdir."""

@@ -17,13 +17,14 @@ from jsurgery.io.fields import describe_changes
 from jsurgery.io.files import read_object
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.load_config import load_config
-from jsurgery.runtime.mesh import check_heads, make_mesh
+from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
+from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.progress import Progress, say
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.models import CONFIGS, SCHEDULERS, find_sizes
-from jsurgery.wan.pipeline import load_pipeline
+from jsurgery.wan.pipeline import batched, load_pipeline
 from jsurgery.wan.video_size import check_size
 
 
@@ -88,7 +89,7 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
-    config = on_mesh(config)
+    config = on_mesh(config, len(requests))
     check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
     if again:
         return list(requests)
@@ -102,28 +103,35 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
 
 
 def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterator[pathlib.Path]:
-    """Makes the videos one after another and yields each file."""
+    """Makes the videos, at once as many as keep the whole mesh busy, and yields each file."""
     if not requests:
         return
-    identity, config = transformer_identity(config), on_mesh(config)
+    identity, config = transformer_identity(config), on_mesh(config, len(requests))
     mesh = make_mesh(config.mesh, jax.local_devices())
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
     words = [request.prompt for request in requests] + [config.sampler.negative_prompt]
     pipeline.embedder.unpadded(words, config.text_length)
-    for request in requests:
-        progress = Progress(request.label, config.sampler.steps)
+    whole = Progress("videos", len(requests))
+    for first, batch in batched(requests, batch_shards(mesh)):
+        label = batch[0].label if len(batch) == 1 else f"{batch[0].label} to {batch[-1].label}"
+        progress = Progress(label, config.sampler.steps)
         latents, _ = pipeline.sample(
-            [request.prompt], config, seed=request.seed, first=request.number, on_step=progress.show
+            [request.prompt for request in batch],
+            config,
+            sources=[(request.seed, request.number) for request in batch],
+            on_step=progress.show,
         )
         progress.show(config.sampler.steps, last=True)
-        video = pipeline.decode(latents)[0]
-        write_video(request.file, video, config.video.fps, settings(config, request, identity))
-        yield request.file
+        for request, video in zip(batch, pipeline.decode(latents), strict=True):
+            write_video(request.file, video, config.video.fps, settings(config, request, identity))
+            yield request.file
+        whole.show(first + len(batch))
 
 
-def on_mesh(config: ConfigDict) -> ConfigDict:
-    """The config with a mesh of this process's devices, on which one video is sampled at a time."""
-    return on_sampling_mesh("sample", config, find_sizes(config, ""), 1)
+def on_mesh(config: ConfigDict, videos: int) -> ConfigDict:
+    """The config with a mesh of this process's devices, on which as many videos are sampled at once as pays."""
+    batch = sampling_batch(videos, jax.local_device_count())
+    return on_sampling_mesh("sample", config, find_sizes(config, ""), batch)
 
 
 def transformer_identity(config: ConfigDict) -> str:

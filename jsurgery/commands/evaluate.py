@@ -80,6 +80,7 @@ def add_fidelity(commands: Commands) -> None:
     text = "also CLIP scores; the folder or repository of a CLIPModel"
     command.add_argument("--clip", metavar="FOLDER", help=text)
     add_json(command)
+    add_processes(command)
 
 
 def add_study(commands: Commands) -> None:
@@ -117,6 +118,7 @@ def run_vbench(options: Options, overrides: Overrides) -> None:
 def run_fidelity(options: Options, overrides: Overrides) -> None:
     models, options.model, options.frames = options.model, options.teacher, None
     config = read_sampling_config(options, overrides)
+    join_processes(options)
     from jsurgery.data.prompts import read_prompts
     from jsurgery.evaluate.fidelity import evaluate_fidelity
 

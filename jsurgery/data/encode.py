@@ -200,12 +200,17 @@ def write_skipped(folder: epath.Path) -> int:
 
 
 class ClipEncoder:
-    """The VAE and the text encoder of a pipeline folder. All batches have one size: a bucket compiles once."""
+    """The VAE, with a clip on each of this host's devices, and the text encoder of a pipeline folder.
+
+    All batches have one size, so that a bucket compiles once: `data.batch`, or more to keep all devices busy.
+    """
 
     def __init__(self, config: ConfigDict, base: epath.Path):
-        self.batch, self.text_length, self.seed = config.data.batch, config.text_length, config.seed
+        self.text_length, self.seed = config.text_length, config.seed
         self.draws = config.data.posterior == "sample"
         self.vae = load_vae(base / "vae")
+        self.vae.spread(jax.local_devices())
+        self.batch = -(-config.data.batch // self.vae.clips_at_once) * self.vae.clips_at_once
         self.embedder = PromptEmbedder(base, config.model.dtype)
 
     def records(self, numbers: Sequence[int], clips: Sequence[Clip], video_BxFxHxWx3: np.ndarray) -> Iterator[Record]:
@@ -231,13 +236,9 @@ class ClipEncoder:
         grid = latent_grid(*video_BxFxHxWx3.shape[1:4])
         shape = (*grid, self.vae.config.z_dim)
         noise = np.stack([np.random.default_rng([self.seed, n]).standard_normal(shape, np.float32) for n in numbers])
-        graph, state = nnx.split(self.vae)
-        kept, chunks = None, []
-        for t in range(grid[0]):
-            frames = video_BxFxHxWx3[:, max(0, 4 * t - 3) : 4 * t + 1]
-            z, kept = _sample_chunk(graph, state, frames, noise[:, t : t + 1], kept)
-            chunks.append(np.asarray(z, np.float32))
-        return np.concatenate(chunks, axis=1)
+        frames = [slice(max(0, 4 * t - 3), 4 * t + 1) for t in range(grid[0])]
+        chunks = [(video_BxFxHxWx3[:, at], noise[:, t : t + 1]) for t, at in enumerate(frames)]
+        return self.vae.in_chunks(_sample_chunk, chunks)
 
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="kept")

@@ -24,8 +24,10 @@ def encode_sprites(
 ) -> None:
     """Renders the first `clips` scenes of the set `seed`, encodes them and writes shards. Existing shards are kept.
 
-    A record holds `latents` float16 [T, H, W, C] and `caption`. `video` has frames, height and width.
+    A record holds `latents` float16 [T, H, W, C] and `caption`. `video` has frames, height and width. `batch` clips are
+    encoded at once, or as many more as keep all devices of the VAE busy.
     """
+    batch = -(-batch // vae.clips_at_once) * vae.clips_at_once
 
     def records(indices):
         for start in range(0, len(indices), batch):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,23 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jsurgery.data.batch_files import BatchFiles
 from jsurgery.data.shards import Record, shard_path, text_array, write_shard
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
-from jsurgery.runtime.mesh import check_heads, make_mesh
+from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
+from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path
-from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline
+from jsurgery.wan.models import find_sizes
+from jsurgery.wan.pipeline import Pipeline, load_pipeline
 from jsurgery.wan.video_size import check_size
 
 FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_per_shard")
+UNFINISHED = "unfinished"  # the folder of the batches of shards that are not complete
 
 
 def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.PathLike) -> epath.Path:
@@ -30,13 +35,15 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
 
     `config.data.path` may name that folder. A record holds `latents` float16 [T, H, W, C], `text` float16 [L, D], L
     being the prompt's length in tokens, and `caption`, as those of `encode` do. A clip's noise depends only on the seed
-    and the prompt's number. A shard has `data.clips_per_shard` clips, of which `data.batch` are sampled at once. Of H
-    hosts, host h makes the shards h, h + H, h + 2 H and so on. Existing shards are kept. `config.mesh` describes the
-    devices of one host.
+    and the prompt's number. A shard has `data.clips_per_shard` clips, of which `data.batch` are sampled at once, or
+    more to keep the whole mesh busy. Of H hosts, host h makes the shards h, h + H, h + 2 H and so on. Existing shards
+    are kept, and so are finished batches of an unfinished shard. `config.mesh` describes the devices of one host.
     """
     model = check_pipeline(config.model.path)
     check_size(model, config.video.frames, config.video.height, config.video.width)
-    mesh = make_mesh(config.mesh, jax.local_devices())
+    batch = sampling_batch(len(prompts), jax.local_device_count(), config.data.batch)
+    placed = on_sampling_mesh("synthesize", config, find_sizes(config, ""), batch)
+    mesh = make_mesh(placed.mesh, jax.local_devices())
     check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
     prompts_hash = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
     identity = folder_fingerprint(model_path(config.model.path))
@@ -47,42 +54,46 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
 
 
 def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, mesh: Mesh) -> None:
-    """Makes the missing ones of this host's shards."""
-    size, hosts = config.data.clips_per_shard, jax.process_count()
-    own_shards = range(jax.process_index(), -(-len(prompts) // size), hosts)
-    missing = [shard for shard in own_shards if not shard_path(folder, shard).exists()]
+    """Makes the missing ones of this host's shards. A signal ends the work after the batch in which it came."""
+    clips, slots = config.data.clips_per_shard, batch_shards(mesh)
+    size = -(-config.data.batch // slots) * slots
+    own_shards = range(jax.process_index(), -(-len(prompts) // clips), jax.process_count())
+    files = {
+        shard: BatchFiles(folder / UNFINISHED / f"{shard:05d}", range(len(prompts))[shard * clips :][:clips], size)
+        for shard in own_shards
+    }
+    missing = {shard: files[shard] for shard in own_shards if not shard_path(folder, shard).exists()}
+    for shard in files.keys() - missing.keys():
+        files[shard].remove()  # a run was killed when it had just written the shard
     if not missing:
         return
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
-    total = sum(len(prompts[shard * size : (shard + 1) * size]) for shard in missing)
-    progress, done = Progress("synthesize", total), 0
+    batches = {shard: dict(of_shard.batches()) for shard, of_shard in missing.items()}
+    left = {shard: batches[shard].keys() - of_shard.finished() for shard, of_shard in missing.items()}
+    total = sum(len(items) for of_shard in batches.values() for items in of_shard.values())
+    done = total - sum(len(batches[shard][number]) for shard, numbers in left.items() for number in numbers)
+    progress = Progress("synthesize", total, start=done)
     with Preemption("synthesize", alone=True) as preemption:
-        for shard in missing:
-            batch = prompts[shard * size : (shard + 1) * size]
-            clips = records(config, pipeline, batch, shard * size, progress, done, preemption)
-            write_shard(shard_path(folder, shard), clips)
-            done += len(batch)
+        for shard, of_shard in missing.items():
+            texts = {number: [prompts[item] for item in batches[shard][number]] for number in sorted(left[shard])}
+            words = [prompt for batch in texts.values() for prompt in batch]
+            if words:
+                pipeline.embedder.unpadded([*words, config.sampler.negative_prompt], config.text_length)
+            for number, batch in texts.items():
+                of_shard.write(number, records(config, pipeline, batch, batches[shard][number].start))
+                done += len(batch)
+                progress.show(done, last=done == total)
+                preemption.should_stop()
+                preemption.stop_if_asked()
+            write_shard(shard_path(folder, shard), of_shard.records())
+            of_shard.remove()
 
 
-def records(
-    config: ConfigDict,
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    first: int,
-    progress: Progress,
-    done: int,
-    preemption: Preemption,
-) -> Iterator[Record]:
-    """Samples `prompts`, numbered from `first` on, and yields their records. `done`: clips made before, for `progress`.
-
-    A signal ends the work; the shard that is then incomplete is discarded.
-    """
-    pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
-    for start, batch in batched(prompts, config.data.batch):
-        latents = np.asarray(pipeline.sample(batch, config, seed=config.seed, first=first + start)[0], np.float16)
-        texts = pipeline.embedder.unpadded(batch, config.text_length)
-        for prompt, z_TxHxWxC, text_LxD in zip(batch, latents, texts, strict=True):
-            yield {"latents": z_TxHxWxC, "text": text_LxD.astype(np.float16), "caption": text_array(prompt)}
-        progress.show(done + start + len(batch), last=done + start + len(batch) == progress.total)
-        preemption.should_stop()
-        preemption.stop_if_asked()
+def records(config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], first: int) -> list[Record]:
+    """Samples one batch of prompts, numbered from `first` on; returns their records."""
+    latents = np.asarray(pipeline.sample(prompts, config, seed=config.seed, first=first)[0], np.float16)
+    texts = pipeline.embedder.unpadded(prompts, config.text_length)
+    return [
+        {"latents": z_TxHxWxC, "text": text_LxD.astype(np.float16), "caption": text_array(prompt)}
+        for prompt, z_TxHxWxC, text_LxD in zip(prompts, latents, texts, strict=True)
+    ]

@@ -20,7 +20,7 @@ from jsurgery.estimate.roofline import COMPILER, StageWork, estimate, synthesis,
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import abstract_mesh, mesh_sizes
-from jsurgery.runtime.mesh_choice import describe_mesh, device_memory
+from jsurgery.runtime.mesh_choice import describe_mesh, device_memory, sampling_batch
 from jsurgery.surgery.disk import GB, VIDEO_BYTES, StageDisk, check_disk, disk_of_stages
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
@@ -87,9 +87,10 @@ def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequenc
 def dry_run_sampling(
     command: str, config: ConfigDict, config_name: str, topology: str, videos: int, batch: int, limits: Limits
 ) -> None:
-    """The same for a command that samples `videos`, `batch` at once, to mp4 files or, in `synthesize`, to shards."""
+    """The same for a command that samples `videos`, at least `batch` at once, to mp4 files or shards."""
     check_report(limits.report)
     sizes, machine = find_sizes(config, config_name), machine_of(topology)
+    batch = sampling_batch(videos, machine.count, batch)
     place = lambda: on_sampling_mesh(command, config, sizes, batch, machine.count, machine.memory)
     phases = phase_rows(command, place, lambda placed, mesh: memory.sampling_phases(placed, sizes, mesh, batch, videos))
     clip = VIDEO_BYTES

@@ -7,9 +7,10 @@ unrelated videos of a prompt are.
 
 import dataclasses
 import functools
+import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,44 +22,38 @@ from ml_collections import ConfigDict
 from jsurgery.config import check_video, recorded_section
 from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.errors import InputError
-from jsurgery.evaluate import video_metrics
-from jsurgery.evaluate.clip_model import ClipModel, load_clip_model
-from jsurgery.evaluate.lpips import Weights, load_lpips, lpips
+from jsurgery.evaluate.clip_model import load_clip_model
+from jsurgery.evaluate.fidelity_numbers import (
+    CONTROL,
+    STEPS,
+    MetricNetworks,
+    collect,
+    table,
+    velocity_numbers,
+    video_numbers,
+    write_numbers,
+)
+from jsurgery.evaluate.lpips import load_lpips
 from jsurgery.io.fields import describe_changes
 from jsurgery.io.files import replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint, size_and_sha256
 from jsurgery.io.results import check_report
+from jsurgery.runtime import processes
+from jsurgery.runtime.mesh import LOGICAL, make_mesh
+from jsurgery.runtime.mesh_choice import sampling_batch
+from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.sample import transformer_identity
 from jsurgery.wan import hub
 from jsurgery.wan.checkpoint import load_transformer, read_config
 from jsurgery.wan.guidance import guided_velocity
+from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_folder
-from jsurgery.wan.pipeline import Pipeline, load_pipeline
+from jsurgery.wan.models import find_sizes
+from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline
 from jsurgery.wan.video_size import check_size
 
-STEPS = 10  # sampling steps, evenly spaced, at which velocities are compared
-CONTROL = "teacher, other noise"
-COLUMNS = {  # of the table: a number's key -> (title, format, whether a single video has it)
-    "psnr": ("PSNR (dB)", ".2f", False),
-    "ssim": ("SSIM", ".4f", False),
-    "lpips": ("LPIPS", ".4f", False),
-    "velocity_error": ("velocity error", ".4f", False),
-    "drift": ("drift (levels/s)", "+.2f", False),
-    "clip_text": ("CLIP, prompt", ".4f", True),
-    "clip_frames": ("CLIP, frames", ".4f", True),
-    "flicker": ("flicker (levels)", ".2f", True),
-    "motion": ("motion (pixels/frame)", ".2f", True),
-}
-OF_ANY_VIDEO = [name for name, (_, _, any_video) in COLUMNS.items() if any_video]
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricNetworks:
-    """The networks of the metrics that need one; without weights from the user a metric is left out."""
-
-    lpips: Weights | None = None
-    clip: ClipModel | None = None
+TEACHER, CONTROL_FOLDER = "teacher", "control"
 
 
 def evaluate_fidelity(
@@ -75,7 +70,8 @@ def evaluate_fidelity(
 
     durations: numbers of frames, each 4k + 1 (default: `config.video.frames`). report: a second file for the numbers.
     lpips_weights, clip_model: paths for `load_lpips` and `load_clip_model`. Prompts that the workdir has numbers of are
-    not sampled again. Returns the numbers.
+    not sampled again. Each of several processes takes its share of the prompts, and `config.mesh` describes its
+    devices; process 0 prints and writes. Returns the numbers.
     Raises InputError for models whose latents or text embeddings differ from the teacher's, and for a workdir that was
     made with other settings.
     """
@@ -102,24 +98,96 @@ def evaluate_fidelity(
         hashes["lpips"] = size_and_sha256(epath.Path(lpips_weights))[1][:16]
     if clip_model:
         hashes["clip"] = folder_fingerprint(epath.Path(hub.local_path(clip_model)))
-    mark_workdir(folder, config, prompts, hashes)
-    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype))
-    pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
-    for frames in durations:
-        make_reference(pipeline, with_frames(config, frames), prompts, folder / str(frames), networks)
-    names = {}
-    for path in models:
-        part = transformer_folder(model_path(path))
-        names[path] = f"{model_path(path).name}-{folder_fingerprint(part)}"
-        files = [
-            folder / str(frames) / names[path] / f"{i:04d}.json" for frames in durations for i in range(len(prompts))
-        ]
-        if not all(file.exists() for file in files):
-            transformer = load_transformer(part, jnp.dtype(config.model.dtype), inference=True)
-            pipeline = pipeline.with_transformer(transformer)
-            for frames in durations:
-                compare(pipeline, with_frames(config, frames), prompts, folder / str(frames), names[path], networks)
-    result = collect(config, {**names, CONTROL: "control"}, len(prompts), folder, durations)
+    processes.on_first(lambda: mark_workdir(folder, config, prompts, hashes))
+    parts = {path: transformer_folder(model_path(path)) for path in models}
+    names = {path: f"{model_path(path).name}-{folder_fingerprint(part)}" for path, part in parts.items()}
+    own = range(len(prompts))[jax.process_index() :: jax.process_count()]
+    batch = sampling_batch(len(own), jax.local_device_count())
+    placed = on_sampling_mesh("fidelity", with_frames(config, durations[-1]), find_sizes(config, ""), batch)
+
+    def work() -> None:
+        with Preemption("fidelity", alone=True) as preemption:
+            share = Share(placed, prompts, own, folder, networks, preemption)
+            compare_all(share, {names[path]: part for path, part in parts.items()}, durations)
+
+    processes.on_all(work)
+    return processes.on_first(lambda: finish_comparison(config, names, prompts, folder, durations, report))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a process works on.
+
+    Attributes:
+      config: the config, with the mesh of this process's devices.
+      prompts: all prompts.
+      own: the numbers of the prompts that are this process's share.
+      folder: the workdir.
+    """
+
+    config: ConfigDict
+    prompts: Sequence[str]
+    own: Sequence[int]
+    folder: epath.Path
+    networks: MetricNetworks
+    preemption: Preemption
+
+    def of_frames(self, frames: int) -> "Share":
+        """The same with videos of `frames` frames, whose files lie in a folder of their own."""
+        return dataclasses.replace(self, config=with_frames(self.config, frames), folder=self.folder / str(frames))
+
+    def file(self, name: str, number: int) -> epath.Path:
+        """The file of a prompt in the folder of a model, of the teacher or of the control."""
+        return self.folder / name / f"{number:04d}{'.npz' if name == TEACHER else '.json'}"
+
+    def missing(self, *names: str) -> list[int]:
+        """The own prompts that lack a file in one of these folders."""
+        return [number for number in self.own if not all(self.file(name, number).exists() for name in names)]
+
+    def batches(self, label: str, missing: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The missing prompts, as many at once as keep the mesh busy. Shows progress, and obeys signals in between."""
+        done = len(self.own) - len(missing)
+        progress = Progress(f"{label}, {self.config.video.frames} frames", len(self.own), start=done)
+        for first, numbers in batched(missing, math.prod(self.config.mesh[axis] for axis in LOGICAL["batch"])):
+            yield numbers
+            progress.show(done + first + len(numbers))
+            self.preemption.should_stop()
+            self.preemption.stop_if_asked()
+        progress.show(len(self.own), last=True)
+
+
+def compare_all(share: Share, parts: Mapping[str, epath.Path], durations: Sequence[int]) -> None:
+    """Makes what is missing: of the teacher, then of one model after the other. `parts` are transformers by name."""
+    config, shares = share.config, [share.of_frames(frames) for frames in durations]
+    references = {number for sized in shares for number in sized.missing(TEACHER, CONTROL_FOLDER)}
+    missing = {name: {number for sized in shares for number in sized.missing(name)} for name in parts}
+    mesh, dtype = make_mesh(config.mesh, jax.local_devices()), jnp.dtype(config.model.dtype)
+    pipeline = load_pipeline(config.model.path, dtype, mesh, config.mesh.exchange)
+    if words := [share.prompts[number] for number in sorted(references.union(*missing.values()))]:
+        pipeline.embedder.unpadded([*words, config.sampler.negative_prompt], config.text_length)
+    for sized in shares:
+        make_reference(pipeline, sized)
+    for name in (name for name in parts if missing[name]):
+        pipeline.drop_transformer()
+        model = load_transformer(parts[name], dtype, mesh, inference=True)
+        model.set_mesh(mesh, config.mesh.exchange)
+        compared = pipeline.with_transformer(model)
+        for sized in shares:
+            compare(compared, sized, name)
+        del model, compared
+        gc.collect()  # flax keeps a model's weights in reference cycles
+
+
+def finish_comparison(
+    config: ConfigDict,
+    names: dict[str, str],
+    prompts: Sequence[str],
+    folder: epath.Path,
+    durations: Sequence[int],
+    report: str | None,
+) -> dict[str, Any]:
+    """Writes and prints the means of all numbers; returns them."""
+    result = collect(config, {**names, CONTROL: CONTROL_FOLDER}, len(prompts), folder, durations)
     for file in (folder / "fidelity.json", *([epath.Path(report)] if report else [])):
         write_json(file, {"prompts": list(prompts), **result})
     print(table(result))
@@ -161,163 +229,63 @@ def with_frames(config: ConfigDict, frames: int) -> ConfigDict:
     return sized
 
 
-def make_reference(
-    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], folder: epath.Path, networks: MetricNetworks
-) -> None:
-    """Writes the teacher's video and trajectory of every prompt to `folder/teacher`, and the control's numbers."""
-    kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
-    progress = Progress(f"teacher, {config.video.frames} frames", len(prompts))
-    for number in progress.over(range(len(prompts))):
-        file = folder / "teacher" / f"{number:04d}.npz"
-        control = folder / "control" / f"{number:04d}.json"
-        if file.exists() and control.exists():
-            continue
-        latents, trajectory = pipeline.sample(
-            [prompts[number]], config, seed=config.seed, first=number, record=list(kept)
-        )
-        trajectory = np.asarray(trajectory)[:, 0]
-        video = pipeline.decode(latents)[0]
-        velocity = velocities(pipeline, config, prompts[number], trajectory)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, way=trajectory, velocity=velocity, video=video)
-        other_seed = (config.seed + 1) % 2**32
-        latents, _ = pipeline.sample([prompts[number]], config, seed=other_seed, first=number)
-        write_numbers(control, video_numbers(pipeline.decode(latents)[0], video, prompts[number], networks))
+def make_reference(pipeline: Pipeline, share: Share) -> None:
+    """Writes the teacher's video and trajectory of every prompt, and the numbers of the control."""
+    config, prompts = share.config, share.prompts
+    kept = list(evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps)))
+    for numbers in share.batches(TEACHER, share.missing(TEACHER, CONTROL_FOLDER)):
+        texts = [prompts[number] for number in numbers]
+        sources = [(config.seed, number) for number in numbers]
+        latents, trajectory = pipeline.sample(texts, config, sources=sources, record=kept)
+        trajectory = np.asarray(trajectory)
+        videos, velocity = pipeline.decode(latents), velocities(pipeline, config, texts, trajectory)
+        for row, number in enumerate(numbers):
+            file = share.file(TEACHER, number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, way=trajectory[:, row], velocity=velocity[:, row], video=videos[row])
+        others = [((config.seed + 1) % 2**32, number) for number in numbers]
+        latents, _ = pipeline.sample(texts, config, sources=others)
+        for number, video, other in zip(numbers, videos, pipeline.decode(latents), strict=True):
+            found = video_numbers(other, video, prompts[number], share.networks)
+            write_numbers(share.file(CONTROL_FOLDER, number), found)
 
 
-def compare(
-    pipeline: Pipeline,
-    config: ConfigDict,
-    prompts: Sequence[str],
-    folder: epath.Path,
-    name: str,
-    networks: MetricNetworks,
-) -> None:
-    """Writes the numbers of the pipeline's transformer to `folder`/`name`, one file per prompt."""
-    progress = Progress(f"{name}, {config.video.frames} frames", len(prompts))
-    for number in progress.over(range(len(prompts))):
-        file = folder / name / f"{number:04d}.json"
-        if file.exists():
-            continue
-        with (folder / "teacher" / f"{number:04d}.npz").open("rb") as stream:
-            teacher = dict(np.load(stream))
-        latents, _ = pipeline.sample([prompts[number]], config, seed=config.seed, first=number)
-        numbers = video_numbers(pipeline.decode(latents)[0], teacher["video"], prompts[number], networks)
-        velocity = velocities(pipeline, config, prompts[number], teacher["way"])
-        write_numbers(file, numbers | velocity_numbers(velocity, teacher["velocity"]))
+def compare(pipeline: Pipeline, share: Share, name: str) -> None:
+    """Writes the numbers of the pipeline's transformer, one file a prompt, to the folder `name`."""
+    config, prompts = share.config, share.prompts
+    for numbers in share.batches(name, share.missing(name)):
+        texts, teachers = [prompts[number] for number in numbers], []
+        for number in numbers:
+            with share.file(TEACHER, number).open("rb") as stream:
+                teachers.append(dict(np.load(stream)))
+        latents, _ = pipeline.sample(texts, config, sources=[(config.seed, number) for number in numbers])
+        videos = pipeline.decode(latents)
+        velocity = velocities(pipeline, config, texts, np.stack([teacher["way"] for teacher in teachers], axis=1))
+        for row, (number, teacher) in enumerate(zip(numbers, teachers, strict=True)):
+            found = video_numbers(videos[row], teacher["video"], prompts[number], share.networks)
+            found |= velocity_numbers(velocity[:, row], teacher["velocity"])
+            write_numbers(share.file(name, number), found)
 
 
-def velocities(pipeline: Pipeline, config: ConfigDict, prompt: str, trajectory_SxTxHxWxC: np.ndarray) -> np.ndarray:
-    """The transformer's velocity, guided as in sampling, at every x_t of a trajectory: float32 [S, T, H, W, C]."""
+def velocities(
+    pipeline: Pipeline, config: ConfigDict, prompts: Sequence[str], trajectories_SxBxTxHxWxC: np.ndarray
+) -> np.ndarray:
+    """The transformer's velocity, guided as in sampling, at every x_t of trajectories: float32 [S, B, T, H, W, C]."""
     sampler = config.sampler
-    rows = schedule(sampler.solver, sampler.steps, sampler.shift)
-    text = pipeline.embed([prompt], config.text_length)
+    schedule_rows = schedule(sampler.solver, sampler.steps, sampler.shift)
+    rows = pipeline.filled(len(prompts), config)
+    text = pipeline.embed([prompts[row] for row in rows], config.text_length)
     negative_text = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)
-    timesteps = rows.timestep[evenly_spaced_steps(sampler.steps, len(trajectory_SxTxHxWxC))]
+    timesteps = schedule_rows.timestep[evenly_spaced_steps(sampler.steps, len(trajectories_SxBxTxHxWxC))]
     guidance = sampler.guidance, sampler.guidance_batched
     per_step = [
-        _velocity(pipeline.transformer, text, negative_text, x[None], timestep, *guidance)
-        for x, timestep in zip(trajectory_SxTxHxWxC, timesteps, strict=True)
+        np.asarray(_velocity(pipeline.transformer, text, negative_text, x[rows], timestep, *guidance), np.float32)
+        for x, timestep in zip(trajectories_SxBxTxHxWxC, timesteps, strict=True)
     ]
-    return np.concatenate([np.asarray(velocity, np.float32) for velocity in per_step])
+    return np.stack(per_step)[:, : len(prompts)]
 
 
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))
 def _velocity(transformer, text, negative_text, x, timestep, guidance, batched):
     return guided_velocity(transformer, text, negative_text, guidance, batched)(x, jnp.full(x.shape[0], timestep))
-
-
-def video_numbers(video: np.ndarray, teacher: np.ndarray, prompt: str, networks: MetricNetworks) -> dict[str, Any]:
-    """MSE, SSIM and LPIPS of every frame against the teacher's; flicker, motion and CLIP's scores of both videos."""
-    numbers = {"mse": video_metrics.mse(video, teacher), "ssim": video_metrics.ssim(video, teacher)}
-    if networks.lpips is not None:
-        numbers["lpips"] = lpips(networks.lpips, video, teacher)
-    for prefix, each in (("", video), ("teacher_", teacher)):
-        own = {"flicker": video_metrics.flicker(each), "motion": video_metrics.motion(each)}
-        if networks.clip is not None:
-            own |= networks.clip.scores(each, prompt)
-        numbers |= {prefix + name: value for name, value in own.items()}
-    return numbers
-
-
-def velocity_numbers(velocity_SxTxHxWxC: np.ndarray, teacher_SxTxHxWxC: np.ndarray) -> dict[str, Any]:
-    """Relative L2 errors: of each step [S], and of each step and latent frame [S, T]."""
-    square = ((velocity_SxTxHxWxC - teacher_SxTxHxWxC).astype(float) ** 2).sum(axis=(2, 3, 4))
-    norm = (teacher_SxTxHxWxC.astype(float) ** 2).sum(axis=(2, 3, 4))
-    return {
-        "velocity_error_per_step": np.sqrt(square.sum(axis=1) / norm.sum(axis=1)),
-        "velocity_error": np.sqrt(square / norm),
-    }
-
-
-def write_numbers(file: epath.Path, numbers: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {name: np.asarray(value).tolist() for name, value in numbers.items()})
-
-
-def collect(
-    config: ConfigDict, names: dict[str, str], prompts: int, folder: epath.Path, durations: Sequence[int]
-) -> dict[str, Any]:
-    """Means over prompts at every duration, of the models in `names` (name -> folder). Infinite PSNR becomes None."""
-    kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
-    timesteps = schedule(config.sampler.solver, config.sampler.steps, config.sampler.shift).timestep[kept]
-    result: dict[str, Any] = {"timesteps": timesteps.tolist(), "durations": []}
-    for frames in durations:
-        seconds = np.arange(frames) / config.video.fps
-        models = {}
-        for name, part in names.items():
-            files = [folder / str(frames) / part / f"{number:04d}.json" for number in range(prompts)]
-            models[name] = summarize([json.loads(file.read_text()) for file in files], seconds)
-        result["durations"].append({"frames": frames, "seconds": frames / config.video.fps, "models": models})
-    return result
-
-
-def summarize(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, Any]:
-    """Means over prompts. drift: slope of the root mean square difference over a video, in grey levels per second."""
-    mean = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
-    psnr = np.mean([video_metrics.psnr(np.mean(row["mse"])) for row in rows])
-    difference_per_frame = np.sqrt(mean["mse"])
-    numbers = {
-        "psnr": psnr,
-        "ssim": np.mean(mean["ssim"]),
-        "drift": np.polyfit(seconds, difference_per_frame, 1)[0] if len(seconds) > 1 else 0.0,
-        **{name: mean[name] for name in mean if name.removeprefix("teacher_") in OF_ANY_VIDEO},
-        "psnr_per_frame": [video_metrics.psnr(error) for error in mean["mse"]],
-        "ssim_per_frame": mean["ssim"],
-    }
-    if "lpips" in mean:
-        numbers |= {"lpips": np.mean(mean["lpips"]), "lpips_per_frame": mean["lpips"]}
-    if "velocity_error" in mean:
-        numbers |= {
-            "velocity_error": np.mean(mean["velocity_error_per_step"]),
-            "velocity_error_per_step": mean["velocity_error_per_step"],
-            "velocity_error_per_frame": np.mean(mean["velocity_error"], axis=0),
-        }
-    return {name: _finite(np.asarray(value).tolist()) for name, value in numbers.items()}
-
-
-def _finite(value: Any) -> Any:
-    """None for infinities, which JSON does not have."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if math.isfinite(value) else None
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as a table in Markdown, the teacher first at every duration."""
-    names = [name for name in COLUMNS if any(name in m for m in result["durations"][0]["models"].values())]
-    rows = [["", "seconds", *(COLUMNS[name][0] for name in names)], ["---", *["---:"] * (1 + len(names))]]
-    for duration in result["durations"]:
-        models = duration["models"]
-        first = next(iter(models.values()))
-        teacher = {name: first[f"teacher_{name}"] for name in names if name in OF_ANY_VIDEO}
-        for model, numbers in {"teacher": teacher, **models}.items():
-            rows.append([model, f"{duration['seconds']:.2f}", *(cell(numbers, name) for name in names)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def cell(numbers: dict[str, Any], name: str) -> str:
-    if name not in numbers:
-        return "–"
-    return "∞" if numbers[name] is None else f"{numbers[name]:{COLUMNS[name][1]}}"

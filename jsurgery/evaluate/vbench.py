@@ -177,6 +177,8 @@ def evaluate(
 ) -> None:
     """Makes the missing videos of one shard in `output/videos`, prints their files, and scores the complete set.
 
+    A device, or a group of devices that share a model, makes one video at a time.
+
     shard: (index, number of shards). If several processes run together, each process is a shard, and process 0
         continues when all have ended.
     `output/full_info.json` holds the entries of VBench's list for these prompts, if there is a list. Once all shards'

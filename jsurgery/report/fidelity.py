@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from jsurgery.evaluate.fidelity import CONTROL, OF_ANY_VIDEO
+from jsurgery.evaluate.fidelity_numbers import CONTROL, OF_ANY_VIDEO
 from jsurgery.report.charts import Chart, line_chart
 
 STAGES = {"hybrid": "distilled", "model": "finetuned"}  # folder of a run -> the stage whose model it is

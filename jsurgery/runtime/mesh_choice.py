@@ -76,6 +76,11 @@ def mesh_choices(devices: int, batch: int, heads: int) -> Iterator[dict[str, int
             yield dict.fromkeys(AXES, 1) | {axis: examples, "context": rest // tensor, "tensor": tensor}
 
 
+def sampling_batch(clips: int, devices: int, batch: int = 1) -> int:
+    """The clips that a command samples at once: at least `batch`, and one on each device if there are enough clips."""
+    return -(-batch // devices) * devices if clips >= devices else batch
+
+
 def with_mesh(config: ConfigDict, sizes: dict[str, int]) -> ConfigDict:
     """A copy of the config with these sizes of the mesh's axes."""
     with config.unlocked():

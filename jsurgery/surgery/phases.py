@@ -54,12 +54,12 @@ def on_mesh(
 ) -> ConfigDict:
     """The config of a stage with its mesh: the one that the config names, or one chosen by `choose_mesh`.
 
-    `devices` are by default those of all processes, and `capacity` the memory that the first of them reports. Raises
-    DoesNotFit, with the numbers, where a device has too little memory.
+    `devices` are by default those of all processes, and `capacity` the memory that one of this process's reports.
+    Raises DoesNotFit, with the numbers, where a device has too little memory.
     """
     if devices is None:
         devices = jax.devices()
-        capacity = device_memory(devices[0])
+        capacity = device_memory(jax.local_devices()[0])  # another process's devices do not tell
     peak = lambda mesh: max(phase.bytes for phase in phases_of(stage, config, sizes, mesh))
     heads = sizes.transformer.num_attention_heads
     return choose_mesh(stage, config, stage_batch(stage, config), heads, peak, devices, capacity, **options)

@@ -86,6 +86,7 @@ STAGES = (
         command="evaluate",
         fields=("evaluate",),
         reads=("finetune",),
+        all_processes=True,
         leaves={"evaluation.json": "scores and distances"},
     ),
     Stage("report", command="report", reads=("evaluation",)),

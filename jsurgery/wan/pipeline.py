@@ -1,6 +1,8 @@
 """From prompt to video: the tokenizer, text encoder, transformer and VAE of one model folder."""
 
 import functools
+import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys
-from jsurgery.runtime.mesh import replicate, to_host
+from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys, velocities_per_step
+from jsurgery.runtime.mesh import batch_shards, replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import sampling_step
 
@@ -45,6 +47,12 @@ class Pipeline:
     def vae(self) -> WanVae:
         return self._vae if isinstance(self._vae, WanVae) else self._vae()
 
+    def drop_transformer(self) -> None:
+        """Frees the transformer, unless others hold it too. It is loaded again when it is next needed."""
+        if not isinstance(self._transformer, WanTransformer):
+            self._transformer.cache_clear()
+            gc.collect()
+
     def with_transformer(self, transformer: WanTransformer) -> "Pipeline":
         """The pipeline with another transformer. It shares the embeddings and the VAE with this one."""
         return Pipeline(self.embedder, transformer, self._vae)
@@ -61,56 +69,77 @@ class Pipeline:
         """(T, H, W, C) of the latents of a video of `frames` x `height` x `width` pixels."""
         return *latent_grid(frames, height, width), self.transformer.config.in_channels
 
+    @property
+    def slots(self) -> int:
+        """The number of prompts that the mesh computes at once, each on devices of its own."""
+        mesh = self.transformer.mesh
+        return 1 if mesh is None else batch_shards(mesh)
+
+    def filled(self, prompts: int, config: ConfigDict) -> list[int]:
+        """The rows of a batch of `prompts`, repeated from the first on until their velocities divide over the mesh."""
+        velocities = velocities_per_step(config.sampler.guidance) if config.sampler.guidance_batched else 1
+        unit = self.slots // math.gcd(self.slots, velocities)
+        return [row % prompts for row in range(-(-prompts // unit) * unit)]
+
     def sample(
         self,
         prompts: Sequence[str],
         config: ConfigDict,
         *,
-        seed: int,
+        seed: int = 0,
         first: int = 0,
+        sources: Sequence[tuple[int, int]] | None = None,
         record: Sequence[int] = (),
         on_step: Callable[[int], None] = lambda done: None,
     ) -> tuple[jax.Array, np.ndarray | None]:
         """Samples latents of prompts by `config.sampler` and `config.video`.
 
         A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
-        `on_step` is called after every step with the number of steps done. Returns the latents [B, T, H, W, C], and the
-        latents before each of the K steps `record`, [K, B, ...] on the host, or None without such steps.
+        With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add. A batch that
+        the mesh does not divide is filled up. `on_step` is called after every step with the number of steps done.
+        Returns the latents [B, T, H, W, C], and the latents before each of the K steps `record`, [K, B, ...] on the
+        host, or None without such steps.
         """
-        text, negative_text, noise, key = self._inputs(prompts, config, seed, first)
-        sampler = config.sampler
-        rows = schedule(sampler.solver, sampler.steps, sampler.shift)
-        keys = step_keys(rows, key)
+        count, sampler = len(prompts), config.sampler
+        rows = self.filled(count, config)
+        numbered = sources or [(seed, first + number) for number in range(count)]
+        text, negative_text, noise = self._inputs(
+            [prompts[row] for row in rows], config, [numbered[row] for row in rows]
+        )
+        keys = [jax.random.fold_in(jax.random.key(seed), number) for seed, number in numbered]
+        steps = schedule(sampler.solver, sampler.steps, sampler.shift)
+        keys = step_keys(steps, keys[0] if sources is None else jnp.stack([keys[row] for row in rows]))
         state, trajectory = initial_state(noise), []
         if self.transformer.device_mesh is not None:
             state = replicate(self.transformer.device_mesh, state)
         for i in range(sampler.steps):
-            trajectory += [to_host(state.x)] if i in record else []
-            inputs = text, negative_text, state, rows.row(i), None if keys is None else keys[i]
+            trajectory += [to_host(state.x)[:count]] if i in record else []
+            inputs = text, negative_text, state, steps.row(i), None if keys is None else keys[i]
             state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
             state.x.block_until_ready()
             on_step(i + 1)
-        return state.x, np.stack(trajectory) if trajectory else None
+        return state.x[:count] if len(rows) > count else state.x, np.stack(trajectory) if trajectory else None
 
     def _inputs(
-        self, prompts: Sequence[str], config: ConfigDict, seed: int, first: int
-    ) -> tuple[Any, Any, jax.Array, jax.Array]:
-        """Text, negative text (None at guidance 1, which does not read it), noise, and the key for fresh noise."""
+        self, prompts: Sequence[str], config: ConfigDict, sources: Sequence[tuple[int, int]]
+    ) -> tuple[Any, Any, jax.Array]:
+        """Text, negative text (None at guidance 1, which does not read it), and the noise of each (seed, number)."""
         video, sampler = config.video, config.sampler
         shape = self.latent_shape(video.frames, video.height, video.width)
-        noise = initial_noise(seed, range(first, first + len(prompts)), shape)
+        noise = jnp.concatenate([initial_noise(seed, [number], shape) for seed, number in sources])
         text = self.embed(prompts, config.text_length)
         negative_text = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
-        return text, negative_text, noise, jax.random.fold_in(jax.random.key(seed), first)
+        return text, negative_text, noise
 
     def encode(self, video_BxFxHxWx3: np.ndarray) -> np.ndarray:
-        """Latents [B, T, H, W, C] of videos in [-1, 1], float."""
+        """Latents [B, T, H, W, C] of videos in [-1, 1], float; see `WanVae.spread` for several devices."""
         return self.vae.encode_in_chunks(video_BxFxHxWx3)
 
     def decode(self, latents_BxTxHxWxC: jax.Array | np.ndarray) -> np.ndarray:
-        """Videos uint8 [B, F, H, W, 3] of latents; they are decoded one at a time."""
-        videos = [self.vae.decode_in_chunks(latents[None])[0] for latents in latents_BxTxHxWxC]
-        return np.stack([np.round((video + 1) * 127.5).astype(np.uint8) for video in videos])
+        """Videos uint8 [B, F, H, W, 3] of latents. Every device decodes a clip at a time."""
+        groups = batched(np.asarray(latents_BxTxHxWxC), self.vae.clips_at_once)
+        decoded = (self.vae.decode_in_chunks(latents) for _, latents in groups)
+        return np.concatenate([np.round((videos + 1) * 127.5).astype(np.uint8) for videos in decoded])
 
     def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3] of one prompt or of several."""
@@ -122,8 +151,9 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
     """The model of a pipeline folder in the diffusers layout, of an operated model's folder, or of a bundled name.
 
     Its parts are loaded when they are first needed. With a mesh, the transformer's parameters are loaded onto it, and
-    the transformer computes on it. `exchange` is that of `WanTransformer.set_mesh`. Raises InputError naming the file
-    that is missing, damaged or does not fit: here by what headers tell, and by the values when a part is loaded.
+    the transformer computes on it, and the VAE on those of its devices that this process has, a clip on each.
+    `exchange` is that of `WanTransformer.set_mesh`. Raises InputError naming the file that is missing, damaged or does
+    not fit: here by what headers tell, and by the values when a part is loaded.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
@@ -135,7 +165,12 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
             model.set_mesh(mesh, exchange)
         return model
 
-    return Pipeline(PromptEmbedder(base, dtype), transformer, lambda: load_vae(base / "vae"))
+    def vae() -> WanVae:
+        model = load_vae(base / "vae")
+        model.spread([] if mesh is None else mesh.local_devices)
+        return model
+
+    return Pipeline(PromptEmbedder(base, dtype), transformer, vae)
 
 
 def batched(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:

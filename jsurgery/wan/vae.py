@@ -6,17 +6,19 @@ request over tiles in space. Attribute names are the parameter names of the refe
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsurgery.errors import InputError
 from jsurgery.wan.causal_conv import CausalConv, FrameCache, per_channel
 from jsurgery.wan.model_config import VaeConfig
+from jsurgery.wan.vae_chunks import RunChunk, in_chunks, mesh_of_clips
 from jsurgery.wan.vae_tiles import Tiling, in_tiles
 
 
@@ -221,6 +223,7 @@ class WanVae(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.devices: Mesh | None = None  # a clip on each; None: all clips on one device
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), rngs=rngs)
         self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1), rngs=rngs)
@@ -256,7 +259,7 @@ class WanVae(nnx.Module):
         With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
         _check_video_shape(video_BxFxHxWx3.shape)
-        whole = functools.partial(_in_chunks, encode_chunk, self, 4)
+        whole = lambda video: self.in_chunks(encode_chunk, [(video[:, frames],) for frames in _chunks(video, 4)])
         return in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
 
     def decode_in_chunks(self, latents_BxTxHxWxC: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
@@ -264,9 +267,27 @@ class WanVae(nnx.Module):
 
         With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
-        whole = functools.partial(_in_chunks, decode_chunk, self, 1)
+        whole = lambda latents: self.in_chunks(decode_chunk, [(latents[:, frame],) for frame in _chunks(latents, 1)])
         video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
         return np.clip(video, -1, 1, out=video)
+
+    def spread(self, devices: Sequence[Any]) -> None:
+        """From now on the methods `..._in_chunks` give each of these devices a clip of its own.
+
+        The weights move there, in place: every device gets all of them.
+        """
+        self.devices = mesh_of_clips(devices)
+        if self.devices is not None:
+            nnx.update(self, jax.device_put(nnx.state(self), NamedSharding(self.devices, PartitionSpec())))
+
+    @property
+    def clips_at_once(self) -> int:
+        """The number of clips that keep all devices busy."""
+        return 1 if self.devices is None else self.devices.size
+
+    def in_chunks(self, run_chunk: RunChunk, chunks: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """`run_chunk`, a function like `encode_chunk`, over chunks in turn; see `vae_chunks.in_chunks`."""
+        return in_chunks(run_chunk, *nnx.split(self), chunks, self.devices)
 
     def _normalized(self, mean: jax.Array) -> jax.Array:
         config = self.config
@@ -302,15 +323,9 @@ def decode_chunk(
     return vae.pixels(vae._unnormalized(latents_Bx1xHxWxC), cache), cache.left
 
 
-def _in_chunks(run_chunk: Callable[..., Any], vae: WanVae, size: int, x_BxTxHxWxC: np.ndarray) -> np.ndarray:
-    """`run_chunk` over the first frame, then over `size` frames at a time. Results move to the host at once."""
-    graph, state = nnx.split(vae)
-    y, kept = run_chunk(graph, state, x_BxTxHxWxC[:, :1])
-    finished = [np.array(y, np.float32)]
-    for t in range(1, x_BxTxHxWxC.shape[1], size):
-        y, kept = run_chunk(graph, state, x_BxTxHxWxC[:, t : t + size], kept)
-        finished.append(np.array(y, np.float32))
-    return np.concatenate(finished, axis=1)
+def _chunks(x_BxTxHxWxC: np.ndarray, size: int) -> list[slice]:
+    """The frames of each chunk: the first frame, then `size` frames at a time."""
+    return [slice(0, 1), *(slice(t, t + size) for t in range(1, x_BxTxHxWxC.shape[1], size))]
 
 
 def _check_video_shape(shape: tuple[int, ...]) -> None:

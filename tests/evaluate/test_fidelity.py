@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from jsurgery.cli import main
-from jsurgery.evaluate import fidelity
-from jsurgery.evaluate.fidelity import CONTROL, MetricNetworks, summarize, table, velocity_numbers
+from jsurgery.evaluate import fidelity, fidelity_numbers
+from jsurgery.evaluate.fidelity_numbers import CONTROL, MetricNetworks, summarize, table, velocity_numbers
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
 
 PROMPTS = ("a red circle moves left over a grey background", "a blue square stays still over a white background")
@@ -94,9 +94,9 @@ def test_lpips_and_clip_scores_are_reported_when_their_networks_are_given(monkey
     rng = np.random.default_rng(0)
     video, teacher = rng.integers(0, 256, (2, 3, 32, 32, 3), np.uint8)
     clip = SimpleNamespace(scores=lambda video, prompt: {"clip_text": video.mean() + len(prompt), "clip_frames": 0.5})
-    monkeypatch.setattr(fidelity, "lpips", lambda weights, one, two: weights * np.arange(1, 1 + len(one)))
+    monkeypatch.setattr(fidelity_numbers, "lpips", lambda weights, one, two: weights * np.arange(1, 1 + len(one)))
     rows = [
-        fidelity.video_numbers(video, teacher, prompt, MetricNetworks(np.float32(0.25), clip))
+        fidelity_numbers.video_numbers(video, teacher, prompt, MetricNetworks(np.float32(0.25), clip))
         for prompt in ("a", "two")
     ]
     found = summarize([{name: np.asarray(value) for name, value in row.items()} for row in rows], np.arange(3) / 8)
@@ -108,7 +108,7 @@ def test_lpips_and_clip_scores_are_reported_when_their_networks_are_given(monkey
     lines = table({"durations": [{"seconds": 0.375, "models": {"m": found}}]}).splitlines()
     assert lines[0].split(" | ")[3:6] == ["SSIM", "LPIPS", "drift (levels/s)"]
     assert lines[2].startswith("| teacher | 0.38 | – | – | – | – | ") and " | 0.5000 | " in lines[3]
-    without_networks = fidelity.video_numbers(video, teacher, "a", MetricNetworks())
+    without_networks = fidelity_numbers.video_numbers(video, teacher, "a", MetricNetworks())
     assert not [name for name in without_networks if "lpips" in name or "clip" in name]
 
 

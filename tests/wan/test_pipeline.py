@@ -123,7 +123,8 @@ def test_compiled_steps_equal_one_compiled_loop(ours, solver):
     config = small(steps=3, solver=solver)
     done = []
     latents, trajectory = ours.sample([PROMPT, NEGATIVE], config, seed=1, first=4, record=range(3), on_step=done.append)
-    text, negative_text, noise, key = ours._inputs([PROMPT, NEGATIVE], config, 1, 4)
+    text, negative_text, noise = ours._inputs([PROMPT, NEGATIVE], config, [(1, 4), (1, 5)])
+    key = jax.random.fold_in(jax.random.key(1), 4)
     velocity = guided_velocity(ours.transformer, text, negative_text, config.sampler.guidance, batched=True)
     loop = lambda noise: sample(velocity, noise, steps=3, shift=3.0, solver=solver, key=key, record=True)
     expected, states = jax.jit(loop)(noise)
@@ -173,7 +174,7 @@ def test_guidance_evaluates_only_the_branches_it_needs(ours):
 def test_a_sampling_step_returns_no_weights(ours):
     """A returned model would be a copy of all weights at every step, and twice their memory."""
     config = small(steps=2)
-    text, negative_text, noise, _ = ours._inputs([PROMPT], config, 0, 0)
+    text, negative_text, noise = ours._inputs([PROMPT], config, [(0, 0)])
     row = schedule("unipc", 2, 3.0).row(0)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(ours.transformer)))
 
