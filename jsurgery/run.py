@@ -323,10 +323,15 @@ class Run:
         if not self.config.finetune.steps:
             processes.on_first(lambda: copy_model(start, self.workdir / "model", self.base))
             return
-        student = load_transformer(start, jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh))
-        student.remat = self.config.model.remat
+
+        def student() -> WanTransformer:
+            model = load_transformer(start, jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh))
+            model.remat = self.config.model.remat
+            return model
+
         teacher, latents, folder = self.shared_pipeline(), self.training_latents, self.stages["finetune"].folder
-        trained = finetune(self.config, student, teacher, latents, folder, profile=self.workdir / "profile")
+        options = {"overwrite": True, "profile": self.workdir / "profile"}
+        trained = finetune(self.config, student(), teacher, latents, folder, **options)
         gather_to_first_process(trained)
         processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base))
 

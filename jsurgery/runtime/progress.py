@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from jsurgery.runtime import processes
 
@@ -30,7 +30,11 @@ class Progress:
             self.show(step + 1)
         self.show(self.total, last=True)
 
-    def show(self, done: int, last: bool = False) -> None:
+    def during(self, done: int, count: int, steps: int) -> Callable[[int], None]:
+        """A function that shows how many of `steps` are done, which together make the next `count` after `done`."""
+        return lambda step: self.show(done + count * step / steps)
+
+    def show(self, done: float, last: bool = False) -> None:
         now = time.monotonic()
         terminal = sys.stderr.isatty()
         if not processes.is_first() or (not last and now - self.shown < (0.2 if terminal else 10.0)):
@@ -40,7 +44,8 @@ class Progress:
         rate = (done - self.start) / elapsed
         time_left = f"ETA {clock((self.total - done) / rate)}" if rate and not last else f"took {clock(elapsed)}"
         speed = f"{rate:.2f}/s" if rate >= 1 or not rate else f"{1 / rate:.2f} s each"
-        line = f"{self.name}: {done}/{self.total}  {speed}  {time_left}  {self.note}".rstrip()
+        count = f"{done:.2f}" if isinstance(done, float) else str(done)
+        line = f"{self.name}: {count}/{self.total}  {speed}  {time_left}  {self.note}".rstrip()
         print(f"\r\x1b[K{line}" if terminal else line, file=sys.stderr, end="" if terminal and not last else "\n")
         sys.stderr.flush()
 

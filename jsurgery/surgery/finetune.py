@@ -1,6 +1,7 @@
 """finetune: trains all parameters of the hybrid model by flow matching on data, the teacher's velocity, or a mix."""
 
 import functools
+import gc
 from typing import Any
 
 import jax
@@ -86,10 +87,12 @@ def finetune(
     latents: epath.Path,
     folder: epath.Path,
     *,
+    overwrite: bool = False,
     profile: epath.Path | None = None,
 ) -> WanTransformer:
     """Trains `student` on the shards in `latents`, from the newest checkpoint in `folder` on if there is one.
 
+    With `overwrite` the student is lost, which saves 4 bytes for each of its parameters; otherwise it stays as it was.
     Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps. Raises ValueError unless
     the student's parameters are float32: updates are too small for 16 bits.
     """
@@ -128,9 +131,13 @@ def finetune(
         bad = rows_with_faults(data[step]["latents"], rows)
         return likely_causes(values["loss"], step, bad, state["params"], faults)
 
-    params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
-    state = run_steps(
-        "finetune", config, put_state(mesh, initial_train_state(params, optimizer, settings.ema)), one_step,
+    if not overwrite:
+        params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
+    fresh = [put_state(mesh, initial_train_state(params, optimizer, settings.ema))]
+    del student, params
+    gc.collect()  # flax keeps a model's arrays in reference cycles
+    state = run_steps(  # `pop`, so that a resumed run does not keep the fresh state on the devices
+        "finetune", config, fresh.pop(), one_step,
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder, profile=profile,
         format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=likely_cause,
     )  # fmt: skip

@@ -124,7 +124,7 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
 def finetune_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
     settings, network = config.finetune, largest_hybrid(config, sizes.transformer)
     params = memory.weights(config, network, mesh, inference=False)
-    held = {"parameters and their moments": 3 * params, "the parameters at the start": params}
+    held = {"parameters and their moments": 3 * params}
     if settings.ema:
         held |= {"averaged parameters": params}
     if settings.teacher_weight > 0:

@@ -57,7 +57,10 @@ def trace(
         for start in starts:
             batch = prompts[start : start + size]
             if start in missing:
-                latents, trajectory = pipeline.sample(batch, traced, seed=config.seed, first=start, record=list(kept))
+                on_step = progress.during(start - chosen.start, len(batch), sampler.steps)
+                latents, trajectory = pipeline.sample(
+                    batch, traced, seed=config.seed, first=start, record=list(kept), on_step=on_step
+                )
                 if start == missing[0]:
                     seen(batch[0], latents[:1])
                 ends = list(zip(to_host(latents), embeddings[start:], batch, strict=False))
