@@ -169,8 +169,10 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
     for step, part in enumerate(needed, start=1):
         # The decoded video is only compared with, on sample 0.
         missing = missing_samples(folder, 1 if part.step == STEPS[2] else count, part.outputs)
-        function = parts.function(part) if missing else None
-        whole = parts.whole() if missing and job.blocks_per_file and part.outputs == ("velocity",) else None
+        if not missing:
+            continue
+        function = parts.function(part)
+        whole = parts.whole() if job.blocks_per_file and part.outputs == ("velocity",) else None
         for number in missing:
             outputs = run(function, load_sample(folder, number, part.inputs))
             if whole is not None:
@@ -181,8 +183,7 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
             write_missing(folder, number, dict(zip(part.outputs, outputs, strict=True)))
         del function, whole
         gc.collect()
-        if missing:
-            say(f"export: reference {step}/{len(needed)}  {part.name}")
+        say(f"export: reference {step}/{len(needed)}  {part.name}")
 
 
 def write_missing(folder: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> None:
