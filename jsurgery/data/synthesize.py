@@ -27,7 +27,6 @@ from jsurgery.wan.pipeline import Pipeline, load_pipeline
 from jsurgery.wan.video_size import check_size
 
 FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_per_shard")
-UNFINISHED = "unfinished"  # the folder of the batches of shards that are not complete
 
 
 def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.PathLike) -> epath.Path:
@@ -59,7 +58,7 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
     size = -(-config.data.batch // slots) * slots
     own_shards = range(jax.process_index(), -(-len(prompts) // clips), jax.process_count())
     files = {
-        shard: BatchFiles(folder / UNFINISHED / f"{shard:05d}", range(len(prompts))[shard * clips :][:clips], size)
+        shard: BatchFiles(folder / f"unfinished_{shard:05d}", range(len(prompts))[shard * clips :][:clips], size)
         for shard in own_shards
     }
     missing = {shard: files[shard] for shard in own_shards if not shard_path(folder, shard).exists()}

@@ -28,8 +28,6 @@ from jsurgery.surgery.finetune import validation_loss
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
 
-UNFINISHED = "unfinished"  # the folder of the batches of models whose measurements are not complete
-
 
 def evaluate(
     config: ConfigDict,
@@ -108,7 +106,7 @@ def sample_all(
     A record holds `latents` float32 [T, H, W, C] and, with `score`, the clip's scores.
     """
     size = -(-config.evaluate.batch // pipeline.slots) * pipeline.slots
-    files = BatchFiles(folder / UNFINISHED / name, numbers, size)
+    files = BatchFiles(folder / f"unfinished_{name}", numbers, size)
     finished = processes.on_first(files.finished)
     progress = Progress(f"sample {name}", len(numbers), start=min(len(numbers), len(finished) * size))
     for batch, items in files.batches():

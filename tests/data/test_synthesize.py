@@ -1,13 +1,18 @@
 """`jsurgery synthesize`: its shards hold what the pipeline samples, and a second run makes only missing shards."""
 
+import os
+import signal
+from unittest import mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from jsurgery.cli import main
 from jsurgery.data import synthesize
 from jsurgery.data.latents import batches, padded_text
-from jsurgery.data.shards import Records, array_text, shard_path
+from jsurgery.data.shards import Records, array_text, shard_path, text_array
 from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import make_mesh
 from jsurgery.wan.pipeline import Pipeline, load_pipeline
@@ -67,18 +72,68 @@ def test_shards_equal_the_pipeline_and_only_missing_ones_are_made(command, tiny_
     assert "prompts was" in capsys.readouterr().err
 
 
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_stopped_shard_goes_on_after_its_last_batch(command, tiny_pipeline, tmp_path, monkeypatch):
+    """Three batches of two clips in one shard. Every prompt is sampled once, but those of the batch that was open."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    more = ["--config.data.clips_per_shard=8", f"--prompts_file={tmp_path / 'prompts.txt'}"]
+    start = lambda folder: main([*command[1], *more, f"--workdir={folder}"])
+    whole = tmp_path / "whole"
+    assert start(whole) == 0
+    sampled, sample, write = [], Pipeline.sample, synthesize.write_shard
+
+    def stopped(at, how):
+        def sample_until(self, batch, *more, **options):
+            if len(sampled) == at:
+                how()
+            sampled.append(list(batch))
+            return sample(self, batch, *more, **options)
+
+        return sample_until
+
+    def kill(*_):
+        raise Killed
+
+    for at, how, folder in ((1, kill, "killed"), (0, lambda: os.kill(os.getpid(), signal.SIGTERM), "stopped")):
+        monkeypatch.setattr(Pipeline, "sample", stopped(at, how))
+        if how is kill:
+            with pytest.raises(Killed):
+                start(tmp_path / folder)
+        else:
+            assert start(tmp_path / folder) == 143
+        assert sampled == [PROMPTS[:2]], "the first batch alone was finished"
+        monkeypatch.setattr(Pipeline, "sample", stopped(None, kill))
+        monkeypatch.setattr(synthesize, "write_shard", kill)
+        with pytest.raises(Killed):
+            start(tmp_path / folder)
+        assert sampled == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[4:]]
+        monkeypatch.setattr(synthesize, "write_shard", write)
+        assert start(tmp_path / folder) == 0 and len(sampled) == 3
+        (made,) = (tmp_path / folder).rglob("*.array_record")
+        assert made.read_bytes() == shard_path(whole / "synthesized", 0).read_bytes()
+        assert sorted(path.name for path in made.parent.iterdir()) == [made.name, "stage.json"]
+        sampled.clear()
+
+
 def test_shards_are_divided_among_hosts(command, tiny_pipeline, tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: None)
-    monkeypatch.setattr(synthesize, "records", lambda config, pipeline, prompts, *_: prompts)
+    monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: mock.MagicMock())
+    record = lambda config, pipeline, prompts, *_: [{"caption": text_array(prompt)} for prompt in prompts]
+    monkeypatch.setattr(synthesize, "records", record)
+    captions = lambda records: [array_text(record["caption"]) for record in records]
     config = load_config("tiny", overrides(tiny_pipeline))
     for host in range(2):
         monkeypatch.setattr(synthesize.jax, "process_index", lambda host=host: host)
         monkeypatch.setattr(synthesize.jax, "process_count", lambda: 2)
         monkeypatch.setattr(
-            synthesize, "write_shard", lambda path, records, host=host: made.setdefault(path.name, (host, records))
+            synthesize,
+            "write_shard",
+            lambda path, records, host=host: made.setdefault(path.name, (host, captions(records))),
         )
-        synthesize.make_shards(config, PROMPTS, tmp_path, make_mesh(config.mesh))
+        synthesize.make_shards(config, PROMPTS, epath.Path(tmp_path), make_mesh(config.mesh))
     assert [made[f"{shard:05d}.array_record"] for shard in range(3)] == [
         (0, PROMPTS[:2]),
         (1, PROMPTS[2:4]),
