@@ -23,6 +23,7 @@ def get_config():
     c.model.dtype = "bfloat16"
     c.model.remat = "blocks"
     c.distill.error_steps = 100  # of 800
+    c.checkpoint.minutes = 15.0
     c.video.frames, c.video.height, c.video.width, c.video.fps = 81, 480, 832, 16
     c.plan.budget = "20R2"
     c.distill.mode = "sampling"

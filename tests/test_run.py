@@ -8,6 +8,7 @@ from PIL import Image
 
 from jsurgery.cli import main
 from jsurgery.wan.checkpoint import load_transformer
+from tests.faults.fake_gcs import empty_bucket, served
 
 SIZES = {
     "video.frames": 5, "video.height": 64, "video.width": 48, "sampler.steps": 3, "trace.prompts": 3,
@@ -87,6 +88,24 @@ def test_a_stage_before_its_inputs_is_refused(tiny_pipeline, tmp_path, capsys):
     assert main(["plan", *arguments, f"--config.model.path={tiny_pipeline}", f"--workdir={tmp_path / 'new'}"]) == 2
     assert "run that stage first" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_surgery_in_a_bucket_leaves_the_same_files(surgery, monkeypatch, capsys):
+    workdir, arguments = surgery
+    store, arguments = empty_bucket(monkeypatch), [*arguments, "--workdir=gs://bucket/run", "--config.profile=0"]
+    with served(store):
+        assert main(["surgery", *arguments]) == 0
+        capsys.readouterr()
+        assert main(["surgery", *arguments]) == 0
+    assert capsys.readouterr().err.count("skipped") == len(STAGES)
+    apart = {"tensorboard", "profile", "checkpoints", "config.json", "front.json", "front.html"}
+    files = [path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file()]
+    files = {str(path): (workdir / path).read_bytes() for path in files if not apart & set(path.parts)}
+    found = {name.removeprefix("bucket/run/"): content for name, content in store.objects.items()}
+    assert {name for name in found if not apart & set(name.split("/"))} == set(files)
+    for name in files:
+        if name.endswith((".json", ".jsonl", ".safetensors", ".npy", ".array_record")):
+            assert found[name] == files[name], name
 
 
 def test_sample_writes_a_video(surgery, tmp_path):

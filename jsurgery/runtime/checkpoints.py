@@ -20,10 +20,10 @@ from jsurgery.runtime.progress import say
 class Checkpoints:
     """Checkpoints of one stage's training state, any pytree of arrays, each in a folder named by its step.
 
-    A checkpoint is due every `every` steps, and when the last one is `minutes` old by the clock of process 0 (0: never
-    for that; with several processes, in the step after). The newest `keep` checkpoints stay, and those whose step is a
-    multiple of `keep_every` (0: no others). While a successor is written, one more than these is there: fine-tuning
-    1.42 B parameters with keep=1 takes twice 17 GB, or twice 23 GB with averaged weights.
+    A checkpoint is due every `every` steps and, unless `minutes` is 0, in the first step that ends so long after the
+    last save began. The clock of process 0 decides that; several processes save one step later. The newest `keep`
+    checkpoints stay, and those whose step is a multiple of `keep_every` (0: no others). While a successor is written,
+    one more is there: fine-tuning 1.42 B parameters with keep=1 takes twice 17 GB, twice 23 GB with averaged weights.
     Orbax writes a checkpoint in the background. Then process 0 hashes its files and writes the manifest, which makes
     the checkpoint complete. A checkpoint without a manifest comes from a save that was cut short, and is ignored.
     `on_damage` says what to do if the files of a complete checkpoint do not match its manifest: "stop", or resume from

@@ -14,7 +14,7 @@ KINDS = {signal.SIGTERM: Terminated, signal.SIGINT: Interrupted}
 class Preemption:
     """Inside the `with` block a signal is only noted; a second SIGINT ends the process at once.
 
-    If any process gets a signal, all stop after the same step, the one after it, except with `alone`.
+    If any process gets a signal, all stop together, after the next step; with `alone`, each stops by itself.
     """
 
     def __init__(self, stage: str, *, alone: bool = False):

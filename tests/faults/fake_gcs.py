@@ -12,8 +12,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+import jax
+import numpy as np
+import orbax.checkpoint
+import pytest
+import tensorboardX
+from etils import epath
+from etils.epath import backend as backends
 from fsspec import AbstractFileSystem
 from fsspec.spec import AbstractBufferedFile
+
+from jsurgery.io.files import load_array, save_array
 
 
 class Killed(BaseException):
@@ -125,8 +134,51 @@ class Upload(io.BytesIO):
                 self.store.objects[self.path] = content
 
 
-def install() -> None:
+class FakeCheckpointer:
+    """Writes and reads a state through etils, in place of Orbax, whose writer needs Google's servers."""
+
+    def save(self, path: epath.Path, state: Any, force: bool) -> None:
+        if path.exists():
+            path.rmtree()
+        for number, leaf in enumerate(jax.tree.leaves(state)):
+            save_array(path / "d" / f"{number}.npy", np.asarray(leaf))
+        (path / "commit_success.txt").write_text("")
+
+    def restore(self, path: epath.Path, abstract: Any) -> Any:
+        leaves, structure = jax.tree.flatten(abstract)
+        found = [load_array(path / "d" / f"{number}.npy") for number in range(len(leaves))]
+        return jax.tree.unflatten(structure, found)
+
+    def wait_until_finished(self) -> None:
+        """Everything is written when `save` returns."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class SilentBoard:
+    """In place of TensorBoard's writer, which needs Google's servers, too."""
+
+    def __init__(self, *_: Any):
+        """Takes a folder."""
+
+    def add_scalar(self, *_: Any) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Writes nothing."""
+
+
+def empty_bucket(monkeypatch: pytest.MonkeyPatch) -> FakeGcs:
+    """A store that all `gs://` paths go to from now on."""
     fsspec.register_implementation("gcs", FakeGcs, clobber=True)
+    store, local = FakeGcs(), fsspec.filesystem("file")
+    find = lambda name: local if name == "file" else store
+    monkeypatch.setattr(backends.fsspec_backend, "_get_filesystem", find)
+    monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setattr(orbax.checkpoint, "StandardCheckpointer", FakeCheckpointer)
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", SilentBoard)
+    return store
 
 
 @contextlib.contextmanager

@@ -15,45 +15,17 @@ from jsurgery.data.shards import Records, shard_path, write_shard
 from jsurgery.data.video_writer import read_settings, write_video
 from jsurgery.io.files import load_array, save_array, write_json
 from jsurgery.io.hashes import MANIFEST, find_damage, write_manifest
-from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.metrics import Metrics, read_metrics
+from jsurgery.runtime.metrics import Metrics
 from jsurgery.runtime.stage_folder import StageFolder
-from tests.faults.fake_gcs import FakeGcs, Killed, install, served
+from tests.faults.fake_gcs import FakeGcs, Killed, empty_bucket, served
 
 STEPS, EVERY = 4, 2
 
 
-class FakeCheckpointer:
-    """Writes and reads a state through etils, in place of Orbax, whose writer needs Google's servers."""
-
-    def save(self, path, state, force):
-        if path.exists():
-            path.rmtree()
-        for name, leaf in state.items():
-            (path / "d" / name).write_bytes(np.asarray(leaf).tobytes())
-        (path / "commit_success.txt").write_text("")
-
-    def restore(self, path, abstract):
-        return {name: np.frombuffer((path / "d" / name).read_bytes(), np.float64) for name in abstract}
-
-    def wait_until_finished(self):
-        pass
-
-    def close(self):
-        pass
-
-
 @pytest.fixture
 def store(monkeypatch):
-    """An empty bucket, which all `gs://` paths go to."""
-    install()
-    found = FakeGcs()
-    local = fsspec.filesystem("file")
-    monkeypatch.setattr(backends.fsspec_backend, "_get_filesystem", lambda name: local if name == "file" else found)
-    monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(checkpoints_module.ocp, "StandardCheckpointer", FakeCheckpointer)
-    return found
+    return empty_bucket(monkeypatch)
 
 
 def launch() -> None:
@@ -64,9 +36,7 @@ def launch() -> None:
     def train() -> None:
         with Checkpoints(stage.folder / "checkpoints", every=EVERY, keep=1) as checkpoints:
             start, state = checkpoints.restore({"sum": np.zeros(3), "steps": np.zeros(1)})
-            metrics = Metrics.__new__(Metrics)  # whose writer for TensorBoard needs Google, too
-            metrics.folder, metrics.board = stage.folder, SilentBoard()
-            metrics.rows = [row for row in read_metrics(stage.folder) if row["step"] <= start]
+            metrics = Metrics(stage.folder, start)
             for step in range(start, STEPS):
                 state = {"sum": state["sum"] + step, "steps": state["steps"] + 1}
                 metrics.log(step + 1, loss=step)
@@ -75,14 +45,6 @@ def launch() -> None:
         write_json(stage.folder / "result.json", {name: leaf.tolist() for name, leaf in state.items()})
 
     stage.run(train)
-
-
-class SilentBoard:
-    def add_scalar(self, *_):
-        pass
-
-    def flush(self):
-        pass
 
 
 def check_complete(folder: epath.Path) -> None:
@@ -126,8 +88,8 @@ def test_control_a_manifest_without_its_files_is_found(store):
     """If the manifest were written first, a killed run could leave this."""
     launch()
     folder = epath.Path("gs://bucket/run/training/checkpoints/4")
-    del store.objects["bucket/run/training/checkpoints/4/d/sum"]
-    assert find_damage(folder) == ["d/sum is missing"]
+    del store.objects["bucket/run/training/checkpoints/4/d/0.npy"]
+    assert find_damage(folder) == ["d/0.npy is missing"]
 
 
 def test_an_object_store_has_no_lock(store):
