@@ -82,9 +82,10 @@ def stored_hashes(folder: epath.Path) -> dict[str, list[Any]]:
 
     store = fsspec_backend.fs(folder)
     store.invalidate_cache()  # which does not know what Orbax has written
-    listed = {f"gs://{name.removeprefix('gs://')}": of for name, of in store.find(str(folder), detail=True).items()}
+    listed: Any = store.find(str(folder), detail=True)  # names without gs://
+    below = str(folder).removeprefix("gs://") + "/"
     return {
-        name.removeprefix(f"{folder}/"): [of["size"], MD5 + base64.b64decode(of["md5Hash"]).hex()]
+        name.removeprefix(below): [of["size"], MD5 + base64.b64decode(of["md5Hash"]).hex()]
         for name, of in listed.items()
         if of.get("md5Hash")
     }
