@@ -1,7 +1,6 @@
 """A run of the surgery in a workdir. It skips the stages that are already complete there."""
 
 import functools
-import gc
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +22,7 @@ from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import write_report
 from jsurgery.runtime import processes
+from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import (
     abstract_mesh,
     check_batch,
@@ -194,12 +194,21 @@ class Run:
         return self._config_of[stage]
 
     def place(self, stage: str) -> None:
-        """Moves the run to the mesh of a stage. A teacher on another mesh goes; it is loaded again when needed."""
-        config = self.config_of(stage)
+        """Moves the run to the mesh of a stage.
+
+        What the stages before have loaded goes, unless this stage needs it on the same mesh.
+        """
+        config, loaded = self.config_of(stage), vars(self).get("pipeline")
+        if loaded is not None:
+            loaded.drop_vae()
         if mesh_sizes(config.mesh) != mesh_sizes(self.config.mesh):
             for name in ("pipeline", "teacher", "teacher_to_train"):
                 vars(self).pop(name, None)
-            gc.collect()
+        elif stage == "finetune" and not config.finetune.teacher_weight and loaded is not None:
+            vars(self).pop("teacher", None)
+            loaded.drop_transformer()
+        del loaded
+        free_dropped_models()
         self.config = config
 
     @functools.cached_property

@@ -7,7 +7,6 @@ unrelated videos of a prompt are.
 
 import dataclasses
 import functools
-import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from jsurgery.io.files import replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint, size_and_sha256
 from jsurgery.io.results import check_report
 from jsurgery.runtime import processes
+from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import LOGICAL, make_mesh
 from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.preemption import Preemption
@@ -175,7 +175,7 @@ def compare_all(share: Share, parts: Mapping[str, epath.Path], durations: Sequen
         for sized in shares:
             compare(compared, sized, name)
         del model, compared
-        gc.collect()  # flax keeps a model's weights in reference cycles
+        free_dropped_models()
 
 
 def finish_comparison(

@@ -4,7 +4,6 @@ With several processes, all sample, each with its part of a model. Then each dec
 clips, one on each of its devices.
 """
 
-import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from jsurgery.evaluate import sprites_score
 from jsurgery.evaluate.sprites_reference import sprites_reference
 from jsurgery.io.files import load_array, save_array, write_json
 from jsurgery.runtime import processes
+from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import to_host
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
@@ -77,7 +77,7 @@ def measure_models(
                 files = sample_all(config, current, prompts, f"{teacher}_again", ranges[teacher], folder, preemption)
                 processes.on_first(lambda files=files: finish_latents(files, teacher_latents))
                 del current
-                gc.collect()
+                free_dropped_models()
             current = pipeline.with_transformer(load())
             files = sample_all(config, current, prompts, name, ranges[name], folder, preemption, score=True)
             result: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def measure_models(
             finish = lambda name=name, files=files, result=result: finish_model(files, name, teacher_latents, result)
             processes.on_first(finish)
             del current
-            gc.collect()  # flax keeps a model's weights in reference cycles
+            free_dropped_models()
     return processes.on_first(lambda: read_results(config, pipeline, list(models), folder))
 
 

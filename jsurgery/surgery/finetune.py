@@ -1,7 +1,6 @@
 """finetune: trains all parameters of the hybrid model by flow matching on data, the teacher's velocity, or a mix."""
 
 import functools
-import gc
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, captions_to_embed, padded_text
 from jsurgery.diffusion import add_noise_at_random_levels
+from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
 from jsurgery.runtime.mesh import global_batch, local_rows, make_mesh, put_state
@@ -135,7 +135,7 @@ def finetune(
         params = jax.tree.map(jnp.copy, params)  # an update overwrites its state
     fresh = [put_state(mesh, initial_train_state(params, optimizer, settings.ema))]
     del student, params
-    gc.collect()  # flax keeps a model's arrays in reference cycles
+    free_dropped_models()
     state = run_steps(  # `pop`, so that a resumed run does not keep the fresh state on the devices
         "finetune", config, fresh.pop(), one_step,
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder, profile=profile,

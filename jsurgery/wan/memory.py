@@ -179,7 +179,7 @@ def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int
     levels = [(width * multiplier, 4.0**-level) for level, multiplier in enumerate(vae.dim_mult)]
     kept = sum(channels * share * 2 * 2 * (vae.num_res_blocks + 1) for channels, share in levels)
     at_once = 8 * levels[0][0]
-    return Phase("decoding", {"VAE": vae_weights(vae)} | dict(held), int(4 * pixels * (kept + at_once)), "decode")
+    return Phase("decoding", held, int(4 * pixels * (kept + at_once)), "decode")
 
 
 def sampling_phases(
@@ -191,10 +191,14 @@ def sampling_phases(
     *,
     program: str = "sample",
 ) -> list[Phase]:
-    """The phases of sampling videos of `prompts`, of which `batch` are sampled at once, and of decoding them."""
+    """The phases of sampling videos of `prompts`, of which `batch` are sampled at once, and of decoding them.
+
+    The VAE stays after the first video.
+    """
     sampling = sampling_phase(config, sizes.transformer, mesh, batch, program=program)
+    held = dict(sampling.held) | {"VAE": vae_weights(sizes.vae)}
     text = text_phase(sizes.text_encoder, config, prompts + 1)  # and the negative prompt
-    return [text, sampling, decoding_phase(config, sizes, sampling.held)]
+    return [text, dataclasses.replace(sampling, held=held), decoding_phase(config, sizes, held)]
 
 
 def on_sampling_mesh(

@@ -1,7 +1,6 @@
 """From prompt to video: the tokenizer, text encoder, transformer and VAE of one model folder."""
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys, velocities_per_step
+from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import batch_shards, replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import sampling_step
@@ -51,7 +51,13 @@ class Pipeline:
         """Frees the transformer, unless others hold it too. It is loaded again when it is next needed."""
         if not isinstance(self._transformer, WanTransformer):
             self._transformer.cache_clear()
-            gc.collect()
+            free_dropped_models()
+
+    def drop_vae(self) -> None:
+        """Frees the VAE, unless others hold it too. It is loaded again when it is next needed."""
+        if not isinstance(self._vae, WanVae):
+            self._vae.cache_clear()
+            free_dropped_models()
 
     def with_transformer(self, transformer: WanTransformer) -> "Pipeline":
         """The pipeline with another transformer. It shares the embeddings and the VAE with this one."""

@@ -19,8 +19,8 @@ SCRIPT = """
 import gc, json, sys
 import jax, jax.numpy as jnp
 from jsurgery import run as runs
-from jsurgery.estimate.programs import lowered
 from jsurgery.load_config import load_config
+from jsurgery.runtime import garbage
 from jsurgery.runtime.mesh import make_mesh
 from jsurgery.surgery import finetune
 from jsurgery.surgery.distillation import replay
@@ -32,19 +32,23 @@ fields = {
     "model.path": model, "model.dtype": "bfloat16", "prompts": prompts, "mesh.data": "2", "mesh.fsdp": "2",
     "video.frames": "5", "video.height": "64", "video.width": "48", "text_length": "16", "sampler.steps": "2",
     "trace.prompts": "8", "trace.holdout": "4", "trace.batch": "4", "trace.keep_steps": "2", "hybrid.rates": "2",
-    "plan.rates": "(1, 2)", "plan.budget": "2R2", "plan.errors": "attention", "distill.steps": "2",
+    "plan.rates": "2", "plan.budget": "4R2", "plan.errors": "attention", "distill.steps": "2",
     "distill.batch": "4", "distill.velocity_steps": "0", "finetune.steps": "2", "finetune.batch": "4", "data.path": "",
     "evaluate.prompts": "4", "evaluate.batch": "4",
 }
 config = load_config("tiny", fields)
 gc.collect()
+large, garbage.LARGE = garbage.LARGE, 0  # as for models of true size
 seen = {}
 
 def live():
-    sizes = {}
+    buffers = {}  # one may be in several arrays: an array's shards are arrays, too
     for array in jax.live_arrays():
         for shard in array.addressable_shards:
-            sizes[shard.device.id] = sizes.get(shard.device.id, 0) + shard.data.nbytes
+            buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    sizes = {}
+    for (device, _), size in buffers.items():
+        sizes[device] = sizes.get(device, 0) + size
     return sizes
 
 before = live()
@@ -54,7 +58,6 @@ def watched(stage, program):
         held = max(size - before.get(device, 0) for device, size in live().items())
         seen[stage()] = max(held, seen.get(stage(), 0))
         return program(*arguments, **options)
-    call.lower = program.lower
     return call
 
 current = [None]
@@ -69,14 +72,14 @@ run.run_commands(("trace", "distill", "plan", "operate", "finetune", "evaluate")
 mesh = make_mesh(config.mesh)
 for stage, program in (("trace", "trace"), ("distill", "distill"), ("finetune", "finetune"), ("evaluation", "sample")):
     declared = next(phase for phase in phases_of(stage, config, run.sizes, mesh) if phase.program == program)
-    memory = lowered(program, config, run.sizes, mesh).compile().memory_analysis()
-    temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    print(json.dumps([stage, seen[stage], sum(declared.held.values()), temporary]))
+    print(json.dumps([stage, seen[stage], sum(declared.held.values())]))
     if stage == "trace":
         teacher = run.load_pipeline(mesh).transformer
         leaked = jax.tree.map(jnp.copy, teacher.blocks.ffn_in.kernel[...])
+        current[0] = "leak"
         run.shared_pipeline().with_transformer(teacher).sample(["a circle"] * 4, config, seed=0)
-        print(json.dumps(["leak", seen["evaluation"], sum(declared.held.values()), temporary]))
+        print(json.dumps(["leak", seen["leak"], sum(declared.held.values())]))
+garbage.LARGE = large
 """
 
 
@@ -91,10 +94,11 @@ def model(tiny_pipeline, tmp_path_factory):
 
 
 def test_phases_hold_what_they_declare(on_fake_devices, model, tmp_path):
-    """On 4 of 8 devices, within 5 %, of the arrays alone and with the programs' own; a planted leak is caught."""
+    """On 4 of 8 devices, within 5 % of the arrays before each program; a planted leak is caught.
+
+    A program adds its own arrays to both sides, and so brings them closer together.
+    """
     rows = on_fake_devices(SCRIPT, str(model), str(tmp_path / "run"), str(model.parent / "prompts.txt"))
-    print(rows)
     assert [stage for stage, *_ in rows] == ["trace", "leak", "distill", "finetune", "evaluation"]
-    for stage, live, held, temporary in rows:
-        within = abs(live - held) < 0.05 * held and abs(live - held) < 0.05 * (held + temporary)
-        assert within == (stage != "leak"), (stage, live, held, temporary)
+    for stage, live, held in rows:
+        assert (abs(live - held) < 0.05 * held) == (stage != "leak"), (stage, live, held)
