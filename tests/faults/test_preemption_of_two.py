@@ -1,6 +1,6 @@
 """Two processes, one of which gets a signal: both save and stop after the same step, and later resume from it.
 
-Both also save after the same step when the last save is old by the clock of one of them.
+Both also save after the same step when the last save is old by the clock of one of them, and stop and resume sums.
 """
 
 import json
@@ -20,12 +20,14 @@ from jsurgery.runtime import processes
 processes.join(coordinator, 2, number)
 import jax
 import numpy as np
+from etils import epath
 from jsurgery.config import base
 from jsurgery.errors import Interrupted, Terminated
 from jsurgery.runtime import checkpoints as checkpoints_module
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.mesh import to_host, make_mesh, put_state
 from jsurgery.runtime.preemption import Preemption
+from jsurgery.runtime.resumable_sums import ResumableSums
 
 config = base()
 config.mesh.fsdp = 2
@@ -50,6 +52,23 @@ try:
 except (Terminated, Interrupted) as error:
     result["ended"] = type(error).__name__
 result["state"] = to_host(state)["ffn_in"]["kernel"].tolist()
+
+def measure(piece):
+    result["measured"].append(piece)
+    if number == 1 and piece == 2:
+        os.kill(os.getpid(), getattr(signal, name))
+    return {"a": np.float64(piece)}
+
+def add_up():
+    sums = ResumableSums(epath.Path(folder).parent / "sums.json", "sums", "numbers")
+    return float(sums.add_up("numbers", 6, measure)["a"])
+
+result["measured"] = []
+try:
+    add_up()
+except (Terminated, Interrupted):
+    result["measured"].append("stopped")
+result["sum"] = add_up()
 print(json.dumps(result), flush=True)
 """.replace("STEPS", str(STEPS))
 
@@ -78,9 +97,11 @@ def test_both_stop_after_the_same_step_and_resume(tmp_path):
     first, second = run(tmp_path / "checkpoints", signal_at=4)
     assert first == second and first["ended"] == "Terminated"
     assert first["steps"] == list(range(6)), "signalled in the fifth step, stopped after the sixth"
+    assert first["measured"] == [0, 1, 2, 3, "stopped", 4, 5] and first["sum"] == 15
     saved = lambda: sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert saved() == [4, 6], "process 0 finds a minute gone after the third step; both save after the fourth"
     for resumed in run(tmp_path / "checkpoints", signal_at=-1):
+        assert resumed["measured"] == [] and resumed["sum"] == 15
         assert resumed["steps"] == list(range(6, STEPS)) and "ended" not in resumed
         state = [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
         for step in range(STEPS):
