@@ -1,4 +1,4 @@
-"""Losses and gradients of a hybrid transformer on meshes of fake devices equal those on one device."""
+"""Meshes of fake devices compute what one device computes: gradients of a hybrid, sampled clips, the VAE's chunks."""
 
 import json
 
@@ -71,3 +71,66 @@ def test_results_on_meshes_equal_those_on_one_device(on_fake_devices):
     found = on_fake_devices(CHECK, json.dumps(MESHES), json.dumps(TEACHER_MESHES))
     assert len(found) == len(MESHES) + len(TEACHER_MESHES)
     assert not [case for case in found if not case[-1] < 1e-5], found
+
+
+PIPELINE = """
+import json, sys
+import jax, numpy as np
+from flax import nnx
+from jsurgery.load_config import load_config
+from jsurgery.runtime.mesh import make_mesh
+from jsurgery.wan import vae as vae_module, vae_chunks
+from jsurgery.wan.pipeline import load_pipeline
+
+fields = {"model.path": sys.argv[1], "video.frames": "5", "video.height": "32", "video.width": "48",
+          "sampler.steps": "2", "trace.keep_steps": "1", "sampler.solver": "euler_ancestral"}
+video = np.random.default_rng(0).uniform(-1, 1, (3, 5, 32, 48, 3)).astype(np.float32)
+prompts, sources = ["a circle", "a square", "a red one"], [(0, 4), (9, 1), (0, 6)]
+
+worked = {}  # (program, device): its clips
+def counted(name, run):
+    def count(device):
+        worked[name, int(device)] = worked.get((name, int(device)), 0) + 1
+    def run_and_count(graph, state, x, kept=None):
+        jax.debug.callback(count, jax.lax.axis_index("clips"))
+        return run(graph, state, x, kept)
+    return run_and_count
+
+found = []
+for sizes in ({}, {"mesh.data": "4", "mesh.tensor": "2"}):
+    config = load_config("tiny", fields | sizes)
+    pipeline = load_pipeline(sys.argv[1], mesh=make_mesh(config.mesh))
+    if sizes:
+        for name in ("encode_chunk", "decode_chunk"):
+            setattr(vae_module, name, counted(name, getattr(vae_module, name)))
+    latents = found[0]["latents"] if found else pipeline.encode(video)
+    found.append({
+        "sampled": pipeline.sample(prompts, config, seed=3, first=5)[0],
+        "apart": pipeline.sample(prompts, config, sources=sources)[0],
+        "alone": pipeline.sample(prompts[1:2], config, seed=9, first=1)[0],
+        "latents": pipeline.encode(video) if found else latents,
+        "decoded": pipeline.vae.decode_in_chunks(np.concatenate([latents] * 3)),
+        "video": pipeline.decode(latents).astype(np.float32),
+    })
+jax.effects_barrier()
+one, many = ({name: np.asarray(values) for name, values in each.items()} for each in found)
+error = lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+errors = {name: error(many[name], one[name]) for name in one}
+errors["alone in a batch"] = error(many["apart"][1], one["alone"][0])
+errors["other noise"] = error(one["apart"], one["sampled"])
+errors["video"] = float(np.abs(many["video"] - one["video"]).max())
+print(json.dumps([errors, sorted([*key, count] for key, count in worked.items())]), flush=True)
+"""
+CHUNKS = (("decode_chunk", 6), ("encode_chunk", 2))  # on each device: two a clip, of three groups and of one
+
+
+def test_clips_are_spread_over_devices(on_fake_devices, tiny_pipeline):
+    """Sampling on 4 x 2 devices fills up three prompts; the VAE works on a clip a device, 3 and 9 clips in all."""
+    errors, worked = on_fake_devices(PIPELINE, str(tiny_pipeline))[0]
+    assert errors.pop("other noise") > 0.1
+    assert errors.pop("video") <= 1, "a value between two levels may be rounded either way"
+    assert max(errors.values()) < 1e-5, errors
+    expected = [["decode_chunk", device, 6] for device in range(8)] + [
+        ["encode_chunk", device, 2] for device in range(8)
+    ]
+    assert worked == expected
