@@ -81,6 +81,12 @@ class Instruction:
         return tuple(_OPERAND.findall(self.rest))
 
     @property
+    def constant(self) -> int | None:
+        """The value of an integer constant."""
+        number = re.match(r"\d+\)", self.rest) if self.operation == "constant" else None
+        return int(number[0][:-1]) if number else None
+
+    @property
     def bytes_out(self) -> int:
         """Bytes that a collective produces on a device; of a reduce-scatter the bytes that it takes."""
         sizes = [value.nbytes for value in self.values]
@@ -175,14 +181,29 @@ class Module:
         return self.trips(instruction) if instruction.operation == "while" else 1, called, branches
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: the compiler's note, else the only constant in the loop's condition, else 1."""
+        """How often a loop runs: by the compiler's note, else by the only constant in its condition, else once.
+
+        The counter starts at 0 and may go up by more than 1: loops that overlap products with exchange are unrolled.
+        """
         if noted := _TRIPS.search(loop.rest):
             return int(noted[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-        compared = self.computations.get(condition[1], Computation()) if condition else Computation()
-        constants = [each.rest for each in compared.values() if each.operation == "constant"]
-        numbers = [int(digits[0]) for text in constants if (digits := re.match(r"\d+", text))]
-        return numbers[0] if len(numbers) == 1 else 1
+        of = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        condition = self.computations.get(of[1], Computation()) if of else Computation()
+        limits = [number for each in condition.values() if (number := each.constant) is not None]
+        return -(-limits[0] // self._step(loop, condition)) if len(limits) == 1 else 1
+
+    def _step(self, loop: Instruction, condition: Computation) -> int:
+        """By how much a loop's body raises the counter that the condition compares; 1 where that is not plain."""
+        (name,) = [each for role, each in _CALLED.findall(loop.rest) if role == "body"]
+        body = self.computations[name]
+        for compared in (condition[operand] for operand in condition.root.operands if operand in condition):
+            index = re.search(r"index=(\d+)", compared.rest)
+            if index and int(index[1]) < len(body.root.operands):
+                raised = body[body.root.operands[int(index[1])]]
+                added = [body[operand].constant for operand in raised.operands if operand in body]
+                if raised.operation == "add" and (steps := [number for number in added if number]):
+                    return steps[0]
+        return 1
 
 
 def parse(text: str) -> Module:

@@ -116,6 +116,8 @@ def test_control_without_trips_the_count_is_another():
     without = LOOP.replace("constant(10)", "parameter(1)")
     assert program_work(without).flops == program_work(LOOP).flops / 10
     assert program_work(without).hbm_bytes < 0.3 * program_work(LOOP).hbm_bytes
+    by_two = LOOP.replace("constant(1)", "constant(2)")  # the counter goes up by two
+    assert program_work(by_two).flops == program_work(LOOP).flops / 2
     noted = without.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"10"}}')
     assert program_work(noted) == program_work(LOOP)
 
