@@ -159,8 +159,9 @@ class Module:
                     known[name] += own
                     continue
                 times, called, branches = self.calls(instruction)
-                totals = [(times, self._total(each, count, weigh, shares, known)) for each in called]
-                taken = [self._total(each, count, weigh, shares, known) for each in branches]
+                inside = lambda name: self._total(name, count, weigh, shares, known)
+                totals: list[tuple[float, Counter]] = [(times, inside(each)) for each in called]
+                taken = [inside(each) for each in branches]
                 if len(taken) == len(shares):
                     totals += zip(shares, taken, strict=True)
                 elif taken:

@@ -191,10 +191,10 @@ def _elements(instruction: Instruction) -> int:
     return sum(math.prod(value.shape) for value in instruction.values)
 
 
-def _kernel_cost(instruction: Instruction) -> dict[str, float]:
+def _kernel_cost(instruction: Instruction) -> dict[str, int]:
     """What a Pallas kernel's call says of its cost (`pl.CostEstimate`), by name; {} if it says nothing."""
     found = _COST.search(instruction.rest)
-    return {name: float(n) for name, n in re.findall(r'"(\w+)":"?([\d.e+]+)', found[1])} if found else {}
+    return {name: int(n) for name, n in re.findall(r'"(\w+)":"?(\d+)', found[1])} if found else {}
 
 
 def _flops(instruction: Instruction, computation: Computation) -> Counter | None:

@@ -1,6 +1,7 @@
 """FLOPs and bytes of compiled programs against sums done by hand."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ ENTRY %main (x: bf16[{inputs}], w: bf16[{taps}]) -> bf16[{out}] {{
 )
 def test_a_convolution_counts_the_pairs_that_meet(size, strides, padding, dilations):
     """Brute force: a convolution of ones adds up, at each output, the number of inputs under the window."""
-    x, w = np.ones((2, 7, 5, 3), np.float32), np.ones((*size, 3, 4), np.float32)
+    x, w = jnp.ones((2, 7, 5, 3)), jnp.ones((*size, 3, 4))
     options = {"window_strides": strides, "padding": padding, "lhs_dilation": dilations}
     y = np.asarray(lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options))
     by_axis = lambda name, values: f"{name}={'x'.join(map(str, values))}"
@@ -196,7 +197,7 @@ def test_the_times_of_a_program_and_the_longest():
     assert bound_by(times) == "memory"
 
 
-def compiled(function, *shapes):
+def compiled(function, *shapes) -> Any:
     """`function` compiled for one v5e."""
     device = jax.sharding.SingleDeviceSharding(chip_and_devices("v5e:2x2", 1)[1][0])
     return jax.jit(function, in_shardings=device, out_shardings=device).lower(*shapes).compile()
