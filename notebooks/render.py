@@ -13,6 +13,7 @@ from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 
 HERE = pathlib.Path(__file__).parent
+ACCELERATED = ("06_kaggle_tpu", "07_colab")  # need Wan2.1 and an accelerator: only run where they are named
 
 
 def without_progress(notebook: NotebookNode) -> NotebookNode:
@@ -39,7 +40,7 @@ def render(path: pathlib.Path, folder: pathlib.Path) -> None:
 
 def main(folder: str, names: Sequence[str]) -> None:
     for path in sorted(HERE.glob("*.ipynb")):
-        if not names or path.stem in names:
+        if path.stem in names or (not names and path.stem not in ACCELERATED):
             render(path, pathlib.Path(folder))
             print(f"{folder}/{path.stem}.md", flush=True)
 

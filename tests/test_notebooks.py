@@ -1,6 +1,10 @@
-"""Every notebook runs from top to bottom on a tiny model with short settings, and is stored without outputs."""
+"""Every notebook runs from top to bottom on a tiny model with short settings, and is stored without outputs.
+
+Those for accelerators run on eight devices of the CPU.
+"""
 
 import importlib.util
+import os
 import pathlib
 
 import nbclient
@@ -13,7 +17,16 @@ SHORT = {
     "trace.prompts": "2", "trace.holdout": "1", "trace.batch": "2", "distill.steps": "2", "log_every": "1",
     "hybrid.rates": "(8, 'linear')", "plan.rates": "(1, 8, 'linear')", "plan.budget": "1R8",
 }  # fmt: skip
-IMAGES = {"01_sample": 2, "02_distil_one_block": 3, "03_plan": 6, "04_ablation": 1, "05_export": 4}
+# The whole surgery, from prompts alone.
+WHOLE = {
+    "prompts": "prompts.txt", "data.path": "", "distill.velocity_steps": "0", "plan.errors": "attention",
+    "finetune.steps": "0", "evaluate.prompts": "2", "evaluate.batch": "2", "evaluate.videos": "1",
+}  # fmt: skip
+IMAGES = {
+    "01_sample": 2, "02_distil_one_block": 3, "03_plan": 6, "04_ablation": 1, "05_export": 4,
+    "06_kaggle_tpu": 1, "07_colab": 3,
+}  # fmt: skip
+ON_DEVICES = ("06_kaggle_tpu", "07_colab")
 EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")  # packages that 05_export needs and tests do not
 MISSING = [name for name in EXPORT if importlib.util.find_spec(name) is None]
 
@@ -26,7 +39,8 @@ def shortened(path, pipeline):
     """The cells of a notebook, with the settings of a test."""
     notebook = nbformat.read(path, as_version=4)
     cell = parameters_cell(notebook)
-    cell.source += f"\nMODEL = {str(pipeline)!r}\nOVERRIDES |= {SHORT!r}"
+    settings = SHORT | (WHOLE if path.stem == "06_kaggle_tpu" else {})
+    cell.source += f"\nCONFIG, MODEL = 'tiny', {str(pipeline)!r}\nOVERRIDES |= {settings!r}"
     if "BLOCK, RATE" in cell.source:
         cell.source += "\nBLOCK = 1"  # the last block of the model
     if "SEEDS" in cell.source:
@@ -40,15 +54,19 @@ def shortened(path, pipeline):
 def executed(tiny_pipeline, tmp_path_factory):
     """{name: cells, with their outputs} of every notebook that can run here.
 
-    One process runs them one after another, so that what one has compiled need not be compiled for the next. Each
-    begins with no variables, in a folder of its own.
+    One process runs them one after another, so that what one has compiled need not be compiled for the next, and
+    another those for accelerators. Each begins with no variables, in a folder of its own.
     """
     cells = {path.stem: shortened(path, tiny_pipeline) for path in NOTEBOOKS if path.stem != "05_export" or not MISSING}
-    together = nbformat.v4.new_notebook()
-    for name, own in cells.items():
-        folder = tmp_path_factory.mktemp(name)
-        together.cells += [nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})"), *own]
-    nbclient.NotebookClient(together, timeout=600, allow_errors=True).execute()
+    several = "--xla_force_host_platform_device_count=8 " + os.environ["XLA_FLAGS"]
+    for flags, names in ((os.environ["XLA_FLAGS"], cells.keys() - ON_DEVICES), (several, ON_DEVICES)):
+        together = nbformat.v4.new_notebook()
+        for name in sorted(names):
+            folder = tmp_path_factory.mktemp(name)
+            begin = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.chdir({str(folder)!r})")
+            together.cells += [begin, *cells[name]]
+        client = nbclient.NotebookClient(together, timeout=600, allow_errors=True)
+        client.execute(env=os.environ | {"XLA_FLAGS": flags})
     return cells
 
 
@@ -61,6 +79,8 @@ def test_a_notebook_runs(path, executed):
     assert not errors, "\n".join(errors[0].traceback)
     images = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(images) >= IMAGES[path.stem]
+    if path.stem in ON_DEVICES:
+        assert any("of 8 devices" in output.get("text", "") for output in outputs)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
