@@ -6,7 +6,7 @@ rehearsal. At the end all stages run again, and each must be up to date.
 
 Fine-tuning runs on two blocks of true width: for all 30, weights, gradients and AdamW's moments take 22.7 GB.
 
-    python -m tests.full_size.rehearse FOLDER [--only=NAME,NAME]
+    python -m tests.full_size.rehearse FOLDER [--only NAME [NAME ...]]
 """
 
 import argparse
@@ -146,6 +146,6 @@ def rehearse(folder: pathlib.Path, only: set[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(), help="names of commands")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="names of commands")
     arguments = parser.parse_args()
-    rehearse(arguments.folder.absolute(), arguments.only)
+    rehearse(arguments.folder.absolute(), set(arguments.only))
