@@ -42,8 +42,9 @@ def check_hashes(path: epath.PathLike) -> None:
     """Compares the files of a folder, or one file, with their recorded hashes, if there are any.
 
     Raises InputError naming the first file that is missing or has changed. A process reads an intact file only once,
-    unless the file's times, size or inode change; a large file on a local disk is read once by all processes of a user,
-    since hashing the 17 GB of Wan2.1 1.3B takes longer than most commands that read a part of them.
+    unless the file's times, size or inode change (on object stores: its time or size); a large file is read once by all
+    processes of a user on a machine, since hashing the 17 GB of Wan2.1 1.3B takes longer than most commands that read a
+    part of them.
     """
     path = epath.Path(path)
     folder = path if path.is_dir() else path.parent
@@ -91,7 +92,8 @@ def _fault(file: epath.Path, size: int | None, expected: str) -> str | None:
     """What is wrong with a file, or None."""
     if not file.exists():
         return "missing: it was written with the folder"
-    length, status = file.stat().length, None
+    stat = file.stat()
+    length, status = stat.length, None
     if size is not None and length != size:
         with file.open("rb") as stream:
             kind = describe_foreign_file(stream.read(200), length)
@@ -99,11 +101,13 @@ def _fault(file: epath.Path, size: int | None, expected: str) -> str | None:
     if "://" in str(file):
         if not processes.is_first():
             return None  # all processes share this file, and process 0 checks it
+        if stat.mtime:  # 0 where the store does not tell it
+            status = (str(file), length, stat.mtime, expected)
     else:
-        stat = os.stat(file)
-        status = (str(file.resolve()), stat.st_ino, length, stat.st_mtime_ns, stat.st_ctime_ns, expected)
-        if status in _verified or (length >= LARGE and _marker(status).exists()):
-            return None
+        local = os.stat(file)
+        status = (str(file.resolve()), local.st_ino, length, local.st_mtime_ns, local.st_ctime_ns, expected)
+    if status is not None and (status in _verified or (length >= LARGE and _marker(status).exists())):
+        return None
     actual = size_and_sha256(file)[1] if len(expected) != 40 else _git_sha1(file, length)
     if actual != expected:
         return "damaged, or changed since it was written: its hash differs"

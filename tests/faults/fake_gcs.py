@@ -43,6 +43,7 @@ class FakeGcs(AbstractFileSystem):
     def __init__(self, **_: Any):
         super().__init__()
         self.objects: dict[str, bytes] = {}
+        self.times: dict[str, int] = {}  # of objects, where a test gives them
         self.changes, self.killed_at, self.bytes_read = 0, 0, 0
         self.read: list[str] = []
         self.hashes = True
@@ -64,7 +65,8 @@ class FakeGcs(AbstractFileSystem):
             content = self.objects[path]
             digest = base64.b64encode(hashlib.md5(content).digest()).decode()
             hashed = {"md5Hash": digest} if self.hashes else {}
-            return {"name": path, "size": len(content), "type": "file", **hashed}
+            timed = {"mtime": self.times[path]} if path in self.times else {}
+            return {"name": path, "size": len(content), "type": "file", **hashed, **timed}
         if any(key.startswith(f"{path}/") for key in self.objects):
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)

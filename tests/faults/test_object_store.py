@@ -13,11 +13,14 @@ from ml_collections import ConfigDict
 from jsurgery.data import sprites
 from jsurgery.data.shards import Records, shard_path, write_shard
 from jsurgery.data.video_writer import read_settings, write_video
+from jsurgery.errors import InputError
 from jsurgery.io.files import load_array, save_array, write_json
 from jsurgery.io.hashes import MANIFEST, find_damage, write_manifest
+from jsurgery.io.safetensors import write_shards
 from jsurgery.runtime.checkpoints import Checkpoints
 from jsurgery.runtime.metrics import Metrics
 from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 from tests.faults.fake_gcs import FakeGcs, Killed, empty_bucket, served
 
 STEPS, EVERY = 4, 2
@@ -148,3 +151,23 @@ def test_a_manifest_takes_the_hashes_of_the_store(store):
     store.hashes = False
     write_manifest(folder)
     assert json.loads((folder / MANIFEST).read_text())["files"]["c"][1].isalnum() and find_damage(folder) == []
+
+
+@pytest.mark.parametrize("times", [True, False], ids=["with times", "without"])
+def test_a_model_folder_is_hashed_once_while_its_files_keep_their_time(store, times):
+    folder, key = epath.Path("gs://bucket/model"), f"bucket/model/{times}.safetensors"
+    file = epath.Path(f"gs://{key}")
+    hashes = write_shards(folder, str(times), {"a": np.arange(100_000.0)})
+    write_hashes(folder, hashes)
+    store.times = {key: 1_700_000_000} if times else {}
+    read = []
+    for _ in range(3):
+        before = store.bytes_read
+        check_hashes(folder)
+        read.append(store.bytes_read - before >= file.stat().length)
+    assert read == [True, not times, not times]
+
+    store.objects[key] = store.objects[key][:-1] + b"\xff"
+    store.times = {key: 1_700_000_001} if times else {}
+    with pytest.raises(InputError, match="safetensors: damaged, or changed since it was written: its hash differs"):
+        check_hashes(folder)

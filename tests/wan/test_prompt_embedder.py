@@ -1,5 +1,8 @@
 """Embeddings computed layer by layer equal those of the whole encoder, and no more than a few layers are in memory."""
 
+import collections
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +49,17 @@ def test_embeddings_are_those_of_the_whole_encoder(base, length):
     assert found.shape == (len(PROMPTS), length, CONFIG.d_model)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert np.abs(found[0] - expected[2]).max() > 0.1, "control: another prompt"
+
+
+def test_every_tensor_is_read_once_for_batches_of_several_lengths(base):
+    embedder, reads = PromptEmbedder(base), collections.Counter()
+
+    def counted(name, tensor):
+        return dataclasses.replace(tensor, fetch=lambda: reads.update([name]) or tensor.fetch())
+
+    embedder.tensors = {name: counted(name, tensor) for name, tensor in embedder.tensors.items()}
+    embedder([SENTENCE, "a", f"{SENTENCE} " * 20], 300)
+    assert reads == dict.fromkeys(embedder.tensors, 1)
 
 
 def test_bfloat16_is_as_close_as_transformers(base):
