@@ -82,6 +82,7 @@ def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str
             peak = max(held, memory["argument"]) + added
             fits = peak <= USABLE * chip.memory
             took = time.perf_counter() - start
+            say(f"  {peak / GIB:.2f} of {chip.memory / GIB:.0f} GiB, declared {phase.bytes / GIB:.2f}; {took:.0f} s")
             yield row | {"memory_bytes": memory, "peak_bytes": peak, "fits": fits, "compile_seconds": took}
 
 
