@@ -1,6 +1,6 @@
 """Training data: encode reads videos, synthesize samples them from a teacher."""
 
-from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
+from jsurgery.commands.dry_run import add_dry_run, dry_run_encoding, dry_run_sampling
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
 
@@ -12,6 +12,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--root", metavar="FOLDER", help="what an index's paths are relative to (default: its folder)")
     command.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
     add_processes(command)
+    add_dry_run(command)
 
     command = commands.add(
         "synthesize", run_synthesize, "sample training clips from a teacher, and store them as encode does"
@@ -24,6 +25,11 @@ def add(commands: Commands) -> None:
 
 def run_encode(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
+    if options.dry_run:
+        from jsurgery.data.video_reader import find_clips
+
+        dry_run_encoding(config, options, len(find_clips(options.videos, options.root)))
+        return
     join_processes(options)
     from jsurgery.data.encode import encode_videos
 

@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from jsurgery.estimate.dry_run import Limits
 
 
-def add_dry_run(command: Parser) -> None:
-    """Adds the flags of a dry run."""
+def add_dry_run(command: Parser, *, json: bool = True) -> None:
+    """Adds the flags of a dry run, with `--json` unless the command has that flag already."""
     text = "only tell what would run: meshes, memory, disk and hours of NAME@TOPOLOGY, or of this machine"
     command.add_argument("--dry_run", action="store_true", help=text)
     text = "for --dry_run: GB of disk that there are (default: what is free under --workdir)"
     command.add_argument("--disk", type=float, metavar="GB", help=text)
     text = "for --dry_run: GB that there are for the results alone, without checkpoints and traces"
     command.add_argument("--kept", type=float, metavar="GB", help=text)
-    text = "for --dry_run: also write the result here"
-    command.add_argument("--json", metavar="FILE", help=text)
+    if json:
+        command.add_argument("--json", metavar="FILE", help="for --dry_run: also write the result here")
 
 
 def limits(options: Options, workdir: str | None = None) -> "Limits":
@@ -42,3 +42,10 @@ def dry_run_sampling(
     name = options.config or "tiny"
     found = limits(options, workdir)
     dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)
+
+
+def dry_run_encoding(config: ConfigDict, options: Options, clips: int) -> None:
+    """Tells what the encoding of `clips` would take."""
+    from jsurgery.estimate import dry_run
+
+    dry_run.dry_run_encoding(config, options.config, split_topology(options.config)[1], clips, limits(options))

@@ -3,6 +3,9 @@
 `evaluate` without such a word is a stage of the surgery.
 """
 
+import pathlib
+
+from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
 from jsurgery.commands.options import (
     SAMPLE_FIELDS,
     Commands,
@@ -56,6 +59,7 @@ def add_vbench(commands: Commands) -> None:
     )
     add_fields(command, SAMPLE_FIELDS)
     add_processes(command)
+    add_dry_run(command)
 
     text = "total scores of VBench or VBench-2.0 as on its leaderboard, with those of the paper, as Markdown"
     command = commands.add("evaluate vbench-results", run_vbench_results, text, config=None)
@@ -81,6 +85,7 @@ def add_fidelity(commands: Commands) -> None:
     command.add_argument("--clip", metavar="FOLDER", help=text)
     add_json(command)
     add_processes(command)
+    add_dry_run(command, json=False)
 
 
 def add_study(commands: Commands) -> None:
@@ -107,25 +112,37 @@ def run_vbench(options: Options, overrides: Overrides) -> None:
     config = read_sampling_config(options, overrides)
     if options.coordinator and options.shard != (0, 1):
         raise InputError("--shard: expected none with --coordinator, which already gives each process a share")
-    join_processes(options)
-    from jsurgery.evaluate.vbench import evaluate, read_suite
+    from jsurgery.evaluate.vbench import evaluate, plan_videos, read_suite
 
     suite, prompts = read_suite(options.prompts, options.info, options.augmented, options.subset)
     rule, seeds = options.seed_rule, options.seeds
+    if options.dry_run:
+        videos = plan_videos(config, suite, prompts, pathlib.Path(options.output), rule=rule, seeds=seeds)
+        dry_run_sampling(
+            "vbench", config, options, len(videos[options.shard[0] :: options.shard[1]]), 1, options.output
+        )
+        return
+    join_processes(options)
     evaluate(config, suite, prompts, options.output, rule=rule, seeds=seeds, shard=options.shard)
 
 
 def run_fidelity(options: Options, overrides: Overrides) -> None:
     models, options.model, options.frames = options.model, options.teacher, None
     config = read_sampling_config(options, overrides)
-    join_processes(options)
     from jsurgery.data.prompts import read_prompts
+
+    prompts = read_prompts(options.prompts_file)
+    if options.dry_run:
+        videos = (len(models) + 2) * len(prompts) * max(1, len(options.durations))  # the teacher's, and the control's
+        dry_run_sampling("fidelity", config, options, videos, 1)
+        return
+    join_processes(options)
     from jsurgery.evaluate.fidelity import evaluate_fidelity
 
     evaluate_fidelity(
         config,
         models,
-        read_prompts(options.prompts_file),
+        prompts,
         options.workdir,
         options.durations,
         options.json,

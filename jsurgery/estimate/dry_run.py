@@ -19,14 +19,15 @@ from jsurgery.estimate.nearest_machine import placed_or_nearest
 from jsurgery.estimate.roofline import COMPILER, StageWork, estimate, synthesis, work_of_stages
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
-from jsurgery.runtime.mesh import abstract_mesh, mesh_sizes
-from jsurgery.runtime.mesh_choice import describe_mesh, device_memory, sampling_batch
+from jsurgery.runtime.mesh import AXES, abstract_mesh, mesh_sizes
+from jsurgery.runtime.mesh_choice import check_memory, describe_mesh, device_memory, sampling_batch, with_mesh
 from jsurgery.surgery.disk import GB, VIDEO_BYTES, StageDisk, check_disk, disk_of_stages
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
 from jsurgery.wan import memory
 from jsurgery.wan.memory import Phase, on_sampling_mesh
 from jsurgery.wan.models import find_sizes
+from jsurgery.wan.vae_cost import vae_cost
 
 EFFICIENCY = 0.4  # of the peak rates, for the hours
 # A row of the roofline -> the stage that it belongs to.
@@ -99,6 +100,25 @@ def dry_run_sampling(
         clip = memory.latents_bytes(config, sizes.transformer, itemsize=2) + text
     hours = hour_rows([synthesis(config, sizes.transformer, videos)], machine)
     tell(machine, phases, hours, [StageDisk(command, 0, videos * clip)], [], limits)
+
+
+def dry_run_encoding(config: ConfigDict, config_name: str, topology: str, clips: int, limits: Limits) -> None:
+    """The same for the encoding of `clips`, one on each device."""
+    check_report(limits.report)
+    sizes, machine, video = find_sizes(config, config_name), machine_of(topology), config.video
+    text = memory.text_phase(sizes.text_encoder, config, config.data.clips_per_shard)
+    phases = phase_rows(
+        "encode",
+        lambda: with_mesh(config, dict.fromkeys(AXES, 1) | {"data": machine.count}),
+        lambda placed, mesh: [memory.encoding_phase(placed, sizes), text],
+    )
+    for row in phases:
+        check_memory("encode", row["bytes"], machine.memory, row["phase"])
+    cost = vae_cost(sizes.vae, video.frames, video.height, video.width)[0]
+    hours = hour_rows([StageWork("encode", clips, cost.flops, cost.bytes)], machine)
+    record = memory.latents_bytes(config, sizes.transformer, itemsize=2)
+    record += config.text_length * sizes.transformer.text_dim * 2
+    tell(machine, phases, hours, [StageDisk("encode", 0, clips * record)], [], limits)
 
 
 @dataclasses.dataclass(frozen=True)

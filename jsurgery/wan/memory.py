@@ -171,6 +171,15 @@ def vae_weights(vae: VaeConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
+def encoding_phase(config: ConfigDict, sizes: ModelSizes) -> Phase:
+    """Encoding of one clip on a device, four frames at a time (`WanVae.encode_in_chunks`)."""
+    vae, video = sizes.vae, config.video
+    channels = sum(vae.base_dim * multiplier * 4.0**-level for level, multiplier in enumerate(vae.dim_mult))
+    kept, at_once = 2 * 2 * vae.num_res_blocks, 8
+    working = 4 * video.height * video.width * channels * (kept + at_once)
+    return Phase("encoding", {"VAE": vae_weights(vae)}, int(working), "encode")
+
+
 def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int]) -> Phase:
     """Decoding of one clip on a device, a latent frame at a time (`WanVae.decode_in_chunks`)."""
     vae, video = sizes.vae, config.video
