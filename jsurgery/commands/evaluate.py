@@ -118,9 +118,8 @@ def run_vbench(options: Options, overrides: Overrides) -> None:
     rule, seeds = options.seed_rule, options.seeds
     if options.dry_run:
         videos = plan_videos(config, suite, prompts, pathlib.Path(options.output), rule=rule, seeds=seeds)
-        dry_run_sampling(
-            "vbench", config, options, len(videos[options.shard[0] :: options.shard[1]]), 1, options.output
-        )
+        own = videos[options.shard[0] :: options.shard[1]]
+        dry_run_sampling("vbench", config, options, len(own), 1, options.output)
         return
     join_processes(options)
     evaluate(config, suite, prompts, options.output, rule=rule, seeds=seeds, shard=options.shard)

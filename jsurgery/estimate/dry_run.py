@@ -98,7 +98,8 @@ def dry_run_sampling(
     if command == "synthesize":
         text = config.text_length * sizes.transformer.text_dim * 2
         clip = memory.latents_bytes(config, sizes.transformer, itemsize=2) + text
-    hours = hour_rows([synthesis(config, sizes.transformer, videos)], machine)
+    work = dataclasses.replace(synthesis(config, sizes.transformer, videos), stage=f"{command}, {videos} videos")
+    hours = hour_rows([work], machine)
     tell(machine, phases, hours, [StageDisk(command, 0, videos * clip)], [], limits)
 
 
