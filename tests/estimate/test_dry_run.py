@@ -83,3 +83,35 @@ def test_a_disk_too_small_is_foreseen_by_the_command_itself(tmp_path, monkeypatc
     assert main(["surgery", "--config=tiny", f"--workdir={tmp_path / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "of free disk, found 0.0 GB" in line and not (tmp_path / "run" / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "videos"),
+    [
+        ("sample", ["--prompts_file=PROMPTS", "--output=OUT"], 3),
+        ("synthesize", ["--prompts_file=PROMPTS", "--workdir=OUT"], 3),
+        ("encode", ["--videos=CLIPS", "--workdir=OUT"], 2),
+        ("evaluate vbench", ["--prompts=PROMPTS", "--output=OUT", "--seeds=2"], 6),
+        (
+            "evaluate fidelity",
+            ["--teacher=tiny_wan", "--model", "tiny_wan", "--prompts_file=PROMPTS", "--workdir=OUT", "--durations=5,9"],
+            3 * 3 * 2,
+        ),
+    ],
+)
+def test_other_commands_that_compute(tmp_path, command, flags, videos):
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "clips" / f"{name}.mp4").write_bytes(b"")
+        (tmp_path / "clips" / f"{name}.txt").write_text(name)
+    places = {"PROMPTS": "prompts.txt", "CLIPS": "clips", "OUT": "out"}
+    for word, place in places.items():
+        flags = [flag.replace(word, str(tmp_path / place)) for flag in flags]
+    report = tmp_path / "dry.json"
+    arguments = [*command.split(), *flags, "--config=wan_1_3b@v5e-8", "--dry_run", f"--json={report}"]
+    assert main(arguments) == 0 and not (tmp_path / "out").exists()
+    found = json.loads(report.read_text())
+    assert {row["stage"] for row in found["phases"]} == {command.split()[-1]}
+    (hours,) = found["hours"]
+    assert hours["steps"] == (videos if command == "encode" else videos * 100)
