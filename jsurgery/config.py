@@ -109,12 +109,12 @@ def base() -> ConfigDict:
     c.data.max_upscale = 1.5  # a clip that would be enlarged more is skipped
     c.data.max_skipped = 0.5  # `encode` stops when a larger share of the clips is skipped
     c.data.clips_per_shard = 128
-    c.data.batch = 1  # clips in the VAE at once
+    c.data.batch = 1  # clips that `encode` and `synthesize` compute at once, or more where devices would be idle
     c.data.workers = 8  # processes that decode
 
     c.evaluate = ConfigDict()
     c.evaluate.prompts = 16
-    c.evaluate.batch = 4
+    c.evaluate.batch = 4  # prompts sampled at once, or more where devices would be idle
     c.evaluate.validation_clips = 64
     c.evaluate.videos = 6  # shown in the report
 

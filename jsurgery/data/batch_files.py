@@ -1,6 +1,6 @@
 """The records of finished batches, kept until the whole is written: stopped work goes on after the last of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from etils import epath
 
@@ -28,11 +28,11 @@ class BatchFiles:
     def write(self, number: int, records: Sequence[Record]) -> None:
         write_shard(shard_path(self.files, number), records)
 
-    def records(self) -> list[Record]:
-        """The records of all items, once all batches are finished."""
+    def records(self, positions: Iterable[int] | None = None) -> list[Record]:
+        """The records at these positions in `items`, by default all of them, once all batches are finished."""
         found = Records(self.files)
         assert len(found) == len(self.items), f"{self.files}: expected {len(self.items)} records, found {len(found)}"
-        return [found[number] for number in range(len(found))]
+        return [found[position] for position in (range(len(found)) if positions is None else positions)]
 
     def remove(self) -> None:
         if self.folder.exists():

@@ -94,13 +94,14 @@ def dry_run_sampling(
     batch = sampling_batch(videos, machine.count, batch)
     place = lambda: on_sampling_mesh(command, config, sizes, batch, machine.count, machine.memory)
     phases = phase_rows(command, place, lambda placed, mesh: memory.sampling_phases(placed, sizes, mesh, batch, videos))
-    clip = VIDEO_BYTES
+    clip, unfinished = VIDEO_BYTES, 0
     if command == "synthesize":
         text = config.text_length * sizes.transformer.text_dim * 2
         clip = memory.latents_bytes(config, sizes.transformer, itemsize=2) + text
+        unfinished = min(videos, config.data.clips_per_shard) * clip  # a shard's batches, until it is complete
     work = dataclasses.replace(synthesis(config, sizes.transformer, videos), stage=f"{command}, {videos} videos")
     hours = hour_rows([work], machine)
-    tell(machine, phases, hours, [StageDisk(command, 0, videos * clip)], [], limits)
+    tell(machine, phases, hours, [StageDisk(command, unfinished, videos * clip)], [], limits)
 
 
 def dry_run_encoding(config: ConfigDict, config_name: str, topology: str, clips: int, limits: Limits) -> None:

@@ -1,9 +1,10 @@
 """The stage `evaluate`: samples all models of a surgery from the same prompts and noise, and scores the videos.
 
-With several processes, all sample, each with its part of a model. Then each decodes, shows and scores its share of the
+With several processes, all sample, each with its part of a model; then each decodes, shows and scores its share of the
 clips, one on each of its devices.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.batch_files import BatchFiles
 from jsurgery.data.prompts import load_prompts
+from jsurgery.data.shards import Record
 from jsurgery.data.video_writer import write_video
 from jsurgery.evaluate import sprites_score
 from jsurgery.evaluate.sprites_reference import sprites_reference
@@ -70,24 +72,37 @@ def measure_models(
     teacher_latents = folder / f"{teacher}.npy"
     with Preemption("evaluate") as preemption:
         for name, load in models.items():
-            if processes.on_first((folder / f"{name}.json").exists):
+            if processes.on_first(functools.partial(is_finished, folder, name)):
                 continue
             if name != teacher and not processes.on_first(teacher_latents.exists):
                 current = pipeline.with_transformer(models[teacher]())
                 files = sample_all(config, current, prompts, f"{teacher}_again", ranges[teacher], folder, preemption)
-                processes.on_first(lambda files=files: finish_latents(files, teacher_latents))
+                processes.on_first(functools.partial(finish_latents, files, teacher_latents))
                 del current
                 free_dropped_models()
-            current = pipeline.with_transformer(load())
-            files = sample_all(config, current, prompts, name, ranges[name], folder, preemption, score=True)
+            current, numbers = pipeline.with_transformer(load()), ranges[name]
+            files = sample_all(config, current, prompts, name, numbers, folder, preemption)
+            scores = show_and_score(config, current, prompts, files, name, folder, preemption)
             result: dict[str, Any] = {}
             if validation_latents is not None:
                 result["validation_loss"] = validation_loss(config, current.transformer, current, validation_latents)
-            finish = lambda name=name, files=files, result=result: finish_model(files, name, teacher_latents, result)
-            processes.on_first(finish)
+            processes.on_first(functools.partial(finish_model, files, scores, name, teacher_latents, result))
             del current
             free_dropped_models()
     return processes.on_first(lambda: read_results(config, pipeline, list(models), folder))
+
+
+def is_finished(folder: epath.Path, name: str) -> bool:
+    """Whether a model has its results. If it has, batches that a killed run had no time to remove are removed."""
+    finished = (folder / f"{name}.json").exists()
+    if finished and unfinished(folder, name).exists():
+        unfinished(folder, name).rmtree()
+    return finished
+
+
+def unfinished(folder: epath.Path, name: str) -> epath.Path:
+    """The folder of a model's finished batches, as long as its results are not complete."""
+    return folder / f"unfinished_{name}"
 
 
 def sample_all(
@@ -98,66 +113,77 @@ def sample_all(
     numbers: range,
     folder: epath.Path,
     preemption: Preemption,
-    *,
-    score: bool = False,
 ) -> BatchFiles:
     """Samples the prompts `numbers`, which also seed the noise, in batches that keep the whole mesh busy.
 
-    A record holds `latents` float32 [T, H, W, C] and, with `score`, the clip's scores.
+    A record holds `latents` float32 [T, H, W, C].
     """
     size = -(-config.evaluate.batch // pipeline.slots) * pipeline.slots
-    files = BatchFiles(folder / f"unfinished_{name}", numbers, size)
-    finished = processes.on_first(files.finished)
-    progress = Progress(f"sample {name}", len(numbers), start=min(len(numbers), len(finished) * size))
-    for batch, items in files.batches():
-        if batch not in finished:
-            texts = [prompts[item] for item in items]
-            latents = to_host(pipeline.sample(texts, config, seed=config.seed, first=items.start)[0])
-            rows: list[dict[str, float]] = [{} for _ in items]
-            if score:
-                first = items.start - numbers.start
-                rows = show_and_score(config, pipeline, texts, latents, first, folder / "videos" / name)
-            records = [
-                {"latents": z, **{key: np.float64(value) for key, value in row.items()}}
-                for z, row in zip(latents, rows, strict=True)
-            ]
-            processes.on_first(lambda batch=batch, records=records: files.write(batch, records))
-        done = items.stop - numbers.start
-        progress.show(done, last=done == len(numbers))
-        preemption.should_stop()
-        preemption.stop_if_asked()
+    files = BatchFiles(unfinished(folder, name), numbers, size)
+
+    def sample(items: range) -> list[Record]:
+        texts = [prompts[item] for item in items]
+        latents = pipeline.sample(texts, config, seed=config.seed, first=items.start)[0]
+        return [{"latents": z_TxHxWxC} for z_TxHxWxC in to_host(latents)]
+
+    make_batches(files, sample, f"sample {name}", preemption)
     return files
 
 
 def show_and_score(
     config: ConfigDict,
     pipeline: Pipeline,
-    texts: Sequence[str],
-    latents_BxTxHxWxC: np.ndarray,
-    first: int,
+    prompts: Sequence[str],
+    sampled: BatchFiles,
+    name: str,
     folder: epath.Path,
-) -> list[dict[str, float]]:
-    """Scores of every clip of a batch; none unless the prompts are those of sprites. Others are only shown.
+    preemption: Preemption,
+) -> BatchFiles:
+    """Decodes what is shown or scored: each process its share of the clips, one on each of its devices.
 
-    The first `config.evaluate.videos` clips of a model are written to `folder`; `first` is the number of the batch's
-    first clip. Clips that are neither shown nor scored are not decoded. Each process works on its share.
+    Sprites are scored, all of them; a record has the clip's scores. Of any model the first `config.evaluate.videos`
+    clips are shown.
     """
-    scored = config.prompts == "sprites"
-    wanted = [row for row in range(len(texts)) if scored or first + row < config.evaluate.videos]
-    own = wanted[jax.process_index() :: jax.process_count()]
+    scored, numbers = config.prompts == "sprites", sampled.items
+    wanted = numbers if scored else numbers[: config.evaluate.videos]
+    devices = pipeline.vae.clips_at_once * jax.process_count() if wanted else 1
+    files = BatchFiles(unfinished(folder, name) / "scores", wanted, max(config.evaluate.batch, devices))
+    first = numbers.start
 
-    def work() -> dict[str, dict[str, float]]:
-        found = {}
-        for row, video in zip(own, pipeline.decode(latents_BxTxHxWxC[own]) if own else (), strict=True):
-            if first + row < config.evaluate.videos:
-                write_video(folder / f"{first + row:04d}.mp4", video, config.video.fps)
-            found[str(row)] = sprites_score.measure(video, texts[row]) if scored else {}
-        return found
+    def decode(items: range) -> list[Record]:
+        own = items[jax.process_index() :: jax.process_count()]
+        latents = sampled.records(item - first for item in own)
 
-    by_row: dict[str, dict[str, float]] = {}
-    for found in processes.gather_messages(processes.on_all(work)):
-        by_row |= found
-    return [by_row.get(str(row), {}) for row in range(len(texts))]
+        def work() -> dict[str, dict[str, float]]:
+            found = {}
+            videos = pipeline.decode(np.stack([record["latents"] for record in latents])) if own else ()
+            for item, video in zip(own, videos, strict=True):
+                if item - first < config.evaluate.videos:
+                    write_video(folder / "videos" / name / f"{item - first:04d}.mp4", video, config.video.fps)
+                found[str(item)] = sprites_score.measure(video, prompts[item]) if scored else {}
+            return found
+
+        by_item: dict[str, dict[str, float]] = {}
+        for found in processes.gather_messages(processes.on_all(work)):
+            by_item |= found
+        return [{key: np.float64(value) for key, value in by_item[str(item)].items()} for item in items]
+
+    make_batches(files, decode, f"decode {name}", preemption)
+    return files
+
+
+def make_batches(files: BatchFiles, make: Callable[[range], list[Record]], label: str, preemption: Preemption) -> None:
+    """Makes the missing batches, which process 0 writes. Shows progress, and obeys signals after every batch."""
+    finished, total = processes.on_first(files.finished), len(files.items)
+    progress = Progress(label, total, start=min(total, len(finished) * files.size))
+    for number, items in files.batches():
+        if number not in finished:
+            records = make(items)
+            processes.on_first(lambda number=number, records=records: files.write(number, records))
+        done = items.stop - files.items.start
+        progress.show(done, last=done == total)
+        preemption.should_stop()
+        preemption.stop_if_asked()
 
 
 def finish_latents(files: BatchFiles, teacher_latents: epath.Path) -> None:
@@ -165,20 +191,22 @@ def finish_latents(files: BatchFiles, teacher_latents: epath.Path) -> None:
     files.remove()
 
 
-def finish_model(files: BatchFiles, name: str, teacher_latents: epath.Path, result: dict[str, Any]) -> None:
+def finish_model(
+    sampled: BatchFiles, scores: BatchFiles, name: str, teacher_latents: epath.Path, result: dict[str, Any]
+) -> None:
     """Writes `NAME.json` of a model whose batches are all finished, and `teacher_latents` if it is the teacher."""
-    records = files.records()
-    latents = np.stack([record.pop("latents") for record in records])
+    latents = np.stack([record["latents"] for record in sampled.records()])
     if teacher_latents.stem == name:
         save_array(teacher_latents, latents)
-    difference = latents - load_array(teacher_latents)[files.items.start : files.items.stop]
+    difference = latents - load_array(teacher_latents)[sampled.items.start : sampled.items.stop]
     result["latent_rmse"] = np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist()
-    if records[0]:
+    per_clip = scores.records() if scores.items else []
+    if per_clip and per_clip[0]:
         result["per_clip"] = {
-            dimension: [float(record[dimension]) for record in records] for dimension in sprites_score.DIMENSIONS
+            dimension: [float(record[dimension]) for record in per_clip] for dimension in sprites_score.DIMENSIONS
         }
     write_json(teacher_latents.with_name(f"{name}.json"), result, indent=None)
-    files.remove()
+    sampled.remove()
 
 
 def read_results(

@@ -51,7 +51,7 @@ def disk_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageDisk]:
     finetune_state = (3 + bool(config.finetune.ema)) * hybrid if steps else 0
     sprites = config.data.path == "sprites"
     clips = (config.data.clips + config.evaluate.validation_clips) * clip if sprites else 0
-    evaluated = MODELS * config.evaluate.prompts * memory.latents_bytes(config, network)
+    evaluated = 2 * config.evaluate.prompts * memory.latents_bytes(config, network)  # the teacher's, another model's
     shown = MODELS * min(config.evaluate.videos, config.evaluate.prompts) * VIDEO_BYTES
     return [
         StageDisk("trace", traced + texts + (0 if sampling else ends), 0),

@@ -77,7 +77,7 @@ def evaluation(tiny_pipeline, tmp_path, monkeypatch):
     sampled, decoded = [], []
     sample, decode = Pipeline.sample, Pipeline.decode
 
-    def start(folder, stop_at=None, how=None, **more):
+    def start(folder, stop_at=None, how=None, decoding_stops_at=None, **more):
         config = load_config("tiny", FIELDS | fields | more)
         run = Run(config, str(tmp_path / "run"))
         hybrid = HybridConfig.of(config, (2, 1))
@@ -92,10 +92,14 @@ def evaluation(tiny_pipeline, tmp_path, monkeypatch):
             sampled.append((name, first))
             return sample(self, prompts, config, first=first, **options)
 
+        def counted_too(self, latents):
+            decoded.append(len(latents))
+            if len(decoded) == decoding_stops_at:
+                raise Killed
+            return decode(self, latents)
+
         monkeypatch.setattr(Pipeline, "sample", counted)
-        monkeypatch.setattr(
-            Pipeline, "decode", lambda self, latents: decoded.append(len(latents)) or decode(self, latents)
-        )
+        monkeypatch.setattr(Pipeline, "decode", counted_too)
         folder.mkdir(exist_ok=True)
         # Bounds of the score, which would take a while to measure.
         bounds = [dict.fromkeys(DIMENSIONS, 1.0), dict.fromkeys(DIMENSIONS, 0.0)]
@@ -106,7 +110,7 @@ def evaluation(tiny_pipeline, tmp_path, monkeypatch):
 
 
 def test_a_stopped_evaluation_goes_on_after_its_last_batch(evaluation, tmp_path):
-    start, sampled, _ = evaluation
+    start, sampled, decoded = evaluation
     start(tmp_path / "whole")
     every = [(name, first) for name in ("teacher", "hybrid") for first in (0, 2, 4)]
     assert sampled == every
@@ -132,6 +136,14 @@ def test_a_stopped_evaluation_goes_on_after_its_last_batch(evaluation, tmp_path)
         assert {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.json")} == expected
         assert not list((tmp_path / folder).glob("unfinished*"))
         assert len(list((tmp_path / folder / "videos" / "hybrid").iterdir())) == 2
+
+    sampled.clear()
+    decoded.clear()
+    with pytest.raises(Killed):
+        start(tmp_path / "undecoded", decoding_stops_at=5)
+    start(tmp_path / "undecoded")
+    assert sampled == every and len(decoded) == 6 + 1, "the open batch alone is decoded twice"
+    assert (tmp_path / "undecoded" / "hybrid.json").read_bytes() == expected["hybrid.json"]
 
 
 def test_only_what_is_shown_or_scored_is_decoded(evaluation, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jsurgery.cli import main
+from jsurgery.data import encode
 from jsurgery.data.shards import Records
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors
@@ -19,70 +20,21 @@ from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime import processes
 from jsurgery.runtime.metrics import read_metrics
+from tests.runtime import two_processes
+from tests.runtime.two_processes import bound_scores, run_apart, write_inputs
 
 FIELDS = {
     "video.frames": "5", "video.height": "64", "video.width": "48", "sampler.steps": "3", "trace.prompts": "4",
     "trace.holdout": "1", "trace.keep_steps": "2", "trace.batch": "2", "hybrid.rates": "2", "plan.rates": "2",
     "plan.budget": "2R2", "distill.steps": "3", "distill.batch": "2", "finetune.steps": "2", "finetune.batch": "2",
     "finetune.ema": "0.9", "data.clips": "4", "evaluate.validation_clips": "4", "log_every": "1",
+    "evaluate.prompts": "4", "evaluate.batch": "2", "evaluate.videos": "1",
     # Adam's first steps are as large as the rate, whichever way a gradient of nearly zero points.
     "distill.learning_rate": "5e-5", "finetune.learning_rate": "1e-5",
 }  # fmt: skip
-MESH = {"mesh.fsdp": "2", "mesh.tensor": "2"}  # two devices a process: examples and parameters lie across both
-STAGES = ("distill", "plan", "operate", "finetune")
-
-TWO = """
-import gc, json, sys
-
-gc.set_threshold(50_000, 20, 50)
-from jsurgery.load_config import load_config
-from jsurgery.errors import DoesNotFit, InputError
-from jsurgery.runtime import processes
-
-coordinator, number, workdir, fields, mesh, *stages = sys.argv[1:]
-number, fields, mesh = int(number), json.loads(fields), json.loads(mesh)
-processes.join(coordinator, 2, number)
-import numpy as np
-from jsurgery.run import start_run
-from jsurgery.runtime.checkpoints import Checkpoints
-from jsurgery.runtime.mesh import to_host, make_mesh, put_state
-
-def tell(work):
-    try:
-        found = work()
-    except (InputError, DoesNotFit, ValueError, RuntimeError) as error:
-        found = [type(error).__name__, str(error)]
-    with open(f"{workdir}_told_{number}", "a") as told:  # the standard output is Gloo's too, which breaks lines
-        print(json.dumps(found), file=told)
-
-def fail(error):
-    raise error
-
-tell(lambda: processes.gather_messages({"said": "é" * (2000 * number)}))
-tell(lambda: processes.on_first(lambda: {"by": number}))
-tell(lambda: processes.on_first(lambda: fail(InputError("no such file"))))
-tell(lambda: processes.on_first(lambda: fail(ValueError("a fault"))))
-tell(lambda: processes.on_all(lambda: fail(InputError("no such host")) if number else "fine"))
-tell(lambda: start_run(load_config("tiny", fields | {"log_every": str(1 + number)} | mesh), workdir))
-tell(lambda: start_run(load_config("tiny", fields), workdir))
-
-def restored():
-    devices = make_mesh(load_config("tiny", mesh).mesh)
-    state = put_state(devices, {"ffn_in": {"kernel": np.arange(48, dtype=np.float32).reshape(8, 6)}})
-    checkpoints = Checkpoints(workdir + "_state", every=1, keep=1)
-    checkpoints.save(7, state, last=True)
-    checkpoints.wait()
-    step, found = checkpoints.restore(put_state(devices, {"ffn_in": {"kernel": np.zeros((8, 6), np.float32)}}))
-    kernel = found["ffn_in"]["kernel"]
-    held = [np.asarray(shard.data).shape for shard in kernel.addressable_shards]
-    return {"step": step, "held": held, "kernel": to_host(kernel).ravel().tolist()}
-
-tell(restored)
-start_run(load_config("tiny", fields | mesh), workdir + "_traced").run_command("trace")
-run = start_run(load_config("tiny", fields | mesh), workdir)
-for stage in stages:
-    run.run_command(stage)
-"""
+# Four devices a process: examples, tokens and parameters lie across both.
+MESH = {"mesh.fsdp": "2", "mesh.context": "2", "mesh.tensor": "2"}
+STAGES = ("distill", "plan", "operate", "finetune", "evaluate")
 
 
 def free_port() -> int:
@@ -92,10 +44,10 @@ def free_port() -> int:
 
 
 def in_two_processes(*command: str) -> list[subprocess.CompletedProcess]:
-    """Runs a command whose "NUMBER" and "HOST:PORT" are filled in, with two CPU devices each."""
+    """Runs a command whose "NUMBER" and "HOST:PORT" are filled in, with four CPU devices each."""
     coordinator = f"localhost:{free_port()}"
     root = str(pathlib.Path(__file__).parents[2])
-    flags = "--xla_force_host_platform_device_count=2 " + os.environ["XLA_FLAGS"]
+    flags = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS"]
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": root}
     fill = lambda text, number: text.replace("HOST:PORT", coordinator).replace("NUMBER", str(number))
     started = [
@@ -127,9 +79,15 @@ def alone(fields, tmp_path_factory):
     run = Run(load_config("tiny", fields), str(workdir))
     run.run_stage("trace")
     run.run_stage("latents")
+    bound_scores(workdir)
     shutil.copytree(workdir, begun, dirs_exist_ok=True)
     for stage in STAGES:
         run.run_command(stage)
+    inputs = pathlib.Path(f"{begun}_inputs")
+    write_inputs(inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "decode_in_processes", None)  # so that it is restored
+        run_apart(pathlib.Path(f"{workdir}_apart"), inputs, workdir / "hybrid", fields)
     return workdir, begun
 
 
@@ -138,9 +96,10 @@ def two(alone, fields):
     """How two processes ended, and their workdir, beside which lies what each told."""
     _, workdir = alone
     ended = in_two_processes(
-        "-c", TWO, "HOST:PORT", "NUMBER", str(workdir), json.dumps(fields), json.dumps(MESH), *STAGES
+        two_processes.__file__, "HOST:PORT", "NUMBER", str(workdir), json.dumps(fields), json.dumps(MESH), *STAGES
     )
     assert [one.returncode for one in ended] == [0, 0], [one.stderr[-3000:] for one in ended]
+    open("/tmp/h2_timed", "w").write("\n".join(e for o in ended for e in o.stderr.splitlines() if "TIMED" in e))
     return ended, workdir
 
 
@@ -153,7 +112,7 @@ def told(two) -> list[list]:
 
 def test_what_one_does_is_all_s_and_what_one_raises_too(told):
     first, second = told
-    assert len(first) == len(second) == 8
+    assert len(first) == len(second) == 9
     assert first[0] == second[0] == [{"said": ""}, {"said": "é" * 2000}]
     assert first[1] == second[1] == {"by": 0}
     assert (first[2], second[2]) == (["InputError", "no such file"], ["InputError", "process 0: no such file"])
@@ -168,14 +127,14 @@ def test_processes_that_were_not_started_alike(told):
 
 
 def test_a_mesh_that_leaves_devices_out(told):
-    expected = "data 1 x fsdp 1 x context 1 x tensor 1 = 1 devices, found 4 (cpu) in 2 processes; expected all of them"
+    expected = "data 1 x fsdp 1 x context 1 x tensor 1 = 1 devices, found 8 (cpu) in 2 processes; expected all of them"
     for found in told:
         assert found[6][0] == "DoesNotFit" and expected in found[6][1]
 
 
 def test_a_state_is_saved_and_restored_by_both(told):
     for found in told:
-        assert found[7] == {"step": 7, "held": [[4, 3], [4, 3]], "kernel": list(range(48))}
+        assert found[7] == {"step": 7, "held": [[4, 3]] * 4, "kernel": list(range(48))}
 
 
 def files(workdir: pathlib.Path) -> list[str]:
@@ -228,6 +187,60 @@ def test_two_processes_distil_and_tune_as_one(alone, two):
     for stage in ("distill", "finetune"):
         for row, wanted in zip(read_metrics(found / stage), read_metrics(expected / stage), strict=True):
             assert row == pytest.approx(wanted, rel=1e-5)
+
+
+def test_two_processes_evaluate_as_one(alone, two):
+    expected, found = (at / "evaluation" for at in (alone[0], two[1]))
+    difference = np.load(found / "teacher.npy") - np.load(expected / "teacher.npy")
+    assert np.linalg.norm(difference) < 1e-5 * np.linalg.norm(np.load(expected / "teacher.npy"))
+    one, other = (json.loads((at / "evaluation.json").read_text())["models"] for at in (expected, found))
+    assert list(one) == list(other) == ["teacher", "not_distilled", "distilled", "finetuned"]
+    for name, result in one.items():
+        assert other[name]["latent_rmse"] == pytest.approx(result["latent_rmse"], rel=1e-5, abs=1e-7)
+        assert other[name]["validation_loss"] == pytest.approx(result["validation_loss"], rel=1e-5)
+        for dimension, values in result["per_clip"].items():
+            assert other[name]["per_clip"][dimension] == pytest.approx(values, abs=0.02)
+    assert min(one["finetuned"]["latent_rmse"]) > 1e-3, "there was something to compare"
+
+
+def test_two_processes_compare_synthesize_and_encode_as_one(alone, two):
+    one, other = (pathlib.Path(f"{at}_apart") for at in (alone[0], two[1]))
+    numbers = [json.loads((at / "fidelity.json").read_text())["durations"][0]["models"] for at in (one, other)]
+    (expected, control), (found, other_control) = (list(each.values()) for each in numbers)
+    for name in ("velocity_error", "velocity_error_per_step", "velocity_error_per_frame"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert found["psnr"] == pytest.approx(expected["psnr"], rel=1e-4)  # of rounded pixels
+    assert other_control["psnr"] == pytest.approx(control["psnr"], rel=1e-4)
+    for folder in ("synthesized", "encoded/5x64x48"):
+        records = [Records(at / folder) for at in (one, other)]
+        assert len(records[0]) == len(records[1]) == 4
+        for index in range(4):
+            for name, values in records[0][index].items():
+                exact = values.dtype == np.uint8
+                same = np.array_equal if exact else lambda a, b: np.allclose(a, b, rtol=2e-3, atol=1e-3)  # float16
+                assert same(records[1][index][name], values), (folder, index, name)
+    videos = [sorted(path.name for path in (at / "videos").iterdir()) for at in (one, other)]
+    assert videos[0] == videos[1] and len(videos[0]) == 4
+
+
+def test_all_devices_work_in_every_command(told):
+    """No two devices do the same work; a piece that two shared would count a half for each."""
+    by_command = [found[8] for found in told]
+    commands = [
+        "trace",
+        "distill",
+        "finetune",
+        "evaluate",
+        "evaluate fidelity",
+        "evaluate vbench",
+        "synthesize",
+        "encode",
+    ]
+    assert [list(found) for found in by_command] == [commands] * 2
+    for command in commands:
+        amounts = [amount for found in by_command for amount in found[command].values()]
+        assert len(amounts) == 8 and len(set(amounts)) == 1, (command, amounts)
+        assert amounts[0] >= 1 and amounts[0] % 1 == 0, (command, amounts)
 
 
 def test_the_command_in_two_processes(two, fields):
