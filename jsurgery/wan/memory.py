@@ -171,24 +171,34 @@ def vae_weights(vae: VaeConfig) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
+def kept_frames(config: ConfigDict, dim: int, multipliers: Sequence[int], convolutions: int) -> int:
+    """The bytes that the VAE's causal convolutions keep between two chunks: two frames of the input of each.
+
+    A level has this many `convolutions`; its frames have a quarter of the pixels of those of the level before.
+    """
+    channels = sum(dim * multiplier * 4.0**-level for level, multiplier in enumerate(multipliers))
+    return int(4 * config.video.height * config.video.width * channels * 2 * convolutions)
+
+
+def chunk_bytes(config: ConfigDict, dim: int) -> int:
+    """The VAE's own arrays while it computes a chunk: those of some fifty frames of its first width, by compiling."""
+    return 4 * config.video.height * config.video.width * 52 * dim
+
+
 def encoding_phase(config: ConfigDict, sizes: ModelSizes) -> Phase:
     """Encoding of one clip on a device, four frames at a time (`WanVae.encode_in_chunks`)."""
-    vae, video = sizes.vae, config.video
-    channels = sum(vae.base_dim * multiplier * 4.0**-level for level, multiplier in enumerate(vae.dim_mult))
-    kept, at_once = 2 * 2 * vae.num_res_blocks, 8
-    working = 4 * video.height * video.width * channels * (kept + at_once)
-    return Phase("encoding", {"VAE": vae_weights(vae)}, int(working), "encode")
+    vae = sizes.vae
+    kept = kept_frames(config, vae.base_dim, vae.dim_mult, 2 * vae.num_res_blocks)
+    held = {"VAE": vae_weights(vae), "frames between chunks": kept}
+    return Phase("encoding", held, chunk_bytes(config, vae.base_dim), "encode")
 
 
 def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int]) -> Phase:
     """Decoding of one clip on a device, a latent frame at a time (`WanVae.decode_in_chunks`)."""
-    vae, video = sizes.vae, config.video
-    pixels, width = video.height * video.width, (vae.decoder_base_dim or vae.base_dim)
-    # Every causal convolution keeps two frames of its input. Levels: (channels, share of the pixels, frames at once).
-    levels = [(width * multiplier, 4.0**-level) for level, multiplier in enumerate(vae.dim_mult)]
-    kept = sum(channels * share * 2 * 2 * (vae.num_res_blocks + 1) for channels, share in levels)
-    at_once = 8 * levels[0][0]
-    return Phase("decoding", held, int(4 * pixels * (kept + at_once)), "decode")
+    vae = sizes.vae
+    dim = vae.decoder_base_dim or vae.base_dim
+    kept = kept_frames(config, dim, vae.dim_mult, 2 * (vae.num_res_blocks + 1)) + kept_frames(config, dim, (1,), 1)
+    return Phase("decoding", dict(held) | {"frames between chunks": kept}, chunk_bytes(config, dim), "decode")
 
 
 def sampling_phases(
