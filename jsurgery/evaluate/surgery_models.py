@@ -151,13 +151,10 @@ def show_and_score(
     first = numbers.start
 
     def decode(items: range) -> list[Record]:
-        own = items[jax.process_index() :: jax.process_count()]
-        latents = sampled.records(item - first for item in own)
-
         def work() -> dict[str, dict[str, float]]:
-            found = {}
-            videos = pipeline.decode(np.stack([record["latents"] for record in latents])) if own else ()
-            for item, video in zip(own, videos, strict=True):
+            own, found = items[jax.process_index() :: jax.process_count()], {}
+            latents = [record["latents"] for record in sampled.records(item - first for item in own)]
+            for item, video in zip(own, pipeline.decode(np.stack(latents)) if own else (), strict=True):
                 if item - first < config.evaluate.videos:
                     write_video(folder / "videos" / name / f"{item - first:04d}.mp4", video, config.video.fps)
                 found[str(item)] = sprites_score.measure(video, prompts[item]) if scored else {}
@@ -194,12 +191,15 @@ def finish_latents(files: BatchFiles, teacher_latents: epath.Path) -> None:
 def finish_model(
     sampled: BatchFiles, scores: BatchFiles, name: str, teacher_latents: epath.Path, result: dict[str, Any]
 ) -> None:
-    """Writes `NAME.json` of a model whose batches are all finished, and `teacher_latents` if it is the teacher."""
+    """Writes `NAME.json` of a model whose batches are all finished, and `teacher_latents` if it is the teacher.
+
+    `result` is what else is known of the model.
+    """
     latents = np.stack([record["latents"] for record in sampled.records()])
     if teacher_latents.stem == name:
         save_array(teacher_latents, latents)
     difference = latents - load_array(teacher_latents)[sampled.items.start : sampled.items.stop]
-    result["latent_rmse"] = np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist()
+    result = {"latent_rmse": np.sqrt(np.mean(difference**2, axis=(1, 2, 3, 4))).tolist(), **result}
     per_clip = scores.records() if scores.items else []
     if per_clip and per_clip[0]:
         result["per_clip"] = {

@@ -99,7 +99,6 @@ def two(alone, fields):
         two_processes.__file__, "HOST:PORT", "NUMBER", str(workdir), json.dumps(fields), json.dumps(MESH), *STAGES
     )
     assert [one.returncode for one in ended] == [0, 0], [one.stderr[-3000:] for one in ended]
-    open("/tmp/h2_timed", "w").write("\n".join(e for o in ended for e in o.stderr.splitlines() if "TIMED" in e))
     return ended, workdir
 
 

@@ -70,12 +70,7 @@ def counted(command: str, call):
     """What `call` returns. Its work counts as that of the command."""
     global doing
     doing = command
-    import time
-
-    a, b = time.process_time(), time.time()
-    r = call()
-    print("TIMED", command, round(time.process_time() - a, 1), round(time.time() - b, 1), file=sys.stderr)
-    return r
+    return call()
 
 
 def note(device_pieces) -> None:
