@@ -34,8 +34,7 @@ SETTINGS = SIZE | {
     "compile_cache": False,
 }  # fmt: skip
 TUNED = {
-    "finetune.steps": 2, "finetune.batch": 1, "data.path": "sprites", "data.clips": 8, "evaluate.validation_clips": 8,
-    "plan.budget": "1R2",
+    "finetune.steps": 2, "finetune.batch": 1, "plan.budget": "1R2",
 }  # fmt: skip
 EXPORT = ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "onnx", "onnxscript", "onnxruntime")
 STAGES = ("trace", "distill", "plan", "operate", "finetune", "evaluate", "report")
