@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
             if words:
                 pipeline.embedder.unpadded([*words, config.sampler.negative_prompt], config.text_length)
             for number, batch in texts.items():
-                of_shard.write(number, records(config, pipeline, batch, batches[shard][number].start))
+                on_step = progress.during(done, len(batch), config.sampler.steps)
+                of_shard.write(number, records(config, pipeline, batch, batches[shard][number].start, on_step))
                 done += len(batch)
                 progress.show(done, last=done == total)
                 preemption.should_stop()
@@ -88,9 +89,12 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
             of_shard.remove()
 
 
-def records(config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], first: int) -> list[Record]:
-    """Samples one batch of prompts, numbered from `first` on; returns their records."""
-    latents = np.asarray(pipeline.sample(prompts, config, seed=config.seed, first=first)[0], np.float16)
+def records(
+    config: ConfigDict, pipeline: Pipeline, prompts: Sequence[str], first: int, on_step: Callable[[int], None]
+) -> list[Record]:
+    """Samples one batch of prompts, numbered from `first` on; returns their records. `on_step` as in `sample`."""
+    sampled, _ = pipeline.sample(prompts, config, seed=config.seed, first=first, on_step=on_step)
+    latents = np.asarray(sampled, np.float16)
     texts = pipeline.embedder.unpadded(prompts, config.text_length)
     return [
         {"latents": z_TxHxWxC, "text": text_LxD.astype(np.float16), "caption": text_array(prompt)}

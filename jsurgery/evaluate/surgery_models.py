@@ -121,9 +121,10 @@ def sample_all(
     size = -(-config.evaluate.batch // pipeline.slots) * pipeline.slots
     files = BatchFiles(unfinished(folder, name), numbers, size)
 
-    def sample(items: range) -> list[Record]:
+    def sample(items: range, progress: Progress) -> list[Record]:
         texts = [prompts[item] for item in items]
-        latents = pipeline.sample(texts, config, seed=config.seed, first=items.start)[0]
+        on_step = progress.during(items.start - numbers.start, len(items), config.sampler.steps)
+        latents = pipeline.sample(texts, config, seed=config.seed, first=items.start, on_step=on_step)[0]
         return [{"latents": z_TxHxWxC} for z_TxHxWxC in to_host(latents)]
 
     make_batches(files, sample, f"sample {name}", preemption)
@@ -150,7 +151,7 @@ def show_and_score(
     files = BatchFiles(unfinished(folder, name) / "scores", wanted, max(config.evaluate.batch, devices))
     first = numbers.start
 
-    def decode(items: range) -> list[Record]:
+    def decode(items: range, _: Progress) -> list[Record]:
         def work() -> dict[str, dict[str, float]]:
             own, found = items[jax.process_index() :: jax.process_count()], {}
             latents = [record["latents"] for record in sampled.records(item - first for item in own)]
@@ -169,13 +170,15 @@ def show_and_score(
     return files
 
 
-def make_batches(files: BatchFiles, make: Callable[[range], list[Record]], label: str, preemption: Preemption) -> None:
+def make_batches(
+    files: BatchFiles, make: Callable[[range, Progress], list[Record]], label: str, preemption: Preemption
+) -> None:
     """Makes the missing batches, which process 0 writes. Shows progress, and obeys signals after every batch."""
     finished, total = processes.on_first(files.finished), len(files.items)
     progress = Progress(label, total, start=min(total, len(finished) * files.size))
     for number, items in files.batches():
         if number not in finished:
-            records = make(items)
+            records = make(items, progress)
             processes.on_first(lambda number=number, records=records: files.write(number, records))
         done = items.stop - files.items.start
         progress.show(done, last=done == total)
