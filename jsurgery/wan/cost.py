@@ -20,7 +20,7 @@ from jsurgery.wan.video_size import num_tokens
 # The fields of a BlockCost, and its total.
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
 # How often distillation reads or writes a head's scores, and the features of both its maps at a rate.
-SCORE_PASSES, FEATURE_PASSES = 3, 24
+SCORE_PASSES, FEATURE_PASSES = 3, 32
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def distillation_bytes(workload: Workload, rates: Sequence[Rate]) -> int:
     [N, N] are written once, with their maxima, and read twice: for the sum of their exponentials and for the product
     with the values. Features of queries and keys, [N, F], are passed to and fro by the layers of both maps and by their
     gradients. The passes are those of compiled TPU programs whose scores do not fit into the chip's own memory: for
-    Wan2.1 1.3B at 320x480, rates 2, 4, 8 and "linear", 1.16 TB an example are counted in the program, 1.17 TB here.
+    Wan2.1 1.3B at rates 2, 4, 8 and "linear", the program's own count is 1.16 TB an example at 320x480 (v5e) and 6.7 TB
+    at 480x832 (v6e); this one is 1.32 and 6.3 TB.
     """
     config, tokens = workload.config, workload.tokens
     values = SCORE_PASSES * tokens**2

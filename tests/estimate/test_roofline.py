@@ -30,7 +30,7 @@ def test_chip_hours_are_steps_times_flops_over_achieved_flops_per_second(tmp_pat
     saved = 15 * 6.594e12 * (1 - 1 / 2)  # the core of 15R2, without the linear branch
     assert finetune["flops_per_step"] == pytest.approx(16 * 4 * (FORWARD - saved), rel=0.02)
     # Each of the 360 heads writes its scores once and reads them twice, in float32; and its features at four rates.
-    scores = 360 * 4 * (3 * 32760**2 + 24 * 4 * 32760 * 256)
+    scores = 360 * 4 * (3 * 32760**2 + 32 * 4 * 32760 * 256)
     assert distill["seconds"]["memory"] == pytest.approx(scores / 16 / 1.6e12 + trace["seconds"]["memory"], rel=1e-6)
     bounds = {row["stage"]: row["bound_by"] for row in found["stages"]}
     assert {stage for stage, bound in bounds.items() if bound != "compute"} == {"distill", "attention errors of blocks"}
