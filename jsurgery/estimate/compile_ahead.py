@@ -80,6 +80,8 @@ def compile_stage(
     print(as_text(result), flush=True)
     if report is not None:
         write_json(epath.Path(report), result)
+    if (peak := result["memory_bytes"]["peak"]) > chip.memory:
+        raise DoesNotFit(f"{stage} on {topology}: {peak / GIB:.1f} GiB; expected at most {chip.memory / GIB:.0f}")
 
 
 class OutOfMemory(Exception):

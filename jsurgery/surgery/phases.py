@@ -111,7 +111,7 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
     zone = max(math.ceil(tokens / least), tokens - math.ceil(tokens / least))
     # One head at a time: scores and their exponentials in float32.
     scores = 2 * 4 * examples * own * zone
-    step = memory.forward_bytes(config, network, mesh, velocities * settings.batch) + scores + one_copy
+    step = memory.forward_bytes(config, network, mesh, velocities * settings.batch) + scores + 2 * one_copy
     phases = [Phase("distillation", held, step, "distill")]
     held = weights | {"initial and trained feature maps": 2 * one_copy}
     forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
@@ -130,7 +130,9 @@ def finetune_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> lis
     if settings.teacher_weight > 0:
         held |= {"teacher": memory.weights(config, sizes.transformer, mesh, inference=True)}
     batch = stage_batch("finetune", config)
-    return [Phase("fine-tuning", held, params + memory.backward_bytes(config, network, mesh, batch), "finetune")]
+    # Gradients, and the weights once more in 16 bits.
+    copies = params + (params // 2 if config.model.dtype == "bfloat16" else 0)
+    return [Phase("fine-tuning", held, copies + memory.backward_bytes(config, network, mesh, batch), "finetune")]
 
 
 def evaluation_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:

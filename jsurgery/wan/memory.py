@@ -22,6 +22,7 @@ from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.wan.abstract_module import abstract_module
+from jsurgery.wan.cost import added_parameters
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 from jsurgery.wan.models import ModelSizes
 from jsurgery.wan.prompt_embedder import BATCH, PASS
@@ -148,14 +149,21 @@ def forward_bytes(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractM
 
 
 def backward_bytes(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, batch: int) -> int:
-    """The arrays of a forward and backward pass, without weights and gradients: the inputs of all blocks and, with
-    `remat`, what the backward pass of one block keeps; without, of all blocks."""
+    """The arrays of a forward and backward pass, without weights and gradients.
+
+    These are the inputs of all blocks, what the backward pass of one block keeps (without `remat`, of all blocks), and
+    copies of the feature maps of all blocks. The factors are those of programs compiled for v5e and v6e, at 12,600 and
+    32,760 tokens.
+    """
     width, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape[LOGICAL["heads"]]
     tokens = tokens_on_device(config, network, mesh, batch)
-    one_block = tokens * width * (16 * network.dim + 3 * network.ffn_dim // tensor)
+    one_block = tokens * width * (28 * network.dim + 6 * network.ffn_dim // tensor)
     inputs = network.num_layers * tokens * width * network.dim
     blocks = 1 if config.model.remat == "blocks" else network.num_layers
-    return inputs + blocks * one_block + gathered_block(network, mesh, width)
+    hybrid, maps = network.hybrid, 0
+    if hybrid is not None and hybrid.linear_branch:
+        maps = 7 * 4 * added_parameters(network, hybrid.feature_map, [2] * network.num_layers) // tensor
+    return inputs + blocks * one_block + maps + gathered_block(network, mesh, width)
 
 
 def gathered_block(network: WanConfig, mesh: Mesh | AbstractMesh, width: int) -> int:
