@@ -1,6 +1,6 @@
 """Hybrid softmax-linear attention for JAX. `pallas_kernels.api` describes it; nothing here depends on jsurgery."""
 
-from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state
+from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state, softmax_zones
 from pallas_kernels.feature_map import (
     ACTIVATIONS,
     FeatureMap,
@@ -30,4 +30,5 @@ __all__ = [
     "sharded_cross_attention",
     "sharded_self_attention",
     "softmax_share",
+    "softmax_zones",
 ]

@@ -1,12 +1,14 @@
 """The public functions of hybrid attention, and the choice of an implementation for them."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.feature_map import FeatureMap
+from pallas_kernels.reference import Zones
 
 IMPLEMENTATIONS = ("xla", "reference", "tpu", "gpu", "stock")  # each the name of a module in this package
 STABILIZERS = ("max", "lse")
@@ -93,8 +95,40 @@ def attend_with_state(
     return _first(_with_state(), "attend_with_state", q, k, v, query_map, state, **options)
 
 
+def softmax_zones(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bounds: Sequence[int],
+    *,
+    key_valid: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Zones:
+    """Softmax attention to every one of the nested prefixes k[:, :bound], from one pass over the keys.
+
+    Args:
+        q: queries [B, N, H, D], not yet scaled.
+        k, v: keys and values [B, M, H, D].
+        bounds: the lengths of Z prefixes, ascending, each at least 1 and at most M.
+        key_valid: bool [B, M], False at padding. Every batch entry needs a valid key in the shortest prefix.
+        implementation: "xla", "reference" or "tpu"; None chooses as `linear_state` does.
+
+    Returns:
+        (outputs [Z, B, N, H, D], log-sum-exps [Z, B, N, H], largest scores [Z, B, N, H]), float32. Scores are
+        q k / sqrt(D).
+
+    Raises:
+        ValueError: bounds that do not ascend from 1 to M.
+        NotImplementedError: arguments that the implementation does not support, and gradients of "tpu".
+    """
+    if list(bounds) != sorted(set(bounds)) or not bounds or not 0 < bounds[0] <= bounds[-1] <= k.shape[1]:
+        raise ValueError(f"bounds must ascend from at least 1 to at most {k.shape[1]}, found {tuple(bounds)}")
+    names = _with_state() if implementation is None else (implementation,)
+    return _first(names, "softmax_zones", q, k, v, tuple(bounds), key_valid=key_valid)
+
+
 def _with_state() -> tuple[str, ...]:
-    """The implementations of `linear_state` and `attend_with_state` to try, in this order."""
+    """The implementations of all but `hybrid_attention` to try, in this order."""
     platform, whole = _place()
     return ("tpu", "xla") if platform == "tpu" and whole else ("xla",)
 

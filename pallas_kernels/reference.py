@@ -1,9 +1,14 @@
 """Hybrid attention in plain jnp, O(N^2) in time and memory. The other implementations are tested against it."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.feature_map import FeatureMap
+
+# Of Z nested prefixes: outputs [Z, B, N, H, D], log-sum-exps and largest scores [Z, B, N, H], all float32.
+Zones = tuple[jax.Array, jax.Array, jax.Array]
 
 # Added to the denominator of pure linear attention (num_softmax = 0), whose features may all be zero. A hybrid needs
 # nothing of the kind, because its softmax mass n_S is at least 1.
@@ -85,3 +90,20 @@ def _branches(
         o_L_BxHxNxD = jnp.einsum("bhnl,blhd->bhnd", weights_BxHxNxL, v_BxNxHxD[:, num_softmax:])
         n_L_BxHxN = weights_BxHxNxL.sum(axis=-1) + (0.0 if num_softmax else EPSILON)
     return (o_S_BxHxNxD, n_S_BxHxN), (o_L_BxHxNxD, n_L_BxHxN)
+
+
+def softmax_zones(
+    q: jax.Array, k: jax.Array, v: jax.Array, bounds: Sequence[int], *, key_valid: jax.Array | None = None
+) -> Zones:
+    """See `pallas_kernels.softmax_zones`."""
+    f32 = jnp.float32
+    s_BxHxNxM = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
+    if key_valid is not None:
+        s_BxHxNxM = jnp.where(key_valid[:, None, None], s_BxHxNxM, -jnp.inf)
+    zones = []
+    for bound in bounds:
+        scores = s_BxHxNxM[..., :bound]
+        output = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores), v[:, :bound].astype(f32))
+        statistics = jax.nn.logsumexp(scores, axis=-1), scores.max(axis=-1)
+        zones.append((output, *(x.swapaxes(1, 2) for x in statistics)))
+    return tuple(jnp.stack(parts) for parts in zip(*zones, strict=True))  # type: ignore[return-value]

@@ -5,13 +5,15 @@ The kernels themselves are in `tpu_forward` and `tpu_backward`.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
+from pallas_kernels import tpu_zones, tuning
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
+from pallas_kernels.reference import Zones
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
 from pallas_kernels.tpu_forward import BlockSizes, Problem, attend, summarize
 
@@ -93,6 +95,23 @@ def attend_with_state(
     problem = _problem(q, k, polynomial, k.shape[1], key_valid, stabilizer, block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
     return problem.unpack(_read(problem, packed, polynomial, state, _row(key_valid)))
+
+
+def softmax_zones(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bounds: Sequence[int],
+    *,
+    key_valid: jax.Array | None = None,
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> Zones:
+    """See `pallas_kernels.softmax_zones`; it has no gradients here."""
+    _check(q, k, v, None, None, interpret)
+    problem = _problem(q, k, None, bounds[-1], key_valid, "lse", block_sizes, interpret)
+    packed = tuple(problem.pack(x) for x in (q, k, v))
+    return _zones(problem, tuple(bounds), packed, _row(key_valid))
 
 
 def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpret) -> Problem:
@@ -251,3 +270,17 @@ def _read_backward(problem, residuals, dy):
 
 
 _read.defvjp(_read_forward, _read_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _zones(problem: Problem, bounds: tuple[int, ...], arrays: tuple, valid: jax.Array | None) -> Zones:
+    outputs, stats_BxHxZx2xN = tpu_zones.softmax_zones(problem, bounds, *arrays, valid)
+    lse, largest = (stats_BxHxZx2xN[:, :, :, i].transpose(2, 0, 3, 1) for i in (0, 1))
+    return jnp.stack([problem.unpack(y) for y in outputs]), lse, largest
+
+
+def _zones_forward(problem, bounds, arrays, valid):
+    raise NotImplementedError("implementation 'tpu': softmax_zones has no gradients; 'xla' has")
+
+
+_zones.defvjp(_zones_forward, lambda *_: None)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.feature_map import FeatureMap
-from pallas_kernels.reference import EPSILON
+from pallas_kernels.reference import EPSILON, Zones
 
 # The number of scores, or of features, in a head's tile; and the fewest tokens of a tile, however many keys there are.
 TILE = 2**19
@@ -327,3 +327,35 @@ def _swap(tree):
 def _tokens(x_HxNxBxD: jax.Array) -> jax.Array:
     """[B, N, H, D]."""
     return x_HxNxBxD.transpose(2, 1, 0, 3)
+
+
+def softmax_zones(
+    q: jax.Array, k: jax.Array, v: jax.Array, bounds: Sequence[int], *, key_valid: jax.Array | None = None
+) -> Zones:
+    """See `pallas_kernels.softmax_zones`. The scores of a chunk of queries are computed once, for all prefixes."""
+    k, v, key_valid = jax.tree.map(lambda x: x[:, : bounds[-1]], (k, v, key_valid))
+    head = partial(_zones_head, bounds=tuple(bounds))
+    y_BxHxNxZxD, lse_BxHxNxZ, top_BxHxNxZ = _over(head, (TOKENS, TOKENS, TOKENS, MASK), q, k, v, key_valid)
+    statistics = (x.transpose(3, 0, 2, 1) for x in (lse_BxHxNxZ, top_BxHxNxZ))
+    return y_BxHxNxZxD.transpose(3, 0, 2, 1, 4), *statistics
+
+
+def _zones_head(q_NxD, k_MxD, v_MxD, valid_M, *, bounds):
+    def chunk(_, rows):
+        (q_CxD,) = rows
+        s_CxM = _scores(q_CxD, k_MxD, valid_M)
+        top_C, mass_C, sum_CxD = -jnp.inf, 0.0, 0.0
+        zones = []
+        for start, stop in zip((0, *bounds), bounds, strict=False):
+            # -inf - -inf would be NaN where no key of a zone is valid.
+            next_C = jnp.maximum(top_C, s_CxM[:, start:stop].max(axis=-1))
+            shift_C = jnp.where(next_C == -jnp.inf, 0.0, next_C)
+            p_CxS = jnp.exp(s_CxM[:, start:stop] - shift_C[:, None])
+            decay_C = jnp.exp(top_C - shift_C)
+            mass_C = decay_C * mass_C + p_CxS.sum(axis=-1)
+            sum_CxD = decay_C[:, None] * sum_CxD + _dot(p_CxS.astype(v_MxD.dtype), v_MxD[start:stop])
+            top_C = next_C
+            zones.append((sum_CxD / mass_C[:, None], shift_C + jnp.log(mass_C), top_C))
+        return None, tuple(jnp.stack(parts, axis=1) for parts in zip(*zones, strict=True))
+
+    return _over_chunks(chunk, None, (q_NxD,), k_MxD.shape[0])[1]
