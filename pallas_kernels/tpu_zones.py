@@ -61,8 +61,9 @@ def softmax_zones(problem: Problem, bounds: tuple[int, ...], q, k, v, valid) -> 
         def attend_to(low, high):
             q_QxD = q_ref[...]
             peak, total, o = max_ref[...], sum_ref[...], out_ref[...]
-            for start in range(low // chunk * chunk, high, chunk):
-                size = min(chunk, keys - start)
+            stop = -(-high // LANES) * LANES
+            for start in range(low // LANES * LANES, stop, chunk):  # at most a tile of LANES keys is taken twice
+                size = min(chunk, stop - start)
                 piece = pl.ds(start, size)
                 s = problem.dot(q_QxD, k_ref[piece, :], (1, 1)) * scale
                 v_SxD = v_ref[piece, :]
