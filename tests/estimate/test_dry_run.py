@@ -52,7 +52,7 @@ def test_a_whole_surgery_from_prompts_alone_on_one_free_session(tmp_path, capsys
 @pytest.mark.parametrize(
     ("flags", "config", "code", "parts"),
     [
-        ((), "wan_1_3b_lowres@v5e-1", 3, ["finetune", "95% of 16 GiB", "found", "1 device", "v5e-8 and 8xh100 would do"]),
+        ((), "wan_1_3b_lowres@v5e-1", 3, ["finetune", "95% of 16 GiB", "found", "v5e-8 and 8xh100 would do"]),
         ((), "wan_1_3b_lowres@4090", 3, ["finetune", "95% of 24 GiB"]),
         (("--disk=30",), "wan_1_3b_lowres@v5e-8", 2, ["--workdir=", "found 30.0 GB"]),
         (("--disk=100", "--kept=5"), "wan_1_3b_lowres@v5e-8", 2, ["--kept=5", "the results take"]),
