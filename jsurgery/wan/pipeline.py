@@ -143,8 +143,9 @@ class Pipeline:
 
     def decode(self, latents_BxTxHxWxC: jax.Array | np.ndarray) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3] of latents. Every device decodes a clip at a time."""
-        groups = batched(np.asarray(latents_BxTxHxWxC), self.vae.clips_at_once)
-        decoded = (self.vae.decode_in_chunks(latents) for _, latents in groups)
+        latents, at_once = np.asarray(latents_BxTxHxWxC), self.vae.clips_at_once
+        groups = (latents[start : start + at_once] for start in range(0, len(latents), at_once))
+        decoded = (self.vae.decode_in_chunks(group) for group in groups)
         return np.concatenate([np.round((videos + 1) * 127.5).astype(np.uint8) for videos in decoded])
 
     def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:

@@ -87,7 +87,7 @@ def evaluation(tiny_pipeline, tmp_path, monkeypatch):
 
         def counted(self, prompts, config, *, first, **options):
             name = "teacher" if self.transformer.config.hybrid is None else "hybrid"
-            if (name, first) == stop_at:
+            if how is not None and (name, first) == stop_at:
                 how()
             sampled.append((name, first))
             return sample(self, prompts, config, first=first, **options)
