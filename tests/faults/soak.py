@@ -31,12 +31,13 @@ from tests.conftest import build_tiny_pipeline
 from tests.faults.workdirs import FOLDERS, Workdirs, check_complete, result, write_clips
 
 PARTS = ("random", "renames", "signals", "steady")
-STAGES = ("trace", "distill", "finetune", "encode", "export")
+STAGES = ("trace", "distill", "finetune", "evaluate", "encode", "synthesize", "export")
 TRAINING = ("distill", "finetune")
 NEEDED = ("torch", "onnx", "onnxscript", "onnxruntime")  # packages for export
 CODES = {"SIGTERM": 143, "SIGINT": 130}
 # Few steps, and so few renames.
 SHORT = {"distill": {"distill.steps": "4"}, "finetune": {"finetune.steps": "4"}, "trace": {"trace.prompts": "3"}}
+SHORT |= {"evaluate": {"evaluate.prompts": "3", "evaluate.videos": "1"}}
 
 
 @dataclasses.dataclass

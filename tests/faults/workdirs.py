@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 from jsurgery.data import sprites
 from jsurgery.data.shards import Record, Records, shard_path, text_array, write_shard
 from jsurgery.data.video_writer import write_video
+from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.io.files import write_json
 from jsurgery.io.hashes import MANIFEST, find_damage
 from jsurgery.io.safetensors import read_tensors
 from jsurgery.load_config import load_config
 from jsurgery.run import Run
 from jsurgery.runtime.stage_folder import StageFolder
-from jsurgery.surgery.distillation.saved_maps import TRAINED, save_maps
+from jsurgery.surgery.distillation.saved_maps import INITIAL, TRAINED, save_maps
 from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.wan.video_size import latent_grid
 
@@ -36,15 +37,20 @@ FIELDS = {
     "plan.budget": "2R2", "distill.steps": "12", "distill.batch": "2", "finetune.steps": "12", "finetune.batch": "2",
     "data.clips": "8",
     "evaluate.validation_clips": "4", "log_every": "2", "checkpoint.every": "2", "data.workers": "1",
-    "data.clips_per_shard": "1", "finetune.ema": "0.5",
+    "data.clips_per_shard": "1", "finetune.ema": "0.5", "evaluate.prompts": "6", "evaluate.batch": "2",
 }  # fmt: skip
 # Folders that a stage reads; `export` reads its folder as the model.
 INPUTS = {
     "distill": ("trace",),
     "finetune": ("trace", "distill", "plan", "hybrid", "latents"),
+    "evaluate": ("trace", "distill", "plan", "hybrid", "latents", "finetune"),
     "export": ("hybrid",),
 }
-FOLDERS = {"encode": "encoded"}  # of stages whose folder has another name
+FOLDERS = {
+    "encode": "encoded",
+    "synthesize": "synthesized",
+    "evaluate": "evaluation",
+}  # of stages whose folder has another name
 CLIPS = 6
 TWO_DEVICES = "--xla_force_host_platform_device_count=2 "
 
@@ -78,12 +84,27 @@ class Workdirs:
         workdir.mkdir()
         for part in INPUTS.get(stage, ()):
             shutil.copytree(self.inputs / part, workdir / ("model" if stage == "export" else part))
+        if stage == "evaluate":
+            shutil.copytree(self.inputs / "hybrid", workdir / "model")
+            (workdir / "evaluation").mkdir()
+            # The bounds of the score, which would take a while to measure.
+            write_json(workdir / "evaluation" / "reference.json", [dict.fromkeys(DIMENSIONS, x) for x in (1.0, 0.0)])
         return workdir
 
     def arguments(self, stage: str, workdir: pathlib.Path, **fields: str) -> list[str]:
         config = [f"--config.{name}={value}" for name, value in (self.fields | fields).items()]
-        inputs = {"encode": [f"--videos={self.folder / 'videos'}"], "export": ["--formats=onnx", "--one_file"]}
-        return [stage, f"--workdir={workdir}", *inputs.get(stage, []), *config]
+        more = {
+            "encode": [f"--videos={self.folder / 'videos'}"],
+            "synthesize": [f"--prompts_file={self.prompts()}", "--config.data.clips_per_shard=5"],
+            "export": ["--formats=onnx", "--one_file"],
+        }
+        return [stage, f"--workdir={workdir}", *config, *more.get(stage, [])]
+
+    def prompts(self) -> pathlib.Path:
+        """A file of prompts."""
+        file = self.folder / "prompts.txt"
+        file.write_text("\n".join(sprites.scene_at(0, number, two_sprites=0.0).caption for number in range(8)))
+        return file
 
     def start(self, stage: str, workdir: pathlib.Path, *, wrapper: Sequence[str] = (), **fields: str):
         program = [*wrapper, "--"] if wrapper else ["-m", "jsurgery"]
@@ -131,7 +152,9 @@ def result(workdir: pathlib.Path, stage: str) -> dict[str, str]:
         artefacts = json.loads((workdir / "export" / "manifest.json").read_text())["artefacts"]
         rows = json.loads((workdir / "export" / "parity.json").read_text())
         return {one["file"]: one["sha256"] for one in artefacts} | {"parity": json.dumps(rows)}
-    folders = {"trace": workdir / "trace", "encode": workdir / "encoded"}
+    if stage == "evaluate":
+        return {path.name: path.read_text() for path in (workdir / "evaluation").glob("*.json") if path.stem != "stage"}
+    folders = {"trace": workdir / "trace", "encode": workdir / "encoded", "synthesize": workdir / "synthesized"}
     found = {}
     for shards in sorted({path.parent for path in folders[stage].rglob("*.array_record")}):
         records = Records(shards)
@@ -204,13 +227,17 @@ def write_inputs(config: ConfigDict, workdir: pathlib.Path) -> None:
         for step in range(kept)
     )
     write(run.stages["trace"], "steps", steps)
-    clips = ({"latents": noise(*shape).astype(np.float16), "text": text(), "caption": text_array("")} for _ in range(8))
-    write(run.stages["latents"], "train", clips)
+    for part in ("train", "validation"):
+        clips = (
+            {"latents": noise(*shape).astype(np.float16), "text": text(), "caption": text_array("")} for _ in range(8)
+        )
+        write(run.stages["latents"], part, clips)
 
     run.stages["distill"].begin()
     teacher: Any = types.SimpleNamespace(config=model)
     maps = initial_maps(config, teacher)
-    save_maps(run.stages["distill"].folder / TRAINED, maps, rates, range(model.num_layers))
+    for name in (INITIAL, TRAINED):
+        save_maps(run.stages["distill"].folder / name, maps, rates, range(model.num_layers))
     table = np.full((model.num_layers, len(rates)), 0.1).tolist()
     names = ("errors", "initial_errors", "softmax_share", "teacher_softmax_share", "velocity_errors")
     found = {"blocks": list(range(model.num_layers)), "rates": list(rates), "samples": 1}
@@ -218,3 +245,5 @@ def write_inputs(config: ConfigDict, workdir: pathlib.Path) -> None:
     run.stages["distill"].end()
     run.run_stage("plan")
     run.run_stage("hybrid")
+    run.stages["finetune"].begin()
+    run.stages["finetune"].end()
