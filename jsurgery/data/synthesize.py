@@ -75,8 +75,9 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
     with Preemption("synthesize", alone=True) as preemption:
         for shard, of_shard in missing.items():
             texts = {number: [prompts[item] for item in batches[shard][number]] for number in sorted(left[shard])}
-            words = [prompt for batch in texts.values() for prompt in batch]
-            if words:
+            if texts:  # all prompts of the shard, so that a resumed run computes the same bits
+                pipeline.embedder.forget()
+                words = [prompts[item] for item in of_shard.items]
                 pipeline.embedder.unpadded([*words, config.sampler.negative_prompt], config.text_length)
             for number, batch in texts.items():
                 on_step = progress.during(done, len(batch), config.sampler.steps)

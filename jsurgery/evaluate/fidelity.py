@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,12 +144,15 @@ class Share:
         """The own prompts that lack a file in one of these folders."""
         return [number for number in self.own if not all(self.file(name, number).exists() for name in names)]
 
-    def batches(self, label: str, missing: Sequence[int]) -> Iterator[Sequence[int]]:
-        """The missing prompts, as many at once as keep the mesh busy. Shows progress, and obeys signals in between."""
+    def batches(self, label: str, missing: Sequence[int]) -> Iterator[tuple[Sequence[int], Callable[[int], None]]]:
+        """The missing prompts, as many at once as keep the mesh busy, and `on_step` for `Pipeline.sample`.
+
+        Shows progress, and obeys signals between batches.
+        """
         done = len(self.own) - len(missing)
         progress = Progress(f"{label}, {self.config.video.frames} frames", len(self.own), start=done)
         for first, numbers in batched(missing, math.prod(self.config.mesh[axis] for axis in LOGICAL["batch"])):
-            yield numbers
+            yield numbers, progress.during(done + first, len(numbers), self.config.sampler.steps)
             progress.show(done + first + len(numbers))
             self.preemption.should_stop()
             self.preemption.stop_if_asked()
@@ -233,10 +236,10 @@ def make_reference(pipeline: Pipeline, share: Share) -> None:
     """Writes the teacher's video and trajectory of every prompt, and the numbers of the control."""
     config, prompts = share.config, share.prompts
     kept = list(evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps)))
-    for numbers in share.batches(TEACHER, share.missing(TEACHER, CONTROL_FOLDER)):
+    for numbers, on_step in share.batches(TEACHER, share.missing(TEACHER, CONTROL_FOLDER)):
         texts = [prompts[number] for number in numbers]
         sources = [(config.seed, number) for number in numbers]
-        latents, trajectory = pipeline.sample(texts, config, sources=sources, record=kept)
+        latents, trajectory = pipeline.sample(texts, config, sources=sources, record=kept, on_step=on_step)
         trajectory = np.asarray(trajectory)
         videos, velocity = pipeline.decode(latents), velocities(pipeline, config, texts, trajectory)
         for row, number in enumerate(numbers):
@@ -254,12 +257,13 @@ def make_reference(pipeline: Pipeline, share: Share) -> None:
 def compare(pipeline: Pipeline, share: Share, name: str) -> None:
     """Writes the numbers of the pipeline's transformer, one file a prompt, to the folder `name`."""
     config, prompts = share.config, share.prompts
-    for numbers in share.batches(name, share.missing(name)):
+    for numbers, on_step in share.batches(name, share.missing(name)):
         texts, teachers = [prompts[number] for number in numbers], []
         for number in numbers:
             with share.file(TEACHER, number).open("rb") as stream:
                 teachers.append(dict(np.load(stream)))
-        latents, _ = pipeline.sample(texts, config, sources=[(config.seed, number) for number in numbers])
+        sources = [(config.seed, number) for number in numbers]
+        latents, _ = pipeline.sample(texts, config, sources=sources, on_step=on_step)
         videos = pipeline.decode(latents)
         velocity = velocities(pipeline, config, texts, np.stack([teacher["way"] for teacher in teachers], axis=1))
         for row, (number, teacher) in enumerate(zip(numbers, teachers, strict=True)):

@@ -65,6 +65,7 @@ def measure_models(
     Raises Terminated or Interrupted after the batch in which a signal came.
     """
     prompts, teacher = evaluation_prompts(config), next(iter(models))
+    pipeline.embedder.forget()  # so that a resumed run computes the same bits
     pipeline.embedder.unpadded([*prompts, config.sampler.negative_prompt], config.text_length)
     if config.prompts == "sprites":
         processes.on_first(lambda: sprites_reference(config, pipeline, folder / "reference.json"))

@@ -65,6 +65,13 @@ class PromptEmbedder:
             del self._kept[key]
         return embeddings
 
+    def forget(self) -> None:
+        """Drops all embeddings. The next ones depend on the prompts of their own call alone, to the last bit.
+
+        Otherwise the embeddings that are kept change which prompts are computed as one batch, and so how they round.
+        """
+        self._kept.clear()
+
     def _encode(self, tokens: list[np.ndarray], longest: int) -> list[np.ndarray]:
         """The embeddings of prompts that are given as their token ids [L], L being at most `longest`."""
         check_hashes(self.folder)
