@@ -274,13 +274,15 @@ _read.defvjp(_read_forward, _read_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _zones(problem: Problem, bounds: tuple[int, ...], arrays: tuple, valid: jax.Array | None) -> Zones:
-    outputs, stats_BxHxZx2xN = tpu_zones.softmax_zones(problem, bounds, *arrays, valid)
-    lse, largest = (stats_BxHxZx2xN[:, :, :, i].transpose(2, 0, 3, 1) for i in (0, 1))
-    return jnp.stack([problem.unpack(y) for y in outputs]), lse, largest
+    q, k, v = arrays
+    outputs, stats_BxHxZx2xN = tpu_zones.softmax_zones(problem, bounds, q, k, v, valid)
+    lse, largest = stats_BxHxZx2xN.transpose(3, 2, 0, 4, 1)
+    y = jnp.stack([problem.unpack(y) for y in outputs])
+    return y, lse, largest
 
 
-def _zones_forward(problem, bounds, arrays, valid):
+def _no_gradients(*_: Any) -> Any:
     raise NotImplementedError("implementation 'tpu': softmax_zones has no gradients; 'xla' has")
 
 
-_zones.defvjp(_zones_forward, lambda *_: None)
+_zones.defvjp(_no_gradients, _no_gradients)

@@ -43,12 +43,11 @@ def softmax_zones(problem: Problem, bounds: tuple[int, ...], q, k, v, valid) -> 
     """
     queries, keys, chunk = problem.blocks.query, problem.blocks.key, problem.blocks.key_chunk
     steps, scale = segments_of_steps(bounds, keys), problem.width**-0.5 * LOG2_E
-    whole = [Segment(0, keys, None)]
+    whole, masks = [Segment(0, keys, None)], [valid] if problem.masked else []
     special = {number: parts for number, parts in enumerate(steps) if parts != whole}
 
     def kernel(q_ref, k_ref, v_ref, *refs):
-        refs = list(refs)
-        valid_ref = refs.pop(0) if problem.masked else None
+        valid_refs, refs = refs[: len(masks)], refs[len(masks) :]
         *y_refs, stats_ref, max_ref, sum_ref, out_ref = refs
         step = pl.program_id(3)
 
@@ -71,7 +70,7 @@ def softmax_zones(problem: Problem, bounds: tuple[int, ...], q, k, v, valid) -> 
                     s = jnp.where(within(start, size, low, high, 1), s, MASKED)
                 if start + size > high:  # past the last key the block holds anything, even NaN
                     v_SxD = jnp.where(within(start, size, 0, high, 0), v_SxD, 0)
-                if problem.masked:
+                for valid_ref in valid_refs:
                     s = jnp.where(valid_ref[:, piece] > 0, s, MASKED)
                 peak_next = jnp.maximum(peak, s.max(axis=1, keepdims=True))
                 p = jnp.exp2(s - jnp.concatenate([peak_next] * (size // LANES), axis=1))
@@ -102,7 +101,6 @@ def softmax_zones(problem: Problem, bounds: tuple[int, ...], q, k, v, valid) -> 
         for number, parts in special.items():
             pl.when(step == number)(lambda parts=parts: run(parts))
 
-    masks = [valid] if problem.masked else []
     prefixes, lanes = len(bounds), pltpu.VMEM((queries, LANES), jnp.float32)
     *outputs, stats = problem.call(
         kernel,

@@ -25,7 +25,7 @@ def placed_or_nearest(stage: str, config: ConfigDict, sizes: ModelSizes, place: 
 def nearest_machines(stage: str, config: ConfigDict, sizes: ModelSizes) -> list[str]:
     """The TPUs and the GPUs with least memory on which a stage fits, by arithmetic; without those that have none."""
     known = {name: parse_topology(name) for name in (*MACHINES, *PODS)}
-    is_gpu = lambda name: MACHINES.get(name, name).partition(":")[0] in GPUS
+    is_gpu = lambda name: (MACHINES.get(name) or name).partition(":")[0] in GPUS
     found: dict[bool, str] = {}
     for name, (chip, count) in sorted(known.items(), key=lambda item: item[1][1] * item[1][0].memory):
         if is_gpu(name) in found:

@@ -67,6 +67,7 @@ def trace(
                 clips = [
                     clip_record(*end) for end in ends[: max(0, config.trace.prompts - config.trace.holdout - start)]
                 ]
+                assert trajectory is not None
                 number = starts.index(start)
                 processes.on_first(lambda number=number, clips=clips: write_clips(folder, number, clips))
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
