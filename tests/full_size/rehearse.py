@@ -28,10 +28,10 @@ LIMIT_GIB = 16
 PROMPTS = ("a red circle moves left over a grey background", "a blue square moves up over a white background")
 SIZE = {"video.frames": 5, "video.height": 64, "video.width": 96, "sampler.steps": 3}
 SETTINGS = SIZE | {
-    "trace.prompts": 2, "trace.holdout": 1, "trace.keep_steps": 3, "trace.batch": 1, "distill.steps": 2,
-    "distill.mode": "traces", "distill.batch": 1, "distill.velocity_steps": 0, "distill.trajectories": 1, "plan.errors": "attention",
-    "finetune.steps": 0, "evaluate.prompts": 2, "evaluate.batch": 1, "evaluate.videos": 1, "log_every": 1,
-    "compile_cache": False,
+    "trace.prompts": 2, "trace.holdout": 1, "trace.keep_steps": 3, "trace.batch": 1, "distill.mode": "traces",
+    "distill.steps": 2, "distill.batch": 1, "distill.velocity_steps": 0, "distill.trajectories": 1,
+    "plan.errors": "attention", "finetune.steps": 0, "evaluate.prompts": 2, "evaluate.batch": 1, "evaluate.videos": 1,
+    "log_every": 1, "compile_cache": False,
 }  # fmt: skip
 TUNED = {
     "finetune.steps": 2, "finetune.batch": 1, "plan.budget": "1R2",
