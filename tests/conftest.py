@@ -49,6 +49,8 @@ LONGEST = (
     "export/test_export.py",
     "test_notebooks.py",
     "runtime/test_processes.py",
+    "surgery/test_phases.py",
+    "wan/test_weights.py",
     "pallas_kernels/test_xla.py",
     "pallas_kernels/test_tpu.py",
     "pallas_kernels/test_gpu.py",

@@ -89,12 +89,13 @@ def check_disk(
         raise InputError(f"--kept={kept:g}: the results take {results / GB:.1f} GB")
 
 
-def free_bytes(workdir: str) -> int:
-    """The free disk at a folder that may not exist yet."""
+def free_bytes(workdir: str) -> int | None:
+    """The free disk at a folder that may not exist yet; None for a file system without a size, such as /proc."""
     folder = epath.Path(workdir).absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else None
 
 
 def written_bytes(folder: epath.Path) -> int:

@@ -7,6 +7,7 @@ import collections
 import functools
 import gc
 import json
+import os
 import pathlib
 import sys
 
@@ -146,8 +147,9 @@ def main_of_one(coordinator: str, number: int, workdir: str, fields: dict, mesh:
     run = start(mesh, workdir)
     for stage in stages:
         counted(stage, functools.partial(run.run_command, stage))
-    model, inputs = pathlib.Path(workdir, "hybrid"), pathlib.Path(workdir + "_inputs")
-    run_apart(pathlib.Path(workdir + "_apart"), inputs, model, fields | APART)
+    if os.environ.get("FULL_GRID") == "1":
+        model, inputs = pathlib.Path(workdir, "hybrid"), pathlib.Path(workdir + "_inputs")
+        run_apart(pathlib.Path(workdir + "_apart"), inputs, model, fields | APART)
     own = {device.id for device in processes.jax.local_devices()}
     tell(workdir, lambda: {name: {d: n for d, n in by.items() if d in own} for name, by in work.items()})
 
