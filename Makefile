@@ -58,7 +58,8 @@ fuzz: $(VENV)/test.stamp
 
 kernels: $(VENV)/test.stamp
 	FULL_GRID=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/pallas_kernels tests/wan/test_sharded_model.py \
-		tests/surgery/distillation/test_sharded.py tests/runtime/test_processes.py tests/surgery/test_phases.py
+		tests/surgery/distillation/test_sharded.py tests/runtime/test_processes.py tests/surgery/test_phases.py \
+		tests/wan/test_weights.py tests/export/test_jax_reference.py
 
 evidence: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=evidence --config=tiny_evidence --workdir=runs/evidence --results=docs/results.md

@@ -17,7 +17,7 @@ from jsurgery.surgery.trace import trace
 from jsurgery.wan.checkpoint import save_transformer
 from jsurgery.wan.pipeline import load_pipeline
 from jsurgery.wan.tokenizer import Tokenizer
-from tests.conftest import TINY_TRANSFORMER
+from tests.conftest import FULL_GRID, TINY_TRANSFORMER
 
 KEEP_STEPS = 3  # steps of each traced prompt
 FIELDS = {
@@ -64,6 +64,7 @@ def tensors(folder, number=0):
     return {file.stem: np.load(file) for file in (folder / "reference" / str(number)).iterdir()}
 
 
+@pytest.mark.skipif(not FULL_GRID, reason="takes half a minute: `make kernels` runs it")
 def test_a_part_is_made_without_the_weights_of_other_blocks(hybrid, tmp_path, monkeypatch, capfd):
     """The whole export checks the parts against the model's own forward. Tensors that are there are not made again."""
     config = load_config("tiny", FIELDS)
