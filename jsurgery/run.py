@@ -123,8 +123,7 @@ class Run:
 
     def run_commands(self, commands: Sequence[str]) -> None:
         """Runs commands in order. After each, `report.html` shows the results so far and the remaining commands."""
-        if len(commands) > 1:
-            self.check_resources([stage.name for stage in STAGES if stage.command in commands])
+        self.check_resources([stage.name for stage in STAGES if stage.command in commands])
         for number, command in enumerate(commands):
             self.coming = commands[number:]
             self.run_command(command)

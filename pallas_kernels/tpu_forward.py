@@ -250,6 +250,17 @@ def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
     return (token >= low) & (token < high)
 
 
+def add_tile(
+    problem: Problem, s_QxS: jax.Array, v_SxD: jax.Array, peak: jax.Array, total: jax.Array, o_QxD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest score, sum of weights (each [Q, 128]) and weighted values after one more tile of scores in log 2."""
+    peak_next = jnp.maximum(peak, s_QxS.max(axis=1, keepdims=True))
+    p_QxS = jnp.exp2(s_QxS - jnp.concatenate([peak_next] * (s_QxS.shape[1] // LANES), axis=1))
+    decay = jnp.exp2(peak - peak_next)
+    o_QxD = decay[:, : problem.width] * o_QxD + problem.dot(p_QxS, v_SxD)
+    return peak_next, decay * total + lane_sums(p_QxS), o_QxD
+
+
 def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
     """Calls `body` with the number of keys of this step: `tail` in the last step, `keys` in the others.
 
@@ -357,12 +368,7 @@ def attend(
                     v_SxD = jnp.where(within(start, size, 0, count, 0), v_SxD, 0)
                 if problem.masked:
                     s = jnp.where(valid_ref[:, piece] > 0, s, MASKED)
-                peak_next = jnp.maximum(peak, s.max(axis=1, keepdims=True))
-                p = jnp.exp2(s - jnp.concatenate([peak_next] * (size // LANES), axis=1))
-                decay = jnp.exp2(peak - peak_next)
-                total = decay * total + lane_sums(p)
-                o = decay[:, : problem.width] * o + problem.dot(p, v_SxD)
-                peak = peak_next
+                peak, total, o = add_tile(problem, s, v_SxD, peak, total, o)
             max_ref[...], sum_ref[...], out_ref[...] = peak, total, o
 
         if softmax:

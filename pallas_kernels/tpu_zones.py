@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_forward import LANES, LOG2_E, MASKED, Problem, lane_sums, row, within
+from pallas_kernels.tpu_forward import LANES, LOG2_E, MASKED, Problem, add_tile, row, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,7 @@ def softmax_zones(problem: Problem, bounds: tuple[int, ...], q, k, v, valid) -> 
                     v_SxD = jnp.where(within(start, size, 0, high, 0), v_SxD, 0)
                 for valid_ref in valid_refs:
                     s = jnp.where(valid_ref[:, piece] > 0, s, MASKED)
-                peak_next = jnp.maximum(peak, s.max(axis=1, keepdims=True))
-                p = jnp.exp2(s - jnp.concatenate([peak_next] * (size // LANES), axis=1))
-                decay = jnp.exp2(peak - peak_next)
-                total = decay * total + lane_sums(p)
-                o = decay[:, : problem.width] * o + problem.dot(p, v_SxD)
-                peak = peak_next
+                peak, total, o = add_tile(problem, s, v_SxD, peak, total, o)
             max_ref[...], sum_ref[...], out_ref[...] = peak, total, o
 
         def leave(prefix):

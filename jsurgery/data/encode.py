@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jsurgery.data.latents import clip_record
 from jsurgery.data.shards import Record, ShardWriter, shard_path, text_array
 from jsurgery.data.sprites import to_float
 from jsurgery.data.video_reader import (
@@ -219,12 +220,7 @@ class ClipEncoder:
         latents = self.latents(to_float(video_BxFxHxWx3[filled]), [numbers[i] for i in filled])
         texts = self.embedder.unpadded([clip.caption for clip in clips], self.text_length)
         for clip, z_TxHxWxC, text_LxD in zip(clips, latents, texts, strict=False):
-            yield {
-                "latents": z_TxHxWxC.astype(np.float16),
-                "text": text_LxD.astype(np.float16),
-                "caption": text_array(clip.caption),
-                "path": text_array(clip.path),
-            }
+            yield clip_record(z_TxHxWxC, text_LxD, clip.caption) | {"path": text_array(clip.path)}
 
     def latents(self, video_BxFxHxWx3: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
         """Normalised latents [B, T, H, W, C]: posterior means, or samples if `data.posterior` is "sample".

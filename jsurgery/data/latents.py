@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from jsurgery.data import sprites
-from jsurgery.data.shards import Records, array_text, shard_path, text_array, write_shard
+from jsurgery.data.shards import Record, Records, array_text, shard_path, text_array, write_shard
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object
 from jsurgery.io.hashes import folder_fingerprint
@@ -17,6 +17,12 @@ from jsurgery.runtime.stage_folder import MARKER
 from jsurgery.wan.vae import WanVae
 
 CLIPS_PER_SHARD = 128
+
+
+def clip_record(latents_TxHxWxC: np.ndarray, text_LxD: np.ndarray, caption: str) -> Record:
+    """The record of a clip to train on: float16 latents and text embedding, L being the caption's length in tokens."""
+    latents, text = latents_TxHxWxC.astype(np.float16), text_LxD.astype(np.float16)
+    return {"latents": latents, "text": text, "caption": text_array(caption)}
 
 
 def encode_sprites(

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.data.batch_files import BatchFiles
-from jsurgery.data.shards import Record, shard_path, text_array, write_shard
+from jsurgery.data.latents import clip_record
+from jsurgery.data.shards import Record, shard_path, write_shard
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
@@ -95,9 +96,5 @@ def records(
 ) -> list[Record]:
     """Samples one batch of prompts, numbered from `first` on; returns their records. `on_step` as in `sample`."""
     sampled, _ = pipeline.sample(prompts, config, seed=config.seed, first=first, on_step=on_step)
-    latents = np.asarray(sampled, np.float16)
     texts = pipeline.embedder.unpadded(prompts, config.text_length)
-    return [
-        {"latents": z_TxHxWxC, "text": text_LxD.astype(np.float16), "caption": text_array(prompt)}
-        for prompt, z_TxHxWxC, text_LxD in zip(prompts, latents, texts, strict=True)
-    ]
+    return [clip_record(*clip) for clip in zip(np.asarray(sampled), texts, prompts, strict=True)]

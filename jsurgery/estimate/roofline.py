@@ -20,6 +20,7 @@ from jsurgery.estimate.programs import step_flops
 from jsurgery.estimate.traffic import ProgramWork, bound_by
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report
+from jsurgery.surgery.disk import EVALUATED
 from jsurgery.surgery.phases import planned_rates
 from jsurgery.surgery.trace import traced_prompts
 from jsurgery.wan.cost import (
@@ -34,7 +35,6 @@ from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.models import ModelSizes, find_sizes
 from jsurgery.wan.vae_cost import vae_cost
 
-EVALUATED = 4  # models: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
 PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data synthesis
 
 

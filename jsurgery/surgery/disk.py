@@ -18,7 +18,8 @@ from jsurgery.wan.models import ModelSizes
 
 GB = 1e9
 VIDEO_BYTES = 2_000_000  # of an mp4 in the report, about
-MODELS = 4  # that `evaluate` samples: the teacher, the hybrid before and after distillation, the fine-tuned hybrid
+# Models that `evaluate` samples: the teacher, the hybrid before and after distillation, the fine-tuned hybrid.
+EVALUATED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def disk_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageDisk]:
     sprites = config.data.path == "sprites"
     clips = (config.data.clips + config.evaluate.validation_clips) * clip if sprites else 0
     evaluated = 2 * config.evaluate.prompts * memory.latents_bytes(config, network)  # the teacher's, another model's
-    shown = MODELS * min(config.evaluate.videos, config.evaluate.prompts) * VIDEO_BYTES
+    shown = EVALUATED * min(config.evaluate.videos, config.evaluate.prompts) * VIDEO_BYTES
     return [
         StageDisk("trace", traced + texts + (0 if sampling else ends), 0),
         StageDisk("distill", checkpoints * distill_state + (ends if sampling else 0), 2 * one_copy),

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.data.latents import clip_record
 from jsurgery.data.prompts import load_prompts
 from jsurgery.data.shards import Record, Records, array_text, shard_path, text_array, write_shard
 from jsurgery.diffusion import evenly_spaced_steps, schedule
@@ -86,12 +87,6 @@ def trace(
             preemption.should_stop()
             preemption.stop_if_asked()
     progress.show(len(chosen), last=True)
-
-
-def clip_record(latents_TxHxWxC: np.ndarray, embedding_LxD: np.ndarray, prompt: str) -> Record:
-    """The record of a clip for fine-tuning, as `jsurgery encode` writes it."""
-    latents, text = latents_TxHxWxC.astype(np.float16), embedding_LxD.astype(np.float16)
-    return {"latents": latents, "text": text, "caption": text_array(prompt)}
 
 
 def write_clips(folder: epath.Path, number: int, clips: list[Record]) -> None:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from jsurgery.data.latents import clip_record
 from jsurgery.data.shards import Record, Records, array_text
 from jsurgery.diffusion import (
     Schedule,
@@ -33,7 +34,7 @@ from jsurgery.runtime.mesh import global_batch, local_rows, put_state, sharding,
 from jsurgery.surgery.distillation.replay import CALIBRATION_BATCHES
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
 from jsurgery.surgery.distillation.update import apply_gradients, make_optimizer
-from jsurgery.surgery.trace import clip_record, padded_embedding, write_clips
+from jsurgery.surgery.trace import padded_embedding, write_clips
 from jsurgery.wan.guidance import guidance_batch, guide, sampling_step
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import latent_grid
