@@ -1,6 +1,8 @@
 """The bytes that every stage of the surgery writes to its workdir, by arithmetic from the config alone."""
 
+import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Sequence
 
@@ -101,6 +103,11 @@ def free_bytes(workdir: str) -> int | None:
 
 def written_bytes(folder: epath.Path) -> int:
     """The bytes of all files below a folder; 0 on an object store, where no limit is checked."""
-    if "://" in str(folder) or not folder.exists():
+    if "://" in str(folder):
         return 0
-    return sum(path.stat().length for path in folder.glob("**/*") if path.is_file())
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # another job may have removed it since
+                total += os.lstat(os.path.join(parent, file)).st_size
+    return total
