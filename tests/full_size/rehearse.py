@@ -2,7 +2,7 @@
 
 The transformer, text encoder and VAE have their true shapes; the video has 5 frames of 64x96. The time and the peak of
 the resident memory (VmHWM) of each command are printed. A command that fails, or takes more than 16 GiB, ends the
-rehearsal. At the end all stages run again, and each must be up to date.
+rehearsal. At the end all stages run again, and each but the report must be up to date.
 
 Fine-tuning runs on two blocks of true width: for all 30, weights, gradients and AdamW's moments take 22.7 GB.
 
@@ -137,7 +137,7 @@ def rehearse(folder: pathlib.Path, only: set[str]) -> None:
     print(f"{check_finite(folder)} files of finite numbers")
     for name, command in stages(folder).items():
         told = run(f"{name}, again", ["jsurgery", *command])
-        if "up to date" not in told:
+        if "up to date" not in told and name != "report":  # which is written anew from the stages' results
             raise SystemExit(f"{name}: expected it to be up to date\n{told}")
     print(f"rehearsal: {(time.monotonic() - began) / 60:.0f} minutes")
 
