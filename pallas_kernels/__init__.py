@@ -1,6 +1,6 @@
 """Hybrid softmax-linear attention for JAX. `pallas_kernels.api` describes it; nothing here depends on jsurgery."""
 
-from pallas_kernels.api import attend_with_state, hybrid_attention, linear_state, softmax_zones
+from pallas_kernels.api import attend_with_state, hybrid_attention, hybrid_error, linear_state, softmax_zones
 from pallas_kernels.feature_map import (
     ACTIVATIONS,
     FeatureMap,
@@ -24,6 +24,7 @@ __all__ = [
     "attend_with_state",
     "attention_by_query_blocks",
     "hybrid_attention",
+    "hybrid_error",
     "init_hedgehog_map",
     "init_polynomial_map",
     "linear_state",

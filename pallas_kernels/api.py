@@ -70,14 +70,22 @@ def hybrid_attention(
 
 
 def linear_state(
-    k: jax.Array, v: jax.Array, key_map: FeatureMap, *, key_valid: jax.Array | None = None
+    k: jax.Array,
+    v: jax.Array,
+    key_map: FeatureMap,
+    *,
+    start: int = 0,
+    key_valid: jax.Array | None = None,
+    token_gradients: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """The linear branch's state of keys and values [B, L, H, D]: S [B, H, F, D] and z [B, H, F], float32.
+    """The linear branch's state of keys and values [B, M, H, D]: S [B, H, F, D] and z [B, H, F], float32.
 
-    S = sum_j phi_k(k_j)^T v_j and z = sum_j phi_k(k_j); F is the number of phi_k's features. The state of a union of
-    disjoint sets of keys is the sum of their states.
+    S = sum_j phi_k(k_j)^T v_j and z = sum_j phi_k(k_j), over the keys from `start` on; F is the number of phi_k's
+    features. The state of a union of disjoint sets of keys is the sum of their states. Without `token_gradients`, the
+    gradients of k and v are not computed, and are zero.
     """
-    return _first(_with_state(), "linear_state", k, v, key_map, key_valid=key_valid)
+    options = {"start": start, "key_valid": key_valid, "token_gradients": token_gradients}
+    return _first(_with_state(), "linear_state", k, v, key_map, **options)
 
 
 def attend_with_state(
@@ -125,6 +133,41 @@ def softmax_zones(
         raise ValueError(f"bounds must ascend from at least 1 to at most {k.shape[1]}, found {tuple(bounds)}")
     names = _with_state() if implementation is None else (implementation,)
     return _first(names, "softmax_zones", q, k, v, tuple(bounds), key_valid=key_valid)
+
+
+def hybrid_error(
+    q: jax.Array,
+    query_map: FeatureMap,
+    state: tuple[jax.Array, jax.Array],
+    softmax: tuple[jax.Array, jax.Array] | None,
+    target: jax.Array,
+    *,
+    query_valid: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """How far eq. 5, y = (n_S o_S + phi_q S) / (n_S + phi_q z), is from a target.
+
+    Gradients are those of `query_map` and `state` alone. They are computed together with the errors, in one pass over
+    the queries.
+
+    Args:
+        q: queries [B, N, H, D], as phi_q sees them.
+        state: S and z, the `linear_state` of all linear keys.
+        softmax: (o_S [B, N, H, D], n_S [B, N, H]), float32: the softmax branch's output and its mass in units of the
+            stabiliser. None for pure linear attention, whose denominator is n_L + `EPSILON`.
+        target: [B, N, H, D].
+        query_valid: bool [B, N], False at queries that are left out.
+        implementation: "xla", "reference" or "tpu"; None chooses as `linear_state` does.
+
+    Returns:
+        errors [H], the sums of |y - target| over batch, queries and channels, and n_L = phi_q z [B, N, H], which has
+        no gradient. Both are float32.
+
+    Raises:
+        NotImplementedError: arguments that the implementation does not support.
+    """
+    names = _with_state() if implementation is None else (implementation,)
+    return _first(names, "hybrid_error", q, query_map, state, softmax, target, query_valid=query_valid)
 
 
 def _with_state() -> tuple[str, ...]:

@@ -107,3 +107,28 @@ def softmax_zones(
         statistics = jax.nn.logsumexp(scores, axis=-1), scores.max(axis=-1)
         zones.append((output, *(x.swapaxes(1, 2) for x in statistics)))
     return tuple(jnp.stack(parts) for parts in zip(*zones, strict=True))  # type: ignore[return-value]
+
+
+def hybrid_error(
+    q: jax.Array,
+    query_map: FeatureMap,
+    state: tuple[jax.Array, jax.Array],
+    softmax: tuple[jax.Array, jax.Array] | None,
+    target: jax.Array,
+    *,
+    query_valid: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.hybrid_error`."""
+    q, softmax, target = jax.lax.stop_gradient((q, softmax, target))
+    (state_BxHxFxD, z_BxHxF), phi_BxNxHxF = state, query_map(q).astype(jnp.float32)
+    y_BxNxHxD = jnp.einsum("bnhf,bhfd->bnhd", phi_BxNxHxF, state_BxHxFxD)
+    n_L_BxNxH = jnp.einsum("bnhf,bhf->bnh", phi_BxNxHxF, z_BxHxF)
+    if softmax is None:
+        y_BxNxHxD /= (n_L_BxNxH + EPSILON)[..., None]
+    else:
+        o_S_BxNxHxD, n_S_BxNxH = softmax
+        y_BxNxHxD = (n_S_BxNxH[..., None] * o_S_BxNxHxD + y_BxNxHxD) / (n_S_BxNxH + n_L_BxNxH)[..., None]
+    gap_BxNxHxD = jnp.abs(y_BxNxHxD - target)
+    if query_valid is not None:
+        gap_BxNxHxD = jnp.where(query_valid[..., None, None], gap_BxNxHxD, 0.0)
+    return gap_BxNxHxD.sum(axis=(0, 1, 3)), jax.lax.stop_gradient(n_L_BxNxH)

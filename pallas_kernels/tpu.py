@@ -1,6 +1,6 @@
 """Hybrid attention on TPU: the public functions around the Pallas kernels, which Mosaic compiles, and gradients.
 
-The kernels themselves are in `tpu_forward` and `tpu_backward`.
+The kernels themselves are in `tpu_forward`, `tpu_backward`, `tpu_zones` and `tpu_error`.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_zones, tuning
+from pallas_kernels import tpu_error, tpu_zones, tuning
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.reference import Zones
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
-from pallas_kernels.tpu_forward import BlockSizes, Problem, attend, summarize
+from pallas_kernels.tpu_forward import attend, summarize
+from pallas_kernels.tpu_problem import BlockSizes, Problem
 
 
 def hybrid_attention(
@@ -66,15 +67,18 @@ def linear_state(
     v: jax.Array,
     key_map: FeatureMap,
     *,
+    start: int = 0,
     key_valid: jax.Array | None = None,
+    token_gradients: bool = True,
     block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """S [B, H, F, D] and z [B, H, F]; see `pallas_kernels.linear_state`."""
     polynomial = _polynomial("key_map", key_map)
     _check(k, k, v, polynomial, polynomial, interpret)
-    problem = _problem(k, k, polynomial, 0, key_valid, "lse", block_sizes, interpret)
-    return _state(problem, tuple(problem.pack(x) for x in (k, v)), polynomial, _row(key_valid))
+    problem = _problem(k, k, polynomial, start, key_valid, "lse", block_sizes, interpret)
+    arrays = tuple(problem.pack(x) for x in (k, v))
+    return _state(problem, token_gradients, arrays, polynomial, _row(key_valid))
 
 
 def attend_with_state(
@@ -112,6 +116,26 @@ def softmax_zones(
     problem = _problem(q, k, None, bounds[-1], key_valid, "lse", block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
     return _zones(problem, tuple(bounds), packed, _row(key_valid))
+
+
+def hybrid_error(
+    q: jax.Array,
+    query_map: FeatureMap,
+    state: tuple[jax.Array, jax.Array],
+    softmax: tuple[jax.Array, jax.Array] | None,
+    target: jax.Array,
+    *,
+    query_valid: jax.Array | None = None,
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.hybrid_error`."""
+    polynomial = _polynomial("query_map", query_map)
+    _check(q, q, q, polynomial, polynomial, interpret)
+    problem = _problem(q, q, polynomial, 0, query_valid, "lse", block_sizes, interpret)
+    constants = problem.pack(q), softmax and (problem.pack(softmax[0]), softmax[1]), problem.pack(target)
+    errors_H, n_L_BxHxN = _error(problem, polynomial, state, constants, _row(query_valid))
+    return errors_H, n_L_BxHxN.swapaxes(1, 2)
 
 
 def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpret) -> Problem:
@@ -221,28 +245,66 @@ def _attention_backward(problem, residuals, dy):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _state(problem: Problem, arrays: tuple, key_map: PolynomialMap, valid: jax.Array | None) -> tuple:
-    """S and z of packed (k, v), all of whose keys are linear."""
-    return _state_forward(problem, arrays, key_map, valid)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _state(
+    problem: Problem, token_gradients: bool, arrays: tuple, key_map: PolynomialMap, valid: jax.Array | None
+) -> tuple:
+    """S and z of the linear keys of packed (k, v)."""
+    return _state_forward(problem, token_gradients, arrays, key_map, valid)[0]
 
 
-def _state_forward(problem, arrays, key_map, valid):
+def _state_forward(problem, token_gradients, arrays, key_map, valid):
     k, v = arrays
     state = _scaled(summarize(problem, key_map, k, v, valid), key_map.log_scale)
     return state, (arrays, key_map, valid, state)
 
 
-def _state_backward(problem, residuals, cotangents):
+def _state_backward(problem, token_gradients, residuals, cotangents):
     (k, v), key_map, valid, (state, z) = residuals
     dstate, dz = cotangents
-    dlog_scale_H = (dstate * state).sum(axis=(0, 2, 3)) + (dz * z).sum(axis=(0, 2))
+    dlog_scale_H = _product(dstate, state) + _product(dz, z)
     dstate, dz = _scaled((dstate, dz), key_map.log_scale)
-    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
-    return (dk, dv), dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=dlog_scale_H), None
+    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz, token_gradients)
+    if token_gradients and problem.num_softmax:
+        linear = (jnp.arange(problem.num_keys) >= problem.num_softmax).reshape(*[1] * (dk.ndim - 2), -1, 1)
+        dk, dv = (jnp.where(linear, d, 0) for d in (dk, dv))
+    d_map = dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=dlog_scale_H)
+    return (dk, dv) if token_gradients else None, d_map, None
 
 
 _state.defvjp(_state_forward, _state_backward)
+
+
+def _product(x_BxHx: jax.Array, y_BxHx: jax.Array) -> jax.Array:
+    """[H]: the sum of x y over all axes but the second."""
+    return (x_BxHx * y_BxHx).sum(axis=(0, *range(2, x_BxHx.ndim)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _error(problem: Problem, query_map: PolynomialMap, state: tuple, constants: tuple, valid: jax.Array | None):
+    """The errors [H] and n_L [B, H, N] for constants (q, softmax, target), packed."""
+    (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
+    errors_BxH, n_L = tpu_error.hybrid_error(problem, query_map, q, S, z, softmax, target, valid, with_gradients=False)
+    return errors_BxH.sum(axis=0), n_L
+
+
+def _error_forward(problem, query_map, state, constants, valid):
+    (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
+    errors_BxH, n_L, dS, dz, (kernels, biases) = tpu_error.hybrid_error(
+        problem, query_map, q, S, z, softmax, target, valid, with_gradients=True
+    )
+    log_scale_H = _product(dS, S) + _product(dz, z)
+    d_map = dataclasses.replace(query_map, kernels=kernels, biases=biases, log_scale=log_scale_H)
+    return (errors_BxH.sum(axis=0), n_L), (d_map, _scaled((dS, dz), query_map.log_scale))
+
+
+def _error_backward(problem, gradients, cotangents):
+    (d_map, d_state), (by_error_H, _) = gradients, cotangents
+    times = lambda x, axis: x * by_error_H.reshape([-1 if number == axis else 1 for number in range(x.ndim)])
+    return jax.tree.map(lambda x: times(x, 0), d_map), jax.tree.map(lambda x: times(x, 1), d_state), None, None
+
+
+_error.defvjp(_error_forward, _error_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,78 +13,36 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.feature_map import PolynomialMap
-from pallas_kernels.tpu_forward import (
+from pallas_kernels.tpu_feature_map import (
+    hidden_columns,
+    map_backward,
+    map_flops,
+    map_gradient,
+    map_operands,
+    map_results,
+    powers,
+)
+from pallas_kernels.tpu_problem import (
     LANES,
     LOG2_E,
     MASKED,
-    SLOPES,
     Problem,
-    columns,
-    hidden_columns,
     lane_sums,
-    map_flops,
-    powers,
+    query_numbers,
     row,
     run_with_tail,
     take,
     whole,
     within,
+    zero_at,
 )
 
 # Queries whose dq is kept in VMEM at once, in float32: 20 MiB at width 128.
 RESIDENT_QUERIES = 40960
-
-
-def _map_operands(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """`columns`, followed by the kernels [H, d_in, d_out], which are the transposes of those in `columns`."""
-    arrays, specs = columns(phi, problem.dtype)
-    transposed = [kernel.astype(problem.dtype) for kernel in phi.kernels]
-    return arrays + transposed, specs + [whole(*kernel.shape[1:]) for kernel in transposed]
-
-
-def _map_results(phi: PolynomialMap, problem: Problem) -> tuple[list[jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
-    """The gradients' shapes and specs: kernels [B, H, d_out, d_in], biases [B, H, d_out, 128], unsummed lanes."""
-    shapes = [(kernel.shape[2], kernel.shape[1]) for kernel in phi.kernels]
-    shapes += [(bias.shape[1], LANES) for bias in phi.biases]
-    arrays = [jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32) for shape in shapes]
-    return arrays, [whole(*shape, per_batch=True) for shape in shapes]
-
-
-def _map_gradient(phi: PolynomialMap, sums: list[jax.Array]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The gradients of phi's kernels and of its biases, from the arrays that `_map_results` describes."""
-    layers = len(phi.kernels)
-    kernels = tuple(kernel.sum(axis=0).swapaxes(1, 2) for kernel in sums[:layers])
-    return kernels, tuple(bias.sum(axis=(0, 3)) for bias in sums[layers:])
-
-
-def _map_backward(problem: Problem, x_TxD, after, dphi_FxT, operands, sums) -> jax.Array:
-    """dx [T, D] of tokens [T, D]. Adds their gradients of the weights to the references `sums` of `_map_results`."""
-    layers = len(after)
-    slices = zip(jnp.split(after[-1], problem.degree), jnp.split(dphi_FxT, problem.degree), strict=True)
-    d = jnp.concatenate([p * lax.integer_pow(psi, p - 1) * dphi for p, (psi, dphi) in enumerate(slices, start=1)])
-    for layer in reversed(range(layers)):
-        d *= SLOPES[problem.activation](after[layer])
-        sums[layers + layer][...] += lane_sums(d)
-        d = d.astype(problem.dtype)
-        sums[layer][...] += problem.dot(d, after[layer - 1], (1, 1)) if layer else problem.dot(d, x_TxD)
-        d = problem.dot(operands[2 * layers + layer][...], d)
-    return d.astype(problem.dtype).T
-
-
-def _zero_at(first, refs) -> None:
-    @pl.when(first)
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros_like(ref)
-
-
-def _per_query(count: int, size: int, index) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, count, size), lambda b, h, *g: (b, h, 0, index(*g)))
 
 
 def known_per_query(problem: Problem, y, dy, stats) -> jax.Array:
@@ -107,8 +65,8 @@ def known_per_query(problem: Problem, y, dy, stats) -> jax.Array:
         parallel=1,
         flops=2 * problem.num_queries * problem.width,
         exps=0,
-        in_specs=[tokens, tokens, _per_query(2, size, lambda step: step)],
-        out_specs=_per_query(3, size, lambda step: step),
+        in_specs=[tokens, tokens, query_numbers(2, size, lambda step: step)],
+        out_specs=query_numbers(3, size, lambda step: step),
         out_shape=jax.ShapeDtypeStruct((problem.batch, problem.heads, 3, problem.num_queries), jnp.float32),
     )(y, dy, stats)
 
@@ -126,14 +84,14 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
     """
     size = problem.blocks.backward_state
     features = state.shape[2]
-    operands, specs = _map_operands(query_map, problem)
-    sums, sum_specs = _map_results(query_map, problem)
+    operands, specs = map_operands(query_map, problem.dtype)
+    sums, sum_specs = map_results(query_map, problem)
     count = len(operands)
 
     def kernel(q_ref, dy_ref, per_query_ref, state_ref, z_ref, *refs):
         weights, (dq_ref, linear_ref, dstate_ref, dz_ref, *sum_refs) = refs[:count], refs[count:]
         step = pl.program_id(2)
-        _zero_at(step == 0, [dstate_ref, dz_ref, *sum_refs])
+        zero_at(step == 0, [dstate_ref, dz_ref, *sum_refs])
         q_TxD, dy_TxD, known = q_ref[...], dy_ref[...], per_query_ref[...]
         if problem.num_queries % size:
             inside = within(step * size, size, 0, problem.num_queries, 0)
@@ -148,7 +106,7 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
         dz_ref[...] -= lane_sums(weighted_FxT * delta)
         dphi_FxT = (problem.dot(state_ref[...], dy_TxD, (1, 1)) - z_ref[...] * delta) * over_n
         linear_ref[...] = -(phi_FxT * dphi_FxT).sum(axis=0, keepdims=True)
-        dq_ref[...] = _map_backward(problem, q_TxD, after, dphi_FxT, weights, sum_refs)
+        dq_ref[...] = map_backward(problem, q_TxD, after, dphi_FxT, weights, sum_refs)
 
     tokens = problem.tokens(size, lambda step: step)
     f32 = lambda *shape: jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32)
@@ -162,14 +120,14 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
         in_specs=[
             tokens,
             tokens,
-            _per_query(3, size, lambda step: step),
+            query_numbers(3, size, lambda step: step),
             whole(features, problem.width, per_batch=True),
             whole(features, 1, per_batch=True),
             *specs,
         ],
         out_specs=[
             tokens,
-            _per_query(1, size, lambda step: step),
+            query_numbers(1, size, lambda step: step),
             whole(features, problem.width, per_batch=True),
             whole(features, LANES, per_batch=True),
             *sum_specs,
@@ -182,25 +140,30 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
             *sums,
         ],
     )(q, dy, per_query, state.astype(problem.dtype), z[..., None], *operands)
-    return dq, linear, dstate, dz.sum(axis=-1), _map_gradient(query_map, sums)
+    return dq, linear, dstate, dz.sum(axis=-1), map_gradient(query_map, sums)
 
 
-def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz):
-    """Backward of `summarize`: dk and dv, packed, with undefined values at softmax keys, and phi_k's gradients."""
+def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz, token_gradients: bool = True):
+    """Backward of `summarize`: dk and dv, packed, with undefined values at softmax keys, and phi_k's gradients.
+
+    Without `token_gradients`, dk and dv are not computed, and are None.
+    """
     size = problem.blocks.backward_state
     first = problem.num_softmax // size
     features = dstate.shape[2]
     ragged = problem.num_softmax % size or problem.num_keys % size
-    operands, specs = _map_operands(key_map, problem)
-    sums, sum_specs = _map_results(key_map, problem)
+    operands, specs = map_operands(key_map, problem.dtype)
+    sums, sum_specs = map_results(key_map, problem)
     count = len(operands)
     masks = [valid] if problem.masked else []
 
     def kernel(k_ref, v_ref, dstate_ref, turned_ref, dz_ref, *refs):
         weights, mask_refs, results = refs[:count], refs[count : count + len(masks)], refs[count + len(masks) :]
-        dk_ref, dv_ref, *sum_refs = results
+        results = iter(results)
+        dk_ref, dv_ref = take(results, 2, token_gradients)
+        sum_refs = list(results)
         step = pl.program_id(2)
-        _zero_at(step == 0, sum_refs)
+        zero_at(step == 0, sum_refs)
         k_TxD, v_TxD = k_ref[...], v_ref[...]
         start = (first + step) * size
         if problem.num_keys % size:
@@ -215,12 +178,14 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         if problem.masked:
             inside = mask_refs[0][...] > 0
             phi_FxT, dphi_FxT = jnp.where(inside, phi_FxT, 0.0), jnp.where(inside, dphi_FxT, 0.0)
-        dv_ref[...] = problem.dot(turned_ref[...], phi_FxT).astype(dv_ref.dtype).T
-        dk_ref[...] = _map_backward(problem, k_TxD, after, dphi_FxT, weights, sum_refs)
+        dk_TxD = map_backward(problem, k_TxD, after, dphi_FxT, weights, sum_refs, inputs=token_gradients)
+        if token_gradients:
+            dv_ref[...] = problem.dot(turned_ref[...], phi_FxT).astype(dv_ref.dtype).T
+            dk_ref[...] = dk_TxD
 
     block = lambda step: first + step
-    tokens = problem.tokens(size, block)
-    dk, dv, *sums = problem.call(
+    of_tokens = problem.tokens(size, block)
+    results = problem.call(
         kernel,
         "hybrid_state_backward",
         (pl.cdiv(problem.num_keys, size) - first,),
@@ -228,16 +193,16 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         flops=problem.num_linear * (3 * map_flops(key_map) + 4 * features * problem.width),
         exps=0,
         in_specs=[
-            tokens,
-            tokens,
+            of_tokens,
+            of_tokens,
             whole(features, problem.width, per_batch=True),
             whole(problem.width, features, per_batch=True),
             whole(features, 1, per_batch=True),
             *specs,
             *(row(size, block) for _ in masks),
         ],
-        out_specs=[tokens, tokens, *sum_specs],
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2 + sums,
+        out_specs=[of_tokens] * 2 * token_gradients + sum_specs,
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2 * token_gradients + sums,
     )(
         k,
         v,
@@ -247,7 +212,8 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         *operands,
         *masks,
     )
-    return dk, dv, _map_gradient(key_map, sums)
+    dk, dv = results[:2] if token_gradients else (None, None)
+    return dk, dv, map_gradient(key_map, results[2 * token_gradients :])
 
 
 def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):
@@ -394,7 +360,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
     specs = [
         problem.tokens(queries, query_block),
         problem.tokens(queries, query_block),
-        _per_query(3, queries, query_block),
+        query_numbers(3, queries, query_block),
         problem.tokens(keys, key_block),
         problem.tokens(keys, key_block),
         *(row(keys, key_block) for _ in masks),
@@ -402,7 +368,7 @@ def _attend_backward(problem: Problem, query_blocks: range, q, k, v, valid, dy, 
     if hybrid:
         operands += [linear, dq_linear]
         specs += [
-            _per_query(1, queries, query_block),
+            query_numbers(1, queries, query_block),
             problem.tokens(queries, lambda j, i: query_blocks.start + at_last(j, i)),
         ]
     partial_sums = length < problem.num_queries

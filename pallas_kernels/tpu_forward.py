@@ -6,248 +6,27 @@ the branches, so that neither branch's output is written to memory. Row maxima a
 broadcasting them is free.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_traffic import block_traffic
-from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
+from pallas_kernels.feature_map import PolynomialMap
 from pallas_kernels.reference import EPSILON
-
-LANES = 128
-# The score of a masked key. It is finite, so that a row of masked keys alone gives no NaN. The first valid key then
-# scales the weights of such keys to zero.
-MASKED = -1e30
-LOG2_E = 1.4426950408889634
-VMEM_LIMIT = 60 * 2**20
-# Mosaic has no expm1, which jax.nn.elu needs.
-KERNEL_ACTIVATIONS = ACTIVATIONS | {"elu1": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))}
-# The activations' derivatives as functions of their outputs, so that their inputs need not be kept.
-SLOPES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": lambda y: jnp.where(y > 0, 1.0, 0.0),
-    "softplus": lambda y: 1.0 - jnp.exp(-y),
-    "exp": lambda y: y,
-    "sigmoid": lambda y: y * (1.0 - y),
-    "elu1": lambda y: jnp.minimum(y, 1.0),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """Tokens per block, all multiples of 128.
-
-    Attributes:
-        query: queries of a forward step.
-        key: softmax keys of a forward step.
-        key_chunk: softmax keys of one tile of scores within a step.
-        state: linear keys of a step.
-        backward_query: queries of a backward step of the softmax branch.
-        backward_key: softmax keys of a backward step.
-        backward_chunk: softmax keys of one tile of scores within a backward step.
-        backward_state: tokens of a backward step of a feature map.
-    """
-
-    query: int = 2048
-    key: int = 4096
-    key_chunk: int = 512
-    state: int = 2048
-    backward_query: int = 1024
-    backward_key: int = 4096
-    backward_chunk: int = 1024
-    backward_state: int = 2048
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if (size := getattr(self, field.name)) <= 0 or size % LANES:
-                raise ValueError(f"block size {field.name} must be a positive multiple of {LANES}, found {size}")
-
-    def fit(self, num_queries: int, num_keys: int, num_softmax: int) -> "BlockSizes":
-        """The sizes, each limited to the length of what it divides, rounded up to whole lanes."""
-        longest = {
-            "query": num_queries,
-            "key": num_softmax,
-            "key_chunk": num_softmax,
-            "state": num_keys,
-            "backward_query": num_queries,
-            "backward_key": num_softmax,
-            "backward_chunk": num_softmax,
-            "backward_state": max(num_queries, num_keys),
-        }
-        rounded = {name: max(-(-length // LANES), 1) * LANES for name, length in longest.items()}
-        return BlockSizes(**{name: min(getattr(self, name), length) for name, length in rounded.items()})
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static arguments of one call of hybrid attention."""
-
-    batch: int
-    num_queries: int
-    num_keys: int
-    num_softmax: int
-    heads: int
-    width: int
-    dtype: Any
-    stabilizer: str
-    masked: bool
-    degree: int
-    activation: str
-    blocks: BlockSizes
-    interpret: Any
-
-    @property
-    def num_linear(self) -> int:
-        return self.num_keys - self.num_softmax
-
-    @property
-    def packed(self) -> bool:
-        """Whether a head's width is a whole number of lanes, so that a block can be cut out of [B, N, H*D]."""
-        return self.width % LANES == 0
-
-    def pack(self, x_BxNxHxD: jax.Array) -> jax.Array:
-        """x in the kernels' layout: [B, N, H*D] if `packed`, else [B, H, N, D]."""
-        if self.packed:
-            return x_BxNxHxD.reshape(*x_BxNxHxD.shape[:2], -1)
-        return x_BxNxHxD.swapaxes(1, 2)
-
-    def unpack(self, x: jax.Array) -> jax.Array:
-        """[B, N, H, D] from the kernels' layout."""
-        if self.packed:
-            return x.reshape(*x.shape[:2], self.heads, self.width)
-        return x.swapaxes(1, 2)
-
-    def packed_shape(self, length: int) -> tuple[int, ...]:
-        if self.packed:
-            return self.batch, length, self.heads * self.width
-        return self.batch, self.heads, length, self.width
-
-    def tokens(self, size: int, index) -> pl.BlockSpec:
-        """The block spec for `size` tokens of one head of a packed array.
-
-        `index` maps the grid's indices after (B, H) to the number of a block.
-        """
-        if self.packed:
-            return pl.BlockSpec((None, size, self.width), lambda b, h, *g: (b, index(*g), h))
-        return pl.BlockSpec((None, None, size, self.width), lambda b, h, *g: (b, h, index(*g), 0))
-
-    def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-        """A product of operands in the problem's dtype, accumulated in float32; float32 operands in full precision."""
-        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
-        a, b = a.astype(self.dtype), b.astype(self.dtype)
-        if self.interpret:  # The CPU has no product of bfloat16 into float32; this gives the same result.
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return lax.dot_general(
-            a,
-            b,
-            (((contract[0],), (contract[1],)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-
-    def call(self, kernel, name: str, grid: tuple[int, ...], parallel: int, flops: int, exps: int, **options):
-        """`pl.pallas_call` over (B, H, *grid). Steps along the first `parallel` axes of `grid` may run in any order.
-
-        flops and exps are those of one head. HBM traffic is that of the blocks; see `block_traffic`.
-        """
-        per_call, whole_grid = self.batch * self.heads, (self.batch, self.heads, *grid)
-
-        def run(*operands):
-            specs = [*options["in_specs"], *jax.tree.leaves(options["out_specs"])]
-            traffic = block_traffic(whole_grid, specs, [*operands, *jax.tree.leaves(options["out_shape"])])
-            return pl.pallas_call(
-                kernel,
-                grid=whole_grid,
-                name=name,
-                interpret=self.interpret,
-                cost_estimate=pl.CostEstimate(
-                    flops=per_call * flops, transcendentals=per_call * exps, bytes_accessed=traffic
-                ),
-                compiler_params=pltpu.CompilerParams(
-                    dimension_semantics=[pltpu.PARALLEL] * (2 + parallel) + [pltpu.ARBITRARY] * (len(grid) - parallel),
-                    vmem_limit_bytes=VMEM_LIMIT,
-                ),
-                **options,
-            )(*operands)
-
-        return run
-
-
-def take(refs: Iterator[Any], count: int, present: bool = True) -> Any:
-    """A kernel's next `count` references, or `count` times None if it has no references of this kind."""
-    return [next(refs) if present else None for _ in range(count)]
-
-
-def whole(*shape: int, per_batch: bool = False) -> pl.BlockSpec:
-    """The block spec for all of one head's part of [H, *shape], or with `per_batch` of [B, H, *shape]."""
-    zeros = (0,) * len(shape)
-    if per_batch:
-        return pl.BlockSpec((None, None, *shape), lambda b, h, *g: (b, h, *zeros))
-    return pl.BlockSpec((None, *shape), lambda b, h, *g: (h, *zeros))
-
-
-def row(size: int, index) -> pl.BlockSpec:
-    """The block spec for `size` tokens of key_valid, [B, 1, M]."""
-    return pl.BlockSpec((None, 1, size), lambda b, h, *g: (b, 0, index(*g)))
-
-
-def map_flops(phi: PolynomialMap) -> int:
-    """FLOPs of one head's map per token."""
-    return sum(2 * kernel.shape[1] * kernel.shape[2] for kernel in phi.kernels)
-
-
-def columns(phi: PolynomialMap, dtype: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """phi's kernels [H, d_out, d_in] and biases [H, d_out, 1], for tokens along lanes."""
-    arrays = [kernel.swapaxes(1, 2).astype(dtype) for kernel in phi.kernels] + [bias[..., None] for bias in phi.biases]
-    return arrays, [whole(*array.shape[1:]) for array in arrays]
-
-
-def rows(phi: PolynomialMap, dtype: Any) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """phi's kernels [H, d_in, d_out] and biases [H, 1, d_out], for tokens along sublanes."""
-    arrays = [kernel.astype(dtype) for kernel in phi.kernels] + [bias[:, None] for bias in phi.biases]
-    return arrays, [whole(*array.shape[1:]) for array in arrays]
-
-
-def powers(psi: jax.Array, degree: int, axis: int) -> jax.Array:
-    """[psi_1, psi_2^2, ..., psi_P^P] of the P = degree slices of psi along `axis`."""
-    slices = jnp.split(psi, degree, axis)
-    return jnp.concatenate([lax.integer_pow(x, p) for p, x in enumerate(slices, start=1)], axis)
-
-
-def hidden_columns(problem: Problem, x_TxD: jax.Array, weights) -> list[jax.Array]:
-    """The outputs [d_out, T] of all of phi's layers for tokens [T, D], in float32."""
-    layers = len(weights) // 2
-    after = []
-    for layer, (kernel, bias) in enumerate(zip(weights[:layers], weights[layers:], strict=True)):
-        h = problem.dot(kernel[...], after[-1]) if layer else problem.dot(kernel[...], x_TxD, (1, 1))
-        after.append(KERNEL_ACTIVATIONS[problem.activation](h + bias[...]))
-    return after
-
-
-def features_rows(problem: Problem, x_TxD: jax.Array, weights) -> jax.Array:
-    """phi [T, F] of tokens [T, D], without its scale."""
-    layers = len(weights) // 2
-    h = x_TxD
-    for kernel, bias in zip(weights[:layers], weights[layers:], strict=True):
-        h = KERNEL_ACTIVATIONS[problem.activation](problem.dot(h, kernel[...]) + bias[...])
-    return powers(h, problem.degree, 1)
-
-
-def lane_sums(x: jax.Array) -> jax.Array:
-    """[X, T] -> [X, 128]: sums over whole groups of lanes."""
-    return functools.reduce(jnp.add, jnp.split(x, x.shape[1] // LANES, axis=1))
-
-
-def within(start, size: int, low: int, high: int, axis: int) -> jax.Array:
-    """Which of the tokens from `start` to `start + size` lie in low .. high, along `axis` of a two-dimensional mask."""
-    token = start + lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
-    return (token >= low) & (token < high)
+from pallas_kernels.tpu_feature_map import columns, features_rows, hidden_columns, map_flops, powers, rows
+from pallas_kernels.tpu_problem import (
+    LANES,
+    LOG2_E,
+    MASKED,
+    Problem,
+    lane_sums,
+    row,
+    run_with_tail,
+    take,
+    whole,
+    within,
+)
 
 
 def add_tile(
@@ -259,18 +38,6 @@ def add_tile(
     decay = jnp.exp2(peak - peak_next)
     o_QxD = decay[:, : problem.width] * o_QxD + problem.dot(p_QxS, v_SxD)
     return peak_next, decay * total + lane_sums(p_QxS), o_QxD
-
-
-def run_with_tail(body: Callable[[int], None], step, steps: int, keys: int, tail: int) -> None:
-    """Calls `body` with the number of keys of this step: `tail` in the last step, `keys` in the others.
-
-    If the two are equal or there is only one step, the kernel contains `body` once.
-    """
-    if tail == keys or steps == 1:
-        body(tail)
-        return
-    pl.when(step < steps - 1)(lambda: body(keys))
-    pl.when(step == steps - 1)(lambda: body(tail))
 
 
 def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_forward import LANES, LOG2_E, MASKED, Problem, add_tile, row, within
+from pallas_kernels.tpu_forward import add_tile
+from pallas_kernels.tpu_problem import LANES, LOG2_E, MASKED, Problem, row, within
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit, InputError
@@ -50,7 +49,7 @@ def compile_stage(
     say(f"compile: {stage} on {topology}")
     start = time.perf_counter()
     try:
-        compiled = compile_program(stage, config, sizes, mesh)
+        compiled = compile_program(lowered(stage, config, sizes, mesh))
     except OutOfMemory as error:
         print(error.buffers, flush=True)
         raise DoesNotFit(f"{stage} on {topology}: {error}") from None
@@ -92,9 +91,8 @@ class OutOfMemory(Exception):
         self.buffers = buffers
 
 
-def compile_program(program: str, config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
-    """The compiled program (`jax.stages.Compiled`). Raises OutOfMemory."""
-    low = lowered(program, config, sizes, mesh)
+def compile_program(low: Any) -> Any:
+    """The compiled program (`jax.stages.Compiled`) of a lowered one (`jax.stages.Lowered`). Raises OutOfMemory."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return low.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})

@@ -3,6 +3,7 @@
 All numbers are the compiler's estimates and arithmetic, not measurements.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,8 @@ from jsurgery.estimate.compile_ahead import (
     memory_parts,
     mesh_of,
 )
-from jsurgery.estimate.traffic import bound_by, program_work
+from jsurgery.estimate.programs import lowered
+from jsurgery.estimate.traffic import ProgramWork, bound_by, program_work
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, markdown_table
 from jsurgery.runtime.mesh import make_mesh, mesh_sizes
@@ -55,6 +57,7 @@ def compile_command(
 def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str) -> Iterator[dict[str, Any]]:
     sizes = find_sizes(config, config_name)
     chip, devices = chip_and_devices(topology, 1)
+    known: dict[Any, tuple[dict[str, int], ProgramWork]] = {}  # stages share programs: the VAE's, the text encoder's
     for stage in COMMANDS[command]:
         row: dict[str, Any] = {"stage": stage, "capacity_bytes": chip.memory}
         try:
@@ -69,14 +72,18 @@ def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str
             row |= {"program": phase.program, "declared_bytes": phase.bytes}
             say(f"compile: {stage}, {phase.name} on {topology}")
             start = time.perf_counter()
+            low = lowered(phase.program, placed, sizes, mesh)
+            shares = branch_shares(placed, sizes.transformer) if phase.program in ("sample", "finetune") else ()
+            key = hashlib.sha256(low.as_text().encode()).digest(), shares
             try:
-                compiled = compile_program(phase.program, placed, sizes, mesh)
+                if key not in known:
+                    compiled = compile_program(low)
+                    known[key] = memory_parts(compiled), program_work(compiled.as_text(), shares)
             except OutOfMemory as error:
                 yield row | {"error": str(error), "fits": False}
                 continue
-            memory = memory_parts(compiled)
-            shares = branch_shares(placed, sizes.transformer) if phase.program in ("sample", "finetune") else ()
-            seconds = program_work(compiled.as_text(), shares).seconds(chip)
+            memory, work = known[key]
+            seconds = work.seconds(chip)
             row |= {"seconds": seconds, "bound_by": bound_by(seconds)}
             added = memory["temp"] + memory["output"] - memory["alias"]
             peak = max(held, memory["argument"]) + added

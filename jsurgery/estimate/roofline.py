@@ -40,7 +40,6 @@ PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data s
 
 COMPILER = "compiled program"
 LEAST = "cost model: least traffic"
-LEAST_AND_SCORES = "cost model: least traffic, scores in HBM"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
     # For every held-out step: the teacher's forward, and one with each block at each rate.
     forwards = config.distill.velocity_steps * (1 + network.num_layers * len(config.hybrid.rates))
     examples = distill * (per_step if config.distill.mode == "sampling" else 1)
-    scores = examples * distillation_bytes(work, config.hybrid.rates)
+    one_example_bytes = distillation_bytes(work, config.hybrid.rates)
     distilling, tuning = (step_flops(config, network, stage) for stage in ("distill", "finetune"))
     held_out = config.trace.holdout * config.trace.keep_steps
     measured = min(held_out, config.distill.error_steps or held_out)
@@ -149,8 +148,8 @@ def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
     return [
         StageWork("text encoder", config.trace.prompts + 1, of_prompt.flops, of_prompt.bytes / 8, alone=True),
         StageWork("trace", batches * velocities, trace * forward, trace * teacher),
-        StageWork("distill", config.distill.steps, distilling, scores, "distill", counted=LEAST_AND_SCORES),
-        StageWork("attention errors of blocks", measured, one_example, scores / examples, counted=LEAST_AND_SCORES),
+        StageWork("distill", config.distill.steps, distilling, examples * one_example_bytes, "distill"),
+        StageWork("attention errors of blocks", measured, one_example, one_example_bytes),
         StageWork("velocity errors of blocks", forwards, forward, teacher),
         StageWork("finetune", config.finetune.steps, tuning, finetune * hybrid * passes, "finetune"),
         StageWork(

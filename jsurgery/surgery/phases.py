@@ -4,7 +4,6 @@ The stages themselves and every estimate (`--dry_run`, `jsurgery compile --stage
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.rates import Rate, parse_block_budget
-from jsurgery.runtime.mesh import batch_shards, parameter_shardings
+from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.wan import memory
@@ -104,18 +103,18 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
         velocities = velocities_per_step(config.sampler.guidance)
         states = 4 * settings.trajectories * settings.batch
         held |= {"trajectories": states * memory.latents_bytes(config, network)}
-    examples = math.ceil(velocities * settings.batch / batch_shards(mesh))
-    own = memory.tokens_on_device(config, network, mesh, 1)
-    tokens = memory.tokens_of(config, network)
-    least = min((rate for rate in config.hybrid.rates if rate != "linear"), default=1)
-    zone = max(math.ceil(tokens / least), tokens - math.ceil(tokens / least))
-    # One head at a time: scores and their exponentials in float32.
-    scores = 2 * 4 * examples * own * zone
-    step = memory.forward_bytes(config, network, mesh, velocities * settings.batch) + scores + 2 * one_copy
-    phases = [Phase("distillation", held, step, "distill")]
+    branches = len({1, *config.hybrid.rates} - {"linear"})
+
+    def working(batch: int) -> int:
+        """A forward of the teacher, with the softmax branch of every rate and full softmax in float32."""
+        tokens = memory.tokens_on_device(config, network, mesh, batch)
+        branches_bytes = 4 * branches * tokens * network.dim // mesh.shape[LOGICAL["heads"]]
+        return memory.forward_bytes(config, network, mesh, batch) + branches_bytes
+
+    phases = [Phase("distillation", held, working(velocities * settings.batch) + 2 * one_copy, "distill")]
     held = weights | {"initial and trained feature maps": 2 * one_copy}
+    phases.append(Phase("attention errors", held, working(batch_shards(mesh)), "attention_errors"))
     forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
-    phases.append(Phase("attention errors", held, forward + scores // examples, "attention_errors"))
     if settings.velocity_steps:
         phases.append(Phase("velocity errors", held, forward, "velocity_errors"))
     return phases

@@ -19,8 +19,6 @@ from jsurgery.wan.video_size import num_tokens
 
 # The fields of a BlockCost, and its total.
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
-# How often distillation reads or writes a head's scores, and the features of both its maps at a rate.
-SCORE_PASSES, FEATURE_PASSES = 3, 32
 
 
 @dataclass(frozen=True)
@@ -155,21 +153,21 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
 
 
 def distillation_bytes(workload: Workload, rates: Sequence[Rate]) -> int:
-    """Memory traffic of one distillation step with the loss "value" on one example, every block at all these rates.
+    """The least memory traffic of one distillation step with the loss "value" on one example, every block at all rates.
 
-    Beside the teacher's least traffic, what `surgery.distillation.losses` forms of each head in float32. The scores
-    [N, N] are written once, with their maxima, and read twice: for the sum of their exponentials and for the product
-    with the values. Features of queries and keys, [N, F], are passed to and fro by the layers of both maps and by their
-    gradients. The passes are those of compiled TPU programs whose scores do not fit into the chip's own memory: for
-    Wan2.1 1.3B at rates 2, 4, 8 and "linear", the program's own count is 1.16 TB an example at 320x480 (v5e) and 6.7 TB
-    at 480x832 (v6e); this one is 1.32 and 6.3 TB.
+    Beside the teacher's: the softmax branch of every rate and full softmax, in float32, are written once. At each rate
+    the state's forward and its backward read the linear keys and values, and the error's pass reads the queries, the
+    softmax branch and full softmax. Scores and features stay on the chip.
     """
     config, tokens = workload.config, workload.tokens
-    values = SCORE_PASSES * tokens**2
-    if workload.feature_map:
-        values += FEATURE_PASSES * len(rates) * tokens * num_features(workload.feature_map, config.attention_head_dim)
+    softmax_keys = [_softmax_tokens(tokens, rate) for rate in rates]
+    zones = len({*softmax_keys, tokens} - {0})
+    halves, singles = 0, zones * tokens  # values of 16 and of 32 bits, a channel
+    for keys in softmax_keys:
+        halves += 4 * (tokens - keys) + tokens
+        singles += (2 if keys else 1) * tokens
     teacher = model_bytes(workload, (1,) * config.num_layers)
-    return teacher + 4 * config.num_layers * config.num_attention_heads * values
+    return teacher + config.num_layers * config.dim * (2 * halves + 4 * singles)
 
 
 def share(block: BlockCost) -> float:

@@ -18,7 +18,7 @@ from jsurgery.ablate.tables import ARM_TABLES, Arm
 from jsurgery.attention.hybrid import HybridConfig, token_order
 from jsurgery.cli import main
 from jsurgery.load_config import load_config
-from jsurgery.surgery.distillation.losses import HeadActivations, TokenShards
+from jsurgery.surgery.distillation.losses import AttentionInputs, TokenShards
 from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate
@@ -181,11 +181,11 @@ def test_phi_before_rope_gets_inputs_without_rope():
     cos, sin = rope_tables((2, 3, 4), 12)
     order = token_order((2, 3, 4), (1, 2), "strided")
     cos, sin = cos[order.permutation], sin[order.permutation]
-    plain = [rng.normal(size=(1, 24, 12)).astype(np.float32) for _ in range(2)]
-    rotated = [apply_rope(x[:, :, None], cos, sin)[:, :, 0] for x in plain]
-    at = HeadActivations(2, *rotated, None, None, None, TokenShards(order), "lse", (cos, -sin))
+    plain = [rng.normal(size=(1, 24, 2, 12)).astype(np.float32) for _ in range(2)]
+    rotated = [apply_rope(x, cos, sin) for x in plain]
+    at = AttentionInputs(2, *rotated, None, None, None, TokenShards(order), "lse", (cos, -sin))
     np.testing.assert_allclose(at.inputs[0], plain[0], atol=1e-5)
-    np.testing.assert_allclose(at.inputs[1], plain[1][:, 12:], atol=1e-5)
+    np.testing.assert_allclose(at.inputs[1], plain[1], atol=1e-5)
     assert not np.allclose(rotated[0], plain[0], atol=0.1)
     after = dataclasses.replace(at, inverse_rope=None)
     assert after.inputs[0] is rotated[0]

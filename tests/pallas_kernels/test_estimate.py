@@ -10,9 +10,10 @@ from jax.experimental import pallas as pl
 from jax.extend.core import jaxprs_in_params
 
 from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, gradients, of_rows, step
-from pallas_kernels import tpu, tpu_forward
+from pallas_kernels import tpu
 from pallas_kernels.block_traffic import block_traffic
 from pallas_kernels.estimate import Kernel, cycles_of, estimate_cycles, kernels_of
+from pallas_kernels.tpu_problem import BlockSizes
 from tests.conftest import needs_libtpu
 
 STEPS, ROWS = 8, 512
@@ -91,7 +92,7 @@ def test_kernels_without_a_name_are_named_after_their_scope():
 def test_grid_steps_of_the_kernels_of_a_gradient():
     """Two heads of 300 tokens and 150 softmax keys: 3 and 2 blocks of 128, 2 and 1 blocks of 256."""
     size = AttentionShape(300, 2, 128, "bfloat16", "lse")
-    blocks = tpu_forward.BlockSizes(
+    blocks = BlockSizes(
         query=128, key=128, key_chunk=128, state=256, backward_query=256, backward_key=128, backward_state=128
     )
     attend = at_rate(tpu.hybrid_attention, size, 2, block_sizes=blocks)
@@ -192,7 +193,7 @@ def test_estimated_cycles_follow_the_share_of_steps():
 @pytest.mark.filterwarnings("ignore:. sections in the schedule")
 def test_cycles_are_proportional_to_heads_and_above_the_flop_bound():
     """Forward and backward; XLA's own part does not grow with the heads."""
-    blocks = tpu_forward.BlockSizes(
+    blocks = BlockSizes(
         query=512, key=512, state=512, backward_query=512, backward_key=512, backward_chunk=512, backward_state=512
     )
 

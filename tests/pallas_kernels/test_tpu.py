@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu, tpu_backward, tpu_forward, tuning
+from pallas_kernels import tpu, tpu_backward, tuning
 from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
-from pallas_kernels.tpu_forward import BlockSizes
+from pallas_kernels.tpu_problem import BlockSizes, Problem
 from tests import equation_5
 from tests.pallas_kernels.kernel_tests import (
     GridTests,
@@ -160,8 +160,8 @@ def test_races(capfd, monkeypatch):
     assert_is_equation_5(functools.partial(in_small_blocks, interpret=interpret), arguments, num_softmax=50)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
-    call = tpu_forward.Problem.call
-    monkeypatch.setattr(tpu_forward.Problem, "call", lambda *args, parallel, **rest: call(*args, parallel=1, **rest))
+    call = Problem.call
+    monkeypatch.setattr(Problem, "call", lambda *args, parallel, **rest: call(*args, parallel=1, **rest))
     arguments = problem(140, width=64, heads=1, batch=1)
     attend = functools.partial(tpu.hybrid_attention, num_softmax=50, block_sizes=BLOCKS, interpret=interpret)
     jax.block_until_ready(jax.jit(attend)(*arguments))

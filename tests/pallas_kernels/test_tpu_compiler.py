@@ -13,7 +13,7 @@ from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate
 from pallas_kernels import reference, tpu
 from pallas_kernels.estimate import CHIPS, topology
 from pallas_kernels.feature_map import ACTIVATIONS, init_polynomial_map
-from pallas_kernels.tpu_forward import VMEM_LIMIT, BlockSizes
+from pallas_kernels.tpu_problem import VMEM_LIMIT, BlockSizes
 from tests.conftest import FULL_GRID, needs_libtpu
 
 SOFTMAX_KERNELS = {"hybrid_attend", "hybrid_delta", "hybrid_attend_backward"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import softmax_zones, tpu
-from pallas_kernels.tpu_forward import BlockSizes
+from pallas_kernels.tpu_problem import BlockSizes
 from pallas_kernels.tpu_zones import segments_of_steps
 
 BLOCKS = BlockSizes(query=128, key=256, key_chunk=128)

@@ -1,4 +1,4 @@
-"""Losses and statistics of one attention head, computed from the queries, keys and values that pass through it."""
+"""Losses and statistics of one block's attention, computed from the queries, keys and values that pass through it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,23 +12,19 @@ from jsurgery.attention.token_order import TokenOrder
 from jsurgery.rates import Rate
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan.rope import apply_rope
-from pallas_kernels.reference import EPSILON
+from pallas_kernels import EPSILON, hybrid_error, linear_state, softmax_zones
+
+QUERIES_AT_ONCE = 512  # in the attention loss
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftmaxBranch:
-    """Softmax over a set of keys: output [B, N, H, D], log-sum-exp [B, N, H] and largest score [B, N, H]."""
+    """Softmax over a set of keys: output [B, N, H, D], log-sum-exp and largest score [B, N, H], float32."""
 
     output: jax.Array
     lse: jax.Array
     largest: jax.Array
-
-    def merge(self, other: "SoftmaxBranch") -> "SoftmaxBranch":
-        """Softmax over the union of two disjoint sets of keys."""
-        lse = jnp.logaddexp(self.lse, other.lse)
-        mine, theirs = jnp.exp(self.lse - lse)[..., None], jnp.exp(other.lse - lse)[..., None]
-        return SoftmaxBranch(mine * self.output + theirs * other.output, lse, jnp.maximum(self.largest, other.largest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +40,11 @@ class TokenShards:
     batch_pieces: int = 1
 
     @property
+    def pieces(self) -> int:
+        """The number of devices that the tokens are on."""
+        return 1 if self.axis is None else self.order.shards
+
+    @property
     def valid(self) -> jax.Array | None:
         """bool [N], False at the padding of this device's tokens."""
         if self.axis is None or self.order.valid is None:
@@ -56,64 +57,63 @@ class TokenShards:
             return jnp.asarray(x_PxF)
         return jnp.asarray(x_PxF).reshape(self.order.shards, -1, x_PxF.shape[-1])[jax.lax.axis_index(self.axis)]
 
-    def masked(self, x: jax.Array, start: int = 0) -> jax.Array:
-        """x [..., N - start, F], of the tokens from `start` on, with zeros at padding."""
-        return x if self.valid is None else jnp.where(self.valid[start:, None], x, 0)
+    def valid_rows(self, batch: int) -> jax.Array | None:
+        """`valid`, for every example: [B, N]."""
+        return None if self.valid is None else jnp.broadcast_to(self.valid, (batch, len(self.valid)))
+
+    def masked(self, x_BxNx: jax.Array) -> jax.Array:
+        """x [B, N, ...] with zeros at padding."""
+        valid = self.valid
+        return x_BxNx if valid is None else jnp.where(valid.reshape(1, -1, *[1] * (x_BxNx.ndim - 2)), x_BxNx, 0)
 
     def total(self, x: Any) -> Any:
         return x if self.axis is None else jax.lax.psum(x, self.axis)
 
-    def zone(self, x_NxF: jax.Array, start: int, stop: int) -> jax.Array:
-        """Tokens `start` to `stop` of every device, gathered."""
-        own = x_NxF[start:stop]
-        return own if self.axis is None else jax.lax.all_gather(own, self.axis, tiled=True)
+    def gathered(self, x_BxNx: jax.Array, sizes: Sequence[int]) -> jax.Array:
+        """The tokens of all devices, zone by zone. On every device, zone z is the tokens sizes[z - 1] to sizes[z]."""
+        if self.axis is None:
+            return x_BxNx
+        zones = [x_BxNx[:, start:stop] for start, stop in zip((0, *sizes), sizes, strict=False) if start < stop]
+        return jnp.concatenate([jax.lax.all_gather(zone, self.axis, axis=1, tiled=True) for zone in zones], axis=1)
 
-    def zone_valid(self, start: int, stop: int) -> np.ndarray | None:
-        """bool, False at the padding of `zone`."""
-        if self.order.valid is None:
+    def gathered_valid(self, sizes: Sequence[int]) -> np.ndarray | None:
+        """bool [M], False at the padding of `gathered`."""
+        if self.axis is None or self.order.valid is None:
             return None
-        return self.order.valid.reshape(self.order.shards, -1)[:, start:stop].reshape(-1)
+        valid = self.order.valid.reshape(self.order.shards, -1)
+        return np.concatenate(
+            [valid[:, start:stop].reshape(-1) for start, stop in zip((0, *sizes), sizes, strict=False)]
+        )
 
-    def mean(self, x_BxN: jax.Array) -> jax.Array:
-        """This device's contribution to the mean over the batch and all tokens."""
-        return jnp.sum(self.masked(x_BxN[..., None])) / (x_BxN.shape[0] * self.batch_pieces * self.order.num_tokens)
-
-
-def softmax_over(
-    q_NxD: jax.Array, k_MxD: jax.Array, v_MxD: jax.Array, valid_M: np.ndarray | None = None
-) -> SoftmaxBranch:
-    """One head of one example: output [N, D], the rest [N]."""
-    s_NxM = q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5
-    if valid_M is not None:
-        s_NxM = jnp.where(valid_M, s_NxM, jnp.finfo(s_NxM.dtype).min)
-    largest_N = s_NxM.max(axis=-1)
-    p_NxM = jnp.exp(s_NxM - largest_N[:, None])
-    mass_N = p_NxM.sum(axis=-1)
-    return SoftmaxBranch(p_NxM @ v_MxD / mass_N[:, None], largest_N + jnp.log(mass_N), largest_N)
+    def mean(self, x_BxNxH: jax.Array) -> jax.Array:
+        """[H]: this device's contribution to the mean over the batch and all tokens."""
+        return self.masked(x_BxNxH).sum(axis=(0, 1)) / (x_BxNxH.shape[0] * self.batch_pieces * self.order.num_tokens)
 
 
 def nested_softmax(
-    q_NxD, k_NxD, v_NxD, tokens: TokenShards, rates: Sequence[Rate]
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: TokenShards, rates: Sequence[Rate]
 ) -> tuple[dict[Rate, SoftmaxBranch], SoftmaxBranch]:
-    """The softmax branch of every rate but "linear", and full softmax. Rates are nested: each key is visited once."""
-    sizes = {rate: tokens.order.num_softmax(rate) for rate in rates if rate != "linear"}
+    """The softmax branch of every rate but "linear", and full softmax, from one pass over the keys.
 
-    def zone(start: int, stop: int) -> SoftmaxBranch:
-        keys, values = (tokens.zone(x, start, stop) for x in (k_NxD, v_NxD))
-        return softmax_over(q_NxD, keys, values, tokens.zone_valid(start, stop))
-
-    branches, merged, start = {}, None, 0
-    for rate, size in sorted(sizes.items(), key=lambda item: item[1]):
-        merged = zone(start, size) if merged is None else merged.merge(zone(start, size))
-        branches[rate], start = merged, size
-    rest = zone(start, len(k_NxD))
-    return branches, rest if merged is None else merged.merge(rest)
+    q, k, v [B, N, H, D] are this device's tokens. Keys and values are gathered: that moves less than the partial
+    results of every zone would.
+    """
+    wanted = {rate: tokens.order.num_softmax(rate) for rate in rates if rate != "linear"}
+    sizes = sorted({*wanted.values(), k.shape[1]})
+    keys, values, valid = tokens.gathered(k, sizes), tokens.gathered(v, sizes), tokens.gathered_valid(sizes)
+    key_valid = None if valid is None else jnp.broadcast_to(valid, keys.shape[:2])
+    zones = softmax_zones(q, keys, values, [tokens.pieces * size for size in sizes], key_valid=key_valid)
+    found = {size: SoftmaxBranch(*(x[number] for x in zones)) for number, size in enumerate(sizes)}
+    return {rate: found[size] for rate, size in wanted.items()}, found[sizes[-1]]
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadActivations:
-    """One head of one block in a forward of the teacher: q, k, v [B, N, D], `full` softmax over all keys, and `branch`,
-    the softmax over the softmax keys of the rate (None for "linear")."""
+class AttentionInputs:
+    """One block's attention in a forward of the teacher, seen by one rate.
+
+    q, k, v [B, N, H, D]; `full` softmax over all keys; and `branch`, the softmax over the softmax keys of the rate
+    (None for "linear").
+    """
 
     rate: Rate
     q: jax.Array
@@ -132,95 +132,118 @@ class HeadActivations:
 
     @property
     def inputs(self) -> tuple[jax.Array, jax.Array]:
-        """The queries, and the linear keys, as phi sees them."""
-        q, k = self.q, self.k
-        if (angles := self.inverse_rope) is not None:
-            q, k = (apply_rope(x[:, :, None], *angles)[:, :, 0] for x in (q, k))
-        return q, k[:, self.start :]
+        """The queries and the keys as phi sees them."""
+        if self.inverse_rope is None:
+            return self.q, self.k
+        return apply_rope(self.q, *self.inverse_rope), apply_rope(self.k, *self.inverse_rope)
 
-    def features(self, maps: FeatureMapPair) -> tuple[jax.Array, jax.Array]:
-        """phi_q [B, N, F] of the queries and phi_k [B, M, F] of the linear keys, zero at padding."""
-        phi_q, phi_k = (phi(x[:, :, None])[:, :, 0] for phi, x in zip(maps, self.inputs, strict=True))
-        return self.tokens.masked(phi_q), self.tokens.masked(phi_k, self.start)
+    @property
+    def shift(self) -> jax.Array:
+        """c_i of eq. 5, [B, N, H], with which the masses of both branches are compared; for "linear" the full
+        log-sum-exp."""
+        if self.branch is None:
+            return self.full.lse
+        return self.branch.largest if self.stabilizer == "max" else self.branch.lse
 
-
-def hybrid_output(maps: FeatureMapPair, at: HeadActivations) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Eq. 5 of one head, given its softmax branch: y [B, N, D], n_S [B, N], n_L [B, N]."""
-    phi_q_BxNxF, phi_k_BxMxF = at.features(maps)
-    state = phi_k_BxMxF.swapaxes(1, 2) @ at.v[:, at.start :], phi_k_BxMxF.sum(axis=1)
-    state_BxFxD, z_BxF = at.tokens.total(state)
-    o_L_BxNxD, n_L_BxN = phi_q_BxNxF @ state_BxFxD, jnp.einsum("bnf,bf->bn", phi_q_BxNxF, z_BxF)
-    branch = at.branch
-    if branch is None:
-        return o_L_BxNxD / (n_L_BxN + EPSILON)[..., None], jnp.zeros_like(n_L_BxN), n_L_BxN
-    n_S_BxN = jnp.exp(branch.lse - branch.largest) if at.stabilizer == "max" else jnp.ones_like(branch.lse)
-    y = (n_S_BxN[..., None] * branch.output + o_L_BxNxD) / (n_S_BxN + n_L_BxN)[..., None]
-    return y, n_S_BxN, n_L_BxN
+    @property
+    def softmax(self) -> tuple[jax.Array, jax.Array] | None:
+        """The softmax branch's output and n_S [B, N, H]."""
+        return None if self.branch is None else (self.branch.output, jnp.exp(self.branch.lse - self.shift))
 
 
-def value_loss(maps: FeatureMapPair, at: HeadActivations) -> jax.Array:
-    """Eq. 7: the mean absolute difference between hybrid and teacher attention."""
-    return at.tokens.mean(jnp.abs(hybrid_output(maps, at)[0] - at.full.output).mean(axis=-1))
+def error_and_mass(maps: FeatureMapPair, at: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    """Of eq. 5: the sum [H] of its absolute differences to full softmax, and n_L [B, N, H]. No gradient of n_L."""
+    (query_map, key_map), (q, k), valid = maps, at.inputs, at.tokens.valid_rows(len(at.q))
+    state = linear_state(k, at.v, key_map, start=at.start, key_valid=valid, token_gradients=False)
+    return hybrid_error(q, query_map, at.tokens.total(state), at.softmax, at.full.output, query_valid=valid)
 
 
-def attention_loss(maps: FeatureMapPair, at: HeadActivations) -> jax.Array:
-    """Eq. 6 over the linear keys: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), averaged over queries.
+def value_loss(maps: FeatureMapPair, at: AttentionInputs) -> jax.Array:
+    """Eq. 7, [H]: the mean absolute difference between hybrid and teacher attention."""
+    batch, _, _, width = at.q.shape
+    examples = batch * at.tokens.batch_pieces
+    return error_and_mass(maps, at)[0] / (examples * at.tokens.order.num_tokens * width)
+
+
+def attention_loss(maps: FeatureMapPair, at: AttentionInputs) -> jax.Array:
+    """Eq. 6 over the linear keys, [H]: log(1 + sum_j (exp(s_ij - c_i) - phi_q(q_i) phi_k(k_j))^2), averaged over
+    queries.
 
     The average is inside the logarithm. c_i is the stabiliser's (for "linear": the full log-sum-exp), so that the
     features learn the mass that eq. 5 asks for. A linear key may still score far above all softmax keys: a factor
     exp(2 top) is taken out of the sum. Expanded as sum E^2 - 2 sum phi_q . (E phi_k) + tr(Gram_q Gram_k): the squared
-    difference is never formed, and E has no gradient.
+    difference is never formed, and E, which has no gradient, for `QUERIES_AT_ONCE` queries at a time.
     """
-    tokens, branch = at.tokens, at.branch
-    shift = at.full.lse if branch is None else branch.largest if at.stabilizer == "max" else branch.lse
-    valid_M = tokens.zone_valid(at.start, at.k.shape[1])
+    tokens, (query_map, key_map) = at.tokens, maps
+    q, k = at.inputs
+    sizes = [at.start, k.shape[1]]
+    skip = tokens.pieces * at.start
+    linear = lambda x: tokens.gathered(x, sizes)[:, skip:]
+    valid = tokens.gathered_valid(sizes)
+    inside_M = jnp.ones(tokens.pieces * (k.shape[1] - at.start), bool) if valid is None else jnp.asarray(valid[skip:])
+    phi_q_BxNxHxF = tokens.masked(query_map(q.astype(jnp.float32)))
+    phi_k_BxNxHxF = tokens.masked(key_map(k.astype(jnp.float32)))
+    # If the largest score is above the shift, it is a linear key's.
+    top_BxH = jnp.maximum(tokens.masked(at.full.largest - at.shift).max(axis=1), 0.0)
+    if tokens.axis is not None:
+        top_BxH = jax.lax.pmax(top_BxH, tokens.axis)
 
-    @jax.checkpoint
-    def example(q_NxD, k_NxD, shift_N, phi_q_NxF, phi_k_MxF):
-        k_MxD = tokens.zone(k_NxD, at.start, len(k_NxD))
-        s_NxM = q_NxD @ k_MxD.T * q_NxD.shape[-1] ** -0.5 - shift_N[:, None]
-        if valid_M is not None:
-            s_NxM = jnp.where(valid_M, s_NxM, -jnp.inf)
-        top = jnp.maximum(tokens.masked(s_NxM).max(), 0.0)
-        if tokens.axis is not None:
-            top = jax.lax.pmax(top, tokens.axis)
-        e_NxM, phi_k_MxF = tokens.masked(jnp.exp(s_NxM - top)), phi_k_MxF * jnp.exp(-top)
-        grams = jnp.sum(tokens.total(phi_q_NxF.T @ phi_q_NxF) * tokens.total(phi_k_MxF.T @ phi_k_MxF))
-        learned_NxF = e_NxM @ tokens.zone(phi_k_MxF, 0, len(phi_k_MxF))
-        own = jnp.sum(e_NxM**2) - 2 * jnp.sum(phi_q_NxF * learned_NxF)
+    def head(q_NxD, k_MxD, shift_N, top, phi_q_NxF, phi_k_MxF, own_k_LxF):
+        @jax.checkpoint
+        def chunk(total, rows):
+            q_CxD, shift_C, phi_q_CxF, inside_C = rows
+            s_CxM = q_CxD @ k_MxD.T * q_CxD.shape[-1] ** -0.5 - shift_C[:, None] - top
+            e_CxM = jnp.where(inside_C[:, None] & inside_M[None], jnp.exp(s_CxM), 0.0)
+            return total + jnp.sum(e_CxM**2) - 2 * jnp.sum(phi_q_CxF * (e_CxM @ phi_k_MxF)), None
+
+        inside_N = jnp.ones(len(q_NxD), bool) if tokens.valid is None else tokens.valid
+        size = min(QUERIES_AT_ONCE, len(q_NxD))
+        padding = -len(q_NxD) % size
+        pieces = lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+        rows = jax.tree.map(pieces, (q_NxD, shift_N, phi_q_NxF, inside_N))
+        own, _ = jax.lax.scan(chunk, jnp.zeros(()), rows)
+        grams = jnp.sum(tokens.total(phi_q_NxF.T @ phi_q_NxF) * tokens.total(own_k_LxF.T @ own_k_LxF))
         squares = tokens.total(own) + grams
         return 2 * top + jnp.log1p(jnp.expm1(-2 * top) + squares / tokens.order.num_tokens)
 
+    phi_k_BxNxHxF *= jnp.exp(-top_BxH)[:, None, :, None]
+    of_head = jax.vmap(head)  # over the batch
+    heads_first = lambda x: jnp.moveaxis(x, -1 if x.ndim < 4 else 2, 0)
+    by_head = (
+        q.astype(jnp.float32), linear(k).astype(jnp.float32), at.shift, top_BxH, phi_q_BxNxHxF, linear(phi_k_BxNxHxF),
+        phi_k_BxNxHxF[:, at.start :],
+    )  # fmt: skip
+    losses_HxB = jax.lax.map(lambda inputs: of_head(*inputs), jax.tree.map(heads_first, by_head))
     # Every device along the sequence axis computes the same loss and contributes an equal share of it.
-    losses_B = jax.vmap(example)(at.q, at.k, shift, *at.features(maps))
-    return jnp.mean(losses_B) / (tokens.order.shards * tokens.batch_pieces)
+    return losses_HxB.mean(axis=1) / (tokens.pieces * tokens.batch_pieces)
 
 
 LOSSES = {"value": value_loss, "attention": attention_loss}
 
 
-def head_statistics(maps: FeatureMapPair, at: HeadActivations) -> dict[str, jax.Array]:
-    """Statistics of one head.
+def attention_statistics(maps: FeatureMapPair, at: AttentionInputs) -> dict[str, jax.Array]:
+    """Statistics of one block, each [H].
 
     error, size: sums of the absolute error and of the absolute output. share, teacher_share: the part of the attention
     mass that falls on the softmax keys, in the hybrid and in the teacher. mass, teacher_mass: the mass of the linear
     keys, likewise, in units of the stabiliser.
     """
     tokens, branch, full = at.tokens, at.branch, at.full
-    y, n_S_BxN, n_L_BxN = hybrid_output(maps, at)
-    if branch is None:
-        teacher_mass_BxN = n_L_BxN  # y is a ratio in which the scale of n_L cancels
-        teacher_share_BxN = jnp.zeros_like(n_L_BxN)
+    error_H, n_L_BxNxH = error_and_mass(maps, at)
+    if at.softmax is None or branch is None:
+        n_S_BxNxH = jnp.zeros_like(n_L_BxNxH)
+        teacher_mass_BxNxH = n_L_BxNxH  # y is a ratio in which the scale of n_L cancels
+        teacher_share_BxNxH = jnp.zeros_like(n_L_BxNxH)
     else:
-        teacher_share_BxN = jnp.exp(branch.lse - full.lse)
+        n_S_BxNxH = at.softmax[1]
+        teacher_share_BxNxH = jnp.exp(branch.lse - full.lse)
         # exp(lse) over the linear keys, in units of the stabiliser.
-        shift = branch.largest if at.stabilizer == "max" else branch.lse
-        teacher_mass_BxN = jnp.exp(full.lse - shift) - jnp.exp(branch.lse - shift)
+        teacher_mass_BxNxH = jnp.exp(full.lse - at.shift) - jnp.exp(branch.lse - at.shift)
     return {
-        "error": jnp.sum(tokens.masked(jnp.abs(y - full.output))),
-        "size": jnp.sum(tokens.masked(jnp.abs(full.output))),
-        "share": tokens.mean(n_S_BxN / (n_S_BxN + n_L_BxN + EPSILON)),
-        "teacher_share": tokens.mean(teacher_share_BxN),
-        "mass": tokens.mean(n_L_BxN),
-        "teacher_mass": tokens.mean(teacher_mass_BxN),
+        "error": error_H,
+        "size": jnp.sum(tokens.masked(jnp.abs(full.output)), axis=(0, 1, 3)),
+        "share": tokens.mean(n_S_BxNxH / (n_S_BxNxH + n_L_BxNxH + EPSILON)),
+        "teacher_share": tokens.mean(teacher_share_BxNxH),
+        "mass": tokens.mean(n_L_BxNxH),
+        "teacher_mass": tokens.mean(teacher_mass_BxNxH),
     }

@@ -1,8 +1,8 @@
 """One forward of the teacher that distils the feature maps of all heads, blocks and rates at once.
 
-In every block, the softmax over each nested zone of keys is computed once and merged into the softmax branch of every
-rate and into the teacher's own output. The gradients of the feature maps are computed right there from the block's
-queries, keys and values, so that nothing but gradients leaves a block.
+In every block, one pass over the keys gives the softmax branch of every rate and the teacher's own output. The
+gradients of the feature maps are computed right there from the block's queries, keys and values, so that nothing but
+gradients leaves a block.
 """
 
 import dataclasses
@@ -19,7 +19,13 @@ from jsurgery.attention.hybrid import token_order
 from jsurgery.config import block_numbers
 from jsurgery.rates import Rate, rate_chain
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, sharding
-from jsurgery.surgery.distillation.losses import LOSSES, HeadActivations, TokenShards, head_statistics, nested_softmax
+from jsurgery.surgery.distillation.losses import (
+    LOSSES,
+    AttentionInputs,
+    TokenShards,
+    attention_statistics,
+    nested_softmax,
+)
 from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.transformer import WanTransformer
@@ -44,7 +50,7 @@ class DistillSpec:
         return cls(rates, rate_chain(rates), hybrid.lattice, hybrid.stabilizer, settings.loss, blocks)
 
 
-def run_heads(
+def visit_blocks(
     teacher: WanTransformer,
     batch: dict[str, jax.Array],
     maps: Any,
@@ -52,14 +58,13 @@ def run_heads(
     visit,
     all_blocks: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Runs the teacher over a batch and `visit(maps, HeadActivations)` in every head of the spec's blocks.
+    """Runs the teacher over a batch and `visit(maps, AttentionInputs)` at every rate in the spec's blocks.
 
     Returns (velocity, records). Without `all_blocks` the forward stops after the last distilled block, and the velocity
-    is then not the teacher's. Records have leaves [blocks, rates, heads, ...]. On a mesh each device calls `visit` with
-    its piece of the batch, and records are the sums over all devices. Heads are looped over, so that one head's scores
-    stay in cache.
+    is then not the teacher's. `visit` returns leaves [heads, ...], and records have leaves [blocks, rates, heads, ...].
+    On a mesh each device calls `visit` with its piece of the batch, and records are the sums over all devices.
     """
-    mesh, axis = teacher.mesh, LOGICAL["sequence"]
+    mesh, axis = teacher.attention_mesh, LOGICAL["sequence"]
     grid = teacher.config.token_grid(batch["latents"].shape[1:4])
     order = token_order(grid, spec.chain, spec.lattice, teacher.shards)
     tokens = TokenShards(order, axis if teacher.shards > 1 else None, 1 if mesh is None else batch_shards(mesh))
@@ -67,23 +72,16 @@ def run_heads(
     cos, sin = rope_tables(grid, teacher.config.attention_head_dim, teacher.config.rope_max_seq_len)
     angles = cos[order.permutation], -sin[order.permutation]
 
-    def head(inputs, chosen):
-        (q, k, v), maps_R = inputs
-        inverse_rope = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
-        branches, full = jax.vmap(lambda q, k, v: nested_softmax(q, k, v, tokens, spec.rates))(q, k, v)
-        records = []
-        for index, rate in enumerate(spec.rates):
-            one_head = jax.tree.map(lambda leaf, index=index: leaf[index][None], maps_R)
-            at = HeadActivations(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, inverse_rope)
-            records.append(compute_or_zeros(chosen, functools.partial(visit, one_head, at)))
-        return full.output, jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
-
     def attention(q, k, v, layer):
         chosen, maps_RxH = layer
-        heads_first = tuple(x.transpose(2, 0, 1, 3).astype(jnp.float32) for x in (q, k, v))
-        inputs = heads_first, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), maps_RxH)
-        y, records = jax.lax.map(lambda inputs: head(inputs, chosen), inputs)
-        return y.transpose(1, 2, 0, 3).astype(v.dtype), jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), records)
+        inverse_rope = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
+        branches, full = nested_softmax(q, k, v, tokens, spec.rates)
+        records = []
+        for index, rate in enumerate(spec.rates):
+            maps_H = jax.tree.map(lambda leaf, index=index: leaf[index], maps_RxH)
+            at = AttentionInputs(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, inverse_rope)
+            records.append(compute_or_zeros(chosen, functools.partial(visit, maps_H, at)))
+        return full.output.astype(v.dtype), jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
     def over_devices(q, k, v, layer):
         y, records = attention(q, k, v, layer)
@@ -119,22 +117,28 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
 def measure_heads(
     teacher, batch, candidates: Sequence[FeatureMapPair], spec: DistillSpec
 ) -> Sequence[dict[str, jax.Array]]:
-    """The `head_statistics` of all heads with each of several sets of maps, leaves [blocks, rates, heads]."""
-    visit = lambda candidates, at: [head_statistics(maps, at) for maps in candidates]
-    return run_heads(teacher, batch, candidates, spec, visit)[1]
+    """The `attention_statistics` of all heads with each of several sets of maps, leaves [blocks, rates, heads]."""
+    visit = lambda candidates, at: [attention_statistics(maps, at) for maps in candidates]
+    return visit_blocks(teacher, batch, candidates, spec, visit)[1]
 
 
 def loss_gradients(
     teacher, batch, maps, spec: DistillSpec, all_blocks: bool = False
 ) -> tuple[jax.Array, jax.Array, FeatureMapPair]:
-    """The velocity (see `run_heads`), the losses [blocks, rates] and the gradients of `maps`. Each map's gradient comes
-    from its own block, rate and head alone."""
+    """The velocity (see `visit_blocks`), the losses [blocks, rates] and the gradients of `maps`.
 
-    def visit(maps, at: HeadActivations):
-        loss, gradients = jax.value_and_grad(LOSSES[spec.loss])(maps, at)
-        return loss, jax.tree.map(lambda leaf: leaf[0], gradients)
+    Each map's gradient comes from its own block, rate and head alone.
+    """
 
-    velocity, (losses, gradients) = run_heads(teacher, batch, maps, spec, visit, all_blocks)
+    def visit(maps, at: AttentionInputs):
+        def loss(maps):
+            losses_H = LOSSES[spec.loss](maps, at)
+            return losses_H.sum(), losses_H
+
+        gradients, losses_H = jax.grad(loss, has_aux=True)(maps)
+        return losses_H, gradients
+
+    velocity, (losses, gradients) = visit_blocks(teacher, batch, maps, spec, visit, all_blocks)
     return velocity, losses.mean(axis=2), gradients
 
 
