@@ -33,6 +33,8 @@ ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-
 # Cycles that a matrix unit needs for a `vmatmul` of 16 rows in bfloat16: one per row, or half with a 256 x 256 unit.
 MATMUL_CYCLES = {"v4": 16, "v5e": 16, "v5p": 16, "v6e": 8}
 
+SHORT = 0.02  # of a schedule, the part that copies results
+
 # In HLO: the instruction of a kernel, with its name in JAX, "jit(f)/transpose(jvp(NAME))/pallas_call"; and an
 # instruction of XLA's own, with XLA's estimate.
 KERNEL = re.compile(r'%(\S+) = [^\n]*"tpu_custom_call"[^\n]*op_name="[^"]*?([^"/()]+)\)*/pallas_call"')
@@ -171,8 +173,9 @@ def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
     A bundle takes a cycle. A `vmatmul` keeps its matrix unit busy for `matmul_cycles`, so the busiest unit may take
     longer than the bundles. A section is the code that a branch jumps over, inside the body of the loop over steps.
     Sections are matched with the kernel's `pl.when` in order, either with all of them or only with those that run at
-    some steps and not at others, since the compiler may remove the other branches. If neither number fits, every
-    section counts in every step, and a warning says how much too high the result may be.
+    some steps and not at others, since the compiler may remove the other branches. After them may come short sections
+    that copy results to HBM, which count in every step. If the numbers do not fit, every section counts in every step,
+    and a warning says how much too high the result may be.
     """
     starts, branches, products, address = {}, [], [], 0
     for line in schedule.splitlines():
@@ -186,6 +189,10 @@ def cycles_of(kernel: Kernel, schedule: str, matmul_cycles: int) -> float:
     sections = [(start, stop) for start, stop in jumps if begin < start and stop <= end]
     share = np.ones(address + 1)  # the share of the steps that run each bundle
     conditional = tuple(of_section for of_section in kernel.shares if of_section not in (0, 1))
+    outer = [(start, stop) for start, stop in sections if not any(a < start and stop <= b for a, b in sections)]
+    copies = sum(stop - start for start, stop in outer[len(conditional) :])
+    if len(sections) > len(kernel.shares) and copies < SHORT * len(share):
+        sections = outer[: len(conditional)]
     shares = kernel.shares if len(sections) == len(kernel.shares) else conditional
     if len(sections) == len(shares):
         for (start, stop), of_section in zip(sections, shares, strict=True):

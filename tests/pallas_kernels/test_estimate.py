@@ -164,6 +164,29 @@ def test_cycles_count_a_section_by_its_share_of_steps():
     assert cycles_of(Kernel(10, (1,)), SCHEDULE, 2) == cycles_of(Kernel(10, ()), SCHEDULE, 2) == 120
 
 
+def test_sections_that_copy_results_count_in_every_step():
+    """After the section, 200 bundles later, come two short ones: one bundle each, which `pl.when` does not describe."""
+    body = "".join(f"   0x{8 + i:x} : > {{ %8 = a }}\n" for i in range(200))
+    copies = "".join(
+        f"   0x{208 + 2 * i:x} : > {{ %8 = sbr.rel (!%p1) target = $region{20 + i} }}\n"
+        f"   0x{209 + 2 * i:x} : > {{ %8 = a }} /* Start/End empty region {20 + i} */\n"
+        for i in range(2)
+    )
+    lines = SCHEDULE.splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if "0x8 " in line)
+    longer = (
+        "".join(lines[:cut])
+        + body
+        + copies
+        + "".join(lines[cut:])
+        .replace("0x8 ", "0xd4 ")
+        .replace("0x9 ", "0xd5 ")
+        .replace("0xa ", "0xd6 ")
+        .replace("0xb ", "0xd7 ")
+    )
+    assert cycles_of(Kernel(10, (0.5,)), longer, 2) == 10 * (12 + 204 - 3 / 2)
+
+
 def test_unmatched_sections_count_in_every_step_with_a_warning():
     with pytest.warns(UserWarning, match="1 sections in the schedule, 2 in the kernel: .* up to 25.0% too much"):
         assert cycles_of(Kernel(10, (0.5, 0.5)), SCHEDULE, 2) == 120

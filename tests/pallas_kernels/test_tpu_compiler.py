@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, gradients
 from pallas_kernels import reference, tpu
-from pallas_kernels.estimate import CHIPS, topology
+from pallas_kernels.estimate import CHIPS, estimate_cycles, topology
 from pallas_kernels.feature_map import ACTIVATIONS, init_polynomial_map
 from pallas_kernels.tpu_problem import VMEM_LIMIT, BlockSizes
 from tests.conftest import FULL_GRID, needs_libtpu
@@ -48,8 +48,12 @@ def compile_for_tpu(chip, attention, heads, num_tokens, num_softmax, width=128, 
     return step.lower(x, x, x, phi, phi, x).compile(compiler_options=compiler)
 
 
+def called_kernels(hlo):
+    return [line for line in hlo.splitlines() if "tpu_custom_call" in line]
+
+
 def kernel_names(hlo):
-    return {re.search(r"hybrid_[a-z_]*[a-z]", line)[0] for line in hlo.splitlines() if "tpu_custom_call" in line}
+    return {re.search(r"(hybrid|softmax)_[a-z_]*[a-z]", line)[0] for line in called_kernels(hlo)}
 
 
 def expected_kernels(num_tokens, num_softmax):
@@ -89,6 +93,71 @@ def test_small_blocks_compile_for_tpu(chip, num_tokens, num_softmax, options):
         chip, tpu.hybrid_attention, 2, num_tokens, num_softmax, block_sizes=SMALL_BLOCKS, **options
     )
     assert kernel_names(program.as_text()) == expected_kernels(num_tokens, num_softmax)
+
+
+def compile_distillation(chip, heads, num_tokens, **options):
+    """The kernels of a step of distillation at rates 8, 4, 2 and full softmax, and at one rate with gradients."""
+    x = jax.ShapeDtypeStruct((1, num_tokens, heads, 128), jnp.bfloat16)
+    phi = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), heads, 128))
+    bounds = [-(-num_tokens // rate) for rate in (8, 4, 2, 1)]
+
+    def step(q, k, v, query_map, key_map):
+        outputs, lse, largest = tpu.softmax_zones(q, k, v, bounds, **options)
+
+        def errors(query_map, key_map):
+            state = tpu.linear_state(k, v, key_map, start=bounds[0], token_gradients=False, **options)
+            branch = outputs[0], jnp.exp(lse[0] - largest[0])
+            return tpu.hybrid_error(q, query_map, state, branch, outputs[-1], **options)[0].sum()
+
+        return jax.value_and_grad(errors, argnums=(0, 1))(query_map, key_map)
+
+    device = jax.sharding.SingleDeviceSharding(topology(CHIPS[chip])[0])
+    step = jax.jit(step, in_shardings=device, out_shardings=device)
+    return step.lower(x, x, x, phi, phi).compile()
+
+
+LONG = [
+    (chip, heads, tokens) for chip in ("v5e", "v5p", "v6e") for heads in (12, 40) for tokens in (12600, 32760, 75600)
+]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("chip", "heads", "num_tokens"), LONG if FULL_GRID else [])
+def test_distillation_compiles_for_tpu(chip, heads, num_tokens):
+    program = compile_distillation(chip, heads, num_tokens)
+    assert kernels_of_distillation(program.as_text())
+
+
+@needs_libtpu
+def test_small_blocks_of_distillation_compile_for_tpu():
+    """Ends of prefixes inside of blocks, and a last block that is partial."""
+    assert kernels_of_distillation(compile_distillation("v5e", 2, 700, block_sizes=SMALL_BLOCKS).as_text())
+
+
+def kernels_of_distillation(hlo):
+    """Whether the program calls the kernels of distillation, and no others."""
+    return kernel_names(hlo) == {"softmax_zones", "hybrid_error", "hybrid_state", "hybrid_state_backward"}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("num_tokens", (12600, 32760, 75600) if FULL_GRID else ())
+@pytest.mark.parametrize("chip", ("v5e", "v5p", "v6e"))
+def test_results_of_prefixes_take_at_most_15_percent_more_cycles(chip, num_tokens):
+    """Than full softmax by the same kind of kernel: the compiler's schedules, for one head."""
+    rows = jax.ShapeDtypeStruct((1, num_tokens, 1, 128), jnp.bfloat16)
+    zones, _ = estimate_cycles(chip, functools.partial(zones_of, (8, 4, 2, 1)), rows, rows, rows)
+    softmax, _ = estimate_cycles(chip, functools.partial(zones_of, (1,)), rows, rows, rows)
+    attend, _ = estimate_cycles(chip, full_softmax, rows, rows, rows)
+    assert sum(zones.values()) <= 1.15 * sum(attend.values())
+    assert sum(softmax.values()) < sum(zones.values())
+
+
+def zones_of(rates, q, k, v):
+    return tpu.softmax_zones(q, k, v, [-(-k.shape[1] // rate) for rate in rates])
+
+
+def full_softmax(q, k, v):
+    return tpu.hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
 
 
 @needs_libtpu
