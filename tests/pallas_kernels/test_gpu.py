@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gpu
+from pallas_kernels import gpu, gpu_forward
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from tests.pallas_kernels.kernel_tests import BlockTests, GridTests, RefusalTests, assert_is_equation_5, grid, problem
@@ -69,7 +69,7 @@ class TestSmallBlocks(BlockTests):
 
     @pytest.fixture(autouse=True)
     def several_chunks_of_the_state(self, monkeypatch):
-        monkeypatch.setattr(gpu, "STATE_CHUNK", 16)
+        monkeypatch.setattr(gpu_forward, "STATE_CHUNK", 16)
 
     def some_valid(self, num_tokens, batch):
         """A mask without any key of the first block, so that a running maximum starts at -inf."""
@@ -80,8 +80,8 @@ class TestSmallBlocks(BlockTests):
 
 
 def test_xla_computes_the_state_of_a_large_map(monkeypatch):
-    monkeypatch.setattr(gpu, "STATE_WEIGHTS", 1)
-    monkeypatch.setattr(gpu, "_state_kernel", None)
+    monkeypatch.setattr(gpu_forward, "STATE_WEIGHTS", 1)
+    monkeypatch.setattr(gpu_forward, "state_kernel", None)
     arguments, valid = problem(21, width=16, heads=2), np.arange(42).reshape(2, 21) % 5 != 3
     assert_is_equation_5(in_small_blocks, arguments, num_softmax=5, key_valid=valid)
 
