@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels import xla
+from pallas_kernels import log, xla
 from pallas_kernels.feature_map import ACTIVATIONS, PolynomialMap
 from pallas_kernels.reference import EPSILON
 
@@ -57,48 +57,54 @@ class Options(NamedTuple):
     interpret: bool
 
 
-def attend(options: Options, q, k, v, maps, valid, residuals: bool):
-    """(y, what the backward needs besides if `residuals`, (S, z))."""
+def attend(
+    options: Options, q, k, v, valid, query_map: PolynomialMap | None, state, *, residuals: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """y [B, N, H, D] of softmax over the prefix and of `state`, (S, z), if there is one; and what the backward needs.
+
+    The latter is empty without `residuals`. Where no key keeps softmax, k, v and valid are not read.
+    """
     batch, num_queries, heads, width = q.shape
     num_softmax = options.num_softmax
-    query_map, sums, flops, read = None, None, 0, 0
-    if maps is not None:
-        query_map, key_map = (_in_dtype(feature_map, q.dtype) for feature_map in maps)
-        sums = summarize(options, k, v, key_map, valid)
+    moved, flops = nbytes(q), 4 * batch * heads * num_queries * num_softmax * width
+    if num_softmax:
+        moved += nbytes((k, v)) * num_softmax // k.shape[1]
+    else:
+        k = v = valid = None
+    if query_map is not None:
+        query_map, state = _in_dtype(query_map, q.dtype), (state[0].astype(q.dtype), state[1])
         features = query_map.degree * width
-        flops = 2 * batch * heads * num_queries * features * ((len(query_map.kernels) - 1) * features + 2 * width + 1)
-        read = nbytes((query_map, sums))
+        per_query = features * ((len(query_map.kernels) - 1) * features + 2 * width + 1)
+        moved, flops = moved + nbytes((query_map, state)), flops + 2 * batch * heads * num_queries * per_query
 
     per_row = jax.ShapeDtypeStruct((batch, heads, num_queries), jnp.float32)
-    outs = {"y": jax.ShapeDtypeStruct(q.shape, v.dtype)}
+    outs = {"y": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if residuals:
         outs |= {"lse": per_row} if num_softmax else {}
-        outs |= {"denominator": per_row} if maps else {}
-        if num_softmax and maps:
+        outs |= {"denominator": per_row} if query_map is not None else {}
+        if num_softmax and query_map is not None:
             outs |= {"y_S": outs["y"], "mass": per_row}
             outs |= {"top": jax.ShapeDtypeStruct(per_row.shape, jnp.int32)} if options.row_max else {}
-    specs = {name: head_spec(out, "bnhd" if name in ("y", "y_S") else "bhn") for name, out in outs.items()}
 
-    pairs = batch * heads * num_queries * num_softmax
-    arguments = (q, k, v, as_mask(valid), query_map, None if sums is None else (sums[0].astype(q.dtype), sums[1]))
+    arguments = q, k, v, as_mask(valid), query_map, state
     found = call_kernel(
         partial(attention_kernel, options=options),
         (pl.cdiv(num_queries, options.blocks.query), heads, batch),
         arguments,
         input_specs(*arguments),
         outs,
-        specs,
+        {name: head_spec(out, "bnhd" if name in ("y", "y_S") else "bhn") for name, out in outs.items()},
         pl.CostEstimate(
-            flops=flops + 4 * pairs * width,
-            transcendentals=pairs,
-            bytes_accessed=nbytes((q, outs)) + (nbytes((k, v)) * num_softmax) // k.shape[1] + read,
+            flops=flops,
+            transcendentals=batch * heads * num_queries * num_softmax,
+            bytes_accessed=moved + nbytes(outs),
         ),
         options.interpret,
     )
-    return found.pop("y"), found, sums
+    return found.pop("y"), found
 
 
-def attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *, options: Options):
+def attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, state_refs, outs, *, options: Options):
     """Flash attention of one block of queries over the prefix, followed by the read-out of the suffix's state."""
     num_queries, width = q_ref.shape
     rows, in_range = block_range(pl.program_id(0), options.blocks.query, num_queries)
@@ -110,11 +116,10 @@ def attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *,
         keys, attended = block_range(number, options.blocks.key, options.num_softmax)
         k, v = load_rows(k_ref, keys, attended), load_rows(v_ref, keys, attended)
         s = scores(q, k, attended_keys(valid_ref, keys, attended))
-        best = jnp.maximum(highest, s.max(axis=1))
+        o, n, best = add_tile(s, v, o, n, highest)
         if "top" in outs:
             top = jnp.where(best > highest, number * options.blocks.key + jnp.argmax(s, axis=1).astype(jnp.int32), top)
-        p, shrink = jnp.exp2(s - best[:, None]), jnp.exp2(highest - best)
-        return o * shrink[:, None] + dot(p.astype(v.dtype), v), n * shrink + p.sum(axis=1), best, top
+        return o, n, best, top
 
     if options.num_softmax:
         start = o, n, jnp.full_like(n, MASKED), jnp.zeros(n.shape, jnp.int32)
@@ -129,7 +134,7 @@ def attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *,
         per_row, n = {}, n + EPSILON
 
     if map_ref is not None:
-        state_ref, z_ref = sums_ref
+        state_ref, z_ref = state_refs
         hidden = _hidden(map_ref, q)
         for slot in range(map_ref.degree):
             columns = pl.ds(slot * width, width)
@@ -142,15 +147,28 @@ def attention_kernel(q_ref, k_ref, v_ref, valid_ref, map_ref, sums_ref, outs, *,
         triton.store(outs[name].at[rows], per_row[name], mask=in_range)
 
 
-def summarize(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[jax.Array, jax.Array]:
-    """S [B, H, F, D] and z [B, H, F] of the suffix, float32."""
+def add_tile(s, v, o, n, highest):
+    """Weighted values, sum of weights and largest score of every query after one more tile of scores."""
+    best = jnp.maximum(highest, s.max(axis=1))
+    p, shrink = jnp.exp2(s - best[:, None]), jnp.exp2(highest - best)
+    return o * shrink[:, None] + dot(p.astype(v.dtype), v), n * shrink + p.sum(axis=1), best
+
+
+def summarize(options: Options, k, v, valid, key_map: PolynomialMap) -> tuple[jax.Array, jax.Array]:
+    """S [B, H, F, D] and z [B, H, F] of the suffix, float32. XLA computes those of a large map and of no keys."""
     batch, num_keys, heads, width = k.shape
     degree, length = key_map.degree, num_keys - options.num_softmax
     features = degree * width
     # S of all powers does not fit the registers, so every power has its own program, which computes all hidden layers.
     hidden = degree * sum(kernel[0].size for kernel in key_map.kernels[:-1])
     last = key_map.kernels[-1][0].size
-    if (hidden + last) // degree * k.dtype.itemsize > STATE_WEIGHTS:
+    weights = (hidden + last) // degree * k.dtype.itemsize
+    if weights > STATE_WEIGHTS:
+        log.once(
+            f"'xla' in place of a kernel: implementation 'gpu': that of the linear state holds {STATE_WEIGHTS // 1024} "
+            f"KiB of a feature map's weights, found {weights // 1024} KiB per head and power"
+        )
+    if weights > STATE_WEIGHTS or length == 0:
         k_L, v_L, valid_L = jax.tree.map(lambda x: x[:, options.num_softmax :], (k, v, valid))
         return xla.linear_state(k_L, v_L, key_map, key_valid=valid_L)
 
@@ -163,7 +181,7 @@ def summarize(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[ja
         pl.BlockSpec((None, None, None, width, width), lambda i, h, b: (b, h, i, 0, 0)),
         pl.BlockSpec((None, None, None, width), lambda i, h, b: (b, h, i, 0)),
     )
-    arguments = k, v, as_mask(valid), key_map
+    arguments = k, v, as_mask(valid), _in_dtype(key_map, k.dtype)
     state, z = call_kernel(
         partial(state_kernel, options=options),
         (chunks * degree, heads, batch),
@@ -174,7 +192,7 @@ def summarize(options: Options, k, v, key_map: PolynomialMap, valid) -> tuple[ja
         pl.CostEstimate(
             flops=2 * batch * heads * length * (hidden + last + features * width + features),
             transcendentals=0,
-            bytes_accessed=degree * (nbytes((k, v)) * length) // num_keys + nbytes((key_map, parts)),
+            bytes_accessed=degree * (nbytes((k, v)) * length) // num_keys + nbytes((arguments[3], parts)),
         ),
         options.interpret,
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import softmax_zones, tpu
+from pallas_kernels import gpu, softmax_zones, tpu
 from pallas_kernels.tpu_problem import BlockSizes
 from pallas_kernels.tpu_zones import segments_of_steps
 
@@ -40,6 +40,7 @@ IMPLEMENTATIONS = {
     "reference": functools.partial(softmax_zones, implementation="reference"),
     "xla": functools.partial(softmax_zones, implementation="xla"),
     "tpu": functools.partial(tpu.softmax_zones, block_sizes=BLOCKS, interpret=True),
+    "gpu": functools.partial(gpu.softmax_zones, block_sizes=gpu.BlockSizes(32, 32, 32), interpret=True),
 }
 
 
@@ -49,7 +50,7 @@ IMPLEMENTATIONS = {
     [
         (131, 700, 64, (88, 175, 350, 700), 1.0, False),  # ends within blocks and within chunks
         (70, 600, 128, (256, 512), 40.0, True),  # ends of blocks; large scores; keys beyond the last prefix
-        (9, 5, 12, (1, 2, 3, 5), 1.0, False),  # less than a chunk
+        (9, 5, 16, (1, 2, 3, 5), 1.0, False),  # less than a chunk
     ],
 )
 def test_every_prefix_is_softmax_of_its_own(name, queries, keys, width, bounds, spread, masked):
@@ -68,23 +69,28 @@ def test_every_prefix_is_softmax_of_its_own(name, queries, keys, width, bounds, 
     assert np.abs(shorter[0] - of_all[0][-1]).max() > 0.01, "control: other prefixes would be noticed"
 
 
-def test_prefixes_in_bfloat16_are_as_close_as_flash_attention():
-    q, k, v = arrays(131, 700, 64, 1.0, jnp.bfloat16)
-    reference = expected(q, k, v, (88, 350, 700), None)[0]
-    zones = IMPLEMENTATIONS["tpu"](q, k, v, (88, 350, 700))[0]
-    flash = tpu.hybrid_attention(q, k, v, None, None, num_softmax=700, block_sizes=BLOCKS, interpret=True)
+@pytest.mark.parametrize(
+    ("module", "keys", "blocks"), [(tpu, 700, {"block_sizes": BLOCKS}), (gpu, 3001, {})], ids=["tpu", "gpu"]
+)
+def test_prefixes_in_bfloat16_are_as_close_as_flash_attention(module, keys, blocks):
+    q, k, v = arrays(131, keys, 64, 1.0, jnp.bfloat16)
+    bounds, options = (keys // 8 + 1, keys // 2, keys), {"interpret": True, **blocks}
+    reference = expected(q, k, v, bounds, None)[0]
+    zones = module.softmax_zones(q, k, v, bounds, **options)[0]
+    flash = module.hybrid_attention(q, k, v, None, None, num_softmax=keys, **options)
     distance = lambda y, exact: np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact)
     allowed = distance(flash, reference[2])
     assert 1e-4 < max(distance(y, exact) for y, exact in zip(zones, reference, strict=True)) < 1.2 * allowed < 0.01
 
 
-def test_xla_has_gradients_and_tpu_refuses_them():
+def test_xla_has_gradients_and_kernels_refuse_them():
     q, k, v = arrays(20, 60, 16, 1.0)
     loss = lambda function: lambda q: sum(jnp.sum(jnp.sin(x)) for x in function(q, k, v, (7, 60)))
     found, reference = (jax.grad(loss(IMPLEMENTATIONS[name]))(q) for name in ("xla", "reference"))
     np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="has no gradients"):
-        jax.grad(loss(IMPLEMENTATIONS["tpu"]))(q)
+    for name in ("tpu", "gpu"):
+        with pytest.raises(NotImplementedError, match=f"'{name}': softmax_zones has no gradients"):
+            jax.grad(loss(IMPLEMENTATIONS[name]))(q)
 
 
 @pytest.mark.parametrize("bounds", [(), (0, 5), (5, 5), (7, 5), (5, 61)])
