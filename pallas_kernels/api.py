@@ -2,11 +2,13 @@
 
 import importlib
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import log
 from pallas_kernels.feature_map import FeatureMap
 from pallas_kernels.reference import Zones
 
@@ -50,8 +52,9 @@ def hybrid_attention(
             softmax branch by cuDNN on GPU and by jax's flash attention on TPU; only for "lse"). None chooses the first
             of the platform's kernels that supports the arguments; on GPU, "stock" is tried before "gpu". It chooses
             "xla" on CPU, in float32 on GPU, and where XLA has to partition the arrays over several devices, since XLA
-            cannot partition a kernel (`sharded_self_attention` does it instead). The platform is that of the enclosing
-            `shard_map` or else of the default device. To lower a program for another platform, name the implementation.
+            cannot partition a kernel (`sharded_self_attention` does it instead). If none of the platform's kernels
+            supports the arguments, a warning on the log says why. The platform is that of the enclosing `shard_map` or
+            else of the default device. To lower a program for another platform, name the implementation.
 
     Returns:
         [B, N, H, D] in v's dtype.
@@ -82,10 +85,11 @@ def linear_state(
 
     S = sum_j phi_k(k_j)^T v_j and z = sum_j phi_k(k_j), over the keys from `start` on; F is the number of phi_k's
     features. The state of a union of disjoint sets of keys is the sum of their states. Without `token_gradients`, the
-    gradients of k and v are not computed, and are zero.
+    gradients of k and v are not computed, and are zero. The implementation is chosen as in `hybrid_attention`, but "stock"
+    is not tried.
     """
     options = {"start": start, "key_valid": key_valid, "token_gradients": token_gradients}
-    return _first(_with_state(), "linear_state", k, v, key_map, **options)
+    return _first(_with_state(k.dtype), "linear_state", k, v, key_map, **options)
 
 
 def attend_with_state(
@@ -100,7 +104,7 @@ def attend_with_state(
 ) -> jax.Array:
     """`hybrid_attention` with softmax keys and values [B, S, H, D] and the `linear_state` of all linear keys."""
     options = {"key_valid": key_valid, "stabilizer": stabilizer}
-    return _first(_with_state(), "attend_with_state", q, k, v, query_map, state, **options)
+    return _first(_with_state(q.dtype), "attend_with_state", q, k, v, query_map, state, **options)
 
 
 def softmax_zones(
@@ -119,7 +123,7 @@ def softmax_zones(
         k, v: keys and values [B, M, H, D].
         bounds: the lengths of Z prefixes, ascending, each at least 1 and at most M.
         key_valid: bool [B, M], False at padding. Every batch entry needs a valid key in the shortest prefix.
-        implementation: "xla", "reference" or "tpu"; None chooses as `linear_state` does.
+        implementation: "xla", "reference", "tpu" or "gpu"; None chooses as `linear_state` does.
 
     Returns:
         (outputs [Z, B, N, H, D], log-sum-exps [Z, B, N, H], largest scores [Z, B, N, H]), float32. Scores are
@@ -127,11 +131,11 @@ def softmax_zones(
 
     Raises:
         ValueError: bounds that do not ascend from 1 to M.
-        NotImplementedError: arguments that the implementation does not support, and gradients of "tpu".
+        NotImplementedError: arguments that the implementation does not support, and gradients of "tpu" and "gpu".
     """
     if list(bounds) != sorted(set(bounds)) or not bounds or not 0 < bounds[0] <= bounds[-1] <= k.shape[1]:
         raise ValueError(f"bounds must ascend from at least 1 to at most {k.shape[1]}, found {tuple(bounds)}")
-    names = _with_state() if implementation is None else (implementation,)
+    names = _with_state(q.dtype) if implementation is None else (implementation,)
     return _first(names, "softmax_zones", q, k, v, tuple(bounds), key_valid=key_valid)
 
 
@@ -166,14 +170,14 @@ def hybrid_error(
     Raises:
         NotImplementedError: arguments that the implementation does not support.
     """
-    names = _with_state() if implementation is None else (implementation,)
+    names = _with_state(q.dtype) if implementation is None else (implementation,)
+    names = tuple(name for name in names if name != "gpu")  # XLA's products and chunks do on GPUs
     return _first(names, "hybrid_error", q, query_map, state, softmax, target, query_valid=query_valid)
 
 
-def _with_state() -> tuple[str, ...]:
+def _with_state(dtype: Any) -> tuple[str, ...]:
     """The implementations of all but `hybrid_attention` to try, in this order."""
-    platform, whole = _place()
-    return ("tpu", "xla") if platform == "tpu" and whole else ("xla",)
+    return tuple(name for name in _candidates(*_place(), dtype) if name != "stock")
 
 
 def _place() -> tuple[str, bool]:
@@ -198,15 +202,20 @@ def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
 def _first(names: tuple[str, ...], function: str, *arguments: Any, **options: Any) -> Any:
     """Calls `function` of the first implementation that supports the arguments.
 
-    If none does, the NotImplementedError of the last implementation is raised.
+    If none does, the NotImplementedError of the last implementation is raised. Where only "xla" is left, the log says
+    why, once for each reason.
     """
-    for name in names:
+    refused = []
+    for name, following in zip_longest(names, names[1:]):
         more = {"platform": _place()[0]} if name == "stock" else {}
         try:
             return getattr(importlib.import_module(f"pallas_kernels.{name}"), function)(*arguments, **options, **more)
-        except NotImplementedError:
-            if name == names[-1]:
+        except NotImplementedError as error:
+            if following is None:
                 raise
+            refused.append(str(error))
+            if following == "xla":
+                log.once(f"'xla' in place of a kernel: {'; '.join(refused)}")
 
 
 def _check(q, k, v, query_map, key_map, num_softmax, key_valid, stabilizer):

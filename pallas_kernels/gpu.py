@@ -59,13 +59,17 @@ def linear_state(
     v: jax.Array,
     key_map: FeatureMap,
     *,
+    start: int = 0,
     key_valid: jax.Array | None = None,
+    token_gradients: bool = True,
     block_sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """S [B, H, F, D] and z [B, H, F]; see `pallas_kernels.linear_state`. Arguments and errors: `hybrid_attention`."""
     _check({"k": k, "v": v}, {"key_map": key_map})
-    return _state(_options(k, 0, "lse", block_sizes, interpret), k, v, key_map, key_valid)
+    if not token_gradients:  # XLA then leaves out what it would compute for them
+        k, v = jax.lax.stop_gradient((k, v))
+    return _state(_options(k, start, "lse", block_sizes, interpret), k, v, key_map, key_valid)
 
 
 def attend_with_state(

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, gpu, stock, tpu, xla
+from pallas_kernels import api, attend_with_state, gpu, linear_state, log, softmax_zones, stock, tpu, xla
 from pallas_kernels.api import hybrid_attention
-from pallas_kernels.feature_map import init_polynomial_map
+from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from tests.pallas_kernels.kernel_tests import problem
 
 
@@ -39,6 +39,78 @@ def test_platform_and_arguments_select_the_implementation(monkeypatch, platform,
     chosen = []
     jax.eval_shape(lambda *arrays: hybrid_attention(*arrays, num_softmax=3, stabilizer=stabilizer), *arrays, *maps)
     assert chosen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("platform", "whole", "dtype", "expected"),
+    [
+        ("cpu", True, "bfloat16", "xla"),
+        ("tpu", True, "bfloat16", "tpu"),
+        ("tpu", True, "float32", "tpu"),
+        ("tpu", False, "bfloat16", "xla"),
+        ("gpu", True, "bfloat16", "gpu"),
+        ("gpu", True, "float16", "xla"),
+        ("gpu", True, "float32", "xla"),
+        ("gpu", False, "bfloat16", "xla"),
+    ],
+)
+def test_implementation_of_states_and_zones(monkeypatch, platform, whole, dtype, expected):
+    monkeypatch.setattr(api, "_place", lambda: (platform, whole))
+    for module, kernels in ((gpu, ("_state", "_attend", "_zones")), (tpu, ("_state", "_read", "_zones"))):
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, lambda *_, name=module.__name__: chosen.append(name))
+    monkeypatch.setattr(tpu.Problem, "unpack", lambda self, y: y)
+    for name in ("linear_state", "attend_with_state", "softmax_zones"):
+        monkeypatch.setattr(xla, name, lambda *_, **options: chosen.append("pallas_kernels.xla"))
+    chosen = []
+    q = jnp.zeros((1, 9, 2, 64), dtype)
+    phi = init_polynomial_map(jax.random.key(0), 2, 64)
+    linear_state(q, q, phi)
+    attend_with_state(q, q, q, phi, (jnp.zeros((1, 2, 128, 64)), jnp.zeros((1, 2, 128))))
+    softmax_zones(q, q, q, (3, 9))
+    assert chosen == [f"pallas_kernels.{expected}"] * 3
+
+
+def test_the_log_says_once_why_no_kernel_takes_the_arguments(monkeypatch, caplog):
+    place = lambda platform: monkeypatch.setattr(api, "_place", lambda: (platform, True))
+    said = lambda: [record.message for record in caplog.records]
+    log.once.cache_clear()
+    q = jnp.zeros((1, 9, 2, 64), jnp.bfloat16)
+    polynomial, hedgehog = init_polynomial_map(jax.random.key(0), 2, 64), init_hedgehog_map(2, 64)
+    state = jax.eval_shape(lambda: (jnp.zeros((1, 2, 128, 64)), jnp.zeros((1, 2, 128))))
+    run = lambda function, *arguments, **options: jax.eval_shape(
+        lambda *arguments: function(*arguments, **options), *arguments
+    )
+
+    place("cpu")
+    run(linear_state, q, q, hedgehog)
+    place("gpu")
+    run(linear_state, q, q, polynomial)
+    run(attend_with_state, q, q, q, polynomial, state)
+    run(hybrid_attention, q, q, q, polynomial, polynomial, num_softmax=3)  # which "stock" refuses
+    assert said() == []
+
+    for _ in range(2):
+        run(linear_state, q, q, hedgehog)
+        run(attend_with_state, q, q, q, hedgehog, state)
+        run(linear_state, q[..., :8], q[..., :8], init_polynomial_map(jax.random.key(0), 2, 8))
+        run(hybrid_attention, q, q, q, hedgehog, hedgehog, num_softmax=3)
+    place("tpu")
+    run(linear_state, q, q, hedgehog)
+    jax.eval_shape(jax.grad(lambda q: softmax_zones(q, q, q, (3, 9))[0].sum()), q)
+    no_hedgehog = "is a HedgehogMap; the kernels compute PolynomialMap alone"
+    assert said() == [
+        f"'xla' in place of a kernel: {reason}"
+        for reason in (
+            f"implementation 'gpu': key_map {no_hedgehog}",
+            f"implementation 'gpu': query_map {no_hedgehog}",
+            "implementation 'gpu': the kernels take heads of 16, 32, 64, 128 channels, found 8",
+            "implementation 'stock': stock attention returns no row maximum, which stabilizer 'max' of a hybrid needs; "
+            f"take stabilizer 'lse' or another implementation; implementation 'gpu': query_map {no_hedgehog}",
+            f"implementation 'tpu': key_map {no_hedgehog}",
+            "implementation 'tpu': softmax_zones has no gradients; 'xla' has",
+        )
+    ]
 
 
 def test_bad_arguments_raise_errors_with_their_sizes():
