@@ -72,12 +72,12 @@ def test_toy_sizes_run_to_the_end_with_only_allowed_packages(tmp_path):
     measured = [row for row in found["rows"] if "missing" not in row]
     assert all(row["passed"] for row in measured if row["group"] == "kernels")
     timed = [row for row in measured if row["group"] != "kernels"]
-    assert {row["group"] for row in timed} == {"attention", "whole forward", "distillation step"}
+    assert {row["group"] for row in timed} == {"attention", "part of attention", "whole forward", "distillation step"}
     assert all(len(row["seconds"]) == TOY.runs and row["baseline"] and row["speedup"] > 0 for row in timed)
     assert not any("memory_bytes" in row for row in measured)  # an estimate of the compiler, not measured
     assert "bfloat16" not in markdown and "float32" in markdown and "Baseline, measured in turn" in markdown
     tables = [line.count("|") for line in markdown.splitlines() if line.startswith("|")]
-    assert len(tables) == len(measured) + 2 * 4 and set(tables) == {8, 9}
+    assert len(tables) == len(measured) + 2 * 5 and set(tables) == {8, 9}
 
 
 def test_important_rows_come_first_and_all_combinations_are_there():

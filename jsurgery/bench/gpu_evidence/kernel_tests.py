@@ -22,13 +22,15 @@ TOY_BLOCKS = gpu.BlockSizes(query=16, key=16, backward=16)
 
 def kernel_test(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
     """Errors of y, gradients and controls, and "passed": y and gradients are right, and every control is wrong."""
+    if row.function == "softmax_zones":
+        return zones_test(row, scale, on_gpu)
     arguments, dy, valid = problem(row, scale.dtype)
     options = {"num_softmax": num_softmax(row), "stabilizer": row.stabilizer, "key_valid": valid}
     if row.implementation == "stock":
         kernel = functools.partial(stock.hybrid_attention, platform="gpu" if on_gpu else "cpu", **options)
     else:
-        blocks = None if on_gpu else TOY_BLOCKS
-        kernel = functools.partial(gpu.hybrid_attention, block_sizes=blocks, interpret=not on_gpu, **options)
+        attend = gpu.hybrid_attention if row.function is None else in_parts
+        kernel = functools.partial(attend, **how(on_gpu), **options)
     y, gradients = jax.jit(functools.partial(value_and_gradients, kernel))(arguments, dy)
     with jax.default_matmul_precision("highest"):
         exact, wide_dy = jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, dy))
@@ -49,6 +51,42 @@ def kernel_test(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
         "dtype": scale.dtype,
         "interpreted": row.implementation == "gpu" and not on_gpu,
         "passed": good and min(control_errors.values()) > tolerance,
+    }
+
+
+def how(on_gpu: bool) -> dict[str, Any]:
+    """How our kernels run: without a GPU interpreted, in blocks so small that a few tokens need several."""
+    return {"block_sizes": None if on_gpu else TOY_BLOCKS, "interpret": not on_gpu}
+
+
+def in_parts(q, k, v, query_map, key_map, *, num_softmax, key_valid, stabilizer, **how: Any) -> jax.Array:
+    """`hybrid_attention` by `linear_state` and `attend_with_state`."""
+    cut = lambda keys: jax.tree.map(lambda x: x[:, keys], (k, v, key_valid))
+    (k_S, v_S, valid_S), (k_L, v_L, valid_L) = cut(slice(num_softmax)), cut(slice(num_softmax, None))
+    state = gpu.linear_state(k_L, v_L, key_map, key_valid=valid_L, **how)
+    return gpu.attend_with_state(q, k_S, v_S, query_map, state, key_valid=valid_S, stabilizer=stabilizer, **how)
+
+
+def zones_test(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
+    """Like `kernel_test`, for `softmax_zones`, which has no gradients. Its error is that of the worst result."""
+    (q, k, v, *_), _, valid = problem(row, scale.dtype)
+    bounds = tuple(-(-k.shape[1] // rate) for rate in (8, 4, 2, 1))
+    found = jax.jit(functools.partial(gpu.softmax_zones, bounds=bounds, key_valid=valid, **how(on_gpu)))(q, k, v)
+    with jax.default_matmul_precision("highest"):
+        exact = [x.astype(jnp.float32) for x in (q, k, v)]
+        plain = jax.jit(functools.partial(reference.softmax_zones, bounds=bounds))
+        expected, unmasked = plain(*exact, key_valid=valid), plain(*exact)
+    error, tolerance = max(map(relative, found, expected)), TOLERANCES[scale.dtype][0]
+    control_errors = {"other prefixes": relative(expected[0][:-1], expected[0][1:])}
+    if valid is not None:
+        control_errors["padding not masked"] = relative(unmasked[0], expected[0])
+    return {
+        "error": error,
+        "tolerance": tolerance,
+        "control_errors": control_errors,
+        "dtype": scale.dtype,
+        "interpreted": not on_gpu,
+        "passed": error <= tolerance and min(control_errors.values()) > tolerance,
     }
 
 

@@ -5,12 +5,13 @@ import os
 import pathlib
 from typing import Any
 
-from jsurgery.bench.gpu_evidence.rows import ATTENTION, DISTILLATION, FORWARD, KERNELS, Row
+from jsurgery.bench.gpu_evidence.rows import ATTENTION, DISTILLATION, FORWARD, KERNELS, PARTS, Row
 
 TOY_NOTE = "toy sizes: no GPU found; nothing here is a measurement of a GPU"
 COLUMNS = {
     KERNELS: "kernel test | tokens | error of y | at most | of a gradient | at most | least of a control | passed",
     ATTENTION: "attention | tokens | pass | median ms | min to max | over baseline | FLOP bound | TFLOP/s",
+    PARTS: "part of attention | tokens | pass | median ms | min to max | over baseline | FLOP bound | TFLOP/s",
     FORWARD: "whole forward | video | median s | min to max | over baseline | FLOP bound | TFLOP/s",
     DISTILLATION: "distillation step | video | median s | min to max | forwards of the teacher | by FLOPs | TFLOP/s",
 }
@@ -68,11 +69,12 @@ def as_markdown(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     if row["group"] == KERNELS:
-        numbers = [row[name] for name in ("error", "tolerance", "gradient_error", "gradient_tolerance")]
-        errors = (f"{number:.1e}" for number in (*numbers, min(row["control_errors"].values())))
+        numbers = [row.get(name) for name in ("error", "tolerance", "gradient_error", "gradient_tolerance")]
+        numbers.append(min(row["control_errors"].values()))
+        errors = ("-" if number is None else f"{number:.1e}" for number in numbers)
         return [row["name"], f"{row['tokens']:,}", *errors, "yes" if row["passed"] else "**no**"]
-    unit = 1000 if row["group"] == ATTENTION else 1
-    place = [f"{row['tokens']:,}", row["pass"]] if row["group"] == ATTENTION else [video(row)]
+    unit = 1000 if row["group"] in (ATTENTION, PARTS) else 1
+    place = [f"{row['tokens']:,}", row["pass"]] if row["group"] in (ATTENTION, PARTS) else [video(row)]
     low, high = (unit * limit for limit in row["spread_s"])
     times = [f"{unit * row['median_s']:.4g}", f"{low:.4g} to {high:.4g}"]
     speedup, bound = row.get("speedup"), row["bound"]
@@ -84,7 +86,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def title(row: dict[str, Any]) -> str:
     place = f"{row['tokens']:,} tokens" if "tokens" in row else video(row)
-    return ", ".join([row["group"], row["name"], place, *([row["pass"]] if row["group"] == ATTENTION else [])])
+    return ", ".join([row["group"], row["name"], place, *([row["pass"]] if row["group"] in (ATTENTION, PARTS) else [])])
 
 
 def video(row: dict[str, Any]) -> str:

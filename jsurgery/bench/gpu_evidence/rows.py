@@ -7,7 +7,13 @@ from typing import Any
 from jsurgery.rates import Rate, rate_name
 
 PASSES = ("forward", "forward + backward")
-KERNELS, ATTENTION, FORWARD, DISTILLATION = "kernels", "attention", "whole forward", "distillation step"
+KERNELS, ATTENTION, PARTS, FORWARD, DISTILLATION = (
+    "kernels",
+    "attention",
+    "part of attention",
+    "whole forward",
+    "distillation step",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,8 @@ class Row:
       tokens: N of an attention layer or kernel test.
       video: frames, height, width of a model's video.
       implementation: of attention: one of `pallas_kernels`, "cudnn", or "torch BACKEND".
+      function: of `pallas_kernels`: "linear_state", "attend_with_state" or "softmax_zones". None: `hybrid_attention`. A
+        kernel test of "attend_with_state" takes its state from "linear_state".
     """
 
     group: str
@@ -28,6 +36,7 @@ class Row:
     rate: Rate | None = None
     passes: str | None = None
     implementation: str | None = None
+    function: str | None = None
     video: tuple[int, int, int] | None = None
     head_dim: int | None = None
     stabilizer: str = "lse"
@@ -101,13 +110,14 @@ TOY = Scale(
 
 
 def all_rows(scale: Scale) -> list[Row]:
-    """Two kernel tests, without which no speed counts; all rows of the first size; the other tests; the other sizes.
+    """Two kernel tests, without which no speed counts; all rows of the first size; the other tests and the parts of
+    attention; the other sizes.
 
     Flex attention is the last row of its size: torch compiles it for half a minute, and cuDNN is a faster baseline.
     """
     tests, video = kernel_tests(scale), scale.videos[0]
     rows = [*tests[:2], *attention(scale, scale.tokens[0]), *forwards(scale, video), distillation(scale, video)]
-    rows += [*tests[2:], *flex(scale, scale.tokens[0])]
+    rows += [*tests[2:], *parts(scale, scale.tokens[0]), *flex(scale, scale.tokens[0])]
     for tokens, video in itertools.zip_longest(scale.tokens[1:], scale.videos[1:]):
         rows += [*attention(scale, tokens), *([distillation(scale, video)] if video else []), *flex(scale, tokens)]
     return rows
@@ -131,21 +141,32 @@ def kernel_tests(scale: Scale) -> list[Row]:
     ]
     problems = problems if full else problems[1:2]
     rows = [problem_row(scale, "gpu", *problem) for problem in problems]
+    rows += [problem_row(scale, "gpu", long, 4, wide, "max", True, "attend_with_state")]
+    rows += [problem_row(scale, "gpu", long, 1, wide, "lse", True, "softmax_zones")]
     return [*rows, problem_row(scale, "stock", short, 8, wide, "lse", False)]
 
 
 def problem_row(
-    scale: Scale, implementation: str, tokens: int, rate: Rate, head_dim: int, stabilizer: str, masked: bool
+    scale: Scale,
+    implementation: str,
+    tokens: int,
+    rate: Rate,
+    head_dim: int,
+    stabilizer: str,
+    masked: bool,
+    function: str | None = None,
 ) -> Row:
-    name = f"{implementation}, {rate_name(rate)}, {stabilizer}, {head_dim} channels" + (", masked" * masked)
+    what = implementation if function is None else f"{implementation} {function}"
+    name = f"{what}, {rate_name(rate)}, {stabilizer}, {head_dim} channels" + (", masked" * masked)
     return Row(
         KERNELS,
         name,
         scale.allowance[KERNELS],
         tokens,
         rate,
-        PASSES[1],
+        PASSES[0] if function == "softmax_zones" else PASSES[1],
         implementation,
+        function,
         head_dim=head_dim,
         stabilizer=stabilizer,
         masked=masked,
@@ -164,6 +185,21 @@ def attention(scale: Scale, tokens: int) -> list[Row]:
         Row(ATTENTION, name, scale.allowance[passes], tokens, rate, passes, implementation)
         for passes in PASSES
         for name, rate, implementation in contenders
+    ]
+
+
+def parts(scale: Scale, tokens: int) -> list[Row]:
+    """The functions of attention over a context axis and of distillation in one pass, by our kernels and by XLA."""
+    functions: list[tuple[str, Rate, tuple[str, ...]]] = [
+        ("softmax_zones", 1, PASSES[:1]),
+        ("linear_state", "linear", PASSES),
+        ("attend_with_state", 8, PASSES),
+    ]
+    return [
+        Row(PARTS, f"{function}, {by}", scale.allowance[passes], tokens, rate, passes, implementation, function)
+        for function, rate, both in functions
+        for passes in both
+        for implementation, by in (("gpu", "our kernels"), ("xla", "XLA"))
     ]
 
 

@@ -12,7 +12,17 @@ import types
 from multiprocessing.connection import Connection
 from typing import Any
 
-from jsurgery.bench.gpu_evidence.rows import ATTENTION, DISTILLATION, FORWARD, FULL, KERNELS, TOY, Row, Scale
+from jsurgery.bench.gpu_evidence.rows import (
+    ATTENTION,
+    DISTILLATION,
+    FORWARD,
+    FULL,
+    KERNELS,
+    PARTS,
+    TOY,
+    Row,
+    Scale,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "ml-collections", "numpy", "torch")
 
@@ -66,9 +76,14 @@ def measure(row: Row, scale: Scale, on_gpu: bool) -> dict[str, Any]:
         from jsurgery.bench.gpu_evidence.kernel_tests import kernel_test
 
         return kernel_test(row, scale, on_gpu)
-    from jsurgery.bench.gpu_evidence import measuring
+    from jsurgery.bench.gpu_evidence import measuring, parts
 
-    kinds = {ATTENTION: measuring.attention, FORWARD: measuring.whole_forward, DISTILLATION: measuring.distillation}
+    kinds = {
+        ATTENTION: measuring.attention,
+        PARTS: parts.part,
+        FORWARD: measuring.whole_forward,
+        DISTILLATION: measuring.distillation,
+    }
     result = kinds[row.group](row, scale)
     give_memory_back()
     return result
