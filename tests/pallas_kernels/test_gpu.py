@@ -16,6 +16,7 @@ from pallas_kernels import api, gpu, gpu_backward, gpu_forward, gpu_zones, log, 
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from tests import equation_5
+from tests.conftest import FULL_GRID
 from tests.pallas_kernels.kernel_tests import (
     BlockTests,
     GridTests,
@@ -97,7 +98,8 @@ class TestSmallBlocks(SmallBlockTests):
 
 def in_parts(q, k, v, query_map, key_map, *, num_softmax, key_valid=None, stabilizer="max", **common):
     """The linear keys in two parts, whose states are added, and the softmax keys by themselves."""
-    cuts = slice(num_softmax), slice(num_softmax, k.shape[1] - 7), slice(k.shape[1] - 7, None)
+    middle = max(num_softmax, k.shape[1] - 7)
+    cuts = slice(num_softmax), slice(num_softmax, middle), slice(middle, None)
     (k_S, v_S, valid_S), *linear = (jax.tree.map(lambda x, cut=cut: x[:, cut], (k, v, key_valid)) for cut in cuts)
     states = [gpu.linear_state(k, v, key_map, key_valid=valid, **common) for k, v, valid in linear]
     state = jax.tree.map(jnp.add, *states)
@@ -181,6 +183,11 @@ class TestStates(SmallBlockTests):
         key_map = init_polynomial_map(jax.random.key(0), 2, 16, degree=3)
         with pytest.raises(ValueError, match="query_map's 32 features"):
             gpu.hybrid_attention(q, k, v, query_map, key_map, num_softmax=3, interpret=True)
+
+
+@pytest.mark.skipif(not FULL_GRID, reason="TestGpu runs the same kernels; FULL_GRID=1 runs these, too")
+class TestStatesOfTheGrid(TestGpu):
+    attend = staticmethod(functools.partial(in_parts, interpret=True))
 
 
 by_gpu, by_reference = (functools.partial(hybrid_attention, implementation=name) for name in ("gpu", "reference"))

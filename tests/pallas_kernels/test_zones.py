@@ -1,6 +1,7 @@
 """Softmax over nested prefixes, by every implementation, against float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from pallas_kernels import gpu, softmax_zones, tpu
 from pallas_kernels.tpu_problem import BlockSizes
 from pallas_kernels.tpu_zones import segments_of_steps
+from tests.conftest import FULL_GRID
+from tests.pallas_kernels.kernel_tests import LENGTHS
 
 BLOCKS = BlockSizes(query=128, key=256, key_chunk=128)
 
@@ -44,15 +47,18 @@ IMPLEMENTATIONS = {
 }
 
 
+CASES = [
+    (131, 700, 64, (88, 175, 350, 700), 1.0, False),  # ends within blocks and within chunks
+    (70, 600, 128, (256, 512), 40.0, True),  # ends of blocks; large scores; keys beyond the last prefix
+    (9, 5, 16, (1, 2, 3, 5), 1.0, False),  # less than a chunk
+]
+if FULL_GRID:
+    grid = itertools.product(LENGTHS, (64, 128), (1.0, 10.0), (False, True))
+    CASES += [(n, n, width, tuple(-(-n // rate) for rate in (8, 4, 2, 1)), *rest) for n, width, *rest in grid]
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("queries", "keys", "width", "bounds", "spread", "masked"),
-    [
-        (131, 700, 64, (88, 175, 350, 700), 1.0, False),  # ends within blocks and within chunks
-        (70, 600, 128, (256, 512), 40.0, True),  # ends of blocks; large scores; keys beyond the last prefix
-        (9, 5, 16, (1, 2, 3, 5), 1.0, False),  # less than a chunk
-    ],
-)
+@pytest.mark.parametrize(("queries", "keys", "width", "bounds", "spread", "masked"), CASES)
 def test_every_prefix_is_softmax_of_its_own(name, queries, keys, width, bounds, spread, masked):
     q, k, v = arrays(queries, keys, width, spread)
     valid = None
