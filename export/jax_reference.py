@@ -16,6 +16,7 @@ from flax import nnx
 from jsurgery.diffusion import initial_noise, schedule
 from jsurgery.io.files import save_array
 from jsurgery.io.results import relative_error
+from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.progress import say
 from jsurgery.surgery.trace import TraceSteps
 from jsurgery.wan.abstract_module import abstract_module
@@ -187,7 +188,9 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
 
 
 def write_missing(folder: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> None:
-    """Writes those tensors of a sample that are not there."""
+    """Writes those tensors of a sample that are not there. Raises InputError for numbers that are not finite."""
+    for name, tensor in tensors.items():
+        check_finite(tensor, f"export: reference: {name} of sample {number}")
     for name, tensor in tensors.items():
         file = sample_file(folder, number, name)
         if not file.exists():

@@ -13,6 +13,7 @@ from jsurgery.diffusion import sample
 from jsurgery.errors import InputError
 from jsurgery.evaluate.sprites_score import measure
 from jsurgery.io.files import write_json
+from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.progress import say
 from jsurgery.wan import pipeline
 from jsurgery.wan.checkpoint import load_transformer, load_vae
@@ -69,7 +70,8 @@ def jax_generator(job: ExportJob):
 
     def generate(prompt: str, noise: np.ndarray) -> np.ndarray:
         embed = lambda words: ours.embed([words], job.text_length)
-        sampled = latents(embed(prompt), embed(sampler["negative_prompt"]), noise)
-        return np.round((ours.vae.decode_in_chunks(np.asarray(sampled))[0] + 1) * 127.5).astype(np.uint8)
+        sampled = np.asarray(latents(embed(prompt), embed(sampler["negative_prompt"]), noise))
+        check_finite(sampled, f"export: JAX's latents of {prompt!r}")
+        return np.round((ours.vae.decode_in_chunks(sampled)[0] + 1) * 127.5).astype(np.uint8)
 
     return generate

@@ -12,6 +12,7 @@ from jsurgery.data.shards import Record, Records, array_text, shard_path, text_a
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object
 from jsurgery.io.hashes import folder_fingerprint
+from jsurgery.runtime.finite import in_half
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stage_folder import MARKER
 from jsurgery.wan.vae import WanVae
@@ -20,8 +21,11 @@ CLIPS_PER_SHARD = 128
 
 
 def clip_record(latents_TxHxWxC: np.ndarray, text_LxD: np.ndarray, caption: str) -> Record:
-    """The record of a clip to train on: float16 latents and text embedding, L being the caption's length in tokens."""
-    latents, text = latents_TxHxWxC.astype(np.float16), text_LxD.astype(np.float16)
+    """The record of a clip to train on: float16 latents and text embedding, L being the caption's length in tokens.
+
+    Raises InputError for numbers that are not finite in float16.
+    """
+    latents, text = in_half(latents_TxHxWxC, f"latents of {caption!r}"), in_half(text_LxD, f"text of {caption!r}")
     return {"latents": latents, "text": text, "caption": text_array(caption)}
 
 

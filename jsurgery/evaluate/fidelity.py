@@ -38,6 +38,7 @@ from jsurgery.io.files import replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint, size_and_sha256
 from jsurgery.io.results import check_report
 from jsurgery.runtime import processes
+from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import LOGICAL, make_mesh
 from jsurgery.runtime.mesh_choice import sampling_batch
@@ -287,7 +288,9 @@ def velocities(
         np.asarray(_velocity(pipeline.transformer, text, negative_text, x[rows], timestep, *guidance), np.float32)
         for x, timestep in zip(trajectories_SxBxTxHxWxC, timesteps, strict=True)
     ]
-    return np.stack(per_step)[:, : len(prompts)]
+    found = np.stack(per_step)[:, : len(prompts)]
+    check_finite(found, "fidelity: velocities by step and prompt")
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))

@@ -15,6 +15,7 @@ from jsurgery.evaluate import video_metrics
 from jsurgery.evaluate.clip_model import ClipModel
 from jsurgery.evaluate.lpips import Weights, lpips
 from jsurgery.io.files import write_json
+from jsurgery.runtime.finite import check_finite
 
 STEPS = 10  # sampling steps, evenly spaced, at which velocities are compared
 CONTROL = "teacher, other noise"
@@ -64,6 +65,8 @@ def velocity_numbers(velocity_SxTxHxWxC: np.ndarray, teacher_SxTxHxWxC: np.ndarr
 
 
 def write_numbers(file: epath.Path, numbers: dict[str, Any]) -> None:
+    for name, value in numbers.items():
+        check_finite(np.asarray(value, float), f"fidelity: {name} of {file}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {name: np.asarray(value).tolist() for name, value in numbers.items()})
 

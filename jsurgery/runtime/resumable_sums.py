@@ -8,6 +8,7 @@ from etils import epath
 
 from jsurgery.io.files import read_object, write_json
 from jsurgery.runtime import processes
+from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 
@@ -29,7 +30,7 @@ class ResumableSums:
         """The float64 sums of the arrays that `measure(number)` returns, over all numbers below `pieces`, in order.
 
         The file is written after every `save_every` pieces. Raises Terminated or Interrupted at a signal, after the
-        current piece, with the sums saved.
+        current piece, with the sums saved, and InputError for a number that is not finite, with those before it saved.
         """
         begun = self.saved.get(name, {"done": 0, "sums": {}})
         done, sums = begun["done"], {key: np.asarray(values) for key, values in begun["sums"].items()}
@@ -37,6 +38,7 @@ class ResumableSums:
         with Preemption(self.stage) as preemption:
             for number in progress.over(range(done, pieces)):
                 for key, values in measure(number).items():
+                    check_finite(np.asarray(values), f"{self.stage}: {name}: `{key}` of piece {number + 1} of {pieces}")
                     sums[key] = sums.get(key, 0.0) + np.asarray(values, np.float64)
                 done = number + 1
                 if preemption.should_stop() or done % save_every == 0 or done == pieces:

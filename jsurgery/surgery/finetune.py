@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, captions_to_embed, padded_text
 from jsurgery.diffusion import add_noise_at_random_levels
+from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
@@ -160,4 +161,5 @@ def validation_loss(config: ConfigDict, model: WanTransformer, pipeline: Pipelin
         losses.append(
             float(_validation_loss(model, batch, jax.random.fold_in(jax.random.key(0), index), config.sampler.shift))
         )
+    check_finite(np.array(losses), "evaluate: the validation losses of batches")
     return float(np.mean(losses))

@@ -12,6 +12,7 @@ from jsurgery.data.prompts import load_prompts
 from jsurgery.data.shards import Record, Records, array_text, shard_path, text_array, write_shard
 from jsurgery.diffusion import evenly_spaced_steps, schedule
 from jsurgery.runtime import processes
+from jsurgery.runtime.finite import in_half
 from jsurgery.runtime.mesh import to_host
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
@@ -74,7 +75,7 @@ def trace(
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
                 steps = (
                     {
-                        "latents": trajectory[step, item].astype(np.float16),
+                        "latents": in_half(trajectory[step, item], f"traced latents of prompt {start + item}"),
                         "timestep": np.float32(timesteps[step]),
                         "conditional": np.bool_(coin[item, step]),
                         "prompt": np.int32(start + item),
@@ -97,8 +98,8 @@ def write_clips(folder: epath.Path, number: int, clips: list[Record]) -> None:
 
 def text_record(embedding_LxD: np.ndarray, prompt: str, length: int) -> Record:
     """The record of a prompt's text embedding, unpadded, and in 16 bits where it was computed in 16."""
-    stored = np.float32 if embedding_LxD.dtype == np.float32 else np.float16
-    return {"embedding": embedding_LxD.astype(stored), "prompt": text_array(prompt), "length": np.int32(length)}
+    stored = embedding_LxD if embedding_LxD.dtype == np.float32 else in_half(embedding_LxD, f"text of {prompt!r}")
+    return {"embedding": stored, "prompt": text_array(prompt), "length": np.int32(length)}
 
 
 def padded_embedding(record: Record) -> np.ndarray:

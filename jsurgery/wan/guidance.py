@@ -65,6 +65,18 @@ def guided_velocity(
     return velocity
 
 
+@jax.jit
+def blocks_not_finite(transformer: WanTransformer, x: jax.Array, timesteps_B: jax.Array, text: jax.Array) -> jax.Array:
+    """bool [L]: whether a block's queries, keys, values or attention output hold numbers that are not finite."""
+    attention, layers, order = transformer.planned_attention(transformer.config.token_grid(x.shape[1:4]))
+
+    def watched(q, k, v, layer):
+        y, _ = attention(q, k, v, layer)
+        return y, ~jnp.stack([jnp.isfinite(each).all() for each in (q, k, v, y)]).all()
+
+    return transformer.apply_blocks(x, timesteps_B, text, watched, layers, order=order)[1]
+
+
 # jax.jit, since nnx.jit would return the model too: a copy of its weights at every call.
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))
 def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):

@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jsurgery.diffusion import initial_noise, initial_state, schedule, step_keys, velocities_per_step
+from jsurgery.errors import InputError
+from jsurgery.runtime.finite import all_finite, describe_weights
 from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import batch_shards, replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
-from jsurgery.wan.guidance import sampling_step
+from jsurgery.wan.guidance import blocks_not_finite, sampling_step
 
 # `model_path` must stay importable from here: published model cards import it from `jsurgery.wan.pipeline`.
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
@@ -121,10 +124,27 @@ class Pipeline:
         for i in range(sampler.steps):
             trajectory += [to_host(state.x)[:count]] if i in record else []
             inputs = text, negative_text, state, steps.row(i), None if keys is None else keys[i]
-            state = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
-            state.x.block_until_ready()
+            following = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
+            if not all_finite(following.x):  # waits for the step
+                raise InputError(
+                    f"sampling: step {i + 1} of {sampler.steps}: {self._cause(inputs)}; nothing is written of it"
+                )
+            state = following
             on_step(i + 1)
         return state.x[:count] if len(rows) > count else state.x, np.stack(trajectory) if trajectory else None
+
+    def _cause(self, inputs: tuple[Any, ...]) -> str:
+        """Why a sampling step with these inputs left latents that are not finite."""
+        text, negative_text, state, row, _ = inputs
+        cause = f"the latents are not finite: the transformer's {describe_weights(nnx.state(self.transformer))}"
+        for branch in (text, negative_text):
+            if branch is not None:
+                timesteps = jnp.full(len(state.x), row.timestep)
+                words = jnp.broadcast_to(branch, (len(state.x), *branch.shape[1:]))
+                found = np.flatnonzero(to_host(blocks_not_finite(self.transformer, state.x, timesteps, words)))
+                if len(found):
+                    return f"{cause}; the attention of block {found[0]} is the first that is not finite"
+        return f"{cause}; the attention of every block is finite"
 
     def _inputs(
         self, prompts: Sequence[str], config: ConfigDict, sources: Sequence[tuple[int, int]]

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jsurgery.errors import InputError
+from jsurgery.runtime.finite import all_finite
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_text_encoder
@@ -84,16 +86,38 @@ class PromptEmbedder:
             states.append(jnp.asarray(table[ids_BxL], self.dtype))
             biases.append(mask_bias(jnp.asarray(mask_BxL)))
         del table
+        finite = [all_finite(states)]  # scalars that stay on the device until the end
         for layer in self._layers():
             jax.block_until_ready(states)  # else all layers would be read, and wait in memory for the device
             run = functools.partial(run_layer, self.config, self.dtype, layer)
             states = [run(x_BxLxE, bias) for x_BxLxE, bias in zip(states, biases, strict=True)]
+            finite.append(all_finite(states))
         norm = self._read("encoder.final_layer_norm.")
         embeddings: dict[int, np.ndarray] = {}
         for (numbers, _), x_BxLxE in zip(batches, states, strict=True):
             rows = np.asarray(_final_norm(self.config, self.dtype, norm, x_BxLxE))
+            finite.append(all_finite(rows))
             embeddings |= {number: row[: len(tokens[number])] for number, row in zip(numbers, rows, strict=True)}
+        self._check_finite(finite)
         return [embeddings[number] for number in range(len(tokens))]
+
+    def _check_finite(self, finite: Sequence[jax.Array]) -> None:
+        """Raises InputError unless all are true: one of the token embeddings, one of each layer, and of the result."""
+        layers = self.config.num_layers
+        first = next((number for number, each in enumerate(finite) if not each), None)
+        if first is None:
+            return
+        prefix = (
+            "shared."
+            if not first
+            else f"encoder.block.{first - 1}."
+            if first <= layers
+            else "encoder.final_layer_norm."
+        )
+        tensors = {name: np.asarray(tensor) for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        names = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
+        cause = f"{', '.join(names)} is not finite" if names else f"its weights are finite, so {self.dtype} overflows"
+        raise InputError(f"{self.folder}: embeddings are not finite from {prefix.rstrip('.')} on: {cause}")
 
     def _layers(self) -> Iterator[dict[str, jax.Array]]:
         """The tensors of each layer. A layer is read from the file while the one before it is computed."""

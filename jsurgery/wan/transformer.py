@@ -202,13 +202,16 @@ class WanTransformer(nnx.Module):
             self.key_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
 
     def __call__(self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array) -> jax.Array:
-        hybrid = self.config.hybrid
-        grid, shards = self.config.token_grid(latents.shape[1:4]), self.shards
+        attention, layers, order = self.planned_attention(self.config.token_grid(latents.shape[1:4]))
+        return self.apply_blocks(latents, timesteps, text_embeddings, attention, layers, order=order)[0]
+
+    def planned_attention(self, grid: tuple[int, int, int]) -> tuple[Callable, Any, TokenOrder | None]:
+        """(self_attention, layers, order) for `apply_blocks`, with every block at its rate."""
+        hybrid, shards = self.config.hybrid, self.shards
         order = hybrid.token_order(grid, shards) if hybrid else None
         if hybrid is None or order is None:
             order = token_order(grid, (1,), "strided", shards) if shards > 1 else None
-            full = lambda q, k, v, _: (self.attend(q, k, v, None, 1, order), None)
-            return self.apply_blocks(latents, timesteps, text_embeddings, full, None, order=order)[0]
+            return lambda q, k, v, _: (self.attend(q, k, v, None, 1, order), None), None, order
         kinds = sorted(set(self.config.rates), key=str)
 
         def planned(q, k, v, layer):
@@ -224,7 +227,7 @@ class WanTransformer(nnx.Module):
             slot_L = jnp.array([sum(rate != 1 for rate in hybrid.rates[:i]) for i in range(len(hybrid.rates))])
             slot_L = jnp.minimum(slot_L, len(hybrid.converted) - 1)
             maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
-        return self.apply_blocks(latents, timesteps, text_embeddings, planned, (kind_L, maps), order=order)[0]
+        return planned, (kind_L, maps), order
 
     def store_in_compute_dtype(self) -> None:
         """Converts weights to `dtype`, in place, where a layer converts them at every call: same results, less memory.

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jsurgery.errors import InputError
+from jsurgery.runtime.finite import describe_weights, is_finite
 from jsurgery.wan.causal_conv import CausalConv, FrameCache, per_channel
 from jsurgery.wan.model_config import VaeConfig
 from jsurgery.wan.vae_chunks import RunChunk, in_chunks, mesh_of_clips
@@ -287,7 +288,12 @@ class WanVae(nnx.Module):
 
     def in_chunks(self, run_chunk: RunChunk, chunks: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         """`run_chunk`, a function like `encode_chunk`, over chunks in turn; see `vae_chunks.in_chunks`."""
-        return in_chunks(run_chunk, *nnx.split(self), chunks, self.devices)
+        result = in_chunks(run_chunk, *nnx.split(self), chunks, self.devices)
+        if not is_finite(result):
+            clip, frame = np.argwhere(~np.isfinite(result).all(axis=(2, 3, 4)))[0]
+            where = f"the VAE's {run_chunk.__name__.strip('_').replace('_', ' ')}s: frame {frame} of clip {clip}"
+            raise InputError(f"{where} of {len(result)} is not finite: {describe_weights(nnx.state(self))}")
+        return result
 
     def _normalized(self, mean: jax.Array) -> jax.Array:
         config = self.config
