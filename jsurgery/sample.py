@@ -7,14 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import check_text, recorded_section
 from jsurgery.data.video_writer import SUFFIXES, check_suffix, read_settings, write_video
 from jsurgery.errors import InputError
 from jsurgery.io.fields import describe_changes
-from jsurgery.io.files import read_object
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
@@ -23,8 +21,9 @@ from jsurgery.runtime.progress import Progress, say
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.models import CONFIGS, SCHEDULERS, find_sizes
+from jsurgery.wan.models import CONFIGS, find_sizes
 from jsurgery.wan.pipeline import batched, load_pipeline
+from jsurgery.wan.schedulers import say_replaced, scheduler_settings
 from jsurgery.wan.video_size import check_size
 
 
@@ -34,20 +33,13 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
     if name is None:
         folder = model_path(overrides.setdefault("model.path", "tiny_wan"))
         name = CONFIGS.get(read_config(transformer_folder(folder)).dim, "tiny")
-        overrides = scheduler_settings(pipeline_folder(folder)) | overrides
+        base = pipeline_folder(folder)
+        settings, remarks = scheduler_settings(base)
+        config = load_config(name, settings | overrides)
+        if not {"sampler.solver", "sampler.shift"} <= overrides.keys():
+            say_replaced(base, remarks, config.sampler.solver, config.sampler.shift)
+        return config
     return load_config(name, overrides)
-
-
-def scheduler_settings(folder: epath.Path) -> dict[str, str]:
-    """Overrides from scheduler/scheduler_config.json of a pipeline folder; none if jsurgery lacks its solver."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.exists():
-        return {}
-    fields = read_object(file, "the config of a diffusers scheduler as JSON")
-    solver, shift = SCHEDULERS.get(str(fields.get("_class_name")), (None, None))
-    if solver is None or shift is None:
-        return {}
-    return {"sampler.solver": solver, "sampler.shift": str(fields.get(shift, 1.0))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,7 +137,53 @@ def wan_folder(folder, config, scheduler):
     return {"model.path": str(folder)}
 
 
-def test_settings_follow_from_a_published_model(tmp_path):
+UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "solver", "shift", "remarks"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 5.0}, "unipc", 5.0, ["DPMSolverMultistep"]),
+        ({"_class_name": "DDIMScheduler"}, "euler", 3.0, ["'DDIMScheduler'"]),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 8}, "euler", 8.0, ["FlowMatchHeun"]),
+        (UNIPC | {"solver_order": 3}, "unipc", 5.0, ["solver_order 3"]),
+        (UNIPC | {"flow_shift": None}, "unipc", 3.0, ["shift None"]),
+        (UNIPC | {"shift_terminal": 0.02}, "unipc", 5.0, ["shift_terminal 0.02"]),
+        (UNIPC | {"final_sigmas_type": "sigma_min"}, "unipc", 5.0, ["final_sigmas_type 'sigma_min'"]),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+            "euler",
+            3.0,
+            ["use_dynamic_shifting True"],
+        ),
+        (UNIPC | {"use_flow_sigmas": True, "solver_order": None, "shift_terminal": None}, "unipc", 5.0, None),
+    ],
+)
+def test_what_a_scheduler_says_and_ours_replaces(tmp_path, capsys, scheduler, solver, shift, remarks):
+    model = wan_folder(tmp_path, WanConfig(), scheduler)
+    config = sampling_config(None, model)
+    assert (config.sampler.solver, config.sampler.shift) == (solver, shift)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (remarks is not None)
+    if remarks:
+        expected = [*remarks, "scheduler_config.json", f"replaced by solver {solver} with shift {shift:g}"]
+        assert all(part in lines[0] for part in expected), lines
+    sampling_config(None, model | {"sampler.solver": "unipc", "sampler.shift": "3"})
+    assert not capsys.readouterr().err  # the user chose both
+
+
+def test_a_field_that_a_newer_version_added_is_ignored_with_a_note(tmp_path, tiny_pipeline, monkeypatch, capsys):
+    model = shutil.copytree(tiny_pipeline, tmp_path / "model")
+    fields = json.loads((model / "vae" / "config.json").read_text())
+    (model / "vae" / "config.json").write_text(json.dumps(fields | {"clip_output": False, "_name_or_path": "x"}))
+    (model / "vae" / "hashes.json").unlink()
+    monkeypatch.setattr(sample, "make_videos", lambda *_: iter(()))
+    assert main(["sample", f"--model={model}", "--prompt=x", f"--output={tmp_path}/o.mp4", *SIZE]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{model}/vae/config.json: clip_output = False: ignored, since jsurgery knows no such field"
+
+
+def test_settings_follow_from_a_published_model(tmp_path, capsys):
     unipc = {"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}
     model = wan_folder(tmp_path / "1.3b", WanConfig(), unipc)
     config = sampling_config(None, model)
@@ -152,8 +198,7 @@ def test_settings_follow_from_a_published_model(tmp_path):
     euler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}
     config = sampling_config(None, wan_folder(tmp_path / "14b", large, euler))
     assert (config.text_length, config.sampler.solver, config.sampler.shift) == (512, "euler", 7.0)
-    unknown = sampling_config(None, wan_folder(tmp_path / "other", large, {"_class_name": "DDIMScheduler"}))
-    assert (unknown.sampler.solver, unknown.sampler.shift) == ("euler", 3.0)
+    assert not capsys.readouterr().err
     with pytest.raises(InputError, match=r"scheduler_config.json: expected the config of a diffusers scheduler"):
         sampling_config(None, wan_folder(tmp_path / "broken", large, []))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from jsurgery.errors import InputError
@@ -23,6 +24,23 @@ def check_fields(config: Any, source: str) -> None:
         expected = _expected(field.type, value, LARGEST.get(field.name, LARGEST_SIZE))
         if expected:
             raise InputError(f"{source}: {field.name}: expected {expected}, found {shortened(value)}")
+
+
+def check_known(fields: dict[str, Any], known: Iterable[str], harmless: Iterable[str], source: str) -> list[str]:
+    """The fields of a config that are not `known` and may be ignored, each as a text with its value.
+
+    Newer versions of a library add fields to its configs. One that is null, false or empty says that something is not
+    used; `harmless` ones change no result, and names that begin with "_" are notes: neither is listed. Raises
+    InputError, naming `source`, for any other field.
+    """
+    others = {name: fields[name] for name in sorted(fields.keys() - {*known, *harmless}) if not name.startswith("_")}
+    for name, value in others.items():
+        if name == "quantization_config" and value:
+            raise InputError(f"{source}: {name}: quantised weights are not read; take the model in bfloat16")
+        if value:
+            actual = f"{shortened(value)}: not a field that jsurgery knows, and it may change results"
+            raise InputError(f"{source}: {name}: {actual}")
+    return [f"{name} = {shortened(value)}" for name, value in others.items()]
 
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> str:

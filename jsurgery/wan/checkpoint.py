@@ -30,6 +30,7 @@ from jsurgery.wan.model_config import (
     WanConfig,
     read_text_encoder_config,
     read_vae_config,
+    task_of,
 )
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.torch_layout import check_fit, load_mirrored, mirrored_shapes, mirrored_tensors
@@ -58,7 +59,7 @@ def read_config(path: epath.PathLike) -> WanConfig:
     layout = checkpoint_layouts.transformer_layout(tensors, path)
     if path.is_dir() and class_name not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
-        raise InputError(f"{file}: expected _class_name {expected}, found {class_name!r}")
+        raise InputError(f"{file}: expected _class_name {expected}, found {class_name!r}{task_of(class_name)}")
     if any(f".{QUERY_MAP}." in name for name in tensors):
         raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
     sizes = checkpoint_layouts.transformer_sizes(tensors, layout, path)
@@ -216,7 +217,8 @@ def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.P
     expected_fields = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
     for name, expected in expected_fields.items():
         if (actual := fields.get(name, expected)) != expected:
-            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {actual!r}")
+            task = task_of(actual) if name == "model_type" else ""
+            raise InputError(f"{file}: {name}: expected {expected!r}, as its tensors are, found {actual!r}{task}")
     heads = fields.get("num_heads")
     if heads is not None and (not isinstance(heads, int) or heads < 1 or sizes["dim"] % heads):
         raise InputError(f"{file}: num_heads: expected a divisor of {sizes['dim']}, found {heads!r}")

@@ -22,6 +22,7 @@ from jsurgery.wan.checkpoint import open_transformer, write_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
+from jsurgery.wan.pipeline_parts import check_index
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.vae import WanVae
 
@@ -40,6 +41,7 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
         expected = "a name that ends in .safetensors" if layout == "comfyui" else "the name of a folder"
         raise InputError(f"--output={output}: --layout={layout} takes {expected}")
     if (source / "transformer").exists():
+        check_index(source)
         source = source / "transformer"
 
     check_hashes(source)

@@ -1,8 +1,9 @@
 """Downloads models of the Hugging Face Hub, only when the user names one, and turns its client's errors into ours."""
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -10,6 +11,7 @@ from jsurgery.errors import InputError
 
 # Weights (never pickles), configs and tokenizers.
 FILES = ["*.safetensors", "*.json", "*.model"]
+CONFIGS = ["*.json"]
 
 
 def repository(path: str) -> tuple[str, str | None] | None:
@@ -18,11 +20,12 @@ def repository(path: str) -> tuple[str, str | None] | None:
     return None if not named or epath.Path(path).exists() else (named[1], named[2])
 
 
-def local_path(path: str) -> str:
+def local_path(path: str, check: Callable[[epath.Path], None] | None = None) -> str:
     """The snapshot of a repository ORG/NAME or ORG/NAME@REVISION; any other path, and one that exists, as it is.
 
-    A complete snapshot in the Hub's cache is used without a network. Raises InputError when there is no such repository
-    or revision, or when the Hub cannot be reached.
+    A complete snapshot in the Hub's cache is used without a network. `check` is called with a snapshot that has the
+    configs alone, before the weights are downloaded. Raises InputError when there is no such repository or revision, or
+    when the Hub cannot be reached.
     """
     named = repository(path)
     if named is None:
@@ -32,7 +35,10 @@ def local_path(path: str) -> str:
     with hub_errors_as_input_errors(
         f"{path}: no such folder, and not to be had from the Hub", f"{path}: no such folder, and the Hub"
     ):
-        return huggingface_hub.snapshot_download(named[0], revision=named[1], allow_patterns=FILES)
+        download = functools.partial(huggingface_hub.snapshot_download, named[0], revision=named[1])
+        if check is not None:
+            check(epath.Path(download(allow_patterns=CONFIGS)))
+        return download(allow_patterns=FILES)
 
 
 @contextlib.contextmanager

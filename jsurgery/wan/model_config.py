@@ -5,20 +5,34 @@ names for the transformer's sizes are in `ORIGINAL_SIZES`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 from etils import epath
 
 from jsurgery.attention.hybrid import FORMAT_VERSION, HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.io.fields import check_fields
+from jsurgery.io.fields import check_fields, check_known
 from jsurgery.io.files import read_object
 from jsurgery.rates import Rate
+from jsurgery.runtime.progress import say
 
 # The `_class_name` of a transformer's config.json: diffusers', ours for a hybrid, and the original repository's.
 CLASS_NAME = "WanTransformer3DModel"
 HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
 ORIGINAL_CLASS_NAME = "WanModel"
+VAE_CLASS_NAME = "AutoencoderKLWan"
+
+# Parts of the names of other models' classes and of `model_type` in the original repository -> the task.
+TASKS = {
+    "vace": "VACE, for editing",
+    "animate": "Wan Animate, which follows a driving video",
+    "s2v": "speech to video",
+    "ti2v": "Wan2.2 TI2V 5B, text or image to video",
+    "flf2v": "first and last frame to video",
+    "i2v": "image to video",
+    "imagetovideo": "image to video",
+}
 
 # A size's name in WanConfig -> its name in the original repository's config.json, which leaves out all other sizes.
 ORIGINAL_SIZES = {
@@ -54,6 +68,21 @@ _VAE_FIXED = {
     "scale_factor_temporal": VAE_STRIDES[0],
     "scale_factor_spatial": VAE_STRIDES[1],
 }
+
+# Fields that change nothing here: of training, of decoding text, or of an input that text to video does not have.
+_TRANSFORMER_HARMLESS = {
+    "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "base_pipeline", "torch_dtype",
+    "dtype",
+}  # fmt: skip
+_VAE_HARMLESS = {"dropout", "torch_dtype", "dtype"}
+_TEXT_ENCODER_HARMLESS = {
+    "dense_act_fn", "is_gated_act", "num_decoder_layers", "dropout_rate", "initializer_factor", "use_cache",
+    "classifier_dropout", "scalable_attention", "output_past", "torch_dtype", "dtype", "transformers_version",
+    "is_decoder", "tie_encoder_decoder", "task_specific_params", "problem_type", "id2label", "label2id",
+    "chunk_size_feed_forward", "return_dict", "finetuning_task", "max_length", "min_length", "num_beams",
+    "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "num_beam_groups", "encoder_no_repeat_ngram_size", "diversity_penalty", "no_repeat_ngram_size", "n_positions",
+}  # fmt: skip
 
 # Likewise of a UMT5EncoderModel's config.json.
 _TEXT_ENCODER_FIXED = {
@@ -93,13 +122,18 @@ class WanConfig:
         class_name = fields.get("_class_name")
         if class_name not in (CLASS_NAME, HYBRID_CLASS_NAME):
             expected = f"{CLASS_NAME} or {HYBRID_CLASS_NAME}"
-            raise InputError(f"{source}: expected _class_name {expected}, found {class_name!r}")
+            raise InputError(f"{source}: expected _class_name {expected}, found {class_name!r}{task_of(class_name)}")
         for name, wan in (("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None)):
             if fields.get(name, wan) != wan:
                 raise InputError(f"{source}: {name}: the text-to-video Wan2.1 has {wan!r}, found {fields[name]!r}")
+        note_ignored(check_known(fields, cls.__dataclass_fields__, _TRANSFORMER_HARMLESS, source), source)
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
+        if known.get("out_channels", 0) is None:  # as in diffusers: as many as it takes
+            known["out_channels"] = known.get("in_channels", cls.in_channels)
         patch_size = known.get("patch_size", cls.patch_size)
         known["patch_size"] = tuple(patch_size) if isinstance(patch_size, list) else patch_size
+        if class_name == CLASS_NAME and known.get("hybrid"):
+            raise InputError(f"{source}: hybrid: expected none in a {CLASS_NAME}")
         if class_name == HYBRID_CLASS_NAME:
             known["hybrid"] = HybridConfig.from_json(fields.get("hybrid"), source)
             rates, layers = known["hybrid"].rates, known.get("num_layers", cls.num_layers)
@@ -166,23 +200,28 @@ class VaeConfig:
             )
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
+    def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
         """The config in a parsed config.json. Raises InputError for an unknown field or another architecture."""
-        fields = {name: value for name, value in fields.items() if not name.startswith("_") and name != "dropout"}
+        if (class_name := fields.get("_class_name", VAE_CLASS_NAME)) != VAE_CLASS_NAME:
+            raise InputError(f"{source}: expected _class_name {VAE_CLASS_NAME}, found {class_name!r}")
         for name, fixed in _VAE_FIXED.items():
-            if (value := fields.pop(name, fixed)) != fixed:
-                raise InputError(f"{name}: Wan2.1's VAE has {fixed}, found {value}")
-        if unknown := fields.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise InputError(f"{min(unknown)}: not a field of AutoencoderKLWan's config")
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        config = cls(**values)
-        check_fields(config, "config.json")
+            if (value := fields.get(name, fixed)) != fixed:
+                raise InputError(f"{source}: {name}: Wan2.1's VAE has {fixed}, found {value}")
+        known = cls.__dataclass_fields__
+        note_ignored(check_known(fields, {*known, *_VAE_FIXED}, _VAE_HARMLESS, source), source)
+        given = {name: value for name, value in fields.items() if name in known}
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
+        try:
+            config = cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        check_fields(config, source)
         return config
 
     def to_json(self) -> dict[str, Any]:
         """The content of a config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {"_class_name": "AutoencoderKLWan", **fields, **_VAE_FIXED, "dropout": 0.0}
+        return {"_class_name": VAE_CLASS_NAME, **fields, **_VAE_FIXED, "dropout": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,19 +239,18 @@ class TextEncoderConfig:
     layer_norm_epsilon: float = 1e-6
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
+    def from_json(cls, fields: dict[str, Any], source: str = "text encoder config") -> Self:
         """The config in a parsed config.json. Raises InputError for a missing field or another architecture."""
         for name in ("model_type", "feed_forward_proj"):
             if fields.get(name) != _TEXT_ENCODER_FIXED[name]:
-                raise InputError(
-                    f"text encoder config: {name} must be {_TEXT_ENCODER_FIXED[name]!r}, found {fields.get(name)!r}"
-                )
+                raise InputError(f"{source}: {name} must be {_TEXT_ENCODER_FIXED[name]!r}, found {fields.get(name)!r}")
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in fields]
         if missing:
-            raise InputError(f"text encoder config: missing {', '.join(missing)}")
+            raise InputError(f"{source}: missing {', '.join(missing)}")
+        note_ignored(check_known(fields, {*names, *_TEXT_ENCODER_FIXED}, _TEXT_ENCODER_HARMLESS, source), source)
         config = cls(**{name: fields[name] for name in names})
-        check_fields(config, "text encoder config")
+        check_fields(config, source)
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -227,11 +265,9 @@ def read_vae_config(path: epath.PathLike) -> VaeConfig:
         raise InputError(f"{config_file}: no such file; expected a diffusers vae/ folder")
     fields = read_object(config_file, "the config of an AutoencoderKLWan as JSON")
     try:
-        return VaeConfig.from_json(fields)
+        return VaeConfig.from_json(fields, str(config_file))
     except TypeError as error:  # a field that should be a list
         raise InputError(f"{config_file}: expected the config of an AutoencoderKLWan ({error})") from error
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from error
 
 
 def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
@@ -239,8 +275,21 @@ def read_text_encoder_config(path: epath.PathLike) -> TextEncoderConfig:
     config_file = epath.Path(path) / "config.json"
     if not config_file.exists():
         raise InputError(f"{config_file}: not found; expected a text_encoder folder with config.json and safetensors")
-    fields = read_object(config_file)
-    try:
-        return TextEncoderConfig.from_json(fields)
-    except InputError as error:
-        raise InputError(f"{config_file}: {error}") from None
+    return TextEncoderConfig.from_json(read_object(config_file), str(config_file))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    say(message)
+
+
+def note_ignored(ignored: list[str], source: str) -> None:
+    """Says once in a process which fields of a config are ignored; see `check_known`."""
+    if ignored:
+        _say_once(f"{source}: {', '.join(ignored)}: ignored, since jsurgery knows no such field")
+
+
+def task_of(name: object) -> str:
+    """What a model of this class or `model_type` is for, as the end of a message; empty for an unknown name."""
+    found = [task for part, task in TASKS.items() if part in str(name).lower()]
+    return f", which is {found[0]}; jsurgery reads text-to-video models of Wan2.1 alone" if found else ""

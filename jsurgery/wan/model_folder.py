@@ -11,6 +11,7 @@ from jsurgery.wan import hub
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.folder_hashes import check_hashes
 from jsurgery.wan.model_config import WanConfig, read_text_encoder_config, read_vae_config
+from jsurgery.wan.pipeline_parts import check_index, check_sizes, check_vocabulary
 from jsurgery.wan.tokenizer import Tokenizer
 
 # The models that the package brings along, by name.
@@ -20,9 +21,9 @@ BUNDLED = {"tiny_wan": pathlib.Path(__file__).parents[1] / "assets" / "tiny_wan"
 def model_path(path: str) -> epath.Path:
     """The folder of a model that is named by its folder, a bundled name, or a repository, which is then downloaded.
 
-    Raises InputError when there is no such model.
+    Raises InputError when there is no such model, and for a repository of another task before its weights are fetched.
     """
-    folder = epath.Path(BUNDLED.get(path) or hub.local_path(path))
+    folder = epath.Path(BUNDLED.get(path) or hub.local_path(path, check_index))
     if not path or not folder.exists():
         raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
     return folder
@@ -56,13 +57,15 @@ def check_pipeline(path: str) -> WanConfig:
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
+    for pipeline in dict.fromkeys((folder, base)):
+        check_index(pipeline)
     parts = transformer_folder(folder), base / "vae", base / "text_encoder"
     for part in dict.fromkeys((folder, base, *parts)):
         check_hashes(part)
-    config = read_config(transformer_folder(folder))
-    read_vae_config(base / "vae")
-    read_text_encoder_config(base / "text_encoder")
+    transformer = read_config(transformer_folder(folder))
+    text_encoder = read_text_encoder_config(base / "text_encoder")
+    check_sizes(transformer, read_vae_config(base / "vae"), text_encoder, folder)
     for part in parts:
         check_tensors(part)
-    Tokenizer(base / "tokenizer")
-    return config
+    check_vocabulary(Tokenizer(base / "tokenizer").vocab_size, text_encoder, base)
+    return transformer

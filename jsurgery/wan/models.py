@@ -1,4 +1,4 @@
-"""The published Wan models: their sizes, the jsurgery configs that fit them, and their schedulers' names."""
+"""The published Wan models: their sizes, and the jsurgery configs that fit them."""
 
 import dataclasses
 import pathlib
@@ -10,6 +10,7 @@ from jsurgery.load_config import split_topology
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.pipeline_parts import check_sizes
 
 # The transformers' sizes; both models have the default text encoder and VAE.
 PUBLISHED = {
@@ -22,9 +23,6 @@ MODEL_OF_CONFIG = {"wan_1_3b": "Wan2.1 1.3B", "wan_1_3b_lowres": "Wan2.1 1.3B", 
 
 # A transformer's width -> the config for it. Every other width takes the config "tiny".
 CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}
-
-# A diffusers scheduler -> our solver, and the scheduler's field that holds the shift.
-SCHEDULERS = {"UniPCMultistepScheduler": ("unipc", "flow_shift"), "FlowMatchEulerDiscreteScheduler": ("euler", "shift")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,5 +51,6 @@ def find_sizes(config: ConfigDict, config_name: str) -> ModelSizes:
     transformer = read_config(transformer_folder(folder))
     name = next((name for name, sizes in PUBLISHED.items() if sizes == transformer), pathlib.PurePath(path).name)
     base = pipeline_folder(folder)
-    text_encoder = read_text_encoder_config(base / "text_encoder")
-    return ModelSizes(name, transformer, text_encoder, read_vae_config(base / "vae"))
+    text_encoder, vae = read_text_encoder_config(base / "text_encoder"), read_vae_config(base / "vae")
+    check_sizes(transformer, vae, text_encoder, folder)
+    return ModelSizes(name, transformer, text_encoder, vae)

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -402,11 +403,17 @@ def marker_reader() -> Reader:
 
 
 def scheduler_reader() -> Reader:
-    from jsurgery.sample import scheduler_settings
+    from jsurgery.wan.schedulers import say_replaced, scheduler_settings
 
     file = "scheduler/scheduler_config.json"
     content = as_json({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0})
-    read = lambda folder: load_config("tiny", scheduler_settings(epath.Path(folder)))
+
+    def read(folder: pathlib.Path) -> None:
+        settings, remarks = scheduler_settings(epath.Path(folder))
+        config = load_config("tiny", settings)
+        with contextlib.redirect_stderr(io.StringIO()):
+            say_replaced(epath.Path(folder), remarks, config.sampler.solver, config.sampler.shift)
+
     return Reader({file: content}, (file,), read)
 
 

@@ -29,7 +29,7 @@ SMALL = {
     "plan.rates": "(1, 2, 8)",
     "plan.budget": "1R8",
 }
-T_CONFIG = "transformer/config.json"
+T_CONFIG, VAE_CONFIG = "transformer/config.json", "vae/config.json"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 MODEL = "--config.model.path=model"  # a copy of `tiny_pipeline`, which `{model}` stands for
 PAGE, POINTER = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
@@ -83,6 +83,17 @@ def changed(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True)
 def edited(name: str, **fields: object) -> Callable[[pathlib.Path], object]:
     """Changes fields of a config.json of the model in `model/` and removes the hashes, which would differ."""
     return changed(name, lambda content: json.dumps(json.loads(content) | fields).encode(), hashes=False)
+
+
+def without_index(name: str) -> Callable[[pathlib.Path], object]:
+    """Copies the transformer to another part of the pipeline, and removes the list of the pipeline's parts."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        shutil.copytree(folder / "model" / "transformer", folder / "model" / name)
+        for file in ("model_index.json", "hashes.json"):
+            (folder / "model" / file).unlink()
+
+    return prepare
 
 
 def write_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
@@ -219,6 +230,44 @@ MODELS = [
     Bad("push --model=nowhere --repo=a/b", ("--model=nowhere", "no such folder")),
     Bad("push --model=model --repo=a/b", ("pickles", "x.bin"), written("model/x.bin", b"\x80")),
 ]
+SAMPLE = "sample --prompt=x --model=model"
+MODEL_INDEX, OURS = "model_index.json", "text-to-video Wan2.1"
+EXPERT = ["diffusers", "WanTransformer3DModel"]
+# Parts of other pipelines of the Wan family, and parts whose sizes do not fit each other.
+PARTS = [
+    Bad(SAMPLE, ("transformer_2", "Wan2.2 A14B", OURS), edited(MODEL_INDEX, transformer_2=EXPERT)),
+    Bad(surgery(model="model"), ("transformer_2", "Wan2.2 A14B"), edited(MODEL_INDEX, transformer_2=EXPERT)),
+    Bad(SAMPLE, ("transformer_2", "Wan2.2 A14B"), without_index("transformer_2")),
+    Bad(SAMPLE, ("boundary_ratio", "Wan2.2 A14B"), edited(MODEL_INDEX, boundary_ratio=0.875)),
+    Bad(SAMPLE, ("expand_timesteps", "Wan2.2 TI2V 5B"), edited(MODEL_INDEX, expand_timesteps=True)),
+    Bad(SAMPLE, ("image_encoder", "image to video"), edited(MODEL_INDEX, image_encoder=["t", "CLIPVisionModel"])),
+    Bad(SAMPLE, ("audio_encoder", "does not know"), edited(MODEL_INDEX, audio_encoder=["t", "Wav2Vec2Model"])),
+    *(
+        Bad(SAMPLE, (MODEL_INDEX, "WanPipeline", name), edited(MODEL_INDEX, _class_name=name))
+        for name in ("WanImageToVideoPipeline", "WanVACEPipeline", "WanAnimatePipeline")
+    ),
+    Bad(SAMPLE, (MODEL_INDEX, "JSON", "HTML"), changed(MODEL_INDEX, lambda b: PAGE, hashes=False)),
+    *(
+        Bad(SAMPLE, ("_class_name", task), edited(T_CONFIG, _class_name=f"Wan{name}Transformer3DModel"))
+        for name, task in (("VACE", "which is VACE"), ("Animate", "which is Wan Animate"), ("S2V", "which is speech"))
+    ),
+    Bad(SAMPLE, ("model_type", "'ti2v'", "5B"), edited(T_CONFIG, _class_name="WanModel", model_type="ti2v")),
+    Bad(SAMPLE, ("takes 36 channels", "image to video", "VAE has 4"), edited(T_CONFIG, in_channels=36)),
+    Bad(f"encode --videos=c --workdir=run {MODEL}", ("takes 36", "VAE has 4"), edited(T_CONFIG, in_channels=36)),
+    Bad("cost --config.model.path=model", ("takes 48", "5B", "has 4"), edited(T_CONFIG, in_channels=48)),
+    Bad(SAMPLE, ("takes 4 channels and leaves 8",), edited(T_CONFIG, out_channels=8)),
+    Bad(SAMPLE, ("VAE has 2",), edited(VAE_CONFIG, z_dim=2, latents_mean=[0, 0], latents_std=[1, 1])),
+    Bad(SAMPLE, ("text of width 32", "encoder's is 16"), edited(T_CONFIG, text_dim=32)),
+    Bad(SAMPLE, ("tokens", "embeddings for 8"), edited("text_encoder/config.json", vocab_size=8)),
+    Bad(
+        SAMPLE, ("vae/config.json", "AutoencoderKLQwenImage"), edited(VAE_CONFIG, _class_name="AutoencoderKLQwenImage")
+    ),
+    *(
+        Bad(SAMPLE, (name, "new_scale: 2", "may change results"), edited(name, new_scale=2))
+        for name in (T_CONFIG, VAE_CONFIG, "text_encoder/config.json")
+    ),
+    Bad(SAMPLE, ("quantization_config", "in bfloat16"), edited(T_CONFIG, quantization_config={"load_in_4bit": True})),
+]
 FILES = [
     Bad(surgery("--config.data.path=nowhere"), ("config.data.path", "nowhere", "no such folder")),
     Bad(surgery("--config.prompts=nowhere.txt"), ("config.prompts", "nowhere.txt", "no such file")),
@@ -268,7 +317,7 @@ WORKDIRS = [
     Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
     Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
 ]
-TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *FILES, *WORKDIRS]
+TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FILES, *WORKDIRS]
 # Also run in a process of their own, as a user would: one of each kind.
 PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
 

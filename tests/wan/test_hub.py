@@ -1,5 +1,6 @@
 """Names of repositories are downloaded from the Hub; paths are not."""
 
+import json
 import pathlib
 
 import huggingface_hub
@@ -8,7 +9,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from jsurgery import cli
 from jsurgery.errors import InputError
-from jsurgery.wan.hub import FILES, local_path
+from jsurgery.wan.hub import CONFIGS, FILES, local_path
+from jsurgery.wan.model_folder import model_path
 
 
 @pytest.fixture
@@ -37,6 +39,22 @@ def test_a_repository_is_downloaded(tmp_path, monkeypatch, requested, name, repo
     assert local_path(name) == "/cache/snapshot"
     assert requested == [(repository, {"revision": revision, "allow_patterns": FILES})]
     assert not any(pattern.endswith((".pth", ".bin", "*")) for pattern in FILES)
+
+
+def test_a_repository_of_another_task_is_refused_before_its_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snapshot, patterns = tmp_path / "snapshot", []
+    snapshot.mkdir()
+    experts = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (snapshot / "model_index.json").write_text(json.dumps(experts))
+    download = lambda _, allow_patterns, **__: patterns.append(allow_patterns) or str(snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"model_index.json: transformer_2: .*Wan2.2 A14B"):
+        model_path("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    assert patterns == [CONFIGS]
+    (snapshot / "model_index.json").write_text(json.dumps(experts | {"transformer_2": [None, None]}))
+    assert str(model_path("Wan-AI/Wan2.1-T2V-14B-Diffusers")) == str(snapshot)
+    assert patterns == [CONFIGS, CONFIGS, FILES]
 
 
 def test_a_path_is_not_downloaded(tmp_path, monkeypatch, requested):

@@ -1,0 +1,72 @@
+"""What a pipeline folder is, by its model_index.json: parts that change a result are used, or refused by their name.
+
+Here are also the checks that the sizes of the parts fit each other. None of them reads weights.
+"""
+
+from etils import epath
+
+from jsurgery.errors import InputError
+from jsurgery.io.files import read_object, shortened
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+
+INDEX = "model_index.json"
+PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+# Parts and values of other pipelines of the Wan family -> what they belong to. Null or false ones are harmless.
+FOREIGN = {
+    "transformer_2": "a second expert for the low noise levels, as Wan2.2 A14B has",
+    "boundary_ratio": "the noise level at which a second expert takes over, as in Wan2.2 A14B",
+    "expand_timesteps": "a noise level for each token, as in Wan2.2 TI2V 5B",
+    "image_encoder": "an image encoder, as image to video has",
+    "image_processor": "an image encoder's input, as image to video has",
+}
+# Numbers of input channels beside 16 latents -> the task.
+CHANNELS = {
+    36: "image to video (latents, an image's latents and a mask)",
+    48: "Wan2.2 TI2V 5B",
+    52: "control",
+    96: "VACE",
+}
+
+
+def check_index(folder: epath.Path) -> None:
+    """Raises InputError for a pipeline folder of another task or with parts that text to video does not read.
+
+    A folder without model_index.json is judged by the names of its own folders.
+    """
+    file = folder / INDEX
+    if not file.exists():
+        for name in FOREIGN:
+            if (folder / name).is_dir():
+                raise InputError(f"{folder / name}: {FOREIGN[name]}; a text-to-video Wan2.1 has no such part")
+        return
+    fields = read_object(file, "the parts of a diffusers pipeline as JSON")
+    if (name := fields.get("_class_name", PIPELINES[0])) not in PIPELINES:
+        raise InputError(f"{file}: expected a {PIPELINES[0]}, text to video of Wan2.1; found {shortened(name)}")
+    for name, value in fields.items():
+        absent = not value or (isinstance(value, list) and not any(value))
+        if name.startswith("_") or name in PARTS or absent:
+            continue
+        meaning = FOREIGN.get(name, "which jsurgery does not know, and which may change the videos")
+        raise InputError(f"{file}: {name}: {meaning}; expected the parts of a text-to-video Wan2.1 alone")
+
+
+def check_sizes(transformer: WanConfig, vae: VaeConfig, text_encoder: TextEncoderConfig, folder: epath.Path) -> None:
+    """Raises InputError, naming the pipeline `folder`, where one part's output is not what the next part takes."""
+    taken, left, channels = transformer.in_channels, transformer.out_channels, vae.z_dim
+    if taken != channels:
+        task = f", as for {CHANNELS[taken]}" if taken in CHANNELS else ""
+        raise InputError(f"{folder}: the transformer takes {taken} channels{task}, the VAE has {channels}")
+    if left != taken:
+        raise InputError(f"{folder}: the transformer takes {taken} channels and leaves {left}; expected as many")
+    if transformer.text_dim != text_encoder.d_model:
+        widths = f"text of width {transformer.text_dim}, the text encoder's is {text_encoder.d_model}"
+        raise InputError(f"{folder}: the transformer takes {widths}")
+
+
+def check_vocabulary(tokens: int, text_encoder: TextEncoderConfig, folder: epath.Path) -> None:
+    """Raises InputError where the tokenizer has more tokens than the text encoder has embeddings."""
+    if tokens > text_encoder.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokens} tokens, the text encoder embeddings for {text_encoder.vocab_size}"
+        )
