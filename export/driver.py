@@ -8,9 +8,11 @@ the manifest names and adds its outputs. Nothing here knows what a part computes
 
 import argparse
 import html
+import itertools
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 import ftfy
@@ -80,6 +82,7 @@ class Pipeline:
         """The video, uint8 [F, H, W, 3], that a prompt and noise [T, H, W, C] give.
 
         `fresh_noise` [steps, T, H, W, C] is used by solvers that add noise at every step; None: drawn by step number.
+        Raises ArithmeticError, which names the step, where numbers are not finite.
         """
         sampler = self.manifest["sampler"]
         guidance, rows = sampler["guidance"], sampler["schedule"]
@@ -99,8 +102,12 @@ class Pipeline:
             if rows["renoise"][i]:
                 drawn = np.random.default_rng(i).standard_normal(x.shape) if fresh_noise is None else fresh_noise[i]
                 x = (x + rows["renoise"][i] * drawn).astype(np.float32)
+            if not np.isfinite(x).all():
+                raise ArithmeticError(f"step {i + 1} of {sampler['steps']}: the latents are not finite")
             previous, older, last = corrected, last, data
         video = self.run("once a video", {"latents": x})["video"]
+        if not np.isfinite(video).all():
+            raise ArithmeticError("the decoded video is not finite")
         return np.round((video + 1) * 127.5).astype(np.uint8)
 
 
@@ -122,16 +129,20 @@ def main() -> None:
     options = parser.parse_args()
     pipeline = Pipeline(options.folder, options.precision)
     shape = pipeline.manifest["tensors"]["latents"]["shape"]
-    video = pipeline(options.prompt, np.random.default_rng(options.seed).standard_normal(shape))
+    try:
+        video = pipeline(options.prompt, np.random.default_rng(options.seed).standard_normal(shape))
+    except ArithmeticError as error:
+        sys.exit(f"{options.folder}: {error}")
     if options.output.endswith(".npy"):
         np.save(options.output, video)
         return
     from PIL import Image
 
     first, *rest = (Image.fromarray(frame) for frame in video)
-    first.save(
-        options.output, save_all=True, append_images=rest, duration=1000 / pipeline.manifest["video"]["fps"], loop=0
-    )
+    # A GIF counts in hundredths of a second: durations differ by one of them, so that their mean is right.
+    ends = [round(100 * number / pipeline.manifest["video"]["fps"]) for number in range(len(video) + 1)]
+    durations = [10 * max(2, after - before) for before, after in itertools.pairwise(ends)]
+    first.save(options.output, save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ def export(job: ExportJob, folder: pathlib.Path, choices: tuple[str, ...]) -> No
     noises = [np.asarray(diffusion.initial_noise(job.seed, [number], shape)[0]) for number in range(int(count))]
     mean_scores = {}
     for name, generate in generators.items():
-        videos = [generate(prompt, noise) for prompt, noise in zip(prompts, noises, strict=True)]
+        try:
+            videos = [generate(prompt, noise) for prompt, noise in zip(prompts, noises, strict=True)]
+        except ArithmeticError as error:
+            raise InputError(f"export: --score: {name}: {error}") from None
         scores = [np.mean(list(measure(v, prompt).values())) for v, prompt in zip(videos, prompts, strict=True)]
         mean_scores[name] = float(np.mean(scores))
         say(f"export: sprites score of {count} videos, {name}: {mean_scores[name]:.4f}")

@@ -7,6 +7,7 @@ exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM.
 import argparse
 import contextlib
 import ctypes
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from jsurgery.errors import (
     Terminated,
     file_system_reason,
 )
+from jsurgery.io.files import resolve_arguments
 
 FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export)
 EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ignore", "Protobuf gencode version"
     )  # from grain: the export needs another version of protobuf
     limit_memory_pools()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding lacks
+        sys.stdout.reconfigure(errors="surrogateescape" if "utf" in sys.stdout.encoding else "backslashreplace")
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """Splits the arguments into the options of a command and the overrides `--config.a.b=value`."""
     overrides, rest = {}, []
-    for argument in arguments:
+    for argument in resolve_arguments(arguments):
         name, equals, value = argument.partition("=")
         if name.startswith("--config."):
             if not equals:

@@ -4,6 +4,8 @@ import ast
 import difflib
 import importlib.machinery
 import importlib.util
+import operator
+import os
 import pathlib
 import re
 
@@ -11,6 +13,8 @@ from ml_collections import ConfigDict
 
 from jsurgery.config import LARGEST, base, flatten, validate
 from jsurgery.errors import InputError
+
+PATHS = ("model.path", "data.path", "prompts", "plan.costs")  # the fields that may begin with ~
 
 
 class LoaderWithoutBytecode(importlib.machinery.SourceFileLoader):
@@ -50,6 +54,9 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
     fields = {field: str(value) for field, value in placements.get(topology, {}).items()}
     for field, text in (fields | (overrides or {})).items():
         override(config, field, text)
+    for field in PATHS:
+        if (path := operator.attrgetter(field)(config)).startswith("~"):
+            override(config, field, os.path.expanduser(path))
     validate(config)
     return config.lock()
 

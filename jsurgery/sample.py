@@ -1,18 +1,19 @@
 """The command `sample`: makes a video file from every prompt."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import check_text, recorded_section
 from jsurgery.data.video_writer import SUFFIXES, check_suffix, read_settings, write_video
 from jsurgery.errors import InputError
 from jsurgery.io.fields import describe_changes
+from jsurgery.io.files import check_writable
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
@@ -46,14 +47,14 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
 class VideoRequest:
     """A video to make. Its noise depends only on the seed and the number (`Pipeline.sample`)."""
 
-    file: pathlib.Path
+    file: epath.Path
     prompt: str
     seed: int
     number: int
     label: str = "sample"  # of the progress line
 
 
-def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[pathlib.Path]:
+def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[epath.Path]:
     """Makes the video of every prompt and yields its file: `output` itself, or `output`/0000.mp4 and so on.
 
     Existing numbered files are kept. Everything that can be checked without the weights is checked first.
@@ -63,7 +64,7 @@ def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, singl
         raise InputError("--prompt: expected a text, found an empty one")
     for prompt in prompts:
         check_text("--prompt", prompt)
-    folder = pathlib.Path(output)
+    folder = epath.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
     requests = [
         VideoRequest(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
@@ -94,7 +95,7 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
     return missing
 
 
-def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterator[pathlib.Path]:
+def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterator[epath.Path]:
     """Makes the videos, at once as many as keep the whole mesh busy, and yields each file."""
     if not requests:
         return
@@ -145,7 +146,7 @@ def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[s
     }
 
 
-def has_matching_video(file: pathlib.Path, expected: dict[str, Any]) -> bool:
+def has_matching_video(file: epath.Path, expected: dict[str, Any]) -> bool:
     """Whether the video exists. Raises InputError if it was made with other settings than `expected`."""
     if not file.exists():
         return False
@@ -157,17 +158,10 @@ def has_matching_video(file: pathlib.Path, expected: dict[str, Any]) -> bool:
     return True
 
 
-def prepare_output(output: pathlib.Path, single: bool) -> None:
+def prepare_output(output: epath.Path, single: bool) -> None:
     """Creates the output's folder. Raises InputError if videos cannot be written to that path."""
-    try:
-        if single:
-            check_suffix(output)
-            if output.is_dir():
-                raise InputError(f"--output={output}: expected a file, found a folder")
-            output.parent.mkdir(parents=True, exist_ok=True)
-        else:
-            if output.suffix in SUFFIXES:
-                raise InputError(f"--output={output}: expected a folder for the videos of --prompts_file, found a file")
-            output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={output}: {error.strerror}") from None
+    if single:
+        check_suffix(output)
+    elif output.suffix in SUFFIXES:
+        raise InputError(f"--output={output}: expected a folder for the videos of --prompts_file, found a file")
+    check_writable(output if single else output / "0000.mp4", "--output")

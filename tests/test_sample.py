@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jsurgery import sample
-from jsurgery.cli import main
-from jsurgery.data.video_writer import read_settings
+from jsurgery.cli import main, parse
+from jsurgery.data.video_writer import read_settings, write_video
 from jsurgery.errors import InputError
+from jsurgery.load_config import load_config
 from jsurgery.sample import sampling_config
 from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import model_path
 
 PROMPTS = ("a red circle", "a blue square", "a green triangle")
 SIZE = ["--frames=5", "--height=32", "--width=48", "--steps=2"]
@@ -64,6 +66,51 @@ def test_sampling_a_file_of_prompts_and_resuming(tmp_path, tiny_pipeline, prompt
     alone = tmp_path / "alone.mp4"
     assert main(["sample", f"--model={tiny_pipeline}", f"--prompt={PROMPTS[0]}", f"--output={alone}", *SIZE]) == 0
     assert nearly_equal(frames(alone), first[0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "12:30.mp4",
+        'a b\'s "c".gif',
+        "100%d.mp4",
+        "-x.mp4",
+        "зима 冬.mp4",
+        "file:a.mp4",
+        "~.png",
+        "n" * 251 + ".mp4",
+        "\udcff.gif",
+    ],
+)
+def test_files_of_any_name_are_written(tmp_path, monkeypatch, name):
+    video = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), np.uint8)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "unfinished", lambda config, requests, again: requests)
+
+    def make_videos(config, requests):
+        (request,) = requests
+        write_video(request.file, video, 16, {"prompt": "x"})
+        yield request.file
+
+    monkeypatch.setattr(sample, "make_videos", make_videos)
+    assert main(["sample", "--prompt=x", f"--output={name}"]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == [name] and read_settings(name) == {"prompt": "x"}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, tiny_pipeline):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("x\n")
+    given = ["sample", "--model=~/model", "--prompts_file=~/p.txt", "--output", "~/o"]
+    options, overrides = parse([*given, "--config.data.path=~/d", "--negative_prompt=~/n"])
+    assert overrides == {"data.path": f"{tmp_path}/d"} and options.negative_prompt == "~/n"
+    expected = tuple(f"{tmp_path}/{name}" for name in ("model", "o", "p.txt"))
+    assert (options.model, options.output, options.prompts_file) == expected
+    lines = ["def get_config():", "    c = base()", "    c.model.path = '~/m'", "    return c", ""]
+    (tmp_path / "mine.py").write_text("\n".join(["from jsurgery.config import base", "", *lines]))
+    assert load_config("mine.py").model.path == f"{tmp_path}/m"
+    (tmp_path / "tiny").symlink_to(tiny_pipeline)
+    assert model_path("~/tiny") == tmp_path / "tiny"
 
 
 def test_the_model_is_not_loaded_if_all_videos_exist(tmp_path, tiny_pipeline, prompts_file, monkeypatch, capsys):

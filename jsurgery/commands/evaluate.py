@@ -3,7 +3,7 @@
 `evaluate` without such a word is a stage of the surgery.
 """
 
-import pathlib
+from etils import epath
 
 from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
 from jsurgery.commands.options import (
@@ -117,7 +117,7 @@ def run_vbench(options: Options, overrides: Overrides) -> None:
     suite, prompts = read_suite(options.prompts, options.info, options.augmented, options.subset)
     rule, seeds = options.seed_rule, options.seeds
     if options.dry_run:
-        videos = plan_videos(config, suite, prompts, pathlib.Path(options.output), rule=rule, seeds=seeds)
+        videos = plan_videos(config, suite, prompts, epath.Path(options.output), rule=rule, seeds=seeds)
         own = videos[options.shard[0] :: options.shard[1]]
         dry_run_sampling("vbench", config, options, len(own), 1, options.output)
         return

@@ -1,5 +1,6 @@
 """Videos as files: mp4 (H.264), gif, or a png sheet of frames."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -10,9 +11,11 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import replacing_locally
+from jsurgery.io.files import replacing_locally, temporary_name
 
 SHEET_FRAMES = 9
+LEAST_HUNDREDTHS = 2  # of a second, which a frame of a GIF lasts
+BT709, LIMITED = 1, 1  # FFmpeg's numbers of the matrix, the primaries and the curve, and of the range 16 to 235
 SUFFIXES = (".mp4", ".gif", ".png")
 
 
@@ -35,12 +38,13 @@ def write_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(settings or {})
     # The writers choose the format by the suffix.
-    with replacing_locally(path, f".{path.name}{path.suffix}") as temporary:
+    with replacing_locally(path, temporary_name(path.name, path.suffix)) as temporary:
         if path.suffix == ".mp4":
             _write_mp4(temporary, video_FxHxWx3, fps, comment)
         elif path.suffix == ".gif":
-            first, *others = [Image.fromarray(frame) for frame in video_FxHxWx3]
-            options = {"append_images": others, "duration": 1000 // fps, "loop": 0, "comment": comment}
+            chosen, durations = gif_frames(len(video_FxHxWx3), fps)
+            first, *others = [Image.fromarray(video_FxHxWx3[number]) for number in chosen]
+            options = {"append_images": others, "duration": durations, "loop": 0, "comment": comment}
             first.save(temporary, save_all=True, **options)
         else:
             chosen = np.linspace(0, len(video_FxHxWx3) - 1, min(SHEET_FRAMES, len(video_FxHxWx3))).round().astype(int)
@@ -69,14 +73,47 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def gif_frames(frames: int, fps: float) -> tuple[list[int], list[int]]:
+    """(numbers of the frames to show, their durations in ms) in a GIF of `fps` frames a second.
+
+    A GIF counts in hundredths of a second, so that durations differ by one of them and the mean rate is `fps`. Browsers
+    show a frame of less than two hundredths for ten: above 50 frames a second some are left out instead.
+    """
+    ends = [round(100 * number / fps) for number in range(frames + 1)]
+    chosen = [0]
+    for number in range(1, frames):
+        if ends[number] - ends[chosen[-1]] >= LEAST_HUNDREDTHS:
+            chosen.append(number)
+    starts = [ends[number] for number in chosen] + [max(ends[-1], ends[chosen[-1]] + LEAST_HUNDREDTHS)]
+    return chosen, [10 * (after - before) for before, after in itertools.pairwise(starts)]
+
+
+def encode_frames(
+    container: Any, codec: str, video_FxHxWx3: np.ndarray, rate: Fraction, options: dict[str, str]
+) -> None:
+    """Encodes uint8 frames as yuv420p into a container of PyAV, with the colours of BT.709, and says so in the stream.
+
+    Players guess the matrix of a stream that does not say it, by its height.
+    """
+    import av
+
+    stream = container.add_stream(codec, rate=rate, options=options)
+    stream.height, stream.width = video_FxHxWx3.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.color_range = LIMITED
+    for pixels in video_FxHxWx3:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
 def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment: str) -> None:
     import av
 
-    with av.open(str(path), "w") as container:
+    # A stream, because FFmpeg takes a name with a colon for an address.
+    with path.open("wb") as file, av.open(file, "w", format="mp4") as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "16"})
-        stream.height, stream.width = video_FxHxWx3.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in video_FxHxWx3:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+        encode_frames(container, "libx264", video_FxHxWx3, Fraction(fps), {"crf": "16"})

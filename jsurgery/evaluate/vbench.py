@@ -22,7 +22,7 @@ from jsurgery.config import check_text
 from jsurgery.data.prompts import read_prompts
 from jsurgery.errors import InputError
 from jsurgery.evaluate.vbench_scores import DIMENSIONS, DIMENSIONS_2, canonical, report_results
-from jsurgery.io.files import read_json, shortened, write_json
+from jsurgery.io.files import check_local, check_writable, read_json, shortened, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.progress import say
 from jsurgery.sample import VideoRequest, make_videos, unfinished
@@ -127,7 +127,7 @@ def suite_of(prompts: Sequence[Prompt], path: str) -> Suite:
 
 
 def plan_videos(
-    config: ConfigDict, suite: Suite, prompts: Sequence[Prompt], folder: pathlib.Path, *, rule: str, seeds: int | None
+    config: ConfigDict, suite: Suite, prompts: Sequence[Prompt], folder: epath.Path, *, rule: str, seeds: int | None
 ) -> list[VideoRequest]:
     """A request for every video under `folder`; a prompt that is listed for several dimensions is sampled once.
 
@@ -185,18 +185,17 @@ def evaluate(
     videos exist, VBench's package scores them if it is installed; otherwise its commands are printed.
     Raises InputError for an existing video that was made with other settings, and if a command of VBench fails.
     """
-    folder = pathlib.Path(output)
+    check_local(output, "--output", "the packages of VBench read local files")
+    folder = epath.Path(output)
     requests = plan_videos(config, suite, prompts, folder / "videos", rule=rule, seeds=seeds)
     number, count = (jax.process_index(), jax.process_count()) if processes.several() else shard
     listed = [prompt.entry for prompt in prompts if prompt.entry is not None]
 
     def work() -> None:
         missing = unfinished(config, requests[number::count])
-        try:
-            for parent in {request.file.parent for request in requests}:
-                parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output={output}: {error.strerror}") from None
+        for parent in {request.file.parent for request in requests}:
+            names = [request.file.name for request in requests if request.file.parent == parent]
+            check_writable(parent / max(names, key=lambda name: len(name.encode())), "--output")
         if listed and number == 0:
             write_json(epath.Path(folder / "full_info.json"), listed)
         for file in make_videos(config, missing):

@@ -1,10 +1,13 @@
 """Reads files, with a message of one line for a bad one, and writes files completely or not at all."""
 
 import contextlib
+import hashlib
 import json
+import os
 import pathlib
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +16,13 @@ from etils import epath
 from jsurgery.errors import InputError
 
 AnyPath = TypeVar("AnyPath", epath.Path, pathlib.Path)
+LONG_NAME = 120  # bytes; file systems allow 255, some 143
+TEXT_FLAGS = (
+    "--prompt",
+    "--negative_prompt",
+    "--config.sampler.negative_prompt",
+    "--name",
+)  # whose values are no paths
 POINTER, PAGE, PICKLE = "a git-LFS pointer; run `git lfs pull`", "an HTML or XML page", "a pickle"
 
 
@@ -68,25 +78,79 @@ def shortened(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
+def temporary_name(name: str, suffix: str = ".tmp") -> str:
+    """The name under which a file is written until it is complete, which is longer: a hash stands for a long name.
+
+    Of a library that chooses the format by the name, `suffix` is the format's.
+    """
+    if len(name.encode(errors="surrogateescape")) > LONG_NAME:
+        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
+    return name + suffix if suffix == ".tmp" else f".{name}{suffix}"
+
+
+def check_writable(path: epath.PathLike, flag: str) -> None:
+    """Raises InputError, naming `flag`, unless a file can be written under this name. Makes its folder.
+
+    To be called before the work whose result the file holds. Writes an empty file of another name and removes it.
+    """
+    path = epath.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"{flag}={path}: expected a file, found a folder")
+        if "://" not in str(path) and hasattr(os, "pathconf"):
+            longest, length = os.pathconf(path.parent, "PC_NAME_MAX"), len(os.fsencode(path.name))
+            if length > longest:
+                raise InputError(f"{flag}={path}: expected a name of at most {longest} bytes, found {length}")
+        probe = path.with_name(temporary_name(path.name, ".probe"))
+        probe.write_bytes(b"")
+        probe.unlink()
+    except (OSError, ImportError) as error:
+        raise InputError(f"{flag}={path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_local(path: object, flag: str, reason: str) -> None:
+    """Raises InputError for a path on an object store, with the `reason` why it has to be a local one."""
+    if "://" in str(path):
+        raise InputError(f"{flag}={path}: expected a local folder, since {reason}")
+
+
+def resolve_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, with ~ at the beginning of a path expanded, which few shells do in --flag=~/path.
+
+    Raises InputError for a path on a store other than gs://.
+    """
+    resolved: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if (flag or (resolved[-1] if resolved else "")) not in TEXT_FLAGS:
+            if re.match(r"~[\w.-]*(/|$)", value):
+                value = os.path.expanduser(value)
+            if (scheme := re.match(r"([a-z][a-z0-9+.-]*)://", value)) and scheme[1] != "gs":
+                raise InputError(f"{flag}{equals}{value}: expected a local path or gs://, found {scheme[1]}://")
+        resolved.append(flag + equals + value)
+    return resolved
+
+
 @contextlib.contextmanager
-def replacing(path: AnyPath, temporary_name: str | None = None) -> Iterator[AnyPath]:
+def replacing(path: AnyPath, name: str | None = None) -> Iterator[AnyPath]:
     """A temporary path beside `path` to write to. It is renamed to `path` when the block ends without an error.
 
     A file or folder under its final name is therefore complete, whenever the process was stopped.
     """
-    temporary = path.with_name(temporary_name or path.name + ".tmp")
+    temporary = path.with_name(name or temporary_name(path.name))
     yield temporary
     temporary.replace(path)
 
 
 @contextlib.contextmanager
-def replacing_locally(path: epath.Path, temporary_name: str | None = None) -> Iterator[pathlib.Path]:
+def replacing_locally(path: epath.Path, name: str | None = None) -> Iterator[pathlib.Path]:
     """Like `replacing`, for libraries that write to local files alone.
 
     For a path on an object store (gs://), the temporary path is in a folder of this machine, which needs room for the
     file. When the block ends, the file is uploaded under the temporary name, and then gets its own.
     """
-    with replacing(path, temporary_name) as temporary:
+    with replacing(path, name) as temporary:
         if "://" not in str(path):
             yield pathlib.Path(temporary)
             return

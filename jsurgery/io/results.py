@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import write_json
+from jsurgery.io.files import check_writable, write_json
 
 PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 
@@ -85,8 +85,11 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def check_report(path: str | None) -> None:
     """Raises InputError if `--json=path` cannot be written: to be called before the work, not after it."""
-    if path is not None and (pathlib.Path(path).is_dir() or not pathlib.Path(path).resolve().parent.is_dir()):
+    if path is None:
+        return
+    if "://" not in path and (pathlib.Path(path).is_dir() or not pathlib.Path(path).resolve().parent.is_dir()):
         raise InputError(f"--json={path}: expected a file in a folder that exists")
+    check_writable(path, "--json")
 
 
 def publish(result: dict[str, Any], path: str | None) -> None:

@@ -17,7 +17,7 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.evaluate.study import KEY, PAGE, prompt_of, read_dimensions
-from jsurgery.io.files import replacing, write_json
+from jsurgery.io.files import check_local, check_writable, replacing, write_json
 from jsurgery.report.templates import player_data, render
 from jsurgery.report.video_player import abreast, decode, encode
 from jsurgery.runtime.progress import Progress, say
@@ -44,6 +44,7 @@ def build_study(
     common = sorted(files["a"] & files["b"])
     if not common:
         raise InputError(f"--a={a}, --b={b}: expected mp4 files of the same names, found none in both")
+    check_local(output, "--output", "the page is to be opened in a browser")
     target = pathlib.Path(output)
     if (target / KEY).exists() or (target / PAGE).exists():
         raise InputError(f"--output={output}: a study is there already; its answers need its key: use another folder")
@@ -62,6 +63,7 @@ def build_study(
     beside = folders["a"].parent / "full_info.json"
     dimensions = read_dimensions(info or (str(beside) if beside.exists() else None))
 
+    check_writable(target / PAGE, "--output")
     sealed = secrets.SystemRandom()
     pairs, key, progress = [], {}, Progress("study", len(drawn))
     for number, (prompt, file) in enumerate(drawn.items()):
@@ -84,7 +86,10 @@ def build_study(
 
 def join(first: pathlib.Path, second: pathlib.Path) -> dict[str, Any]:
     """Two videos as one, side by side: `video` (WebM as base64), and `width`, `height` and `offset` of the halves."""
-    (one, rate), (two, _) = read_video(first), read_video(second)
+    (one, rate), (two, other_rate) = read_video(first), read_video(second)
+    if rate != other_rate:
+        rates = f"{float(rate):g} and {float(other_rate):g} frames a second"
+        raise InputError(f"{first}, {second}: expected videos of one rate, found {rates}")
     if one.shape[1:] != two.shape[1:]:
         sizes = " and ".join(f"{video.shape[2]} x {video.shape[1]}" for video in (one, two))
         raise InputError(f"{first}, {second}: expected videos of one size, found {sizes}")

@@ -11,6 +11,8 @@ import av.error
 import numpy as np
 from etils import epath
 
+from jsurgery.data.video_writer import encode_frames
+
 PAGE_BYTES = 8_000_000  # of all videos together, before base64 adds a third
 PROMPT_BYTES = 400_000  # share of a prompt's video; prompts are left out before they get less
 CLIP_HEIGHT = 320  # pixels, of a clip in the page
@@ -76,11 +78,7 @@ def encode(video_FxHxWx3: np.ndarray, rate: Fraction, quality: int = QUALITIES[0
     """The uint8 video as WebM (VP9) of constant quality; `rate` in frames per second."""
     result = io.BytesIO()
     with av.open(result, "w", format="webm") as target:
-        stream = target.add_stream("libvpx-vp9", rate=rate, options=SPEED | {"crf": str(quality)})
-        stream.height, stream.width, stream.pix_fmt = *video_FxHxWx3.shape[1:3], "yuv420p"
-        for frame in video_FxHxWx3:
-            target.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        target.mux(stream.encode())
+        encode_frames(target, "libvpx-vp9", video_FxHxWx3, rate, SPEED | {"crf": str(quality)})
     return result.getvalue()
 
 

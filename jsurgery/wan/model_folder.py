@@ -1,5 +1,6 @@
 """Finds a model and its parts: a folder, a bundled model's name, or a repository of the Hugging Face Hub."""
 
+import os
 import pathlib
 
 from etils import epath
@@ -23,7 +24,7 @@ def model_path(path: str) -> epath.Path:
 
     Raises InputError when there is no such model, and for a repository of another task before its weights are fetched.
     """
-    folder = epath.Path(BUNDLED.get(path) or hub.local_path(path, check_index))
+    folder = epath.Path(BUNDLED.get(path) or hub.local_path(os.path.expanduser(path), check_index))
     if not path or not folder.exists():
         raise InputError(f"config.model.path: {path or '(empty)'}: no such folder; bundled: {', '.join(BUNDLED)}")
     return folder

@@ -1,6 +1,5 @@
 """A diffusers scheduler's config as settings of our solvers, and what of it they do not follow."""
 
-import math
 from typing import Any
 
 from etils import epath
@@ -64,8 +63,7 @@ def scheduler_settings(folder: epath.Path) -> tuple[dict[str, str], list[str]]:
         settings["sampler.solver"] = solver
         default = 1.0 if class_name in SAME else None
         given = next((fields[name] for name in SHIFTS if name in fields), default)
-        usable = type(given) in (int, float) and abs(given) < 1e30 and math.isfinite(given) and given > 0
-        if usable:
+        if isinstance(given, int | float) and 0 < given < 1e30 and not isinstance(given, bool):
             settings["sampler.shift"] = str(given)
         elif given is not None or class_name in SAME:
             remarks.append(f"shift {shortened(given)}")

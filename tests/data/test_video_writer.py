@@ -36,6 +36,33 @@ def test_gif_has_all_frames_and_png_shows_them_side_by_side(clip, tmp_path):
     assert np.array_equal(np.asarray(sheet)[:, :48], clip[0])
 
 
+@pytest.mark.parametrize("fps", [16, 24, 30, 50, 60, 120, 12.5])
+def test_a_gif_lasts_as_long_as_its_video(tmp_path, fps):
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "a.gif", rng.integers(0, 255, (41, 8, 8, 3), np.uint8), fps)
+    durations = []
+    with Image.open(tmp_path / "a.gif") as animation:
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            durations.append(animation.info["duration"])
+    assert min(durations) >= 20 and max(durations) - min(durations) <= 10
+    assert abs(sum(durations) - 1000 * 41 / fps) <= 10 and (len(durations) == 41) == (fps <= 50)
+
+
+def test_colours_are_those_of_bt_709_and_said_to_be(tmp_path):
+    colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200], [180, 120, 40]], np.uint8)
+    write_video(tmp_path / "a.mp4", np.repeat(np.repeat(colours[None, None], 64, 1), 16, 2).repeat(2, 0), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_range) == (1, 1)
+    y, u, v = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size).astype(float) for plane in frame.planes)
+    for number, (red, green, blue) in enumerate(colours / 255):
+        luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        found = y[30, 16 * number + 8], u[15, 8 * number + 4], v[15, 8 * number + 4]
+        expected = 16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748
+        np.testing.assert_allclose(found, expected, atol=3)
+
+
 def test_another_suffix_is_refused(clip, tmp_path):
     with pytest.raises(InputError, match=r"\.mp4, \.gif or \.png"):
         write_video(tmp_path / "a.webm", clip, 8)
