@@ -30,9 +30,9 @@ import pytest
 from flax import nnx
 
 from jsurgery.data import sprites
-from jsurgery.train.teacher import write_pipeline_index
 from jsurgery.wan.checkpoint import save_text_encoder, save_transformer, save_vae
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.pipeline_parts import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanTransformer

@@ -7,7 +7,7 @@ from jsurgery.commands.options import Commands, Options, Overrides, add_processe
 def add(commands: Commands) -> None:
     text = "encode videos and captions into the latents and text embeddings that finetune reads"
     command = commands.add("encode", run_encode, text)
-    text = "a folder of videos with .txt captions, or an index: .jsonl, .json, .csv or .parquet"
+    text = "a folder of videos with .txt captions, or an index: .jsonl, .json, .csv, .tsv or .parquet"
     command.add_argument("--videos", required=True, help=text)
     command.add_argument("--root", metavar="FOLDER", help="what an index's paths are relative to (default: its folder)")
     command.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 def run_encode(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
     if options.dry_run:
-        from jsurgery.data.video_reader import find_clips
+        from jsurgery.data.clip_index import find_clips
 
         dry_run_encoding(config, options, len(find_clips(options.videos, options.root)))
         return

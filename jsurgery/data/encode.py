@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jsurgery.data.clip_index import find_clips
 from jsurgery.data.latents import clip_record
 from jsurgery.data.shards import Record, ShardWriter, shard_path, text_array
 from jsurgery.data.sprites import to_float
@@ -23,7 +24,6 @@ from jsurgery.data.video_reader import (
     Skipped,
     buckets_of,
     decode_in_processes,
-    find_clips,
     read_clip,
 )
 from jsurgery.errors import InputError
@@ -106,6 +106,7 @@ def encode_shards(
     work = functools.partial(read_clip, limits=limits)
     decoded = decode_in_processes(work, [clips[number] for number in numbers], min(data.workers, len(numbers)))
     encoder = ClipEncoder(config, base)
+    encoder.embedder.say_cut([clips[number].caption for number in numbers], config.text_length)
     with contextlib.closing(decoded), Preemption("encode", alone=True) as preemption:
         results = with_progress(decoded, len(numbers), preemption)
         for shard, of_shard in shards.items():

@@ -68,6 +68,8 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
     if not missing:
         return
     pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
+    own = [prompts[item] for of_shard in missing.values() for item in of_shard.items]
+    pipeline.embedder.say_cut([*own, config.sampler.negative_prompt], config.text_length)
     batches = {shard: dict(of_shard.batches()) for shard, of_shard in missing.items()}
     left = {shard: batches[shard].keys() - of_shard.finished() for shard, of_shard in missing.items()}
     total = sum(len(items) for of_shard in batches.values() for items in of_shard.values())

@@ -1,13 +1,10 @@
-"""Finds clips with their captions, and decodes them to a size, a length and a frame rate.
+"""Decodes clips to a size, a length and a frame rate.
 
 Imports no JAX: the worker processes that decode load this file.
 """
 
 import collections
-import csv
-import io
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -24,10 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from jsurgery.errors import InputError
-
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # of the videos that are looked for in a folder
-CAPTION_COLUMNS = ("cap", "caption", "text")
+HDR_CURVES = (16, 18)  # FFmpeg's numbers of PQ (SMPTE 2084) and HLG, whose values are not those of BT.709
 Item = TypeVar("Item")
 
 
@@ -61,108 +55,6 @@ class Skipped(Exception):
     """A clip that is left out. The message is the reason."""
 
 
-def find_clips(videos: str, root: str | None = None) -> list[Clip]:
-    """The clips of a folder (each with its caption in a .txt beside it) or of an index (.jsonl, .json, .csv, .parquet).
-
-    A row of an index has `path`, relative to `root` (default: the folder of the index), and `cap`, `caption` or `text`:
-    a caption, or a list whose first entry counts. A path that leads out of `root` gives a clip with a `problem`.
-    Raises InputError, naming file and row, for an index that cannot be read.
-    """
-    source = epath.Path(videos)
-    if not source.exists():
-        raise InputError(f"--videos={videos}: no such file or folder")
-    if source.is_dir():
-        paths = [path for path in _walk(source) if path.suffix.lower() in SUFFIXES]
-        clips = [_clip(path, _read_caption(path.with_suffix(".txt"))) for path in paths]
-    else:
-        folder = (source.parent if root is None else epath.Path(root)).resolve()
-        clips = [_indexed_clip(source, number, row, folder) for number, row in enumerate(_read_rows(source), 1)]
-    if not clips:
-        raise InputError(f"--videos={videos}: expected clips ({', '.join(SUFFIXES)}) or an index of them, found none")
-    return clips
-
-
-def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[epath.Path]:
-    above = (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            if path.resolve() not in above:  # a link to a folder above would not end
-                yield from _walk(path, above)
-        else:
-            yield path
-
-
-def _read_caption(path: epath.Path) -> str:
-    return path.read_bytes().decode("utf-8-sig", errors="replace") if path.exists() else ""
-
-
-def _clip(path: epath.Path, caption: Any, problem: str = "") -> Clip:
-    if isinstance(caption, list | tuple):
-        caption = caption[0] if caption else ""
-    caption = caption.strip() if isinstance(caption, str) else ""
-    if caption and not problem and caption != caption.encode(errors="replace").decode():
-        problem = "caption is not UTF-8"
-    return Clip(str(path), caption, problem or ("" if caption else "no caption"))
-
-
-def _indexed_clip(index: epath.Path, number: int, row: Any, folder: epath.Path) -> Clip:
-    name = row.get("path") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{index}: row {number}: expected a `path` and a `cap`, found {str(row)[:80]!r}")
-    caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), "")
-    try:
-        path = (folder / name).resolve()
-        name.encode()
-    except (ValueError, OSError, RuntimeError) as error:  # null bytes, lone surrogates, circular links
-        return _clip(folder / repr(name), caption, f"no path: {error}")
-    return _clip(path, caption, "" if path.is_relative_to(folder) else f"outside of {folder}")
-
-
-def _read_rows(index: epath.Path) -> list[Any]:
-    if index.suffix == ".parquet":
-        return _read_parquet(index)
-    if index.suffix not in (".jsonl", ".json", ".csv"):
-        raise InputError(f"--videos={index}: expected a folder, .jsonl, .json, .csv or .parquet")
-    try:
-        text = index.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{index}: expected text in UTF-8 ({error})") from None
-    if index.suffix == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        except csv.Error as error:
-            raise InputError(f"{index}: expected CSV with a header line ({error})") from None
-    # Not splitlines: JSON may hold U+2028 as it is.
-    lines = [line for line in text.split("\n") if line.strip()] if index.suffix == ".jsonl" else [text]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{index}: row {number}: expected JSON ({error})") from None
-    if index.suffix == ".jsonl":
-        return rows
-    if not isinstance(rows[0], list):
-        raise InputError(f"{index}: expected a JSON list, found {str(rows[0])[:80]!r}")
-    return rows[0]
-
-
-def _read_parquet(index: epath.Path) -> list[Any]:
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(
-            f"--videos={index}: reading parquet needs pyarrow: `pip install 'jsurgery[parquet]'`"
-        ) from None
-    try:
-        with index.open("rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            return table.read([c for c in ("path", *CAPTION_COLUMNS) if c in table.schema_arrow.names]).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{index}: expected a parquet file ({error})") from None
-
-
 def buckets_of(video: Any, several: bool) -> list[Bucket]:
     """The bucket of `video` (frames, height, width). With `several`, also half and a quarter of its length, and every
     length also with height and width exchanged and as a square of about the same area."""
@@ -193,6 +85,8 @@ def read_clip(clip: Clip, limits: ClipLimits) -> np.ndarray:
         ):
             if not container.streams.video:
                 raise Skipped("no video stream")
+            if container.streams.video[0].codec_context.color_trc in HDR_CURVES:
+                raise Skipped("HDR (PQ or HLG); convert it to BT.709 first")
             return _to_bucket(container, limits)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

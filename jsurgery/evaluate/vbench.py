@@ -74,7 +74,11 @@ def read_suite(
     texts = [entry["prompt_en"].strip() for entry in read_info(prompts)] if is_list else read_prompts(prompts, flag="")
     model_prompts = texts if augmented is None else read_prompts(augmented, flag="")
     if len(model_prompts) != len(texts):
-        raise InputError(f"{augmented}: expected a line for each of {len(texts)} prompts, found {len(model_prompts)}")
+        way_out = ""
+        if is_list and len(set(texts)) == len(model_prompts):  # VBench-2.0: 1,230 entries of 1,013 prompts
+            way_out = f"; give the suite's text list, whose lines these follow, as --prompts, and {prompts} as --info"
+        expected = f"a line for each of {len(texts)} prompts"
+        raise InputError(f"{augmented}: expected {expected}, found {len(model_prompts)}{way_out}")
     # Reversed, so that of equal lines the first counts.
     model_prompt_of = dict(zip(reversed(texts), reversed(model_prompts), strict=True))
     if is_list or info is not None:
@@ -102,7 +106,8 @@ def read_info(path: str) -> list[dict[str, Any]]:
     """Entries with `prompt_en` and a list `dimension`, as in `VBench_full_info.json`."""
     entries = read_json(path, "VBench's list of prompts as JSON")
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: expected a list of prompts, found {type(entries).__name__}")
+        names = "VBench_full_info.json or VBench2_full_info.json"
+        raise InputError(f"{path}: expected a list of prompts, as in {names}, found {type(entries).__name__}")
     for entry in entries:
         text = entry.get("prompt_en") if isinstance(entry, dict) else None
         if not isinstance(text, str) or not text.strip():

@@ -23,6 +23,16 @@ TEXT_FLAGS = (
     "--config.sampler.negative_prompt",
     "--name",
 )  # whose values are no paths
+FORMATS = (
+    (b"GGUF", "a GGUF file, which is not read; take the same model's .safetensors in bfloat16"),
+    (b"ggjt", "a GGML file, which is not read; take the same model's .safetensors in bfloat16"),
+    (b"\x89HDF", "an HDF5 file, which is not read"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+)
 POINTER, PAGE, PICKLE = "a git-LFS pointer; run `git lfs pull`", "an HTML or XML page", "a pickle"
 
 
@@ -36,8 +46,8 @@ def describe_foreign_file(start: bytes, size: int) -> str | None:
     if text.startswith(b"<"):
         return f"{PAGE}, perhaps a download that needed a login"
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return f"{PICKLE}, as torch.save writes, which was not unpickled"
-    return None
+        return f"{PICKLE}, as torch.save writes, which was not unpickled; `jsurgery convert` reads .pth, .pt and .bin"
+    return next((kind for magic, kind in FORMATS if start.startswith(magic)), None)
 
 
 def damaged(
@@ -45,6 +55,8 @@ def damaged(
 ) -> InputError:
     """The error for a file that is not what was expected, with the likely cause. `start` are the file's first bytes."""
     kind = describe_foreign_file(start, size)
+    if kind is None and start and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start):
+        kind = f"the text {start.decode()[:60]!r}, perhaps a server's answer; download the file again"
     cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
     return InputError(f"{file}: not {expected}: {cause if kind is None else f'it is {kind}'}")
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import damaged, read_object, replacing, write_json
+from jsurgery.io.foreign_tensors import foreign_format
 from jsurgery.io.hashes import HASHES, size_and_sha256
 
 LARGEST_HEADER = 100_000_000  # bytes; also the safetensors library's limit
@@ -72,8 +73,11 @@ def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt") for file in path.glob(end))
-        hint = f", but {', '.join(pickles)}; pickles are not read" if pickles else ""
+        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt", "*.ckpt") for file in path.glob(end))
+        hint = f", but {', '.join(pickles)}; pickles are not read, `jsurgery convert` turns one into safetensors"
+        if quantised := sorted(file.name for file in path.glob("*.gguf")):
+            hint = f", but {', '.join(quantised)}; GGUF is not read, take the model's .safetensors in bfloat16"
+        hint = hint if pickles or quantised else ""
         raise InputError(f"{path}: no .safetensors file in this folder{hint}")
     for file in files:
         if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name):
@@ -186,10 +190,11 @@ def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
     expected = 8 + header_size + max((place.end for place in places.values()), default=0)
     if size != expected:
         raise damaged(file, start, size, f"the header speaks of {expected}")
+    if kind := foreign_format(places):
+        raise InputError(f"{file}: holds {kind}")
     if foreign := {place.dtype for place in places.values()} - _DTYPES.keys():
-        raise InputError(
-            f"{file}: holds tensors of type {', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
-        )
+        kinds = f"{', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
+        raise InputError(f"{file}: holds tensors of type {kinds}: take the file in bfloat16 or float16")
     tensors, end = {}, 0
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
         expected = math.prod(place.shape) * _DTYPES[place.dtype].itemsize

@@ -1,7 +1,5 @@
 """The command `train`: trains a tiny Wan from scratch, as a complete pipeline folder of diffusers."""
 
-import json
-
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -13,20 +11,11 @@ from jsurgery.runtime.lock import locked
 from jsurgery.train.transformer import train_transformer
 from jsurgery.train.vae import train_vae
 from jsurgery.wan.checkpoint import load_vae, save_text_encoder, save_transformer
-from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_folder import model_path
+from jsurgery.wan.pipeline_parts import write_pipeline_index
 from jsurgery.wan.tokenizer import Tokenizer, train_tokenizer
 
 HOLDOUT_SEED = 1  # added to the seed for the set of scenes that validation clips come from
-
-MODEL_INDEX = {
-    "_class_name": "WanPipeline",
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    "text_encoder": ["transformers", "UMT5EncoderModel"],
-    "tokenizer": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
-}
 
 
 def train_teacher(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
@@ -68,18 +57,3 @@ def copy_folder(source: epath.Path, target: epath.Path) -> None:
         if not (target / name).exists():
             with replacing(target / name) as temporary:
                 (source / name).copy(temporary, overwrite=True)
-
-
-def write_pipeline_index(model: epath.Path, shift: float) -> None:
-    """Writes model_index.json and the scheduler, so that diffusers' WanPipeline loads the folder."""
-    scheduler = {
-        "_class_name": "UniPCMultistepScheduler",
-        "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-    }
-    (model / "scheduler").mkdir(parents=True, exist_ok=True)
-    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    (model / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-    write_hashes(model, {}, "model_index.json", "scheduler/scheduler_config.json")

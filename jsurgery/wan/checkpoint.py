@@ -4,7 +4,7 @@ Every folder that is written here ends with its hashes, and every folder that ha
 it is loaded (see `folder_hashes`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,14 +32,17 @@ from jsurgery.wan.model_config import (
     read_vae_config,
     task_of,
 )
+from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.torch_layout import check_fit, load_mirrored, mirrored_shapes, mirrored_tensors
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
+EMBEDDINGS = "encoder.embed_tokens.weight"
 
-def read_config(path: epath.PathLike) -> WanConfig:
-    """The config of a transformer's folder or file, in any layout.
+
+def read_config(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None = None) -> WanConfig:
+    """The config of a transformer's folder or file, in any layout. `tensors` are its unread tensors, if they are open.
 
     It is read from a config.json in the folder or beside the file: diffusers', ours or the original repository's.
     Without a config.json it follows from the tensors' shapes, except for the number of heads. Heads are then taken to
@@ -55,7 +58,7 @@ def read_config(path: epath.PathLike) -> WanConfig:
     if class_name in (CLASS_NAME, HYBRID_CLASS_NAME):
         return WanConfig.from_json(fields, source=str(file))
 
-    tensors = open_tensors(path)
+    tensors = _open_transformer(path, tensors)
     layout = checkpoint_layouts.transformer_layout(tensors, path)
     if path.is_dir() and class_name not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
@@ -84,8 +87,8 @@ def load_transformer(
     mesh. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     check_hashes(path)
-    config = read_config(path)
-    tensors = open_tensors(path)
+    tensors = _open_transformer(path)
+    config = read_config(path, tensors)
     model = abstract_module(WanTransformer, config, dtype=jnp.dtype(dtype))
     if inference:
         model.store_in_compute_dtype()
@@ -99,13 +102,17 @@ def load_transformer(
     return model
 
 
-def open_transformer(path: epath.PathLike, layout: str = "diffusers") -> tuple[WanConfig, Tensors]:
+def open_transformer(
+    path: epath.PathLike, layout: str = "diffusers", tensors: Mapping[str, LazyTensor] | None = None
+) -> tuple[WanConfig, Tensors]:
     """The config and the unread tensors of a transformer, which get the names of `layout`, whatever theirs are.
 
+    `tensors` are those of a file that is open already.
     Raises InputError as `load_transformer` does, and for a hybrid in a layout other than "diffusers".
     """
     check_hashes(path)
-    config, tensors = read_config(path), open_tensors(path)
+    tensors = _open_transformer(path, tensors)
+    config = read_config(path, tensors)
     model = abstract_module(WanTransformer, config)
     stored = checkpoint_layouts.transformer_layout(tensors, path)
     return config, checkpoint_layouts.renamed_transformer(model, tensors, stored, layout, path)
@@ -165,8 +172,9 @@ def load_vae(path: epath.PathLike, dtype: jnp.dtype = jnp.float32) -> WanVae:
     another architecture.
     """
     check_hashes(path)
-    config, tensors = read_vae_config(path), open_tensors(path)
+    config = read_vae_config(path)
     vae = abstract_module(WanVae, config)
+    tensors = without_prefix(open_tensors(path), mirrored_shapes(vae).__contains__, path)
     load_mirrored(vae, tensors, dtype=dtype, source=path)
     return vae
 
@@ -196,9 +204,24 @@ def open_text_encoder(path: epath.PathLike) -> tuple[TextEncoderConfig, dict[str
     """The config and the unread tensors of a `text_encoder/` folder. Raises InputError as `load_text_encoder` does."""
     folder = epath.Path(path)
     config, tensors = read_text_encoder_config(folder), open_tensors(folder)
-    tensors.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
-    check_fit(mirrored_shapes(abstract_module(TextEncoder, config)), tensors, folder)
+    expected = mirrored_shapes(abstract_module(TextEncoder, config))
+    tensors = text_encoder_tensors_named(tensors, {*expected, EMBEDDINGS}.__contains__, folder)
+    check_fit(expected, tensors, folder)
     return config, tensors
+
+
+def text_encoder_tensors_named(
+    tensors: Mapping[str, LazyTensor], known: Callable[[str], bool], source: epath.PathLike
+) -> dict[str, LazyTensor]:
+    """The tensors of a UMT5 encoder under the names of transformers, with `shared.weight` alone for the embeddings.
+
+    ComfyUI's file also holds the tokenizer, as numbers, which is left out.
+    """
+    named = without_prefix({name: t for name, t in tensors.items() if name != "spiece_model"}, known, source)
+    embeddings = named.pop(EMBEDDINGS, None)  # a second name of shared.weight, or the only one
+    if embeddings is not None:
+        named.setdefault("shared.weight", embeddings)
+    return named
 
 
 def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
@@ -207,6 +230,10 @@ def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
     hashes = write_shards(folder, "model", mirrored_tensors(encoder))
     write_json(folder / "config.json", encoder.config.to_json())
     write_hashes(folder, hashes, "config.json")
+
+
+def _open_transformer(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None = None) -> dict[str, LazyTensor]:
+    return checkpoint_layouts.transformer_tensors_named(open_tensors(path) if tensors is None else tensors, path)
 
 
 def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.Path) -> int | None:

@@ -11,7 +11,7 @@ For them there are rules from those names to the original repository's.
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from flax import nnx
 from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
+from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.torch_layout import check_fit, fill
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ def transformer_layout(names: Iterable[str], source: epath.PathLike = "weights")
     if other := next((name for name in names if _OTHER_TASKS.search(name)), None):
         raise InputError(f"{source}: expected a text-to-video model of Wan2.1, found {other}, which has another task")
     return layout
+
+
+def transformer_tensors_named(tensors: Mapping[str, LazyTensor], source: epath.PathLike) -> dict[str, LazyTensor]:
+    """The tensors of a transformer under diffusers' or the original repository's names; see `tensor_prefixes`."""
+    known = {*transformer_names("diffusers").values(), *transformer_names("original").values()}
+    pattern = lambda name: _MAP_LAYER.sub(r"\1.{j}.", _BLOCK.sub("blocks.{i}.", name))
+    return without_prefix(tensors, lambda name: pattern(name) in known, source)
 
 
 def transformer_sizes(tensors: Tensors, layout: str, source: epath.PathLike = "weights") -> dict[str, Any]:

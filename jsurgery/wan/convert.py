@@ -7,6 +7,7 @@ import functools
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -14,25 +15,30 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import damaged, read_object, write_json
+from jsurgery.io.files import check_writable, damaged, read_object, write_json
 from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
-from jsurgery.wan import checkpoint_layouts, hub, torch_layout
+from jsurgery.wan import hub, torch_layout
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.checkpoint import open_transformer, write_transformer
+from jsurgery.wan.checkpoint import open_transformer, text_encoder_tensors_named, write_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
-from jsurgery.wan.pipeline_parts import check_index
+from jsurgery.wan.pipeline_parts import check_index, write_pipeline_index
+from jsurgery.wan.tensor_prefixes import shortest_prefix
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.vae import WanVae
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> epath.Path:
     """Writes the transformer at `model` in another layout ("diffusers", "original", "comfyui") and returns `output`.
 
-    `model` is a transformer's folder or file, a pipeline folder, or a repository id. It may also be the file of the
-    original repository's VAE or text encoder (.pth, or .safetensors with the same tensor names), which becomes a
-    diffusers folder. Raises InputError for a model that cannot be converted, and for an output that exists already.
+    `model` is a transformer's folder or file, a pipeline folder, or a repository id. It may also be a file of the VAE
+    or text encoder, named as in the original repository, diffusers or transformers (ComfyUI has these names too), which
+    becomes a folder; or the folder of the original repository, which becomes a pipeline folder. Files may be
+    safetensors or pickles of tensors. Raises InputError for a model that cannot be converted, and for an output that
+    exists already.
     """
     source, output = epath.Path(hub.local_path(model)), epath.Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -44,21 +50,52 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
         check_index(source)
         source = source / "transformer"
 
-    check_hashes(source)
-    tensors = _open_pickle(source) if source.suffix == ".pth" else open_tensors(source)
-    for prefix, to_diffusers in (("token_embedding.", _text_encoder), ("decoder.conv1.", _vae)):
-        if any(name.startswith(prefix) for name in tensors):
-            if layout != "diffusers":
-                raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
-            to_diffusers(tensors, source, output)
-            return output
-    _transformer(tensors, source, output, layout)
+    if not output.is_dir():
+        check_writable(output, "--output")
+    if layout == "diffusers" and (parts := original_parts(source)):
+        _pipeline(source, *parts, output)
+        return output
+    _convert_part(source, output, layout)
     return output
 
 
-def _transformer(tensors: Tensors, source: epath.Path, output: epath.Path, layout: str) -> None:
-    checkpoint_layouts.transformer_layout(tensors, source)  # raises, with what a pickle holds, if it is no transformer
-    config, renamed = open_transformer(source, layout)
+def original_parts(source: epath.Path) -> tuple[epath.Path, epath.Path, epath.Path] | None:
+    """The files of the VAE, the text encoder and the tokenizer of an original repository's folder; None without all."""
+    patterns = "*VAE*.pth", "models_t5*.pth", "google/*/spiece.model"
+    found = [sorted(source.glob(pattern)) if source.is_dir() else [] for pattern in patterns]
+    vae, text_encoder, tokenizer = (files[0] if files else None for files in found)
+    return (vae, text_encoder, tokenizer) if vae and text_encoder and tokenizer else None
+
+
+def _pipeline(
+    source: epath.Path, vae: epath.Path, text_encoder: epath.Path, tokenizer: epath.Path, output: epath.Path
+) -> None:
+    for part, name in ((source, "transformer"), (vae, "vae"), (text_encoder, "text_encoder")):
+        _convert_part(part, output / name, "diffusers")
+    (output / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.copy(output / "tokenizer" / tokenizer.name)
+    write_hashes(output / "tokenizer", {}, tokenizer.name)
+    write_pipeline_index(output, shift=3.0)
+
+
+def _convert_part(source: epath.Path, output: epath.Path, layout: str) -> None:
+    check_hashes(source)
+    tensors = _open_pickle(source) if source.suffix in PICKLES else open_tensors(source)
+    if not source.is_dir():
+        for names, to_diffusers in PARTS:
+            known = re.compile(names).match
+            plain = {name: tensor for name, tensor in tensors.items() if name != "spiece_model"}
+            if shortest_prefix(list(plain), lambda name, known=known: known(name) is not None) is not None:
+                if layout != "diffusers":
+                    raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
+                named = text_encoder_tensors_named(plain, lambda name, known=known: known(name) is not None, source)
+                to_diffusers(named, source, output)
+                return
+    _transformer(tensors, source, output, layout)
+
+
+def _transformer(tensors: Mapping[str, LazyTensor], source: epath.Path, output: epath.Path, layout: str) -> None:
+    config, renamed = open_transformer(source, layout, tensors)
     # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
     write_transformer(renamed, config, output, layout, more=more)
@@ -92,6 +129,26 @@ def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
     write_hashes(output, hashes, "config.json")
 
 
+def _text_encoder_of_transformers(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+    _text_encoder({original_text_encoder_name(name): tensor for name, tensor in tensors.items()}, source, output)
+
+
+def _vae_of_diffusers(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+    _vae({original_vae_name(name): tensor for name, tensor in tensors.items()}, source, output)
+
+
+# How the names of a part's tensors begin: the original repository's, and those of transformers and diffusers.
+PARTS = (
+    (r"token_embedding\.|norm\.weight|blocks\.\d+\.(attn|ffn|norm1|norm2|pos_embedding)\.", _text_encoder),
+    (r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.|conv[12]\.", _vae),
+    (r"shared\.|encoder\.(block|final_layer_norm|embed_tokens)\.", _text_encoder_of_transformers),
+    (
+        r"(en|de)coder\.(conv_in|conv_out|norm_out|mid_block|down_blocks|up_blocks)\.|(post_)?quant_conv\.",
+        _vae_of_diffusers,
+    ),
+)
+
+
 def _shape(tensors: Tensors, name: str, source: epath.Path, axes: int = 2) -> tuple[int, ...]:
     if name not in tensors or len(tensors[name].shape) != axes:
         raise InputError(f"{source}: missing {name} of {axes} axes, whose shape gives the model's size")
@@ -103,6 +160,17 @@ def _renamed(module: nnx.Module, original_name, tensors: Tensors, source: epath.
     shapes = torch_layout.mirrored_shapes(module)
     torch_layout.check_fit({original_name(name): shape for name, shape in shapes.items()}, tensors, source)
     return {name: tensors[original_name(name)] for name in shapes}
+
+
+def _state_dict(loaded: object) -> object:
+    """The only dictionary of tensors in a checkpoint that also holds a step, settings and the like; else `loaded`."""
+    import torch
+
+    if not isinstance(loaded, dict):
+        return loaded
+    tensors = lambda values: bool(values) and all(isinstance(value, torch.Tensor) for value in values)
+    found = [value for value in loaded.values() if isinstance(value, dict) and tensors(value.values())]
+    return found[0] if len(found) == 1 and not any(isinstance(t, torch.Tensor) for t in loaded.values()) else loaded
 
 
 def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
@@ -125,8 +193,10 @@ def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(f"{file}: refused: it names {match[1]}, which a file of tensors does not") from None
         raise InputError(f"{file}: not a file of torch.save: its {size} bytes are truncated or damaged") from None
+    loaded = _state_dict(loaded)
     if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-        raise InputError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
+        names = f" of {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else ""
+        raise InputError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}{names[:200]}")
 
     def lazy(tensor: torch.Tensor) -> LazyTensor:
         if tensor.dtype == torch.bfloat16:  # torch cannot convert it to NumPy

@@ -11,7 +11,7 @@ from jsurgery.io.safetensors import check_tensors
 from jsurgery.wan import hub
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.folder_hashes import check_hashes
-from jsurgery.wan.model_config import WanConfig, read_text_encoder_config, read_vae_config
+from jsurgery.wan.model_config import ORIGINAL_CLASS_NAME, WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.pipeline_parts import check_index, check_sizes, check_vocabulary
 from jsurgery.wan.tokenizer import Tokenizer
 
@@ -46,6 +46,11 @@ def pipeline_folder(path: epath.Path) -> epath.Path:
     base = read_object(file).get("base_pipeline") if file.exists() else None
     if base is not None and not isinstance(base, str):
         raise InputError(f"{file}: base_pipeline: expected a folder, a bundled name or a repository, found {base!r}")
+    if not base and path.is_dir() and any(path.glob("models_t5*.pth")):
+        convert = f"`jsurgery convert --model={path} --output={path}-Diffusers`"
+        raise InputError(f"{path}: the original repository's folder; {convert} makes the pipeline folder that is read")
+    if not base and file.exists() and read_object(file).get("_class_name") == ORIGINAL_CLASS_NAME:
+        raise InputError(f"{path}: the original repository's transformer alone; take the one ending in -Diffusers")
     if not base:
         raise InputError(f"{path}: expected a pipeline folder (transformer/, vae/, text_encoder/, tokenizer/)")
     return model_path(base)

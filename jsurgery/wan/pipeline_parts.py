@@ -3,15 +3,26 @@
 Here are also the checks that the sizes of the parts fit each other. None of them reads weights.
 """
 
+import json
+
 from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, shortened
+from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 
 INDEX = "model_index.json"
-PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+PIPELINE = {
+    "_class_name": "WanPipeline",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+PIPELINES = (PIPELINE["_class_name"], "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
+PARTS = tuple(name for name in PIPELINE if name != "_class_name")
 # Parts and values of other pipelines of the Wan family -> what they belong to. Null or false ones are harmless.
 FOREIGN = {
     "transformer_2": "a second expert for the low noise levels, as Wan2.2 A14B has",
@@ -70,3 +81,18 @@ def check_vocabulary(tokens: int, text_encoder: TextEncoderConfig, folder: epath
         raise InputError(
             f"{folder}: the tokenizer has {tokens} tokens, the text encoder embeddings for {text_encoder.vocab_size}"
         )
+
+
+def write_pipeline_index(model: epath.Path, shift: float) -> None:
+    """Writes model_index.json and the scheduler, so that diffusers' WanPipeline loads the folder."""
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": shift,
+    }
+    (model / "scheduler").mkdir(parents=True, exist_ok=True)
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+    (model / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    write_hashes(model, {}, "model_index.json", "scheduler/scheduler_config.json")

@@ -16,13 +16,13 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.runtime.finite import all_finite
-from jsurgery.runtime.progress import Progress
+from jsurgery.runtime.progress import Progress, say
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_text_encoder
 from jsurgery.wan.folder_hashes import check_hashes
 from jsurgery.wan.model_config import TextEncoderConfig
 from jsurgery.wan.text_encoder import Block, RMSNorm, mask_bias
-from jsurgery.wan.tokenizer import Tokenizer
+from jsurgery.wan.tokenizer import Tokenizer, describe_cut
 from jsurgery.wan.torch_layout import set_mirrored
 
 BATCH = 8  # prompts that a layer is run on at once
@@ -45,6 +45,7 @@ class PromptEmbedder:
         self.folder, self.dtype = epath.Path(base) / "text_encoder", jnp.dtype(dtype)
         self.config, self.tensors = open_text_encoder(self.folder)
         self._kept: dict[tuple[str, int], np.ndarray] = {}
+        self._cut_said = False
 
     def __call__(self, prompts: Sequence[str], length: int) -> np.ndarray:
         padded = np.zeros((len(prompts), length, self.config.d_model), self.dtype)
@@ -55,6 +56,7 @@ class PromptEmbedder:
     def unpadded(self, prompts: Sequence[str], length: int) -> list[np.ndarray]:
         """The embeddings [L, d_model] of each prompt, L being its tokens: at most `length`, the rest is cut off."""
         new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._kept]
+        self.say_cut(new, length)
         made: dict[str, np.ndarray] = {}
         for start in range(0, len(new), PASS):
             some = new[start : start + PASS]
@@ -66,6 +68,15 @@ class PromptEmbedder:
         for key in list(self._kept)[: max(0, len(self._kept) - KEPT)]:
             del self._kept[key]
         return embeddings
+
+    def say_cut(self, prompts: Sequence[str], length: int) -> None:
+        """Says in one line how many of the prompts do not fit `length` tokens, the first time that there are any.
+
+        A caller who embeds many prompts in turn calls it before, with all of them.
+        """
+        if prompts and not self._cut_said and (cut := describe_cut(self.tokenizer, prompts, length)):
+            say(f"text: {cut}")
+            self._cut_said = True
 
     def forget(self) -> None:
         """Drops all embeddings. The next ones depend on the prompts of their own call alone, to the last bit.

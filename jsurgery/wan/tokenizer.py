@@ -54,6 +54,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._pieces.vocab_size()
 
+    def kept(self, prompt: str, length: int, shown: int = 24) -> str | None:
+        """The last characters of what `length` tokens hold of a prompt; None if they hold all of it."""
+        ids = self._pieces.encode(clean_prompt(prompt))
+        return None if len(ids) < length else self._pieces.decode(ids[: length - 1])[-shown:]
+
     def __call__(self, prompts: Sequence[str], length: int = 512) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, both int32 [B, length]: every prompt cleaned, cut to fit, closed with EOS, padded."""
         token_ids_BxL = np.full((len(prompts), length), PAD, np.int32)
@@ -63,6 +68,17 @@ class Tokenizer:
             token_ids_BxL[row, : len(ids)] = ids
             mask_BxL[row, : len(ids)] = 1
         return token_ids_BxL, mask_BxL
+
+
+def describe_cut(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> str | None:
+    """How many of the prompts are longer than `length` tokens, and where the first of them is cut; None without any."""
+    kept = ((number, tokenizer.kept(prompt, length)) for number, prompt in enumerate(prompts))
+    cut = [(number, end) for number, end in kept if end is not None]
+    if not cut:
+        return None
+    number, end = cut[0]
+    where = f"prompt {number + 1} ends with {end!r}" if len(prompts) > 1 else f"it ends with {end!r}"
+    return f"{len(cut)} of {len(prompts)} prompts are cut at config.text_length = {length} tokens: {where}"
 
 
 def train_tokenizer(captions: Iterable[str], folder: epath.PathLike, vocab_size: int = 256) -> Tokenizer:

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jsurgery.data.clip_index import find_clips
 from jsurgery.data.video_reader import (
     Bucket,
     Clip,
@@ -23,7 +24,6 @@ from jsurgery.data.video_reader import (
     buckets_of,
     crop_box,
     decode_in_processes,
-    find_clips,
     fit,
     nearest_frames,
     read_clip,
@@ -319,15 +319,16 @@ def test_paths_outside_the_folder_are_problems(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("clips.jsonl", '{"path": "a", "cap": "b"}\n{"path"', ["row 2", "JSON"]),
-        ("clips.jsonl", '{"cap": "b"}', ["row 1", "`path`"]),
-        ("clips.jsonl", "[1]", ["row 1", "`path`"]),
+        ("clips.jsonl", '{"path"\n{', ["row 1", "JSON", "file_name"]),
+        ("clips.jsonl", '{"cap": "b"}', ["a column with a path", "video", "found cap"]),
+        ("clips.jsonl", '{"video": "b"}', ["a column with a caption", "prompt", "found video"]),
+        ("clips.jsonl", "[1]", ["row 1", "an object"]),
         ("clips.jsonl", "", ["found none"]),
         ("clips.json", "{}", ["JSON list"]),
-        ("clips.csv", 'path,cap\na,"b', ["CSV"]),
+        ("clips.csv", 'path,cap\n"a,b', ["CSV", "row 1"]),
         ("clips.csv", "a,b", ["found none"]),
-        ("clips.csv", "file,cap\na,b", ["row 1", "`path`"]),
-        ("clips.jsonl", b"\xff\xfe", ["UTF-8"]),
+        ("clips.csv", "id,cap\na,b", ["a column with a path", "found id, cap"]),
+        ("clips.jsonl", b"\xff\xfe", ["found none"]),
         ("clips.xml", "", [".jsonl"]),
     ],
 )
@@ -336,6 +337,73 @@ def test_a_bad_index_is_refused(tmp_path, name, content, parts):
     with pytest.raises(InputError) as raised:
         find_clips(str(tmp_path / name))
     assert name in str(raised.value) and all(part in str(raised.value) for part in parts), raised.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("clips.csv", b"video,prompt\n0.mp4,a cat\n1.mp4,a dog\n"),
+        ("clips.csv", b"file_name;text\r\n0.mp4;a cat\r\n1.mp4;a dog\r\n"),
+        ("clips.tsv", b"id\tVideo_Path\tCaption\n9\t0.mp4\ta cat\n8\t1.mp4\ta dog\n"),
+        ("clips.csv", "path,cap\n0.mp4,a cat\n1.mp4,a dog\n".encode("utf-16")),
+        ("clips.jsonl", b'\xef\xbb\xbf{"file": "0.mp4", "description": "a cat"}\n{"file": "1.mp4", "text": "a dog"}'),
+        ("CLIPS.JSON", b'[{"filepath": "0.mp4", "prompt": ["a cat"]}, {"filepath": "1.mp4", "prompt": "a dog"}]'),
+    ],
+)
+def test_an_index_as_people_write_it_is_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    found = find_clips(str(tmp_path / name))
+    assert found == [(f"{tmp_path}/0.mp4", "a cat", ""), (f"{tmp_path}/1.mp4", "a dog", "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("clips.jsonl", b'{"path": "1.mp4", "cap', "expected JSON"),
+        ("clips.jsonl", b'{"cap": "no path"}', "expected a path"),
+        ("clips.jsonl", b'{"path": "https://a/1.mp4", "cap": "x"}', "an address, not a file"),
+        ("clips.jsonl", b'{"path": "gs://b/1.mp4", "cap": "x"}', "outside of"),
+        ("clips.jsonl", b'{"path": "1.mp4", "cap": "caf\xe9"}', "caption is not UTF-8"),
+        ("clips.csv", b'"1.mp4,never closed', "expected CSV"),
+        ("clips.csv", b"1.mp4,a cat, and a dog", "more values than columns"),
+        ("clips.csv", b"1.mp4", "no caption"),
+    ],
+)
+def test_a_bad_row_is_named_and_others_go_on(tmp_path, name, row, problem):
+    good = [f'{{"path": "{i}.mp4", "cap": "x"}}' if name.endswith("jsonl") else f"{i}.mp4,x" for i in (0, 2)]
+    head = [] if name.endswith("jsonl") else [b"path,cap"]
+    (tmp_path / name).write_bytes(b"\n".join([*head, good[0].encode(), row, good[1].encode()]))
+    found = find_clips(str(tmp_path / name))
+    assert [clip.problem for clip in (found[0], found[2])] == ["", ""] and found[2].path == f"{tmp_path}/2.mp4"
+    assert problem in found[1].problem, found[1]
+
+
+def test_hidden_files_and_other_containers_are_counted(tmp_path, capsys):
+    for name in ("a.mp4", "._a.mp4", ".ipynb_checkpoints/a.mp4", "__MACOSX/a.mp4", "b.ts", "c.gif", "d.ts", "e.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "circle").symlink_to(tmp_path)
+    assert [clip.path for clip in find_clips(str(tmp_path))] == [f"{tmp_path}/a.mp4"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: 1 .gif, 2 .ts, 3 hidden left out" in line
+
+
+@pytest.mark.parametrize(("curve", "problem"), [(16, "HDR"), (18, "HDR"), (1, None)])
+def test_an_hdr_clip_is_skipped_with_the_reason(tmp_path, curve, problem):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.color_trc = curve
+        for pixels in noise(5, 32, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    read = lambda: read_clip(Clip(str(path), "x"), ClipLimits([Bucket(5, 32, 48)], 16, 0.4, 1.5))
+    if problem is None:
+        assert read().shape == (5, 32, 48, 3)
+        return
+    with pytest.raises(Skipped, match=problem):
+        read()
 
 
 def test_an_empty_folder_and_a_missing_file_are_refused(tmp_path):

@@ -431,8 +431,9 @@ def prompts_reader() -> Reader:
 
 def captions_reader(kind: str) -> Reader:
     """Reads captions and does what `encode` does with each clip before decoding."""
+    from jsurgery.data.clip_index import find_clips
     from jsurgery.data.shards import text_array
-    from jsurgery.data.video_reader import Bucket, ClipLimits, Skipped, find_clips, read_clip
+    from jsurgery.data.video_reader import Bucket, ClipLimits, Skipped, read_clip
 
     rows = [
         {"path": f"{name}.mp4", "cap": caption} for name, caption in (("a", "one"), ("b", ["two", "2"]), ("c", "é"))

@@ -96,6 +96,19 @@ def without_index(name: str) -> Callable[[pathlib.Path], object]:
     return prepare
 
 
+def tensors(*names: str, dtype: str = "U8") -> bytes:
+    """A safetensors file with a number under each name."""
+    places = {name: {"dtype": dtype, "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
+    header = json.dumps(places).encode()
+    return struct.pack("<Q", len(header)) + header + b"\0" * len(names)
+
+
+def original_folder(folder: pathlib.Path) -> None:
+    """The names of the files of the original repository."""
+    for name in ("config.json", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model"):
+        written(f"m/{name}", b"{}")(folder)
+
+
 def write_index(weight_map: dict[str, str]) -> Callable[[pathlib.Path], object]:
     def prepare(folder: pathlib.Path) -> None:
         transformer = folder / "model" / "transformer"
@@ -268,6 +281,35 @@ PARTS = [
     ),
     Bad(SAMPLE, ("quantization_config", "in bfloat16"), edited(T_CONFIG, quantization_config={"load_in_4bit": True})),
 ]
+GGUF = b"GGUF\x03\0\0\0" + b"\0" * 500
+BFLOAT16 = "bfloat16"
+# Formats that are not read, under the names that they have when people try them: each is named, with the way out.
+FORMATS = [
+    *(
+        Bad(SAMPLE, (TRANSFORMER, *parts), changed(TRANSFORMER, lambda b, content=content: content, hashes=False))
+        for content, parts in (
+            (GGUF, ("a GGUF file", BFLOAT16)),
+            (b"\x80\x02}q\0." + b"\0" * 50, ("a pickle", "jsurgery convert")),
+            (b"PK\x03\x04" + b"\0" * 50, ("a pickle", "jsurgery convert")),
+            (b"\x1f\x8b\x08" + b"\0" * 50, ("gzip",)),
+            (b"Entry not found", ("the text 'Entry not found'", "server's answer")),
+            (POINTER, ("git-LFS", "git lfs pull")),
+            (PAGE, ("HTML", "login")),
+            (tensors("blocks.0.self_attn.q.lora_down.weight"), ("a LoRA", "fuse_lora")),
+            (tensors("diffusion_model.blocks.0.self_attn.q.lora_A.weight"), ("a LoRA", "fuse_lora")),
+            (tensors("blocks.0.ffn.0.weight", "blocks.0.ffn.0.scale_weight", "scaled_fp8"), ("fp8_scaled", BFLOAT16)),
+            (tensors("a.weight", "a.weight.quant_state.bitsandbytes__nf4"), ("bitsandbytes", "NF4", BFLOAT16)),
+            (tensors("a.qweight", "a.qzeros"), ("GPTQ", BFLOAT16)),
+            (tensors("a.weight", dtype="F8_E4M3"), ("F8_E4M3", BFLOAT16)),
+        )
+    ),
+    Bad("convert --model=m.gguf --output=out", ("m.gguf", "a GGUF file", BFLOAT16), written("m.gguf", GGUF)),
+    Bad("convert --model=m --output=out", ("m.gguf", "GGUF is not read", BFLOAT16), written("m/m.gguf", GGUF)),
+    Bad("convert --model=m --output=out", ("m.bin", "pickles are not read", "convert"), written("m/m.bin", b"\x80")),
+    Bad("convert --model=m.bin --output=out", ("m.bin", "truncated or damaged"), written("m.bin", b"\x80\x02garbage")),
+    Bad("sample --prompt=x --model=m", ("m", "`jsurgery convert --model=m --output=m-Diffusers`"), original_folder),
+    Bad("sample --prompt=x --model=m", ("alone", "-Diffusers"), written("m/config.json", {"_class_name": "WanModel"})),
+]
 FILES = [
     Bad(surgery("--config.data.path=nowhere"), ("config.data.path", "nowhere", "no such folder")),
     Bad(surgery("--config.prompts=nowhere.txt"), ("config.prompts", "nowhere.txt", "no such file")),
@@ -303,10 +345,9 @@ FILES = [
     Bad(f"encode --videos=nowhere --workdir=run {MODEL}", ("--videos=nowhere", "no such")),
     Bad(f"encode --videos=clips --workdir=run {MODEL}", ("clips", "found none"), lambda f: (f / "clips").mkdir()),
     Bad(f"encode --videos=c.xlsx --workdir=run {MODEL}", ("c.xlsx", ".jsonl"), written("c.xlsx", b"PK")),
-    Bad(
-        f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "row 1", "`path`"), written("c.csv", "file\na.mp4\n")
-    ),
-    Bad(f"encode --videos=c.jsonl --workdir=run {MODEL}", ("c.jsonl", "row 2"), written("c.jsonl", '{"path":"a"}\n{')),
+    Bad(f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "path", "found id"), written("c.csv", "id\na.mp4\n")),
+    Bad(f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "caption"), written("c.csv", "file\na.mp4\n")),
+    Bad(f"encode --videos=c.jsonl --workdir=run {MODEL}", ("c.jsonl", "row 1"), written("c.jsonl", '{"path"')),
     Bad("evaluate vbench --prompts=i.json --output=o", ("i.json", "JSON"), written("i.json", "[")),
     Bad(
         "evaluate vbench --prompts=i.json --output=o", ("i.json", "dimension"), written("i.json", [{"prompt_en": "a"}])
@@ -330,7 +371,7 @@ WORKDIRS = [
     Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
     Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
 ]
-TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FILES, *WORKDIRS]
+TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FORMATS, *FILES, *WORKDIRS]
 # Also run in a process of their own, as a user would: one of each kind.
 PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
 

@@ -19,12 +19,12 @@ from etils import epath
 from jsurgery.data import sprites
 from jsurgery.io.files import write_json
 from jsurgery.io.safetensors import LazyTensor, write_shards
-from jsurgery.train.teacher import write_pipeline_index
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import write_transformer
 from jsurgery.wan.checkpoint_layouts import lazy_transformer_tensors
 from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.pipeline_parts import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.torch_layout import mirrored_shapes

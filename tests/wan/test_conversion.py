@@ -1,5 +1,6 @@
 """`jsurgery convert`: transformers between layouts, and the VAE and text encoder of the original repository."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from etils import epath
 from flax import nnx
 from torch.nn import functional as F
 
@@ -19,11 +21,13 @@ from jsurgery import cli
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors, write_tensors
-from jsurgery.wan import checkpoint_layouts, torch_layout
-from jsurgery.wan.checkpoint import load_text_encoder, load_vae, save_transformer
+from jsurgery.wan import checkpoint_layouts, tensor_prefixes, torch_layout
+from jsurgery.wan import convert as convert_module
+from jsurgery.wan.checkpoint import load_text_encoder, load_vae, open_text_encoder, save_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
 from jsurgery.wan.convert import convert
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.model_folder import check_pipeline, pipeline_folder
 from jsurgery.wan.text_encoder import TextEncoder, position_buckets
 from jsurgery.wan.vae import WanVae
 
@@ -192,6 +196,102 @@ def test_vae_converted_from_the_original_names(tmp_path, kind):
     write_tensors(tmp_path / "lacking.safetensors", {name: tensor.numpy() for name, tensor in tensors.items()})
     with pytest.raises(InputError, match=r"lacking.*missing decoder\.middle\.0\.residual\.3\.gamma \(16, 1, 1, 1\)"):
         convert(str(tmp_path / "lacking.safetensors"), tmp_path / "other")
+
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.", "_orig_mod.", "model.", "module._orig_mod.model.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_transformer_is_read_under_any_prefix(tmp_path, tiny_pipeline, layout, prefix):
+    convert(str(tiny_pipeline), tmp_path / "plain", layout)
+    fields = json.loads((tmp_path / "plain" / "config.json").read_text())
+    plain = read_tensors(tmp_path / "plain")
+    write_tensors(tmp_path / "m" / "w.safetensors", {prefix + name: tensor for name, tensor in plain.items()})
+    (tmp_path / "m" / "config.json").write_text(json.dumps(fields))
+    convert(str(tmp_path / "m"), tmp_path / "out")
+    np.testing.assert_equal(read_tensors(tmp_path / "out"), read_tensors(tiny_pipeline / "transformer"))
+
+
+def test_wrappers_within_names_are_taken_out_and_two_of_a_name_refused(tmp_path, tiny_pipeline):
+    plain = read_tensors(tiny_pipeline / "transformer")
+    wrapped = {name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): t for name, t in plain.items()}
+    folder = shutil.copytree(tiny_pipeline / "transformer", tmp_path / "m")
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", wrapped)
+    convert(str(folder), tmp_path / "out")
+    np.testing.assert_equal(read_tensors(tmp_path / "out"), plain)
+    twice = wrapped | {"blocks.1.attn1.to_q.bias": plain["blocks.1.attn1.to_q.bias"]}
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", twice)
+    with pytest.raises(InputError, match="holds blocks.1.attn1.to_q.bias twice"):
+        convert(str(folder), tmp_path / "other")
+
+
+def test_the_shortest_prefix_after_which_99_of_100_names_are_known():
+    known = {f"block.{i}.weight" for i in range(100)}.__contains__
+    prefix = lambda names: tensor_prefixes.shortest_prefix(names, known)
+    names = [f"block.{i}.weight" for i in range(100)]
+    assert prefix(names) == "" and prefix([f"a.b.{name}" for name in names]) == "a.b."
+    assert prefix([*(f"a.{name}" for name in names[:99]), "other"]) == "a."
+    assert prefix([*(f"a.{name}" for name in names[:98]), "other", "another"]) is None
+    assert prefix(["x", "y"]) is None and prefix([]) is None
+
+
+def test_a_text_encoder_as_comfyui_has_it(tmp_path, tiny_pipeline):
+    """One file with the tokenizer among its tensors, a prefix, and the embeddings under their other name alone."""
+    plain = read_tensors(tiny_pipeline / "text_encoder")
+    named = {name.replace("shared.", "encoder.embed_tokens."): tensor for name, tensor in plain.items()}
+    write_tensors(tmp_path / "a.safetensors", named | {"spiece_model": np.zeros(9, np.uint8)})
+    write_tensors(tmp_path / "b.safetensors", {f"text_encoders.umt5xxl.transformer.{n}": t for n, t in plain.items()})
+    for name in "ab":
+        convert(str(tmp_path / f"{name}.safetensors"), tmp_path / name)
+        np.testing.assert_equal(read_tensors(tmp_path / name), plain)
+        assert load_text_encoder(tmp_path / name).config == load_text_encoder(tiny_pipeline / "text_encoder").config
+    folder = shutil.copytree(tiny_pipeline / "text_encoder", tmp_path / "text_encoder")
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder / "model.safetensors", named)
+    _, tensors = open_text_encoder(folder)
+    assert set(tensors) == set(plain)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "first_stage_model."])
+@pytest.mark.parametrize("named", [lambda name: name, original_vae_name])
+def test_a_vae_in_one_file_of_any_names(tmp_path, prefix, named):
+    expected = {name: tensor.numpy() for name, tensor in AutoencoderKLWan(base_dim=4).state_dict().items()}
+    write_tensors(tmp_path / "vae.safetensors", {prefix + named(name): tensor for name, tensor in expected.items()})
+    convert(str(tmp_path / "vae.safetensors"), tmp_path / "vae")
+    np.testing.assert_equal(read_tensors(tmp_path / "vae"), expected)
+
+
+def test_the_original_repositorys_folder_becomes_a_pipeline(tmp_path, tiny_pipeline, monkeypatch):
+    convert(str(tiny_pipeline), tmp_path / "m", "original")
+    sizes = load_vae(tiny_pipeline / "vae").config
+    monkeypatch.setattr(convert_module, "VaeConfig", lambda base_dim: dataclasses.replace(sizes, base_dim=base_dim))
+    parts = (
+        ("vae", "Wan2.1_VAE.pth", original_vae_name),
+        ("text_encoder", "models_t5_x.pth", original_text_encoder_name),
+    )
+    for part, file, name_of in parts:
+        tensors = read_tensors(tiny_pipeline / part)
+        torch.save({name_of(name): torch.tensor(tensor) for name, tensor in tensors.items()}, tmp_path / "m" / file)
+    (tmp_path / "m" / "google" / "umt5-xxl").mkdir(parents=True)
+    shutil.copy(tiny_pipeline / "tokenizer" / "spiece.model", tmp_path / "m" / "google" / "umt5-xxl")
+    with pytest.raises(InputError, match="jsurgery convert --model="):
+        pipeline_folder(epath.Path(tmp_path / "m"))
+    convert(str(tmp_path / "m"), tmp_path / "out")
+    assert check_pipeline(str(tmp_path / "out")) == check_pipeline(str(tiny_pipeline))
+    for part in ("transformer", "vae", "text_encoder"):
+        np.testing.assert_equal(read_tensors(tmp_path / "out" / part), read_tensors(tiny_pipeline / part))
+
+
+def test_a_pickle_with_more_than_tensors_is_converted(tmp_path, tiny_pipeline):
+    tensors = {name: torch.tensor(t) for name, t in read_tensors(tiny_pipeline / "transformer").items()}
+    shutil.copy(tiny_pipeline / "transformer" / "config.json", tmp_path)
+    torch.save({"state_dict": {f"module.{n}": t for n, t in tensors.items()}, "step": 7, "lr": 0.1}, tmp_path / "a.pt")
+    convert(str(tmp_path / "a.pt"), tmp_path / "out")
+    np.testing.assert_equal(read_tensors(tmp_path / "out"), read_tensors(tiny_pipeline / "transformer"))
+    torch.save({"generator": tensors, "generator_ema": tensors}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match=r"b.pt: expected a dictionary of tensors, found .*generator, generator_ema"):
+        convert(str(tmp_path / "b.pt"), tmp_path / "other")
 
 
 class Payload:

@@ -1,0 +1,227 @@
+"""Finds clips with their captions: in a folder, or in an index as people write them.
+
+A row that cannot be used becomes a clip with a problem, which names it. Only an index without one usable row is
+refused. Imports no JAX, except to say what was left out.
+"""
+
+import collections
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from jsurgery.data.video_reader import Clip
+from jsurgery.errors import InputError
+
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # of the videos that are looked for in a folder
+# Of other videos and animations, which are counted and left out.
+OTHER_SUFFIXES = (
+    ".3gp", ".asf", ".flv", ".gif", ".m2ts", ".mpeg", ".mts", ".mxf", ".ogv", ".rmvb", ".ts", ".vob", ".webp", ".wmv",
+)  # fmt: skip
+INDEXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Names of columns, the first of these that a row has counts. They are compared without case.
+PATH_COLUMNS = (
+    "path", "video", "video_path", "file_name", "filename", "file", "file_path", "filepath", "media_path", "videos",
+)  # fmt: skip
+CAPTION_COLUMNS = ("cap", "caption", "text", "prompt", "description", "captions")
+DELIMITERS = ",;\t|"
+LONGEST_FIELD = 1 << 20  # characters
+Row = dict[Any, Any] | str  # a row, or what is wrong with it
+
+
+def find_clips(videos: str, root: str | None = None) -> list[Clip]:
+    """The clips of a folder (each with its caption in a .txt beside it) or of an index of INDEXES.
+
+    A row of an index has a path (PATH_COLUMNS), relative to `root` (default: the folder of the index), and a caption
+    (CAPTION_COLUMNS), or a list whose first entry counts. A path that leads out of `root`, and a row that cannot be
+    read, gives a clip with a `problem`. Raises InputError for an index in which no row can be read.
+    """
+    source = epath.Path(videos)
+    if not source.exists():
+        raise InputError(f"--videos={videos}: no such file or folder")
+    if source.is_dir():
+        clips = _clips_of_folder(source)
+    else:
+        folder = _resolved(source.parent if root is None else epath.Path(root))
+        clips = [_indexed_clip(source, number, row, folder) for number, row in enumerate(_read_rows(source), 1)]
+    if not clips:
+        raise InputError(f"--videos={videos}: expected clips ({', '.join(SUFFIXES)}) or an index of them, found none")
+    return clips
+
+
+def _clips_of_folder(folder: epath.Path) -> list[Clip]:
+    found, others, hidden = [], collections.Counter(), 0
+    for path in _walk(folder):
+        suffix = path.suffix.lower()
+        if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts):
+            hidden += suffix in SUFFIXES  # the Mac's twins of files, checkpoints of notebooks, bins
+        elif suffix in SUFFIXES:
+            found.append(path)
+        else:
+            others[suffix] += suffix in OTHER_SUFFIXES
+    left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]
+    left_out += [f"{hidden} hidden"] if hidden else []
+    if left_out:
+        from jsurgery.runtime.progress import say
+
+        say(f"{folder}: {', '.join(left_out)} left out; taken are {', '.join(SUFFIXES)}")
+    return [_clip(path, _read_caption(path.with_suffix(".txt"))) for path in found]
+
+
+def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[epath.Path]:
+    above = (*above, _resolved(folder))
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if _resolved(path) not in above:  # a link to a folder above would not end
+                yield from _walk(path, above)
+        else:
+            yield path
+
+
+def _resolved(path: epath.Path) -> epath.Path:
+    return path if "://" in str(path) else path.resolve()
+
+
+def _read_caption(path: epath.Path) -> str:
+    return _decoded(path.read_bytes(), errors="replace") if path.exists() else ""
+
+
+def _decoded(content: bytes, errors: str) -> str:
+    """Text in UTF-8, or in UTF-16 if it says so in its first two bytes."""
+    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return content.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace" if utf_16 else errors)
+
+
+def _clip(path: epath.PathLike, caption: Any, problem: str = "") -> Clip:
+    if isinstance(caption, list | tuple):
+        caption = caption[0] if caption else ""
+    caption = caption.strip() if isinstance(caption, str) else ""
+    if caption and not problem and caption != caption.encode(errors="replace").decode():
+        problem = "caption is not UTF-8"
+    return Clip(str(path), caption, problem or ("" if caption else "no caption"))
+
+
+def _value(row: dict[Any, Any], columns: Sequence[str]) -> Any:
+    """The value of the first of the columns that the row has and that is not empty; None without one."""
+    named = {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+    return next((named[column] for column in columns if named.get(column)), None)
+
+
+def _indexed_clip(index: epath.Path, number: int, row: Row, folder: epath.Path) -> Clip:
+    if isinstance(row, str):
+        return Clip(f"{index}: row {number}", "", row)
+    name, caption = _value(row, PATH_COLUMNS), _value(row, CAPTION_COLUMNS)
+    if None in row:
+        return Clip(f"{index}: row {number}", "", "more values than columns; a text with the delimiter needs quotes")
+    if not isinstance(name, str):
+        return Clip(f"{index}: row {number}", "", f"expected a path ({', '.join(PATH_COLUMNS)}), found {str(row)[:80]}")
+    if "://" in name and not name.startswith("gs://"):
+        return _clip(name, caption, "an address, not a file")
+    try:
+        path = epath.Path(name) if name.startswith("gs://") else folder / name
+        path = path.resolve()
+        name.encode()
+    except (ValueError, OSError, RuntimeError) as error:  # null bytes, lone surrogates, circular links
+        return _clip(folder / repr(name), caption, f"no path: {error}")
+    return _clip(path, caption, "" if path.is_relative_to(folder) else f"outside of {folder}")
+
+
+def _read_rows(index: epath.Path) -> list[Row]:
+    """The rows of an index. Raises InputError if it has rows and none of them has a path and a caption."""
+    suffix = index.suffix.lower()
+    if suffix not in INDEXES:
+        raise InputError(f"--videos={index}: expected a folder, or a file of {', '.join(INDEXES)}")
+    if suffix == ".parquet":
+        rows = _read_parquet(index)
+    else:
+        try:
+            text = _decoded(index.read_bytes(), errors="surrogateescape")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{index}: expected text in UTF-8 ({error})") from None
+        rows = {".jsonl": _read_jsonl, ".json": _read_json}.get(suffix, _read_csv)(text, index)
+    for columns, what in ((PATH_COLUMNS, "a path"), (CAPTION_COLUMNS, "a caption")):
+        usable = (isinstance(row, dict) and _value(row, columns) is not None for row in rows)
+        if rows and not any(usable):
+            first = next((row for row in rows if isinstance(row, dict)), rows[0])
+            found = ", ".join(map(str, first)) if isinstance(first, dict) else f"row 1: {first}"
+            expected = f"a column with {what} ({', '.join(columns)})"
+            raise InputError(f"{index}: expected {expected}, found {found[:200] or 'no columns'}")
+    return rows
+
+
+def _read_jsonl(text: str, index: epath.Path) -> list[Row]:
+    # Not splitlines: JSON may hold U+2028 as it is.
+    return [_parsed(line) for line in text.split("\n") if line.strip()]
+
+
+def _read_json(text: str, index: epath.Path) -> list[Row]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{index}: expected JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{index}: expected a JSON list, found {str(rows)[:80]!r}")
+    return [row if isinstance(row, dict) else f"expected an object, found {str(row)[:80]!r}" for row in rows]
+
+
+def _parsed(line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"expected JSON ({error})"
+    return row if isinstance(row, dict) else f"expected an object, found {str(row)[:80]!r}"
+
+
+def _read_csv(text: str, index: epath.Path) -> list[Row]:
+    """Rows between commas, semicolons, tabs or bars, whichever divides the header line into known columns.
+
+    Quotes that are not closed would join all later rows into one: the lines are then read one by one.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    header, rest = (*re.split(r"\r\n|\n|\r", text.lstrip("\r\n"), maxsplit=1), "")[:2]
+    known = {*PATH_COLUMNS, *CAPTION_COLUMNS}
+    count = lambda delimiter: sum(name.strip(' "').lower() in known for name in header.split(delimiter))
+    delimiter = max(DELIMITERS, key=count)
+    names = next(iter(csv.reader([header], delimiter=delimiter)), [])
+    try:
+        rows: list[Row] = list(_dictionaries(names, io.StringIO(rest, newline=""), delimiter))
+    except csv.Error:
+        lines = re.split(r"\r\n|\n|\r", rest)
+        rows = list(itertools.chain.from_iterable(_read_line(names, line, delimiter) for line in lines))
+    return rows
+
+
+def _dictionaries(names: list[str], lines: Any, delimiter: str) -> Iterator[Row]:
+    yield from csv.DictReader(lines, names, strict=True, delimiter=delimiter)
+
+
+def _read_line(names: list[str], line: str, delimiter: str) -> list[Row]:
+    try:
+        return list(_dictionaries(names, [line], delimiter))
+    except csv.Error as error:
+        return [f"expected CSV ({error}): {line[:80]}"]
+
+
+def _read_parquet(index: epath.Path) -> list[Row]:
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            f"--videos={index}: reading parquet needs pyarrow: `pip install 'jsurgery[parquet]'`"
+        ) from None
+    known = {*PATH_COLUMNS, *CAPTION_COLUMNS}
+    try:
+        with index.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = [name for name in table.schema_arrow.names if name.strip().lower() in known]
+            if not names:
+                raise InputError(f"{index}: expected columns of {', '.join(PATH_COLUMNS)}, found others")
+            return table.read(names).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{index}: expected a parquet file ({error})") from None
