@@ -14,8 +14,23 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from jsurgery.commands import ablate, bench, data, estimate, evaluate, export, model, report, sample, surgery
+from jsurgery.commands import (
+    ablate,
+    bench,
+    completion,
+    data,
+    estimate,
+    evaluate,
+    export,
+    model,
+    report,
+    sample,
+    surgery,
+)
+from jsurgery.commands.mistakes import unknown_flag
+from jsurgery.commands.next_steps import tell_next
 from jsurgery.commands.options import Commands, Parser
+from jsurgery.commands.overview import TopParser, show_overview
 from jsurgery.errors import (
     Diverged,
     DoesNotFit,
@@ -26,8 +41,9 @@ from jsurgery.errors import (
     file_system_reason,
 )
 from jsurgery.io.files import resolve_arguments
+from jsurgery.load_config import known_fields, unknown_field
 
-FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export)
+FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export, completion)
 EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
 ARENA_MAX = -8  # the parameter M_ARENA_MAX of mallopt
 
@@ -44,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)
+        tell_next(options, overrides)
     except tuple(EXIT_CODES) as error:
         return complain(error, EXIT_CODES[type(error)])
     except KeyboardInterrupt:
@@ -56,21 +73,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Splits the arguments into the options of a command and the overrides `--config.a.b=value`."""
+    """Splits the arguments into the options of a command and the overrides `--config.a.b=value`.
+
+    Raises InputError for an unknown command, flag or config field, with the nearest that there is.
+    """
     overrides, rest = {}, []
+    parser = make_parser()
+    if completion.is_asked():
+        completion.complete(parser)
     for argument in resolve_arguments(arguments):
         name, equals, value = argument.partition("=")
-        if name.startswith("--config."):
-            if not equals:
-                raise InputError(f"{name}: expected {name}=VALUE")
-            overrides[name.removeprefix("--config.")] = value
-        else:
+        if not name.startswith("--config."):
             rest.append(argument)
-    parser = Parser(prog="jsurgery", description="Attention surgery for video diffusion transformers.")
+            continue
+        field = name.removeprefix("--config.")
+        if field not in known_fields():
+            raise unknown_field(field)
+        if not equals:
+            raise InputError(f"{name}: expected {name}=VALUE")
+        overrides[field] = value
+    if not arguments:
+        return show_overview(parser), {}
+    words = evaluate.join_words(rest)
+    try:
+        return parser.parse_args(words), overrides
+    except InputError:
+        if message := unknown_flag(parser, words):
+            raise InputError(message) from None
+        raise
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = TopParser(prog="jsurgery", description="Attention surgery for video diffusion transformers.")
     commands = Commands(parser)
     for family in FAMILIES:
         family.add(commands)
-    return parser.parse_args(evaluate.join_words(rest)), overrides
+    return parser
 
 
 def complain(message: object, code: int) -> int:

@@ -1,7 +1,9 @@
 """The exceptions that end a command, with their exit codes, which users may rely on."""
 
+import difflib
 import errno
 import os
+from collections.abc import Iterable
 
 # Errors of a file system that the user can fix: the texts, since C++ libraries pass on nothing else, and the numbers.
 WORDED = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)}
@@ -33,6 +35,18 @@ class Interrupted(Exception):
 
 class ParityError(Exception):
     """A measured difference exceeds its documented bound. Exit code 4."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that is most like a misspelt name; None if none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean KNOWN?", or "" if none of `known` is like it."""
+    meant = nearest(name, known)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def file_system_reason(error: BaseException) -> str | None:

@@ -1,7 +1,6 @@
 """Loads a config file by path or name, applies overrides and checks the result."""
 
 import ast
-import difflib
 import importlib.machinery
 import importlib.util
 import operator
@@ -12,7 +11,7 @@ import re
 from ml_collections import ConfigDict
 
 from jsurgery.config import LARGEST, base, flatten, validate
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, did_you_mean
 
 PATHS = ("model.path", "data.path", "prompts", "plan.costs")  # the fields that may begin with ~
 
@@ -49,8 +48,8 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
         raise InputError(f"{path}: expected the fields of base(), found other or missing ones: {min(fields ^ known)}")
     placements = getattr(module, "TOPOLOGIES", {})
     if topology and topology not in placements:
-        names = ", ".join(placements) or "none"
-        raise InputError(f"--config={name}@{topology}: expected a topology that {path} knows: {names}")
+        names, near = ", ".join(placements) or "none", did_you_mean(topology, placements)
+        raise InputError(f"--config={name}@{topology}: expected a topology that {path} knows: {names}{near}")
     fields = {field: str(value) for field, value in placements.get(topology, {}).items()}
     for field, text in (fields | (overrides or {})).items():
         override(config, field, text)
@@ -68,31 +67,44 @@ def split_topology(name: str) -> tuple[str, str]:
 
 
 def config_path(name: str) -> pathlib.Path:
-    """A file, or a config that ships with the package: beside it in a checkout, inside it in a wheel."""
+    """A file, or a config that ships with the package."""
     path = pathlib.Path(name)
     if path.suffix == ".py":
         if path.exists():
             return path
         raise InputError(f"--config={name}: no such file")
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    known, near = ", ".join(shipped), did_you_mean(name, shipped)
+    raise InputError(f"--config={name}: expected a .py file or one of {known}{near}")
+
+
+def known_fields() -> list[str]:
+    """The names of all fields of a config, such as "video.frames"."""
+    return [name for name, _ in flatten(base())]
+
+
+def unknown_field(field: str) -> InputError:
+    known = (f"config.{name}" for name in known_fields())
+    return InputError(f"config.{field}: unknown field{did_you_mean(f'config.{field}', known)}")
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """{name: file} of the configs that ship with the package: beside it in a checkout, inside it in a wheel."""
     package = pathlib.Path(__file__).parent
-    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
-    for folder in folders:
-        if (folder / f"{name}.py").exists():
-            return folder / f"{name}.py"
-    shipped = sorted(file.stem for folder in folders for file in folder.glob("*.py"))
-    raise InputError(f"--config={name}: expected a .py file or one of {', '.join(shipped)}")
+    files = [file for folder in (package.parent / "configs", package / "configs") for file in folder.glob("*.py")]
+    return {file.stem: file for file in sorted(files)}
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
     """Sets `field` from `text`. Raises InputError for an unknown field or a value of another type than the default."""
     node = config
     *parents, leaf = field.split(".")
-    known = [name for name, _ in flatten(config)]
     for parent in parents:
         node = node.get(parent) if isinstance(node, ConfigDict) else None
     if not isinstance(node, ConfigDict) or leaf not in node or isinstance(node[leaf], ConfigDict):
-        close = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
-        raise InputError(f"config.{field}: unknown field" + (f"; did you mean config.{close[0]}?" if close else ""))
+        raise unknown_field(field)
     old = node[leaf]
     try:
         value = ast.literal_eval(text)

@@ -6,17 +6,17 @@ from jsurgery.commands.options import Commands, Options, Overrides, positive, re
 
 def add(commands: Commands) -> None:
     command = commands.add(
-        "ablate", run_ablate, "answer a question about the method by running its arms over several seeds"
+        "ablate", run_ablate, "Answer a question about the method by running its arms over several seeds."
     )
-    text = "a table of docs/results.md; all: all of them but evidence"
+    text = "The table of docs/results.md to make; `all` makes all of them but evidence."
     command.add_argument("--table", choices=[*TABLES, "all", "evidence"], required=True, help=text)
-    command.add_argument("--seeds", type=positive, default=3, help="how many (default: 3)")
-    text = "gets the runs of all arms, which tables share; running it again resumes"
+    command.add_argument("--seeds", type=positive, default=3, help="How many seeds each arm runs with (default: 3).")
+    text = "The folder that gets the runs of all arms, which tables share. Running it again resumes."
     command.add_argument("--workdir", required=True, help=text)
-    command.add_argument("--results", metavar="FILE", help="also rewrite the table's section of this document")
-    text = "where finished measurements are stored and looked up (default: measurements/ in the workdir)"
+    command.add_argument("--results", metavar="FILE", help="Also rewrite the table's section of this document.")
+    text = "The folder in which measurements are stored and looked up (default: measurements/ in the workdir)."
     command.add_argument("--measurements", metavar="DIR", help=text)
-    text = "measure only seeds I, I + N, ...; after all N shards, a run without this flag writes the tables"
+    text = "Measure only seeds I, I + N, … After all N shards, a run without this flag writes the tables."
     command.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help=text)
 
 

@@ -7,62 +7,69 @@ from jsurgery.commands.options import (
     Parser,
     add_json,
     add_size,
-    positive,
     rates,
     takes_no_config,
 )
 from jsurgery.load_config import load_config
 
+DTYPES, RATES = ("float32", "bfloat16"), "1,2,4,8,linear"
+
 
 def add(commands: Commands) -> None:
-    text = "compare a checkpoint's outputs with those of diffusers and transformers, on this machine"
+    text = "Compare a checkpoint's outputs with those of diffusers and transformers, on this machine."
     command = commands.add("verify", run_verify, text, config=None)
-    command.add_argument("--model", required=True, help="a folder, a bundled name or a repository")
+    command.add_argument("--model", required=True, help="A folder, a bundled name or a repository.")
     add_size(command, frames=5, height=64, width=96)
     add_json(command)
 
-    text = "time the transformer, a distillation step or an attention layer, compared with other implementations"
+    text = "Time the transformer, a distillation step or an attention layer, compared with other implementations."
     subjects = Commands(commands.add_group("bench", text), "SUBJECT", prefix="bench ")
-    text = "our forward compared with that of diffusers, on the CPU"
+    text = "Time our forward and that of diffusers in turn, on the CPU."
     add_transformer(subjects.add_without_config("transformer", run_transformer, text))
-    text = "distillation of all blocks and rates in one pass, compared with one block and one rate at a time"
+    text = "Compare the distillation of all blocks and rates in one pass with that of one block and one rate at a time."
     add_distill(subjects.add_without_config("distill", run_distill, text))
-    text = "hybrid attention compared with full softmax by the best stock kernel for this machine"
+    text = "Compare hybrid attention with full softmax by the best stock kernel for this machine."
     add_attention(subjects.add_without_config("attention", run_attention, text))
 
 
 def add_transformer(command: Parser) -> None:
     weights = command.add_mutually_exclusive_group()
-    weights.add_argument("--model", help="a folder, a bundled name or a repository")
-    weights.add_argument("--size", choices=["1.3b", "tiny"], default="1.3b", help="random weights (default: 1.3b)")
+    weights.add_argument("--model", help="A folder, a bundled name or a repository.")
+    weights.add_argument(
+        "--size",
+        choices=["1.3b", "tiny"],
+        default="1.3b",
+        help="The size, with random weights (default: 1.3b).",
+    )
     add_size(command, frames=1, height=480, width=832)
-    command.add_argument("--text_length", type=positive, default=512)
-    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    command.add_argument("--runs", type=positive, default=3)
+    add_size(command, text_length=512)
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="The type of weights (default: float32).")
+    add_size(command, runs=3)
     add_json(command)
 
 
 def add_distill(command: Parser) -> None:
-    text = "if it names a model, a step is timed; otherwise only FLOPs are counted (default: tiny)"
+    text = "A file or the name of a shipped config (default: tiny). If it names a model, a step is timed."
     command.add_argument("--config", default="tiny", help=text)
-    command.add_argument("--runs", type=positive, default=3)
+    add_size(command, runs=3)
     add_json(command)
 
 
 def add_attention(command: Parser) -> None:
-    command.add_argument("--rates", type=rates, default=rates("1,2,4,8,linear"), help="default: 1,2,4,8,linear")
+    command.add_argument("--rates", type=rates, default=rates(RATES), help=f"The rates (default: {RATES}).")
     add_size(command, tokens=16384, heads=12, head_dim=128, runs=3)
-    command.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on CPU, else bfloat16")
-    command.add_argument("--stabilizer", choices=["max", "lse"], default="lse")
+    command.add_argument("--dtype", choices=DTYPES, help="The type (default: float32 on CPU, else bfloat16).")
+    text = "What divides the exponentials: that of the largest logit, or the sum of softmax (default: lse)."
+    command.add_argument("--stabilizer", choices=["max", "lse"], default="lse", help=text)
     choices = ["xla", "reference", "tpu", "gpu", "stock"]
-    command.add_argument("--implementation", choices=choices, help="default: chosen by the device")
-    command.add_argument("--backward", action="store_true", help="also time forward and backward together")
-    text = "such as 15R2,20R8: also time whole forwards of Wan2.1 1.3B at 480x832, 81 frames, and with softmax alone"
+    command.add_argument("--implementation", choices=choices, help="Which implementation (default: the device's).")
+    command.add_argument("--backward", action="store_true", help="Also time forward and backward together.")
+    text = "Also time whole forwards of Wan2.1 1.3B with these plans, such as 15R2,20R8, and with softmax alone."
     command.add_argument("--plans", type=lambda text: tuple(text.split(",")), default=(), help=text)
     add_json(command)
-    text = "instead estimate cycles on a v4, v5e, v5p or v6e by the TPU compiler; needs no TPU"
+    text = "Estimate cycles on a v4, v5e, v5p or v6e by the TPU compiler instead. That needs no TPU."
     command.add_argument("--estimate", metavar="CHIP", help=text)
-    text = "find and keep the best block sizes, by timing on this TPU or GPU, or by the cycles of --estimate"
+    text = "Find and keep the best block sizes, by timing on this TPU or GPU, or by the cycles of --estimate."
     command.add_argument("--tune", action="store_true", help=text)
 
 

@@ -5,20 +5,22 @@ from jsurgery.commands.options import Commands, Options, Overrides, add_processe
 
 
 def add(commands: Commands) -> None:
-    text = "encode videos and captions into the latents and text embeddings that finetune reads"
+    text = "Encode videos and captions into the latents and text embeddings that finetune reads."
     command = commands.add("encode", run_encode, text)
-    text = "a folder of videos with .txt captions, or an index: .jsonl, .json, .csv, .tsv or .parquet"
+    text = "A folder of videos with .txt captions, or an index: .jsonl, .json, .csv, .tsv or .parquet."
     command.add_argument("--videos", required=True, help=text)
-    command.add_argument("--root", metavar="FOLDER", help="what an index's paths are relative to (default: its folder)")
-    command.add_argument("--workdir", required=True, help="gets encoded/; running it again resumes")
+    command.add_argument("--root", metavar="FOLDER", help="Where an index's paths start (default: its folder).")
+    text = "The folder that gets encoded/. Running it again resumes."
+    command.add_argument("--workdir", required=True, help=text)
     add_processes(command)
     add_dry_run(command)
 
     command = commands.add(
-        "synthesize", run_synthesize, "sample training clips from a teacher, and store them as encode does"
+        "synthesize", run_synthesize, "Sample training clips from a teacher, and store them as encode does."
     )
-    command.add_argument("--prompts_file", required=True, help="one prompt a line")
-    command.add_argument("--workdir", required=True, help="gets synthesized/; running it again resumes")
+    command.add_argument("--prompts_file", required=True, help="A text file with one prompt a line.")
+    text = "The folder that gets synthesized/. Running it again resumes."
+    command.add_argument("--workdir", required=True, help=text)
     add_processes(command)
     add_dry_run(command)
 

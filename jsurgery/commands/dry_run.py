@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 def add_dry_run(command: Parser, *, json: bool = True) -> None:
     """Adds the flags of a dry run, with `--json` unless the command has that flag already."""
-    text = "only tell what would run: meshes, memory, disk and hours of NAME@TOPOLOGY, or of this machine"
+    text = "Only tell what would run: its meshes, memory, disk and hours on NAME@TOPOLOGY, or on this machine."
     command.add_argument("--dry_run", action="store_true", help=text)
-    text = "for --dry_run: GB of disk that there are (default: what is free under --workdir)"
+    text = "For --dry_run: how many GB of disk there are (default: what is free under --workdir)."
     command.add_argument("--disk", type=float, metavar="GB", help=text)
-    text = "for --dry_run: GB that there are for the results alone, without checkpoints and traces"
+    text = "For --dry_run: how many GB there are for the results alone, without checkpoints and traces."
     command.add_argument("--kept", type=float, metavar="GB", help=text)
     if json:
-        command.add_argument("--json", metavar="FILE", help="for --dry_run: also write the result here")
+        command.add_argument("--json", metavar="FILE", help="For --dry_run: also write the result to this file.")
 
 
 def limits(options: Options, workdir: str | None = None) -> "Limits":

@@ -15,35 +15,37 @@ from jsurgery.commands.options import (
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config, split_topology
 
+FEATURE_MAPS = ("polynomial", "hedgehog")
+
 
 def add(commands: Commands) -> None:
-    text = "count parameters, FLOPs and bytes of a block and of the network; needs no weights"
+    text = "Count parameters, FLOPs and bytes of a block and of the network. This needs no weights."
     command = commands.add("cost", run_cost, text)
     add_fields(command, VIDEO_FIELDS)
-    command.add_argument("--plan", help="a name such as 15R2, or a plan.json (default: that of a hybrid model)")
-    command.add_argument("--feature_map", choices=["polynomial", "hedgehog"], default="polynomial")
+    command.add_argument("--plan", help="A name such as 15R2, or a plan.json (default: a hybrid model's own).")
+    command.add_argument("--feature_map", choices=FEATURE_MAPS, default="polynomial", help="Default: polynomial.")
     add_json(command)
-    command.add_argument("--figure", metavar="DIR", help="also write cost.html to this folder")
+    command.add_argument("--figure", metavar="DIR", help="Also write cost.html to this folder.")
 
-    text = "compile a stage's step for TPUs without having any: whether it fits, and what the chips exchange"
+    text = "Compile a stage's step for TPUs without having any, and tell whether it fits and what the chips exchange."
     command = commands.add("compile", run_compile, text)
     choices = ["all", "distill", "finetune", "sample", "train"]
-    text = "one step of a stage; all: every program of a command, with all that lies beside it on a chip"
+    text = "The stage whose step is compiled; `all` compiles every program of a command, with all that lies beside it."
     command.add_argument("--stage", required=True, choices=choices, help=text)
-    text = "the command that --stage=all compiles (default: surgery)"
+    text = "The command that --stage=all compiles (default: surgery)."
     command.add_argument("--of", choices=["surgery", "sample"], default="surgery", help=text)
-    command.add_argument("--topology", help="such as v5e:4x4 (default: that of --config=NAME@TOPOLOGY)")
-    command.add_argument("--num_slices", type=positive, default=1)
+    command.add_argument("--topology", help="The TPUs, such as v5e:4x4 (default: that of --config=NAME@TOPOLOGY).")
+    command.add_argument("--num_slices", type=positive, default=1, help="How many such slices (default: 1).")
     add_json(command)
 
-    text = "estimate the step times and chip-hours of a whole surgery on a TPU topology"
+    text = "Estimate the step times and chip-hours of a whole surgery on a TPU topology."
     command = commands.add("roofline", run_roofline, text)
-    command.add_argument("--topology", help="such as v6e:4x4 (default: that of --config=NAME@TOPOLOGY)")
-    text = "the share of the chip's peak rates that is reached (default: 0.4)"
+    command.add_argument("--topology", help="The TPUs, such as v6e:4x4 (default: that of --config=NAME@TOPOLOGY).")
+    text = "The share of the chip's peak rates that is reached (default: 0.4)."
     command.add_argument("--efficiency", type=float, default=0.4, help=text)
-    text = "also estimate the synthesis of this many training clips, as a row of its own"
+    text = "Also estimate the synthesis of this many training clips, as a row of its own."
     command.add_argument("--clips", type=positive, default=0, help=text)
-    text = "files written by `compile --json`: their FLOPs and bytes replace those of the cost model"
+    text = "Files written by `compile --json`, whose FLOPs and bytes replace those of the cost model."
     command.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help=text)
     add_json(command)
 

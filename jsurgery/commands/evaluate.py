@@ -21,16 +21,23 @@ from jsurgery.commands.options import (
     shard,
     takes_no_config,
 )
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, did_you_mean
 
 SUBJECTS = ("vbench", "vbench-results", "fidelity", "study", "study-results")
 
 
 def join_words(arguments: list[str]) -> list[str]:
-    """Joins `evaluate vbench` into one word for argparse, as `evaluate` alone is another command with its own flags."""
-    if arguments[:1] == ["evaluate"] and arguments[1:2] and arguments[1] in SUBJECTS:
-        return [" ".join(arguments[:2]), *arguments[2:]]
-    return arguments
+    """Joins `evaluate vbench` into one word for argparse, as `evaluate` alone is another command with its own flags.
+
+    Raises InputError for another second word.
+    """
+    if arguments[:1] != ["evaluate"] or not arguments[1:2] or arguments[1].startswith("-"):
+        return arguments
+    command = " ".join(arguments[:2])
+    if arguments[1] not in SUBJECTS:
+        near = did_you_mean(command, (f"evaluate {subject}" for subject in SUBJECTS))
+        raise InputError(f"{command}: unknown command of `jsurgery`{near} (see `jsurgery --help`)")
+    return [command, *arguments[2:]]
 
 
 def add(commands: Commands) -> None:
@@ -40,48 +47,49 @@ def add(commands: Commands) -> None:
 
 
 def add_vbench(commands: Commands) -> None:
-    text = "sample videos for VBench, and score them if its package is installed; running it again resumes"
+    text = "Sample videos for VBench, and score them if its package is installed. Running it again resumes."
     command = commands.add("evaluate vbench", run_vbench, text, config=None)
-    command.add_argument("--prompts", required=True, help="VBench's *full_info.json, or a text file of its prompts")
+    command.add_argument("--prompts", required=True, help="VBench's *full_info.json, or a text file of its prompts.")
     command.add_argument(
-        "--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of a text file's prompts"
+        "--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of a text file's prompts."
     )
-    command.add_argument("--augmented", metavar="FILE", help="the longer prompts that the model gets, line by line")
-    command.add_argument("--output", required=True, help="a folder: gets videos/ and results/")
+    command.add_argument("--augmented", metavar="FILE", help="The longer prompts that the model gets, line by line.")
+    command.add_argument("--output", required=True, help="The folder that gets videos/ and results/.")
     command.add_argument(
-        "--subset", type=positive, default=1, metavar="N", help="take every N-th prompt (in the paper: 5)"
+        "--subset", type=positive, default=1, metavar="N", help="Take every N-th prompt (the paper: every 5th)."
     )
-    command.add_argument("--seeds", type=positive, metavar="N", help="videos per prompt (default: as VBench asks)")
-    text = "what selects the noise: a video's prompt and its number (video), or its number alone (index)"
+    command.add_argument("--seeds", type=positive, metavar="N", help="Videos per prompt (default: as VBench asks).")
+    text = "What selects the noise: a video's prompt and its number (video), or its number alone (index)."
     command.add_argument("--seed_rule", choices=["video", "index"], default="video", help=text)
     command.add_argument(
-        "--shard", type=shard, default=(0, 1), metavar="I/N", help="make only share I, from 0, of N shares"
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="Make only share I, from 0, of N shares."
     )
     add_fields(command, SAMPLE_FIELDS)
     add_processes(command)
     add_dry_run(command)
 
-    text = "total scores of VBench or VBench-2.0 as on its leaderboard, with those of the paper, as Markdown"
+    text = "Sum results of VBench or VBench-2.0 up as on its leaderboard, with those of the paper, as Markdown."
     command = commands.add("evaluate vbench-results", run_vbench_results, text, config=None)
-    command.add_argument("files", nargs="+", metavar="FILE", help="*_eval_results.json, or a folder of them")
-    command.add_argument("--name", default="this model")
+    command.add_argument("files", nargs="+", metavar="FILE", help="The *_eval_results.json, or a folder of them.")
+    command.add_argument("--name", default="this model", help="The model's name in the table.")
     add_json(command)
 
 
 def add_fidelity(commands: Commands) -> None:
-    text = "compare videos and velocities of models with those of their teacher, for equal prompts and noise"
+    text = "Compare videos and velocities of models with those of their teacher, for equal prompts and noise."
     command = commands.add("evaluate fidelity", run_fidelity, text, config=None)
-    command.add_argument("--teacher", required=True, help="a folder, a bundled name or a repository")
-    text = "model folders, such as RUN/model"
+    command.add_argument("--teacher", required=True, help="A folder, a bundled name or a repository.")
+    text = "The folders of the models, such as RUN/model."
     command.add_argument("--model", required=True, nargs="+", help=text, metavar="FOLDER")
-    command.add_argument("--prompts_file", required=True, help="one prompt a line")
-    command.add_argument("--workdir", required=True, help="gets fidelity.json; running it again resumes")
-    text = "numbers of frames (default: the config's)"
+    command.add_argument("--prompts_file", required=True, help="A text file with one prompt a line.")
+    text = "The folder that gets fidelity.json. Running it again resumes."
+    command.add_argument("--workdir", required=True, help=text)
+    text = "The numbers of frames (default: the config's)."
     command.add_argument("--durations", type=positives, default=(), metavar="F,F,…", help=text)
     add_fields(command, {flag: field for flag, field in SAMPLE_FIELDS.items() if flag not in ("model", "frames")})
-    text = "also LPIPS; the weights of lpips.LPIPS(net='alex') as safetensors"
+    text = "Also compute LPIPS with the weights of lpips.LPIPS(net='alex') in this safetensors file."
     command.add_argument("--lpips", metavar="FILE", help=text)
-    text = "also CLIP scores; the folder or repository of a CLIPModel"
+    text = "Also compute CLIP scores with the CLIPModel of this folder or repository."
     command.add_argument("--clip", metavar="FOLDER", help=text)
     add_json(command)
     add_processes(command)
@@ -89,22 +97,22 @@ def add_fidelity(commands: Commands) -> None:
 
 
 def add_study(commands: Commands) -> None:
-    text = "a page on which people choose between videos of two models, and the secret key to their answers"
+    text = "Make a page on which people choose between videos of two models, and the secret key to their answers."
     command = commands.add("evaluate study", run_study, text, config=None)
     for side in "ab":
-        text = "mp4 files, with the same names in both folders"
+        text = "A folder of mp4 files, which have the same names in both folders."
         command.add_argument(f"--{side}", required=True, metavar="DIR", help=text)
-    text = "how many pairs, drawn at random (default: 50)"
+    text = "How many pairs, drawn at random (default: 50)."
     command.add_argument("--prompts", type=positive, default=50, metavar="N", help=text)
-    command.add_argument("--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of prompts")
-    command.add_argument("--output", default="study", help="a folder: gets study.html and study.key.json")
-    text = "selects the prompts; sides and order are drawn anew each time"
+    command.add_argument("--info", metavar="FILE", help="VBench's *full_info.json, with the dimensions of prompts.")
+    command.add_argument("--output", default="study", help="The folder that gets study.html and study.key.json.")
+    text = "The number that selects the prompts. Sides and order are drawn anew each time."
     command.add_argument("--seed", type=int, default=0, help=text)
 
-    text = "preferences in each dimension, with confidence intervals and a sign test, as Markdown"
+    text = "Sum up the answers: preferences by dimension, confidence intervals and a sign test, as Markdown."
     command = commands.add("evaluate study-results", run_study_results, text, config=None)
-    command.add_argument("files", nargs="+", metavar="FILE", help="the answers that participants saved")
-    command.add_argument("--key", metavar="FILE", help="study.key.json (default: the one beside the first file)")
+    command.add_argument("files", nargs="+", metavar="FILE", help="The answers that participants saved.")
+    command.add_argument("--key", metavar="FILE", help="The study.key.json (default: the one beside the first file).")
     add_json(command)
 
 

@@ -2,23 +2,25 @@
 
 from jsurgery.commands.options import Commands, Options, Overrides, read_config, takes_no_config
 
+LAYOUTS = ("diffusers", "original", "comfyui")
+
 
 def add(commands: Commands) -> None:
-    command = commands.add("train", run_train, "train a tiny teacher from scratch")
-    command.add_argument("--workdir", required=True, help="gets all files of this run")
+    command = commands.add("train", run_train, "Train a tiny teacher from scratch.")
+    command.add_argument("--workdir", required=True, help="The folder that gets all files of this run.")
 
-    command = commands.add("convert", run_convert, "convert a transformer from one checkpoint layout to another")
-    text = "a folder, file or repository; or the original VAE or T5 .pth file"
+    command = commands.add("convert", run_convert, "Convert a transformer from one checkpoint layout to another.")
+    text = "A folder, file or repository, or the .pth file of the original VAE or T5."
     command.add_argument("--model", required=True, help=text)
-    command.add_argument("--output", required=True, help="a new folder; for comfyui a new .safetensors file")
-    command.add_argument("--layout", choices=["diffusers", "original", "comfyui"], default="diffusers")
+    command.add_argument("--output", required=True, help="A new folder, or for comfyui a new .safetensors file.")
+    command.add_argument("--layout", choices=LAYOUTS, default="diffusers", help="The new layout (default: diffusers).")
 
-    text = "upload a model folder to the Hugging Face Hub, with a model card"
+    text = "Upload a model folder to the Hugging Face Hub, with a model card."
     command = commands.add("push", run_push, text, config=None)
-    command.add_argument("--model", required=True, help="a folder in diffusers' layout")
-    command.add_argument("--repo", required=True, metavar="ORG/NAME")
-    command.add_argument("--private", action="store_true")
-    command.add_argument("--revision", metavar="BRANCH")
+    command.add_argument("--model", required=True, help="A folder in diffusers' layout.")
+    command.add_argument("--repo", required=True, metavar="ORG/NAME", help="The repository, made if missing.")
+    command.add_argument("--private", action="store_true", help="Make a new repository private.")
+    command.add_argument("--revision", metavar="BRANCH", help="The branch to upload to (default: main).")
 
 
 def run_train(options: Options, overrides: Overrides) -> None:

@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, did_you_mean
 from jsurgery.load_config import load_config
 
 Options = argparse.Namespace
@@ -24,21 +24,50 @@ SAMPLE_FIELDS = {
     "negative_prompt": "sampler.negative_prompt",
     "seed": "seed",
 }
+SIZES = {  # a flag of `add_size` -> what it counts
+    "frames": "Frames of the video",
+    "height": "Height in pixels",
+    "width": "Width in pixels",
+    "tokens": "Tokens of the sequence",
+    "heads": "Attention heads",
+    "head_dim": "Channels of a head",
+    "text_length": "Tokens of the prompt",
+    "runs": "Repetitions of each measurement",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises InputError, where argparse would print its usage and exit."""
+    """A parser that raises InputError, where argparse would print its usage and exit.
+
+    `subcommands` are the parsers of its commands, by name; empty for a command itself.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.subcommands: dict[str, Parser] = {}
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see `{self.prog} --help`)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's check of a command's name and of a flag's choices; its own message lists all of them."""
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        near = did_you_mean(str(value), known)
+        if action.choices is self.subcommands:
+            raise InputError(f"{value}: unknown command of `{self.prog}`{near} (see `{self.prog} --help`)")
+        name = action.option_strings[0] if action.option_strings else action.dest
+        raise InputError(f"{name}: expected one of {', '.join(known)}; found {value!r}{near}")
 
 
 class Commands:
     """The commands of a parser. Each calls its function `run(options, overrides)`."""
 
-    def __init__(self, parser: argparse.ArgumentParser, metavar: str = "COMMAND", prefix: str = ""):
+    def __init__(self, parser: Parser, metavar: str = "COMMAND", prefix: str = ""):
         self.prefix = prefix
         self.commands = parser.add_subparsers(required=True, metavar=metavar, parser_class=Parser)
+        parser.subcommands = self.commands.choices  # type: ignore[assignment]
 
     def add(
         self, name: str, run: RunCommand, text: str, config: str | None = "tiny", otherwise: str = "chosen by the model"
@@ -48,7 +77,7 @@ class Commands:
         With None the command chooses the config itself, and `otherwise` tells in the help which one.
         """
         command = self.add_without_config(name, run, text)
-        kind = f"a file or the name of a shipped config; NAME@TOPOLOGY adds a mesh (default: {config or otherwise})"
+        kind = f"A file or the name of a shipped config (default: {config or otherwise}). NAME@TOPOLOGY adds a mesh."
         command.add_argument("--config", default=config, help=kind)
         return command
 
@@ -65,7 +94,7 @@ class Commands:
 def add_fields(command: Parser, fields: Mapping[str, str]) -> None:
     """Adds flags that are short for config fields: {flag: field}."""
     for flag, field in fields.items():
-        command.add_argument(f"--{flag}", help=f"the same as --config.{field}", metavar="VALUE")
+        command.add_argument(f"--{flag}", help=f"This is short for --config.{field}.", metavar="VALUE")
 
 
 def given_fields(options: Options, fields: Mapping[str, str]) -> Overrides:
@@ -74,21 +103,21 @@ def given_fields(options: Options, fields: Mapping[str, str]) -> Overrides:
 
 
 def add_json(command: Parser) -> None:
-    command.add_argument("--json", metavar="FILE", help="also write the result here")
+    command.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
 
 
 def add_size(command: Parser, **sizes: int) -> None:
     """Adds flags for sizes, with their defaults."""
     for name, default in sizes.items():
-        command.add_argument(f"--{name}", type=positive, default=default, help=f"default: {default}")
+        command.add_argument(f"--{name}", type=positive, default=default, help=f"{SIZES[name]} (default: {default}).")
 
 
 def add_processes(command: Parser) -> None:
     """Adds the flags for a run with several processes."""
-    text = "where process 0 listens, the same for all processes; auto on TPU pods and under Slurm or Open MPI"
+    text = "Where process 0 listens, the same for all processes, or auto on TPU pods and under Slurm or Open MPI."
     command.add_argument("--coordinator", metavar="HOST:PORT", help=text)
-    command.add_argument("--num_processes", type=int, metavar="N", help="how many processes run this command")
-    command.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    command.add_argument("--num_processes", type=int, metavar="N", help="How many processes run this command.")
+    command.add_argument("--process_id", type=int, metavar="I", help="Which of them this is, from 0.")
 
 
 def join_processes(options: Options) -> None:

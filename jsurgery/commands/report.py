@@ -6,12 +6,12 @@ from jsurgery.load_config import load_config
 
 
 def add(commands: Commands) -> None:
-    text = "a page with the results of a run, finished or not; or a comparison of several runs"
+    text = "Write a page with the results of a run, finished or not, or a comparison of several runs."
     command = commands.add("report", run_report, text, config=None, otherwise="the run's own")
     subject = command.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--workdir", help="the folder of the run; gets report.html")
-    subject.add_argument("--compare", nargs="+", metavar="RUN", help="the workdirs of the runs to compare")
-    command.add_argument("--output", metavar="FILE", help="where --compare writes (default: compare.html)")
+    subject.add_argument("--workdir", help="The folder of the run, which gets report.html.")
+    subject.add_argument("--compare", nargs="+", metavar="RUN", help="The workdirs of the runs to compare.")
+    command.add_argument("--output", metavar="FILE", help="Where --compare writes (default: compare.html).")
     add_processes(command)
 
 

@@ -5,11 +5,16 @@ from jsurgery.commands.options import SAMPLE_FIELDS, Commands, Options, Override
 
 
 def add(commands: Commands) -> None:
-    command = commands.add("sample", run_sample, "make videos from prompts", config=None)
+    command = commands.add("sample", run_sample, "Make videos from prompts.", config=None)
     prompts = command.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt")
-    prompts.add_argument("--prompts_file", help="one prompt a line; running it again makes the videos still missing")
-    command.add_argument("--output", help=".mp4, .gif or .png (default: out.mp4); with --prompts_file a folder of mp4")
+    prompts.add_argument("--prompt", metavar="TEXT", help="What the video shows.")
+    prompts.add_argument(
+        "--prompts_file", help="A text file with one prompt a line. Running it again makes the videos still missing."
+    )
+    command.add_argument(
+        "--output",
+        help="A file: .mp4, .gif or .png (default: out.mp4). With --prompts_file a folder of mp4 (default: samples).",
+    )
     add_fields(command, SAMPLE_FIELDS)
     add_dry_run(command)
 

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from jsurgery.run import Run
 
 TEXTS = {
-    "surgery": "all stages in order; running it again resumes",
-    "trace": "sample videos from the teacher and keep the noisy latents of every step",
-    "distill": "train the feature maps of every block at every rate",
-    "plan": "choose the rate of every block within the budget",
-    "operate": "build the hybrid model",
-    "finetune": "train the whole hybrid model briefly",
-    "evaluate": "sample from the model of every stage and score it",
+    "surgery": "Perform the whole surgery, all stages in order. Running it again resumes.",
+    "trace": "Sample videos from the teacher and keep the noisy latents of every step.",
+    "distill": "Train new parts for every block at every rate, and measure their errors.",
+    "plan": "Choose the rate of every block within the budget, and print the plan and its neighbours.",
+    "operate": "Build the hybrid model that the plan describes.",
+    "finetune": "Train the whole hybrid model briefly.",
+    "evaluate": "Sample from the model of every stage and score it.",
 }
 
 
 def add(commands: Commands) -> None:
     for name, text in TEXTS.items():
         command = commands.add(name, run_surgery, text)
-        command.add_argument("--workdir", required=True, help="gets all files of this run")
+        command.add_argument("--workdir", required=True, help="The folder that gets all files of this run.")
         add_processes(command)
         add_dry_run(command)
         if name == "plan":
-            text = "also write the Pareto front of all plans, front.json and front.html"
+            text = "Also write the Pareto front of all plans, front.json and front.html."
             command.add_argument("--front", action="store_true", help=text)
 
 
@@ -58,8 +58,13 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
     if options.name == "surgery":
         tell_result(config, run.workdir)
         print(run.workdir / "report.html")
-    if options.name == "plan" and options.front:
-        print_front(config, run)
+    if options.name == "plan":
+        from jsurgery.surgery.plan_text import plan_lines
+
+        folders = run.stages["distill"].folder, run.stages["plan"].folder
+        print("\n".join(plan_lines(config, run.model_config, *folders)))
+        if options.front:
+            print_front(config, run)
 
 
 def run_dry(config: ConfigDict, options: Options) -> None:

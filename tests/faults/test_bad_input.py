@@ -146,10 +146,10 @@ def write_broken_zip(folder: pathlib.Path) -> None:
 
 
 FLAGS = [
-    Bad("", ("--help",)),
-    Bad("surgeri --workdir=run", ("surgeri", "--help")),
+    Bad("--modle=x", ("--modle", "did you mean `jsurgery sample --model`?")),
+    Bad("surgeri --workdir=run", ("surgeri", "did you mean surgery?", "--help")),
     Bad("surgery --config=tiny", ("--workdir",)),
-    Bad("surgery --config=tiny --workdir=run --wokdir=run", ("--wokdir=run",)),
+    Bad("surgery --config=tiny --workdir=run --wokdir=run", ("--wokdir", "did you mean --workdir?")),
     Bad("surgery --config=tiny --workdir=run --config.finetune.steps", ("config.finetune.steps", "VALUE")),
     Bad("sample", ("--prompt",)),
     Bad("sample --prompt=x --prompts_file=y", ("not allowed with",)),
