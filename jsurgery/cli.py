@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]
 
 
 def make_parser() -> Parser:
-    """The parser of all commands."""
+    """The parser of all commands, from which docs/reference.py also writes their reference."""
     parser = TopParser(prog="jsurgery", description="Attention surgery for video diffusion transformers.")
     commands = Commands(parser)
     for family in FAMILIES:
