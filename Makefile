@@ -11,6 +11,8 @@
 # make gpu-evidence  kernels, attention and whole models measured on one GPU in MINUTES (10), without installing anything
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
 # make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
+# make docs      docs/ as a site in build/docs, with warnings as errors
+# make docs-links  the same, and asks every external address that it links to
 #
 # Each sets up .venv by itself, with the first Python of 3.11 to 3.13 that it finds, or with PYTHON=...
 
@@ -30,7 +32,7 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # The tests start a hundred processes, which should not each compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks clean
+.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks docs docs-links clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -80,6 +82,13 @@ gpu-evidence:
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/render.py docs/notebooks
 
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
+
+docs-links: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx --builder linkcheck docs build/links
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -106,4 +115,9 @@ $(VENV)/notebooks.stamp: $(VENV)/base.stamp
 	@echo 'Installing what the notebooks need into $(VENV) (3 GB more; once)'
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --no-deps) torch
 	$(PIP_INSTALL) --editable '.[export,notebooks]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/base.stamp
+	@echo 'Installing what the site needs into $(VENV)'
+	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@

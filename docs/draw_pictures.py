@@ -7,7 +7,6 @@ writes docs/pictures/*.svg. A test compares the files with what these functions 
 
 import html
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -73,7 +72,9 @@ def tokens() -> str:
     for number, rate in enumerate((8, 4, 2)):
         y, end = top + 40 + 22 * number, 24 + order.num_softmax(rate) * narrow - 1
         shapes.append(f'<path d="M24 {y}H{end:.5g}M24 {y - 4}v8M{end:.5g} {y - 4}v8" stroke="{INK}" fill="none"/>')
-        shapes.append(text(end + 8, y + 4, f"softmax at rate {rate}: {order.num_softmax(rate)} of {order.num_tokens}", 12))
+        shapes.append(
+            text(end + 8, y + 4, f"softmax at rate {rate}: {order.num_softmax(rate)} of {order.num_tokens}", 12)
+        )
     return svg(480, 312, "Which tokens keep softmax at each rate", shapes)
 
 
@@ -154,7 +155,7 @@ def measured_errors() -> np.ndarray:
     names, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
     columns = [names.index(f"{rate_name(rate)}, velocity") for rate in RATES[1:]]
     rows = [row for row in rows if row[0].startswith("block")]
-    return np.array([[float(re.match(r"[\d.]+", row[column])[0]) for column in columns] for row in rows])
+    return np.array([[float(row[column].split()[0]) for column in columns] for row in rows])
 
 
 def plans() -> Iterator[tuple[str, list[int]]]:
