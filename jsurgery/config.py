@@ -17,7 +17,7 @@ from jsurgery.rates import check_rates
 def base() -> ConfigDict:
     """Every field. The values are the paper's where it states them (Wan2.1 1.3B at 320x480, 81 frames)."""
     c = ConfigDict()
-    c.seed = 0
+    c.seed = 0  # of all noise, of initial feature maps and of the order of the data
     c.prompts = "prompts.txt"  # one prompt a line; "sprites": captions of the procedural set
 
     c.model = ConfigDict()
@@ -26,42 +26,42 @@ def base() -> ConfigDict:
     c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
 
     c.mesh = ConfigDict()  # devices along each axis, 0 being 1; all 0: every stage takes all devices and chooses axes
-    c.mesh.data = 0
-    c.mesh.fsdp = 0
-    c.mesh.context = 0
-    c.mesh.tensor = 0
+    c.mesh.data = 0  # divides examples
+    c.mesh.fsdp = 0  # divides examples, and parameters with their optimiser state
+    c.mesh.context = 0  # divides the tokens of an example
+    c.mesh.tensor = 0  # divides heads
     c.mesh.exchange = "gather"  # how attention reaches the keys of other shards; "all_to_all" divides the heads instead
 
     c.video = ConfigDict()
-    c.video.frames = 81
-    c.video.height = 320
-    c.video.width = 480
-    c.video.fps = 16
+    c.video.frames = 81  # 4k + 1
+    c.video.height = 320  # pixels, a multiple of 16
+    c.video.width = 480  # pixels, a multiple of 16
+    c.video.fps = 16  # frames a second, in videos that are written and in clips that `encode` reads
     c.text_length = 512  # text tokens, zero-padded
 
     c.sampler = ConfigDict()
     c.sampler.solver = "euler"  # "unipc" is Wan's own
-    c.sampler.steps = 50
-    c.sampler.shift = 3.0
+    c.sampler.steps = 50  # of the solver, from noise to video
+    c.sampler.shift = 3.0  # of the noise levels: a larger one has more steps at high noise
     c.sampler.guidance = 5.0  # 1: the prompt alone, one velocity a step
     c.sampler.guidance_batched = True  # False: the two velocities one after the other, in half the memory
-    c.sampler.negative_prompt = ""
+    c.sampler.negative_prompt = ""  # what guidance leads away from
 
     c.hybrid = ConfigDict()
     c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass
     c.hybrid.stabilizer = "lse"  # "max" is the paper's
-    c.hybrid.lattice = "strided"
-    c.hybrid.linear_branch = True
-    c.hybrid.degree = 2
-    c.hybrid.layers = 2
+    c.hybrid.lattice = "strided"  # the tokens whose number the rate divides; "staggered" moves them by a column a frame
+    c.hybrid.linear_branch = True  # False: softmax over the kept tokens alone, a control
+    c.hybrid.degree = 2  # of the feature map: the powers 1 to this of its outputs
+    c.hybrid.layers = 2  # of the feature map
     c.hybrid.activation = "relu"  # "hedgehog" is that map instead, of degree 1 and one layer
 
     c.trace = ConfigDict()
-    c.trace.prompts = 512
+    c.trace.prompts = 512  # the first so many of `prompts`
     c.trace.holdout = 16  # prompts kept for the errors; never trained on
-    c.trace.solver = "euler_ancestral"
+    c.trace.solver = "euler_ancestral"  # of the teacher's trajectories
     c.trace.keep_steps = 50  # of the sampler's steps, evenly spread
-    c.trace.batch = 1
+    c.trace.batch = 1  # prompts sampled at once
 
     c.distill = ConfigDict()
     c.distill.mode = "traces"  # "sampling": no traces; maps learn from the forwards while the teacher samples
@@ -69,10 +69,10 @@ def base() -> ConfigDict:
     c.distill.loss = "value"  # "attention" is eq. 6
     c.distill.steps = 10_000  # updates in all
     c.distill.updates_per_batch = 1  # U of Algorithm 1
-    c.distill.batch = 1
-    c.distill.learning_rate = 1e-3
-    c.distill.weight_decay = 0.0
-    c.distill.calibrate = True
+    c.distill.batch = 1  # examples in an update
+    c.distill.learning_rate = 1e-3  # of AdamW
+    c.distill.weight_decay = 0.0  # of AdamW
+    c.distill.calibrate = True  # scales initial maps so that linear keys have the mean mass that the teacher gives them
     c.distill.error_steps = 0  # held-out steps for the errors of the attention, evenly spread; 0: all
     c.distill.velocity_steps = 8  # held-out steps for the error of the velocity, with each block converted alone
     c.distill.blocks = ""  # the blocks of this job ("0-9", "0,3,5"), one of several that `plan` merges; "": all
@@ -85,17 +85,17 @@ def base() -> ConfigDict:
     c.plan.selection = "heterogeneous"  # "homogeneous": "15R2" is exactly 15 blocks at rate 2
 
     c.finetune = ConfigDict()
-    c.finetune.steps = 1000
-    c.finetune.batch = 16
-    c.finetune.learning_rate = 1e-5
-    c.finetune.weight_decay = 0.0
+    c.finetune.steps = 1000  # 0: the model is left as `operate` made it
+    c.finetune.batch = 16  # clips in a step
+    c.finetune.learning_rate = 1e-5  # of AdamW
+    c.finetune.weight_decay = 0.0  # of AdamW
     c.finetune.schedule = "constant"  # "cosine": down to zero at the last step
-    c.finetune.warmup = 0
-    c.finetune.clip_norm = 1.0
+    c.finetune.warmup = 0  # steps over which the learning rate rises from zero
+    c.finetune.clip_norm = 1.0  # the largest norm of a step's gradients; larger ones are scaled down to it
     c.finetune.accumulate = 1  # computes a batch in this many pieces, one after another, to save memory
     c.finetune.ema = 0.0  # decay of averaged weights, which become the result; 0: the last weights are the result
     c.finetune.teacher_weight = 0.0  # 0: flow matching on data; 1: the teacher's velocity; between: a mix
-    c.finetune.condition_dropout = 0.1
+    c.finetune.condition_dropout = 0.1  # share of the clips that are trained without their caption, for guidance
     c.finetune.subject = "hybrid"  # "teacher": a control: the unchanged teacher is trained in the same way
     c.finetune.distilled = True  # False: feature maps as initialised (the paper's "no distillation")
 
@@ -108,55 +108,55 @@ def base() -> ConfigDict:
     c.data.max_crop = 0.4  # share of a frame that may be cut off; a clip that would lose more is skipped
     c.data.max_upscale = 1.5  # a clip that would be enlarged more is skipped
     c.data.max_skipped = 0.5  # `encode` stops when a larger share of the clips is skipped
-    c.data.clips_per_shard = 128
+    c.data.clips_per_shard = 128  # clips in a file of encoded clips
     c.data.batch = 1  # clips that `encode` and `synthesize` compute at once, or more where devices would be idle
     c.data.workers = 8  # processes that decode
 
     c.evaluate = ConfigDict()
-    c.evaluate.prompts = 16
+    c.evaluate.prompts = 16  # sampled from every model; they follow those of `trace.prompts`
     c.evaluate.batch = 4  # prompts sampled at once, or more where devices would be idle
-    c.evaluate.validation_clips = 64
+    c.evaluate.validation_clips = 64  # held out, for the validation loss
     c.evaluate.videos = 6  # shown in the report
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 200
+    c.checkpoint.every = 200  # steps from one checkpoint to the next
     c.checkpoint.minutes = 0.0  # also when the last one is this old; 0: by steps alone
     c.checkpoint.keep = 2  # the newest
     c.checkpoint.keep_every = 0  # also keeps every N-th step; 0: none
     c.checkpoint.on_damage = "stop"  # if the newest checkpoint is damaged; "older": goes on from the newest intact one
     c.max_skipped = 0  # batches with a non-finite loss or gradient that training skips before it stops
-    c.log_every = 10
+    c.log_every = 10  # steps from one line of progress and metrics to the next
     c.compile_cache = True  # compiled programs are kept in the user's cache folder: a second run compiles nothing
     c.profile = 0  # steps of `distill` and `finetune`, after the first, that jax.profiler traces into profile/
 
     c.train = ConfigDict()  # `jsurgery train`: a tiny teacher
     c.train.init = ""  # a pipeline folder to go on from, with its tokenizer and VAE; "": from scratch
-    c.train.vae_base_dim = 16
-    c.train.vae_res_blocks = 2
-    c.train.z_dim = 16
-    c.train.vae_steps = 2000
-    c.train.vae_batch = 4
-    c.train.vae_learning_rate = 5e-3
-    c.train.vae_kl_weight = 1e-4
-    c.train.vae_crop = (9, 80, 80)
-    c.train.vocabulary = 64
-    c.train.text_dim = 64
-    c.train.text_layers = 2
-    c.train.clips = 4096
-    c.train.holdout_clips = 256
-    c.train.layers = 6
-    c.train.heads = 4
-    c.train.head_dim = 32
-    c.train.ffn_dim = 512
-    c.train.steps = 6000
-    c.train.batch = 16
-    c.train.optimizer = "muon"
-    c.train.learning_rate = 2e-3
-    c.train.warmup = 100
+    c.train.vae_base_dim = 16  # channels of the VAE's first level
+    c.train.vae_res_blocks = 2  # residual blocks of each level of the VAE
+    c.train.z_dim = 16  # channels of the latents
+    c.train.vae_steps = 2000  # updates of the VAE
+    c.train.vae_batch = 4  # crops in an update
+    c.train.vae_learning_rate = 5e-3  # its peak, after a twentieth of the steps; then a cosine down to zero
+    c.train.vae_kl_weight = 1e-4  # weight of the divergence of the latents from a normal distribution
+    c.train.vae_crop = (9, 80, 80)  # frames, height and width of a crop
+    c.train.vocabulary = 64  # pieces of the tokenizer
+    c.train.text_dim = 64  # width of the text encoder
+    c.train.text_layers = 2  # of the text encoder
+    c.train.clips = 4096  # procedural clips to train on
+    c.train.holdout_clips = 256  # held out, for the validation loss
+    c.train.layers = 6  # blocks of the transformer
+    c.train.heads = 4  # of each block
+    c.train.head_dim = 32  # channels of a head
+    c.train.ffn_dim = 512  # width inside the MLP of a block
+    c.train.steps = 6000  # updates of transformer and text encoder
+    c.train.batch = 16  # clips in an update
+    c.train.optimizer = "muon"  # of the transformer
+    c.train.learning_rate = 2e-3  # its peak
+    c.train.warmup = 100  # steps over which the learning rate rises from zero
     c.train.decay = 1000  # steps of the decay to zero at the end
-    c.train.ema = 0.999
+    c.train.ema = 0.999  # decay of the averaged weights
     c.train.shift = 3.0  # of the training noise levels
-    c.train.condition_dropout = 0.1
+    c.train.condition_dropout = 0.1  # share of the clips that are trained without their caption, for guidance
     return c.lock()  # against misspelt fields in config files; values may be set
 
 
