@@ -20,6 +20,7 @@ extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nitpicky = True
+smartquotes = False  # they would turn the -- of a flag into a dash
 html_theme = "furo"
 html_title = "jsurgery"
 html_static_path = ["static"]
