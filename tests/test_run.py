@@ -1,6 +1,9 @@
 """The commands end to end, on a random model: every stage writes its files, and a second run skips all stages."""
 
 import json
+import shlex
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 
 from jsurgery.cli import main
 from jsurgery.wan.checkpoint import load_transformer
+from tests import documents
 from tests.faults.fake_gcs import empty_bucket, served
 
 SIZES = {
@@ -115,3 +119,51 @@ def test_sample_writes_a_video(surgery, tmp_path):
     prompt = "--prompt=a red circle moves left over a grey background"
     assert main(["sample", *config, f"--model={workdir / 'model'}", prompt, f"--output={output}"]) == 0
     assert output.read_bytes()[:3] == b"GIF"
+
+
+@pytest.fixture(scope="module")
+def beside_documents(surgery, tmp_path_factory):
+    """A folder with the files that the commands of README.md and docs/ name; runs/demo and runs/wan are a copy of the
+    run."""
+    workdir, _ = surgery
+    folder = tmp_path_factory.mktemp("documents")
+    shutil.copytree(workdir, folder / "runs" / "demo")
+    (folder / "runs" / "wan").symlink_to("demo")
+    for copy, model in (("vbench/videos", "finetuned"), ("teacher/videos", "teacher")):
+        shutil.copytree(workdir / "evaluation" / model, folder / "runs" / copy)
+    for name in ("prompts.txt", "all_dimension_aug_wanx.txt"):
+        (folder / name).write_text("".join(f"a red circle moves left, take {i}\n" for i in range(600)))
+    suite = [{"prompt_en": f"prompt {i}", "dimension": ["color"]} for i in range(600)]
+    (folder / "VBench_full_info.json").write_text(json.dumps(suite))
+    for page, file in (("your_plan", "costs.json"), ("your_videos", "clips.jsonl")):
+        blocks = documents.BLOCK.findall((documents.ROOT / "docs" / "guides" / f"{page}.md").read_text())
+        (folder / file).write_text(dict(blocks)["json"])
+    for name in ("clips/0001.mp4", "clips/0001.txt", "cats/0001.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("a cat")
+    return folder
+
+
+@pytest.mark.parametrize("line", documents.here(), ids=str)
+def test_a_documented_command_runs(line, beside_documents, tiny_pipeline, monkeypatch, capsys):
+    """On the run of this file, in the order of the pages; commands for real weights as dry runs."""
+    monkeypatch.chdir(beside_documents)
+    if line.words[0] == "mkdir":
+        subprocess.run(
+            " ".join(word if word == "&&" else shlex.quote(word) for word in line.words), shell=True, check=True
+        )
+        return
+    if documents.way(line) == "dry run":
+        assert main(documents.dry(line.arguments)) == 0
+        assert json.loads((beside_documents / "dry.json").read_text())["phases"]
+        return
+    fields = [f"--config.{field}={value}" for field, value in SIZES.items()]
+    assert main(documents.small(line.arguments, fields, tiny_pipeline)) == 0
+    skipped = capsys.readouterr().err.count("up to date, skipped")
+    assert skipped == (2 if "--config.plan.budget=0.6" in line.words else 1 if "--front" in line.words else 0)
+    for word in line.words:
+        flag, _, path = word.partition("=")
+        if flag in ("--workdir", "--output", "--figure"):
+            assert (
+                any((beside_documents / path).iterdir()) if flag == "--workdir" else (beside_documents / path).exists()
+            )
