@@ -130,7 +130,7 @@ def beside_documents(surgery, tmp_path_factory):
     shutil.copytree(workdir, folder / "runs" / "demo")
     (folder / "runs" / "wan").symlink_to("demo")
     for copy, model in (("vbench/videos", "finetuned"), ("teacher/videos", "teacher")):
-        shutil.copytree(workdir / "evaluation" / model, folder / "runs" / copy)
+        shutil.copytree(workdir / "evaluation" / "videos" / model, folder / "runs" / copy)
     for name in ("prompts.txt", "all_dimension_aug_wanx.txt"):
         (folder / name).write_text("".join(f"a red circle moves left, take {i}\n" for i in range(600)))
     suite = [{"prompt_en": f"prompt {i}", "dimension": ["color"]} for i in range(600)]
