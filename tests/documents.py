@@ -123,12 +123,12 @@ def dry(arguments: list[str]) -> list[str]:
     """The same command as a dry run that needs no network and no folder of another machine."""
     words = []
     for word in arguments:
-        flag, _, value = word.partition("=")
+        flag = word.partition("=")[0]
         if word == f"--config.model.path={WAN}" or flag in ("--json", "--dry_run"):
             continue
         if flag in ("--config.prompts", "--prompts_file"):
             word = f"{flag}=prompts.txt"
-        elif flag == "--workdir" and not value.startswith("runs/"):
+        elif flag == "--workdir":
             word = f"{flag}=runs/elsewhere"
         words.append(word.replace(WAN, "tiny_wan"))
     return [*words, "--dry_run", "--json=dry.json"]
