@@ -85,8 +85,8 @@ def linear_state(
 
     S = sum_j phi_k(k_j)^T v_j and z = sum_j phi_k(k_j), over the keys from `start` on; F is the number of phi_k's
     features. The state of a union of disjoint sets of keys is the sum of their states. Without `token_gradients`, the
-    gradients of k and v are not computed, and are zero. The implementation is chosen as in `hybrid_attention`, but "stock"
-    is not tried.
+    gradients of k and v are not computed, and are zero. The implementation is chosen as in `hybrid_attention`, but
+    "stock" is not tried.
     """
     options = {"start": start, "key_valid": key_valid, "token_gradients": token_gradients}
     return _first(_with_state(k.dtype), "linear_state", k, v, key_map, **options)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import EPSILON, hybrid_error, init_polynomial_map, linear_state, tpu, xla
+from pallas_kernels import EPSILON, gpu, hybrid_error, init_polynomial_map, linear_state, tpu, xla_loops
 from pallas_kernels.tpu_problem import BlockSizes
 
 BLOCKS = BlockSizes(state=128, backward_state=128)
@@ -55,8 +55,8 @@ def in_float64(phi, state, q, softmax, target, valid):
     ("queries", "width", "masked", "linear"), [(131, 64, True, False), (300, 128, False, False), (77, 12, True, True)]
 )
 def test_errors_and_gradients_are_those_of_float64(name, queries, width, masked, linear, monkeypatch):
-    monkeypatch.setattr(xla, "TILE", 2**12)  # several chunks, the last one padded
-    monkeypatch.setattr(xla, "MIN_TOKENS", 32)
+    monkeypatch.setattr(xla_loops, "TILE", 2**12)  # several chunks, the last one padded
+    monkeypatch.setattr(xla_loops, "MIN_TOKENS", 32)
     phi, state, q, softmax, target = problem(queries, width)
     softmax = None if linear else softmax
     valid = jnp.asarray(np.random.default_rng(1).random((2, queries)) < 0.8) if masked else None
@@ -89,7 +89,8 @@ def test_the_state_of_a_suffix_needs_no_copy_and_no_gradients_of_tokens():
         lambda k, v, phi: total(linear_state(k[:, 45:], v[:, 45:], phi, key_valid=valid[:, 45:])), argnums=(0, 1, 2)
     )(k, v, phi)
     on_tpu = functools.partial(tpu.linear_state, block_sizes=BLOCKS, interpret=True)
-    for state_of in (linear_state, on_tpu):
+    on_gpu = functools.partial(gpu.linear_state, interpret=True)
+    for state_of in (linear_state, on_tpu, on_gpu):
         for token_gradients in (True, False):
             options = {"start": 45, "key_valid": valid, "token_gradients": token_gradients}
             found = state_of(k, v, phi, **options)

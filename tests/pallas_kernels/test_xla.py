@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import xla
+from pallas_kernels import xla_loops
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
 from tests.pallas_kernels.kernel_tests import AnyShapeTests, GridTests, TiedMaximumTests, grid, problem
@@ -43,8 +43,8 @@ class TestLoop(TiedMaximumTests):
 
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch):
-        monkeypatch.setattr(xla, "TILE", 1)
-        monkeypatch.setattr(xla, "MIN_TOKENS", 8)
+        monkeypatch.setattr(xla_loops, "TILE", 1)
+        monkeypatch.setattr(xla_loops, "MIN_TOKENS", 8)
 
 
 class TestBatched(TestLoop):

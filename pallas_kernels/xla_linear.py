@@ -1,0 +1,131 @@
+"""The linear branch by XLA, in chunks of tokens: its state, the read-out of the state, and their backwards."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.feature_map import FeatureMap
+from pallas_kernels.xla_loops import (
+    HEAD_OF_MAP,
+    HEAD_OF_MASK,
+    HEAD_OF_ROWS,
+    HEAD_OF_TOKENS,
+    as_tokens,
+    over,
+    over_chunks,
+    swap,
+)
+
+
+@jax.custom_vjp
+def summarize(k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F], float32, for k, v [B, L, H, D] and valid [B, L]."""
+    return swap(over(_state_head, STATE_AXES, k, v, valid, key_map))
+
+
+STATE_AXES = (HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_MAP)
+
+
+def _state_forward(k, v, key_map, valid):
+    return summarize(k, v, key_map, valid), (k, v, key_map, valid)
+
+
+def _state_backward(residuals, cotangents):
+    k, v, key_map, valid = residuals
+    axes = (*STATE_AXES, HEAD_OF_ROWS)
+    dk_HxLxBxD, dv_HxLxBxD, d_map = over(_state_head_backward, axes, k, v, valid, key_map, cotangents)
+    return as_tokens(dk_HxLxBxD), as_tokens(dv_HxLxBxD), d_map, None
+
+
+summarize.defvjp(_state_forward, _state_backward)
+
+
+def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
+    phi_CxBxF = jnp.where(valid_CxB[..., None], features_of(key_map, k_CxBxD), 0)
+    state_BxFxD = jnp.einsum("cbf,cbd->bfd", phi_CxBxF, v_CxBxD, preferred_element_type=jnp.float32)
+    return state_BxFxD, phi_CxBxF.sum(axis=0, dtype=jnp.float32)
+
+
+def _state_head(k_BxLxD, v_BxLxD, valid_BxL, key_map):
+    def chunk(sums, rows):
+        k, v, valid = rows
+        return jax.tree.map(jnp.add, sums, _state_chunk(k, v, key_map, valid)), None
+
+    batch, _, width = k_BxLxD.shape
+    features = num_features(key_map, k_BxLxD)
+    zeros = jnp.zeros((batch, features, width), jnp.float32), jnp.zeros((batch, features), jnp.float32)
+    return over_chunks(chunk, zeros, swap((k_BxLxD, v_BxLxD, valid_BxL)), features)[0]
+
+
+def _state_head_backward(k_BxLxD, v_BxLxD, valid_BxL, key_map, d_state_and_z):
+    def chunk(d_map, rows):
+        k, v, valid = rows
+        _, pullback = jax.vjp(partial(_state_chunk, valid_CxB=valid), k, v, key_map)
+        dk, dv, more = pullback(d_state_and_z)
+        return jax.tree.map(jnp.add, d_map, more), (dk, dv)
+
+    rows = swap((k_BxLxD, v_BxLxD, valid_BxL))
+    d_map, (dk, dv) = over_chunks(chunk, jax.tree.map(jnp.zeros_like, key_map), rows, d_state_and_z[1].shape[1])
+    return dk, dv, d_map
+
+
+@jax.custom_vjp
+def read_out(q: jax.Array, query_map: FeatureMap, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """phi_q S [B, H, N, D] and phi_q z [B, H, N], float32, for q [B, N, H, D] and `linear_state`'s S and z."""
+    o_HxNxBxD, n_HxNxB = over(_read_head, READ_AXES, q, query_map, (state, z))
+    return jnp.moveaxis(o_HxNxBxD, 2, 0), jnp.moveaxis(n_HxNxB, 2, 0)
+
+
+READ_AXES = (HEAD_OF_TOKENS, HEAD_OF_MAP, HEAD_OF_ROWS)
+
+
+def _read_forward(q, query_map, state, z):
+    return read_out(q, query_map, state, z), (q, query_map, state, z)
+
+
+def _read_backward(residuals, cotangents):
+    q, query_map, state, z = residuals
+    axes = (*READ_AXES, HEAD_OF_ROWS)
+    dq_HxNxBxD, d_map, d_state_and_z = over(_read_head_backward, axes, q, query_map, (state, z), cotangents)
+    return as_tokens(dq_HxNxBxD), d_map, *swap(d_state_and_z)
+
+
+read_out.defvjp(_read_forward, _read_backward)
+
+
+def read_chunk(q_CxBxD, query_map, state_BxFxD, z_BxF):
+    phi_CxBxF = features_of(query_map, q_CxBxD)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return einsum("cbf,bfd->cbd", phi_CxBxF, state_BxFxD), einsum("cbf,bf->cb", phi_CxBxF, z_BxF)
+
+
+def _read_head(q_BxNxD, query_map, state_and_z):
+    def chunk(_, rows):
+        (q_CxBxD,) = rows
+        return None, read_chunk(q_CxBxD, query_map, *state_and_z)
+
+    return over_chunks(chunk, None, (q_BxNxD.swapaxes(0, 1),), state_and_z[1].shape[1])[1]
+
+
+def _read_head_backward(q_BxNxD, query_map, state_and_z, cotangents):
+    def chunk(sums, rows):
+        q, do, dn = rows
+        _, pullback = jax.vjp(read_chunk, q, query_map, *state_and_z)
+        dq, d_map, *d_state_and_z = pullback((do, dn))
+        return jax.tree.map(jnp.add, sums, (d_map, tuple(d_state_and_z))), dq
+
+    zeros = jax.tree.map(jnp.zeros_like, (query_map, state_and_z))
+    rows = swap((q_BxNxD, *cotangents))
+    (d_map, d_state_and_z), dq = over_chunks(chunk, zeros, rows, state_and_z[1].shape[1])
+    return dq, d_map, d_state_and_z
+
+
+def features_of(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
+    """phi of one head, given a map whose leaves have no head axis."""
+    one_head = jax.tree.map(lambda leaf: leaf[None], feature_map)
+    return one_head(x_CxBxD[:, :, None])[:, :, 0]
+
+
+def num_features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> int:
+    return jax.eval_shape(features_of, feature_map, x_CxBxD).shape[-1]
