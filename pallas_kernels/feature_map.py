@@ -59,8 +59,11 @@ class PolynomialMap:
         for kernel_HxDxF, bias_HxF in zip(self.kernels, self.biases, strict=True):
             h_BxNxHxF = jnp.einsum("bnhd,hdf->bnhf", h_BxNxHxF, kernel_HxDxF.astype(x_BxNxHxD.dtype))
             h_BxNxHxF = activation(h_BxNxHxF + bias_HxF.astype(x_BxNxHxD.dtype)[None, None])
-        slices = jnp.split(h_BxNxHxF, self.degree, axis=-1)
-        features_BxNxHxF = jnp.concatenate([psi**p for p, psi in enumerate(slices, start=1)], axis=-1)
+        # Powers by masks, not by slices: XLA then makes one loop of bias, activation, powers and scale.
+        power_1x1x1xF = (jnp.arange(h_BxNxHxF.shape[-1]) // x_BxNxHxD.shape[-1])[None, None, None] + 1
+        features_BxNxHxF = h_BxNxHxF
+        for power in range(2, self.degree + 1):
+            features_BxNxHxF = features_BxNxHxF * jnp.where(power_1x1x1xF >= power, h_BxNxHxF, 1)
         return features_BxNxHxF * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.feature_map import FeatureMap
 from pallas_kernels.xla_loops import (
@@ -43,8 +44,19 @@ summarize.defvjp(_state_forward, _state_backward)
 
 def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
     phi_CxBxF = jnp.where(valid_CxB[..., None], features_of(key_map, k_CxBxD), 0)
+    return lax.platform_dependent(phi_CxBxF, v_CxBxD, cpu=_sums_in_one_product, default=_sums)
+
+
+def _sums(phi_CxBxF, v_CxBxD):
     state_BxFxD = jnp.einsum("cbf,cbd->bfd", phi_CxBxF, v_CxBxD, preferred_element_type=jnp.float32)
     return state_BxFxD, phi_CxBxF.sum(axis=0, dtype=jnp.float32)
+
+
+def _sums_in_one_product(phi_CxBxF, v_CxBxD):
+    """A CPU reads features again for z, unless z is one more column of S. Other chips have no room for odd columns."""
+    v_and_ones = jnp.concatenate([v_CxBxD, jnp.ones_like(v_CxBxD[..., :1])], axis=-1)
+    sums = jnp.einsum("cbf,cbd->bfd", phi_CxBxF, v_and_ones, preferred_element_type=jnp.float32)
+    return sums[..., :-1], sums[..., -1]
 
 
 def _state_head(k_BxLxD, v_BxLxD, valid_BxL, key_map):
@@ -96,8 +108,19 @@ read_out.defvjp(_read_forward, _read_backward)
 
 def read_chunk(q_CxBxD, query_map, state_BxFxD, z_BxF):
     phi_CxBxF = features_of(query_map, q_CxBxD)
+    return lax.platform_dependent(phi_CxBxF, state_BxFxD, z_BxF, cpu=_read_in_one_product, default=_read)
+
+
+def _read(phi_CxBxF, state_BxFxD, z_BxF):
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     return einsum("cbf,bfd->cbd", phi_CxBxF, state_BxFxD), einsum("cbf,bf->cb", phi_CxBxF, z_BxF)
+
+
+def _read_in_one_product(phi_CxBxF, state_BxFxD, z_BxF):
+    """The same, with z as one more column of S; see `_sums_in_one_product`."""
+    state_and_z = jnp.concatenate([state_BxFxD, z_BxF[..., None].astype(state_BxFxD.dtype)], axis=-1)
+    read = jnp.einsum("cbf,bfd->cbd", phi_CxBxF, state_and_z, preferred_element_type=jnp.float32)
+    return read[..., :-1], read[..., -1]
 
 
 def _read_head(q_BxNxD, query_map, state_and_z):
