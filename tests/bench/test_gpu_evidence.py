@@ -13,8 +13,9 @@ import tomllib
 
 import pytest
 
+from jsurgery.bench.attention_programs import AttentionShape
 from jsurgery.bench.gpu_evidence import __main__ as evidence
-from jsurgery.bench.gpu_evidence import kernel_tests
+from jsurgery.bench.gpu_evidence import kernel_tests, parts
 from jsurgery.bench.gpu_evidence.report import TOY_NOTE, Report
 from jsurgery.bench.gpu_evidence.rows import FULL, TOY, all_rows, problem_row
 from pallas_kernels import reference, stock
@@ -93,6 +94,18 @@ def test_important_rows_come_first_and_all_combinations_are_there():
     assert [row.name for row in rows if row.group == "whole forward"] == ["softmax", "15R2", "20R8", "30R8"]
     assert [row.video for row in rows if row.group == "distillation step"] == [(81, 480, 832), (81, 320, 480)]
     assert len({json.dumps(row.shown()) for row in rows}) == len(rows)
+
+
+def test_flops_of_parts_are_those_of_their_products():
+    size, (n, heads, d) = AttentionShape(1001, 3, 16, "float32", "lse"), (1001, 3, 16)
+    f, phi = 2 * d, 2 * (d * 2 * d + 2 * d * 2 * d)  # features of degree 2, and FLOPs of two layers
+    expected = {
+        "softmax_zones": 4 * n * n * d,
+        "linear_state": n * (phi + 2 * f * d + f),
+        "attend_with_state": n * (4 * 126 * d + phi + 2 * f * d + 2 * f),
+    }
+    found = {row.function: parts.part_flops(row, size) for row in all_rows(FULL) if row.group == "part of attention"}
+    assert found == {name: heads * flops for name, flops in expected.items()}
 
 
 class FakeWorker:
