@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def find_clips(videos: str, root: str | None = None) -> list[Clip]:
     if source.is_dir():
         clips = _clips_of_folder(source)
     else:
-        folder = _resolved(source.parent if root is None else epath.Path(root))
+        folder = (source.parent if root is None else epath.Path(root)).resolve()
         clips = [_indexed_clip(source, number, row, folder) for number, row in enumerate(_read_rows(source), 1)]
     if not clips:
         raise InputError(f"--videos={videos}: expected clips ({', '.join(SUFFIXES)}) or an index of them, found none")
@@ -73,7 +74,7 @@ def _clips_of_folder(folder: epath.Path) -> list[Clip]:
     return [_clip(path, _read_caption(path.with_suffix(".txt"))) for path in found]
 
 
-def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[epath.Path]:
+def _walk(folder: epath.Path, above: tuple[str, ...] = ()) -> Iterator[epath.Path]:
     above = (*above, _resolved(folder))
     for path in sorted(folder.iterdir()):
         if path.is_dir():
@@ -83,8 +84,9 @@ def _walk(folder: epath.Path, above: tuple[epath.Path, ...] = ()) -> Iterator[ep
             yield path
 
 
-def _resolved(path: epath.Path) -> epath.Path:
-    return path if "://" in str(path) else path.resolve()
+def _resolved(path: epath.Path) -> str:
+    """The path without links, which epath's `resolve` leaves in."""
+    return str(path) if "://" in str(path) else os.path.realpath(path)
 
 
 def _read_caption(path: epath.Path) -> str:

@@ -298,6 +298,25 @@ def test_a_text_file_is_a_dimension_by_its_name_or_custom_input(tmp_path):
     assert "custom_input" in line and "'out dir/results'" in line and "color" not in line[-1].split()
 
 
+def test_a_list_with_more_entries_than_augmented_prompts_names_the_way_out(tmp_path):
+    """As in VBench-2.0: an entry for each dimension of a prompt, while the augmented lines follow the text list."""
+    given = (("a", "Mechanics"), ("b", "Material"), ("a", "Thermotics"))
+    entries = [{"prompt_en": text, "dimension": [name]} for text, name in given]
+    info, text, augmented = (str(tmp_path / name) for name in ("VBench2_full_info.json", "text.txt", "aug.txt"))
+    pathlib.Path(info).write_text(json.dumps(entries))
+    pathlib.Path(text).write_text("b\na\n")
+    pathlib.Path(augmented).write_text("a long b\na long a\n")
+    with pytest.raises(InputError, match="each of 3 prompts, found 2; give the suite's text list, .* as --info"):
+        vbench.read_suite(info, augmented=augmented)
+    _, prompts = vbench.read_suite(text, info, augmented)
+    assert [(prompt.text, prompt.model_prompt) for prompt in prompts] == [
+        ("a", "a long a"), ("b", "a long b"), ("a", "a long a"),
+    ]  # fmt: skip
+    pathlib.Path(augmented).write_text("one\n")
+    with pytest.raises(InputError, match="each of 3 prompts, found 1$"):
+        vbench.read_suite(info, augmented=augmented)
+
+
 def test_seed_rules(tmp_path):
     info, _ = info_file(tmp_path / "full_info.json", count=4)
     noise = {job.file.name: (job.seed, job.number) for job in plan(info, seeds=3)[1]}
@@ -329,6 +348,7 @@ def test_a_prompt_of_two_dimensions_is_sampled_once(tmp_path):
     [
         ("{", "as JSON"),
         ("[]", "expected a list of prompts"),
+        ('{"a": {"caption": "a", "dimension": ["Mechanics"]}}', "as in .*VBench2_full_info.json, found dict"),
         ('[{"prompt_en": " "}]', "'prompt_en'"),
         ('[{"prompt_en": "a", "dimension": "color"}]', "expected a list 'dimension' of names in the entry 'a'"),
         ('[{"prompt_en": "a", "dimension": ["colour"]}]', "found colour"),

@@ -603,21 +603,32 @@ def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: f
 
 
 def fuzz(name: str, minutes: float) -> dict[str, int]:
+    from tests.faults import fuzz_commands
+
+    if name == "outputs":
+        with tempfile.TemporaryDirectory() as folder:
+            check = lambda drawn: fuzz_commands.check_output(drawn, pathlib.Path(folder))
+            return endless(fuzz_commands.output_names(), check, minutes)
+    if name == "rates":
+        return endless(fuzz_commands.rates(), fuzz_commands.check_rate, minutes)
     if name == "config":
         return endless(configs(), check_config, minutes)
     if name == "shapes":
         return endless(shapes(), check_shape, minutes)
-    reader = readers()[name]()
+    gentle = name in fuzz_commands.READERS
+    reader = (fuzz_commands.READERS if gentle else readers())[name]()
     with tempfile.TemporaryDirectory() as parent:
         folder = write_folder(reader, pathlib.Path(parent))
         reader.read(folder)  # which imports what it needs
         assert outcome(reader, folder) == "taken", "the valid folder is refused"
-        strategy = contents(reader)
+        strategy = (fuzz_commands.contents if gentle else contents)(reader)
         return endless(strategy, lambda changed: try_contents(reader, folder, changed), minutes)
 
 
 def main() -> None:
-    names = [*readers(), "config", "shapes"]
+    from tests.faults import fuzz_commands
+
+    names = [*readers(), *fuzz_commands.READERS, "config", "shapes", "outputs", "rates"]
     parser = argparse.ArgumentParser(description="Readers on files that were changed at random.")
     parser.add_argument("reader", choices=[*names, "all"])
     parser.add_argument("--minutes", type=float, default=10.0)

@@ -1,12 +1,13 @@
 """Readers on files changed at random: a small sample of `make fuzz`, and contents on which readers once failed."""
 
 import pathlib
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from jsurgery.errors import InputError
-from tests.faults import fuzz
+from tests.faults import fuzz, fuzz_commands
 
 # Half a second for each reader. Some load a model, and get fewer examples.
 EXAMPLES = dict.fromkeys(("transformer", "hybrid", "vae", "text_encoder"), 15) | {"tokenizer": 40}
@@ -30,6 +31,37 @@ def test_changed_files_are_read_or_refused(name, tmp_path):
 
     run_example()
     assert counts["refused"], "no changed file was refused"
+
+
+@pytest.mark.parametrize("name", fuzz_commands.READERS)
+def test_what_people_give_to_a_command_is_read_or_refused(name, tmp_path, monkeypatch):
+    reader = fuzz_commands.READERS[name]()
+    folder = fuzz.write_folder(reader, tmp_path)
+    monkeypatch.chdir(folder)
+    reader.read(folder)  # which imports what it needs
+    assert fuzz.outcome(reader, folder) == "taken"
+    counts = {"taken": 0, "refused": 0}
+
+    @settings(briefly, max_examples=25)
+    @given(fuzz_commands.contents(reader))
+    def run_example(changed):
+        counts[fuzz.try_contents(reader, folder, changed)] += 1
+
+    run_example()
+    assert counts["refused"] and counts["taken"] >= 0.2 * sum(counts.values()), counts
+
+
+@settings(briefly, max_examples=25)
+@given(fuzz_commands.output_names())
+def test_outputs_of_any_name_are_written_or_refused(name):
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz_commands.check_output(name, pathlib.Path(folder))
+
+
+@settings(briefly, max_examples=100)
+@given(fuzz_commands.rates())
+def test_a_gif_has_the_rate_of_its_video(drawn):
+    fuzz_commands.check_rate(drawn)
 
 
 @settings(briefly, max_examples=150)

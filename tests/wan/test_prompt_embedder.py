@@ -51,6 +51,19 @@ def test_embeddings_are_those_of_the_whole_encoder(base, length):
     assert np.abs(found[0] - expected[2]).max() > 0.1, "control: another prompt"
 
 
+def test_prompts_that_are_cut_are_counted_once_in_a_run(base, capsys):
+    embedder = PromptEmbedder(base)
+    length = 1 + int(embedder.tokenizer([SENTENCE], 99)[1].sum())
+    embedder.unpadded([SENTENCE, "x"], length)
+    assert not capsys.readouterr().err  # one token more than the sentence and its end
+    long = " and ".join([SENTENCE] * 3)
+    embedder.unpadded(["x", long, f"{SENTENCE} twice {SENTENCE}"], length)
+    embedder.unpadded([f"again {long}"], length)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"text: 2 of 2 prompts are cut at config.text_length = {length} tokens: prompt 1 ends with ")
+    assert "grey background" in line
+
+
 def test_every_tensor_is_read_once_for_batches_of_several_lengths(base):
     embedder, reads = PromptEmbedder(base), collections.Counter()
 
