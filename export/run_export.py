@@ -26,8 +26,9 @@ from jsurgery.runtime.lock import locked
 from jsurgery.runtime.progress import say
 from jsurgery.runtime.stage_folder import StageFolder, read_marker
 from jsurgery.version import __version__
-from jsurgery.wan.model_config import TextEncoderConfig, WanConfig, read_vae_config
+from jsurgery.wan.model_config import TextEncoderConfig, WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.pipeline_parts import check_index, check_sizes
 from jsurgery.wan.tokenizer import EOS, PAD
 from jsurgery.wan.video_size import check_size
 
@@ -189,6 +190,9 @@ def make_job(
     except InputError:
         base, left_out["VAE and text encoder"] = "", f"{folder} holds a transformer alone"
     if base:
+        check_index(epath.Path(base))
+        text, vae = read_text_encoder_config(f"{base}/text_encoder"), read_vae_config(f"{base}/vae")
+        check_sizes(network, vae, text, folder)
         size = encoder_bytes(epath.Path(base) / "text_encoder" / "config.json")
         encoder = size <= LARGEST
         if not encoder:

@@ -54,7 +54,7 @@ def load_config(name: str, overrides: dict[str, str] | None = None) -> ConfigDic
     for field, text in (fields | (overrides or {})).items():
         override(config, field, text)
     for field in PATHS:
-        if (path := operator.attrgetter(field)(config)).startswith("~"):
+        if str(path := operator.attrgetter(field)(config)).startswith("~"):
             override(config, field, os.path.expanduser(path))
     validate(config)
     return config.lock()

@@ -33,8 +33,8 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
     overrides = {"trace.keep_steps": "1"} | overrides  # else a rule for `trace` would forbid few steps
     if name is None:
         folder = model_path(overrides.setdefault("model.path", "tiny_wan"))
+        base = pipeline_folder(folder)  # first, since it names what a folder of another kind needs
         name = CONFIGS.get(read_config(transformer_folder(folder)).dim, "tiny")
-        base = pipeline_folder(folder)
         settings, remarks = scheduler_settings(base)
         config = load_config(name, settings | overrides)
         if not {"sampler.solver", "sampler.shift"} <= overrides.keys():

@@ -55,11 +55,13 @@ def run_cost(options: Options, overrides: Overrides) -> None:
     from etils import epath
 
     from jsurgery.estimate.cost_table import as_text, count_cost
-    from jsurgery.io.files import read_object, write_json
+    from jsurgery.io.files import check_writable, read_object, write_json
     from jsurgery.io.results import check_report
-    from jsurgery.report.cost_page import write_cost_page
+    from jsurgery.report.cost_page import PAGE, write_cost_page
 
     check_report(options.json)
+    if options.figure is not None:
+        check_writable(epath.Path(options.figure) / PAGE, "--figure")
     costs = count_cost(config, options.config, options.plan, options.feature_map)
     print(as_text(costs), flush=True)
     if options.json is not None:

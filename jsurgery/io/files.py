@@ -17,12 +17,9 @@ from jsurgery.errors import InputError
 
 AnyPath = TypeVar("AnyPath", epath.Path, pathlib.Path)
 LONG_NAME = 120  # bytes; file systems allow 255, some 143
-TEXT_FLAGS = (
-    "--prompt",
-    "--negative_prompt",
-    "--config.sampler.negative_prompt",
-    "--name",
-)  # whose values are no paths
+# Flags whose values are texts and no paths.
+TEXT_FLAGS = ("--prompt", "--negative_prompt", "--config.sampler.negative_prompt", "--name")
+# The first bytes of formats that are not read, and what to do.
 FORMATS = (
     (b"GGUF", "a GGUF file, which is not read; take the same model's .safetensors in bfloat16"),
     (b"ggjt", "a GGML file, which is not read; take the same model's .safetensors in bfloat16"),
@@ -55,7 +52,7 @@ def damaged(
 ) -> InputError:
     """The error for a file that is not what was expected, with the likely cause. `start` are the file's first bytes."""
     kind = describe_foreign_file(start, size)
-    if kind is None and start and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start):
+    if kind is None and len(start) > 8 and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start):
         kind = f"the text {start.decode()[:60]!r}, perhaps a server's answer; download the file again"
     cause = f"its {size} bytes are truncated or damaged ({fault}); download it again"
     return InputError(f"{file}: not {expected}: {cause if kind is None else f'it is {kind}'}")
@@ -108,12 +105,12 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
     path = epath.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise InputError(f"{flag}={path}: expected a file, found a folder")
         if "://" not in str(path) and hasattr(os, "pathconf"):
             longest, length = os.pathconf(path.parent, "PC_NAME_MAX"), len(os.fsencode(path.name))
             if length > longest:
                 raise InputError(f"{flag}={path}: expected a name of at most {longest} bytes, found {length}")
+        if path.is_dir():
+            raise InputError(f"{flag}={path}: expected a file, found a folder")
         probe = path.with_name(temporary_name(path.name, ".probe"))
         probe.write_bytes(b"")
         probe.unlink()

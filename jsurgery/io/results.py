@@ -87,7 +87,7 @@ def check_report(path: str | None) -> None:
     """Raises InputError if `--json=path` cannot be written: to be called before the work, not after it."""
     if path is None:
         return
-    if "://" not in path and (pathlib.Path(path).is_dir() or not pathlib.Path(path).resolve().parent.is_dir()):
+    if "://" not in path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path)))):
         raise InputError(f"--json={path}: expected a file in a folder that exists")
     check_writable(path, "--json")
 

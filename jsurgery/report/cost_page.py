@@ -11,6 +11,7 @@ from jsurgery.report.charts import POINTS, Chart, line_chart
 from jsurgery.report.templates import render
 from jsurgery.wan.cost import PARTS
 
+PAGE = "cost.html"
 SIDES = {
     "core": "Core attention, TFLOP over frames",
     "attention": "Attention with projections",
@@ -60,7 +61,7 @@ def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str,
             },
         }
     )
-    return write_page(folder / "cost.html", f"What {result['model']} costs", sections)
+    return write_page(folder / PAGE, f"What {result['model']} costs", sections)
 
 
 def write_front_page(folder: epath.Path, front: dict[str, Any]) -> epath.Path:
