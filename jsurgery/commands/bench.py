@@ -109,12 +109,17 @@ def run_attention(options: Options, overrides: Overrides) -> None:
     from jsurgery.bench.attention import bench_attention
     from jsurgery.bench.attention_cycles import estimate_attention
     from jsurgery.bench.attention_tuning import tune_attention
+    from jsurgery.estimate.quiet_libtpu import quiet_libtpu
 
     layer = {name: getattr(options, name) for name in ("rates", "tokens", "heads", "head_dim", "stabilizer")}
-    if options.tune:
-        tune_attention(**layer, runs=options.runs, chip=options.estimate)
-    elif options.estimate is not None:
-        estimate_attention(**layer, chip=options.estimate, backward=options.backward, report=options.json)
+    if options.estimate is not None:
+        with quiet_libtpu():
+            if options.tune:
+                tune_attention(**layer, runs=options.runs, chip=options.estimate)
+            else:
+                estimate_attention(**layer, chip=options.estimate, backward=options.backward, report=options.json)
+    elif options.tune:
+        tune_attention(**layer, runs=options.runs, chip=None)
     else:
         bench_attention(
             **layer,

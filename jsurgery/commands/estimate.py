@@ -75,14 +75,16 @@ def run_cost(options: Options, overrides: Overrides) -> None:
 def run_compile(options: Options, overrides: Overrides) -> None:
     config = load_config(options.config, overrides)
     topology = topology_of(options)
-    if options.stage == "all":
-        from jsurgery.estimate.compile_command import compile_command
-
-        compile_command(config, options.config, options.of, topology, report=options.json)
-        return
     from jsurgery.estimate.compile_ahead import compile_stage
+    from jsurgery.estimate.compile_command import compile_command
+    from jsurgery.estimate.quiet_libtpu import quiet_libtpu
 
-    compile_stage(config, options.config, options.stage, topology, slices=options.num_slices, report=options.json)
+    name, slices, report = options.config, options.num_slices, options.json
+    with quiet_libtpu():
+        if options.stage == "all":
+            compile_command(config, name, options.of, topology, report=report)
+        else:
+            compile_stage(config, name, options.stage, topology, slices=slices, report=report)
 
 
 def run_roofline(options: Options, overrides: Overrides) -> None:

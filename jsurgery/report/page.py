@@ -14,10 +14,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import flatten
-from jsurgery.data.video_writer import write_video
 from jsurgery.io.files import replacing
 from jsurgery.rates import Rate, rate_key, rate_name
 from jsurgery.report.charts import Chart, line_chart
+from jsurgery.report.comparison_gif import write_comparison_gif
 from jsurgery.report.fidelity import fidelity
 from jsurgery.report.first_frame import read_first_frame
 from jsurgery.report.flop_savings import costs
@@ -25,7 +25,7 @@ from jsurgery.report.pareto_slider import trade_off
 from jsurgery.report.run_files import RunFiles, read_run
 from jsurgery.report.scores import quality, scores
 from jsurgery.report.templates import depths, render
-from jsurgery.report.video_player import embed, side_by_side
+from jsurgery.report.video_player import embed
 from jsurgery.version import __version__
 from jsurgery.wan.cost import Workload, parameters, workload
 from jsurgery.wan.model_config import WanConfig
@@ -48,7 +48,7 @@ def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: 
     """Writes `workdir/report.html` from the files that the stages have left so far, and returns its path.
 
     The page names missing files and shows the rest. It loads nothing from outside, which its content security policy
-    enforces, and stays under 15 MB. Also writes `comparison.gif`: the teacher's clips above the final model's.
+    enforces, and stays under 15 MB. Also writes `comparison.gif`.
     Raises InputError if the folder does not exist.
 
     config: the run's own; by default the config that is saved in `workdir`.
@@ -61,9 +61,7 @@ def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: 
     with replacing(page) as temporary:
         temporary.write_text(text)
     if run.config is not None and not coming:
-        grid = side_by_side(run.videos, ["teacher", "finetuned"], run.config.evaluate.videos)
-        if grid is not None:
-            write_video(run.workdir / "comparison.gif", grid, run.config.video.fps)
+        write_comparison_gif(run)
     return page
 
 

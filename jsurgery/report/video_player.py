@@ -16,7 +16,6 @@ from jsurgery.data.video_writer import encode_frames
 PAGE_BYTES = 8_000_000  # of all videos together, before base64 adds a third
 PROMPT_BYTES = 400_000  # share of a prompt's video; prompts are left out before they get less
 CLIP_HEIGHT = 320  # pixels, of a clip in the page
-GRID_HEIGHT = 192  # pixels, of a clip in `side_by_side`
 BLOCK = 16  # pixels; clips start at multiples of it, so that no block of the codec holds two clips
 SPEED = {"b:v": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # of VP9, which every browser plays
 QUALITIES = (22, 34, 46, 56, 63)  # CRF of VP9: the first is tried first, the next when a video is too large
@@ -90,20 +89,6 @@ def squeeze(video: bytes, size: int) -> bytes:
             break
         video = encode(frames, rate, quality)
     return video
-
-
-def side_by_side(folder: epath.Path, names: list[str], count: int) -> np.ndarray | None:
-    """One video of the clips: uint8 [F, rows * h, columns * w, 3], a row for each model and a column for each prompt.
-
-    A prompt without a clip of every model is left out; None if none is left.
-    """
-    columns = []
-    for number in range(count):
-        files = [folder / name / f"{number:04d}.mp4" for name in names]
-        clips = [clip for file in files if (clip := read_clip(file, GRID_HEIGHT)) is not None]
-        if len(clips) == len(files):
-            columns.append(np.concatenate([clip for clip, _ in clips], axis=1))
-    return np.concatenate(columns, axis=2) if columns else None
 
 
 def read_clip(file: epath.Path, height: int) -> tuple[np.ndarray, Fraction] | None:
