@@ -11,6 +11,8 @@
 # make gpu-evidence  kernels, attention and whole models measured on one GPU in MINUTES (10), without installing anything
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
 # make notebooks docs/notebooks, the notebooks run and rendered; takes a quarter of an hour
+# make picture   docs/comparison.gif, from a longer surgery than the demo's; takes half an hour
+# make wheel     the wheel, in dist/
 # make docs      docs/ as a site in build/docs, with warnings as errors
 # make docs-links  the same, and asks every external address that it links to
 #
@@ -32,7 +34,7 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # The tests start a hundred processes, which should not each compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks docs docs-links clean
+.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks docs docs-links picture wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -88,6 +90,14 @@ docs: $(VENV)/docs.stamp
 
 docs-links: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx --builder linkcheck docs build/links
+
+picture: $(VENV)/base.stamp
+	$(BIN)/jsurgery surgery --config=tiny_evidence --workdir=runs/picture --config.data.two_sprites=0.0 \
+		--config.evaluate.prompts=24 --config.evaluate.videos=24
+	cp runs/picture/comparison.gif docs/comparison.gif
+
+wheel: $(BIN)/python
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir=dist .
 
 clean:
 	rm -rf $(VENV) build *.egg-info
