@@ -1,4 +1,4 @@
-"""What other machines read: workflows and issue templates of GitHub, Dockerfiles, CITATION.cff. They agree with the code."""
+"""What other machines read: workflows and issue templates of GitHub, Dockerfiles, CITATION.cff; they fit the code."""
 
 import importlib.metadata
 import pathlib

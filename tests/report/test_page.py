@@ -17,7 +17,7 @@ from jsurgery.cli import main
 from jsurgery.config import flatten
 from jsurgery.data.video_writer import write_video
 from jsurgery.errors import InputError
-from jsurgery.report import pareto_slider, video_player
+from jsurgery.report import comparison_gif, pareto_slider, video_player
 from jsurgery.report.charts import line_chart, linear_ticks, log_ticks, running_mean
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import parity, write_report
@@ -125,22 +125,49 @@ def test_the_page_shows_the_clips_of_all_models(config, workdir):
             assert min(distance, key=distance.__getitem__) == name and distance[name] < 8
 
 
-def test_comparison_gif_shows_the_teacher_above_the_final_model(config, workdir):
+def test_comparison_gif_shows_labelled_clips_of_each_prompt(config, workdir):
     report(config, workdir)
-    videos = workdir / "evaluation" / "videos"
+    videos, names = workdir / "evaluation" / "videos", ("teacher", "not_distilled", "finetuned")
     count, height, width, _ = video_player.read_clip(videos / "teacher" / "0000.mp4", 192)[0].shape
-    with Image.open(workdir / "comparison.gif") as grid:
-        assert grid.size == (2 * width, 2 * height) and grid.n_frames == count
-        grid.seek(3)
-        shown = np.asarray(grid.convert("RGB"), float)
-    for row, name in enumerate(("teacher", "finetuned")):
-        for column in range(2):
-            tile = shown[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            frames = {n: video_player.read_clip(videos / n / f"{column:04d}.mp4", 192)[0][3] for n in MODELS}
-            distance = {n: np.abs(tile - clip).mean() for n, clip in frames.items()}
-            assert min(distance, key=distance.__getitem__) == name and distance[name] < 10
+    layout = comparison_gif.Layout.of(2, len(names), width, height)
+    with Image.open(workdir / "comparison.gif") as picture:
+        assert picture.size == layout.size and picture.n_frames == count
+        picture.seek(3)
+        shown = np.asarray(picture.convert("RGB"), float)
+    assert (workdir / "comparison.gif").stat().st_size <= comparison_gif.BYTES
+    for number, places in enumerate(layout.clips):
+        clips = {n: video_player.read_clip(videos / n / f"{number:04d}.mp4", 192)[0][3] for n in names}
+        for name, (left, top) in zip(names, places, strict=True):
+            tile = shown[top : top + height, left : left + width]
+            distance = {n: np.abs(tile - clip).mean() for n, clip in clips.items()}
+            assert min(distance, key=distance.__getitem__) == name and distance[name] < 12
+            label = shown[top - comparison_gif.LINE - 2 : top - 2, left : left + width]
+            assert label.min() < 150 and (label.min(axis=(1, 2)) > 200).any(), "a line of type on paper"
+        gutter = shown[places[0][1] : places[0][1] + height, places[0][0] + width + 2 : places[1][0] - 2]
+        assert gutter.size and gutter.min() > 240
 
-    assert video_player.side_by_side(workdir / "no" / "videos", ["teacher"], 2) is None
+    shutil.rmtree(videos / "finetuned")
+    shutil.rmtree(videos / "not_distilled")
+    (workdir / "comparison.gif").unlink()
+    write_report(config, workdir)
+    assert not (workdir / "comparison.gif").exists(), "nothing to compare"
+
+
+def test_the_picture_has_prompts_that_the_teacher_does_well_over_various_backgrounds():
+    prompts = [
+        "a red circle moves left over a grey background",
+        "a red circle moves right over a grey background",
+        "a blue square moves up over a black background",
+        "a green circle stays still over a white background",
+        "a pink triangle moves down over a brown background",
+        "a cyan square moves down over a white background",
+    ]
+    scores = [0.995, 0.99, 0.99, 1.0, 0.5, 0.993]
+    evaluation = {"models": {"teacher": {"per_clip": {"shape": scores}}}}
+    chosen = comparison_gif.choose_prompts(prompts, range(6), evaluation)
+    assert len(chosen) == 4 and {0, 2, 5} <= set(chosen)  # one of each background that the teacher does well
+    assert 4 not in chosen
+    assert comparison_gif.choose_prompts(["any prompt"] * 9, range(3, 9), None) == [3, 4, 5, 6]
 
 
 def test_the_page_shows_the_numbers_of_the_files(config, workdir):
