@@ -131,7 +131,7 @@ def dry(arguments: list[str]) -> list[str]:
         elif flag == "--workdir":
             word = f"{flag}=runs/elsewhere"
         words.append(word.replace(WAN, "tiny_wan"))
-    return [*words, "--dry_run", "--json=dry.json"]
+    return [*words, "--dry_run", "--disk=1000", "--json=dry.json"]
 
 
 def here() -> list[Line]:
