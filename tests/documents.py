@@ -169,7 +169,8 @@ def broken_links(page: pathlib.Path, text: str) -> list[str]:
 
 def small(arguments: list[str], fields: list[str], model: pathlib.Path) -> list[str]:
     """The same command on the small model `model`, with `fields`, the overrides that fit it, unless it sets them."""
-    arguments = [word.replace("=tiny_wan", f"={model}") for word in arguments]
+    few = ("--prompts_file=prompts.txt", "--prompts_file=few_prompts.txt")
+    arguments = [word.replace("=tiny_wan", f"={model}").replace(*few) for word in arguments]
     arguments = [re.sub(r"^(--config\.plan\.budget)=.*", r"\1=1e12", word) for word in arguments]  # more than it costs
     if command_of(arguments) not in ("surgery", "plan", "sample", "evaluate fidelity"):
         return arguments

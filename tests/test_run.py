@@ -133,6 +133,7 @@ def beside_documents(surgery, tmp_path_factory):
         shutil.copytree(workdir / "evaluation" / "videos" / model, folder / "runs" / copy)
     for name in ("prompts.txt", "all_dimension_aug_wanx.txt"):
         (folder / name).write_text("".join(f"a red circle moves left, take {i}\n" for i in range(600)))
+    (folder / "few_prompts.txt").write_text("a red circle moves left\n")
     suite = [{"prompt_en": f"prompt {i}", "dimension": ["color"]} for i in range(600)]
     (folder / "VBench_full_info.json").write_text(json.dumps(suite))
     for page, file in (("your_plan", "costs.json"), ("your_videos", "clips.jsonl")):
