@@ -120,7 +120,7 @@ def way(line: Line) -> str:
 
 
 def dry(arguments: list[str]) -> list[str]:
-    """The same command as a dry run that needs no network and no folder of another machine."""
+    """The same command as a dry run that needs no network and no folder of another machine. It plans by a name alone."""
     words = []
     for word in arguments:
         flag = word.partition("=")[0]
@@ -130,6 +130,7 @@ def dry(arguments: list[str]) -> list[str]:
             word = f"{flag}=prompts.txt"
         elif flag == "--workdir":
             word = f"{flag}=runs/elsewhere"
+        word = re.sub(r"^(--config\.plan\.budget)=[\d.]+$", r"\1=3R2", word)
         words.append(word.replace(WAN, "tiny_wan"))
     return [*words, "--dry_run", "--disk=1000", "--json=dry.json"]
 
