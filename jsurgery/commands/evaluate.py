@@ -71,7 +71,7 @@ def add_vbench(commands: Commands) -> None:
     text = "Sum results of VBench or VBench-2.0 up as on its leaderboard, with those of the paper, as Markdown."
     command = commands.add("evaluate vbench-results", run_vbench_results, text, config=None)
     command.add_argument("files", nargs="+", metavar="FILE", help="The *_eval_results.json, or a folder of them.")
-    command.add_argument("--name", default="this model", help="The model's name in the table.")
+    command.add_argument("--name", dest="model", default="this model", help="The model's name in the table.")
     add_json(command)
 
 
@@ -162,7 +162,7 @@ def run_vbench_results(options: Options, overrides: Overrides) -> None:
     takes_no_config(options, overrides)
     from jsurgery.evaluate.vbench_scores import report_results
 
-    report_results(options.files, options.name, options.json)
+    report_results(options.files, options.model, options.json)
 
 
 def run_study(options: Options, overrides: Overrides) -> None:
