@@ -103,9 +103,7 @@ def cell(rate: Rate) -> str:
     return {1: "S", "linear": "L"}.get(rate, str(rate))
 
 
-def legend(rates: Sequence[Rate]) -> str:
-    meanings = {1: "S full softmax", "linear": "L linear, no token keeps softmax"}
-    texts = (
-        meanings.get(rate, f"{rate} one token in {rate} keeps softmax") for rate in sorted(set(rates), key=rate_key)
-    )
-    return "; ".join(texts)
+def legend(shown: set[Rate]) -> str:
+    meanings: dict[Rate, str] = {1: "S full softmax", "linear": "L linear, no token keeps softmax"}
+    rates = sorted(shown, key=rate_key)
+    return "; ".join(meanings.get(rate, f"{rate} one token in {rate} keeps softmax") for rate in rates)
