@@ -120,7 +120,7 @@ def way(line: Line) -> str:
 
 
 def dry(arguments: list[str]) -> list[str]:
-    """The same command as a dry run, without network and without folders of another machine. It plans by a name."""
+    """The same command as a dry run that needs no network, no folder of another machine and no errors to plan with."""
     words = []
     for word in arguments:
         flag = word.partition("=")[0]
