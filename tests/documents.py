@@ -180,4 +180,7 @@ def small(arguments: list[str], fields: list[str], model: pathlib.Path) -> list[
         arguments = [*arguments, "--config=tiny"]
     elif "--model" not in given:
         arguments = [*arguments, f"--config.model.path={model}"]
+    if "--config.plan.budget" in given:  # the test is that trace and distill are kept
+        given.add("--config.finetune.steps")
+        arguments = [*arguments, "--config.finetune.steps=0"]
     return [*arguments, *(field for field in fields if field.partition("=")[0] not in given)]
