@@ -114,7 +114,7 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
         probe = path.with_name(temporary_name(path.name, ".probe"))
         probe.write_bytes(b"")
         probe.unlink()
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, UnicodeEncodeError) as error:
         raise InputError(f"{flag}={path}: {getattr(error, 'strerror', None) or error}") from None
 
 

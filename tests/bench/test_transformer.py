@@ -59,7 +59,7 @@ def test_control_a_changed_bias_is_reported_as_a_difference(tiny_pipeline, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["vae"], ["'vae'", "transformer"]),
+        (["vae"], ["vae: unknown command of `jsurgery bench`"]),
         (["transformer", "--frames=2"], ["--frames", "4k + 1"]),
         (["transformer", "--runs=0"], ["--runs", "positive"]),
         (["transformer", "--width=32000"], ["width axis"]),

@@ -104,6 +104,7 @@ def test_a_wrong_tensor_of_the_text_encoder_and_a_wrong_token_fail(tiny_pipeline
             right = self.tokenizer
             self.tensors = checkpoint.open_text_encoder(wrong)[1]
             self.tokenizer = lambda prompts, length: right([*prompts[:2], "a"], length)
+            self.tokenizer.kept = right.kept
 
     monkeypatch.setattr(verify, "PromptEmbedder", WrongEmbedder)
     errors, _ = verify.text_errors(tiny_pipeline, 16)
@@ -133,7 +134,7 @@ def test_the_reference_gives_the_same_bits_layer_by_layer(tiny_pipeline):
 )
 def test_bad_arguments_are_refused(arguments, parts, tiny_pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jsurgery.wan.hub.local_path", lambda path: path)
+    monkeypatch.setattr("jsurgery.wan.hub.local_path", lambda path, *_: path)
     monkeypatch.setattr(verify, "text_errors", None)
     assert main(["verify", f"--model={tiny_pipeline}", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
