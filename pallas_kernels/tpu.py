@@ -133,7 +133,8 @@ def hybrid_error(
     polynomial = _polynomial("query_map", query_map)
     _check(q, q, q, polynomial, polynomial, interpret)
     problem = _problem(q, q, polynomial, 0, query_valid, "lse", block_sizes, interpret)
-    constants = problem.pack(q), softmax and (problem.pack(softmax[0]), softmax[1]), problem.pack(target)
+    branch = None if softmax is None else (problem.pack(softmax[0]), softmax[1])
+    constants = problem.pack(q), branch, problem.pack(target)
     errors_H, n_L_BxHxN = _error(problem, polynomial, state, constants, _row(query_valid))
     return errors_H, n_L_BxHxN.swapaxes(1, 2)
 
@@ -227,7 +228,7 @@ def _attention_backward(problem, residuals, dy):
     dq, linear, dstate, dz, d_query = read_out_backward(problem, query_map, q, dy, per_query, state, z)
     dlog_scale_H = -linear.sum(axis=(0, 2, 3))
     dstate, dz = _scaled((dstate, dz), query_map.log_scale + key_map.log_scale)
-    dk, dv, d_key = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
+    (dk, dv), d_key = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
     if problem.num_softmax:
         dq, dk_S, dv_S = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
         token_axis = 1 if problem.packed else 2
@@ -264,12 +265,12 @@ def _state_backward(problem, token_gradients, residuals, cotangents):
     dstate, dz = cotangents
     dlog_scale_H = _product(dstate, state) + _product(dz, z)
     dstate, dz = _scaled((dstate, dz), key_map.log_scale)
-    dk, dv, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz, token_gradients)
-    if token_gradients and problem.num_softmax:
-        linear = (jnp.arange(problem.num_keys) >= problem.num_softmax).reshape(*[1] * (dk.ndim - 2), -1, 1)
-        dk, dv = (jnp.where(linear, d, 0) for d in (dk, dv))
+    d_tokens, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz, token_gradients)
+    if problem.num_softmax:
+        linear = (jnp.arange(problem.num_keys) >= problem.num_softmax).reshape(*[1] * (k.ndim - 2), -1, 1)
+        d_tokens = [jnp.where(linear, d, 0) for d in d_tokens]
     d_map = dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=dlog_scale_H)
-    return (dk, dv) if token_gradients else None, d_map, None
+    return tuple(d_tokens) or None, d_map, None
 
 
 _state.defvjp(_state_forward, _state_backward)
@@ -281,16 +282,20 @@ def _product(x_BxHx: jax.Array, y_BxHx: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _error(problem: Problem, query_map: PolynomialMap, state: tuple, constants: tuple, valid: jax.Array | None):
+def _error(
+    problem: Problem, query_map: PolynomialMap, state: tuple, constants: tuple, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The errors [H] and n_L [B, H, N] for constants (q, softmax, target), packed."""
     (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
-    errors_BxH, n_L = tpu_error.hybrid_error(problem, query_map, q, S, z, softmax, target, valid, with_gradients=False)
+    errors_BxH, n_L, _ = tpu_error.hybrid_error(
+        problem, query_map, q, S, z, softmax, target, valid, with_gradients=False
+    )
     return errors_BxH.sum(axis=0), n_L
 
 
 def _error_forward(problem, query_map, state, constants, valid):
     (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
-    errors_BxH, n_L, dS, dz, (kernels, biases) = tpu_error.hybrid_error(
+    errors_BxH, n_L, (dS, dz, (kernels, biases)) = tpu_error.hybrid_error(
         problem, query_map, q, S, z, softmax, target, valid, with_gradients=True
     )
     log_scale_H = _product(dS, S) + _product(dz, z)

@@ -10,6 +10,7 @@ stabiliser: T at the row's maximum for "max" (shared between equal maxima of one
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +144,12 @@ def read_out_backward(problem: Problem, query_map: PolynomialMap, q, dy, per_que
     return dq, linear, dstate, dz.sum(axis=-1), map_gradient(query_map, sums)
 
 
-def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz, token_gradients: bool = True):
-    """Backward of `summarize`: dk and dv, packed, with undefined values at softmax keys, and phi_k's gradients.
+def summarize_backward(
+    problem: Problem, key_map: PolynomialMap, k, v, valid, dstate, dz, token_gradients: bool = True
+) -> tuple[Any, Any]:
+    """Backward of `summarize`: (dk, dv), packed, with undefined values at softmax keys, and phi_k's gradients.
 
-    Without `token_gradients`, dk and dv are not computed, and are None.
+    Without `token_gradients`, dk and dv are not computed, and the first result is empty.
     """
     size = problem.blocks.backward_state
     first = problem.num_softmax // size
@@ -212,8 +215,8 @@ def summarize_backward(problem: Problem, key_map: PolynomialMap, k, v, valid, ds
         *operands,
         *masks,
     )
-    dk, dv = results[:2] if token_gradients else (None, None)
-    return dk, dv, map_gradient(key_map, results[2 * token_gradients :])
+    count = 2 * token_gradients
+    return results[:count], map_gradient(key_map, results[count:])
 
 
 def attend_backward(problem: Problem, q, k, v, valid, dy, per_query, linear, dq_linear):

@@ -4,6 +4,8 @@ In tokens along lanes, with n = n_S + phi_q z and y = (n_S o_S + phi_q S) / n: t
 g = sign(y - t) / n, and by phi_q z it is -g . y. Nothing but one number per query is written for a query.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -25,7 +27,7 @@ from pallas_kernels.tpu_problem import LANES, Problem, lane_sums, query_numbers,
 
 def hybrid_error(
     problem: Problem, query_map: PolynomialMap, q, state, z, softmax, target, valid, *, with_gradients: bool
-):
+) -> tuple[jax.Array, jax.Array, Any]:
     """See `pallas_kernels.hybrid_error`.
 
     Args:
@@ -36,7 +38,8 @@ def hybrid_error(
         valid: float32 [B, 1, N], or None.
 
     Returns:
-        errors [B, H]; n_L [B, H, N]; and with_gradients dS, dz, and the gradients of phi_q's kernels and of its biases.
+        errors [B, H]; n_L [B, H, N]; and with_gradients (dS, dz, the gradients of phi_q's kernels and of its biases),
+        else None.
     """
     size, features, width = problem.blocks.backward_state, state.shape[2], problem.width
     ragged = problem.num_queries % size
@@ -125,6 +128,6 @@ def hybrid_error(
     )(q, target, in_dtype, in_dtype.swapaxes(2, 3), z[..., None], *inputs, *operands)
     errors_BxH, n_L_BxHxN = error.sum(axis=(2, 3)), n_L[:, :, 0]
     if not with_gradients:
-        return errors_BxH, n_L_BxHxN
+        return errors_BxH, n_L_BxHxN, None
     dstate, dz, *sums = gradients
-    return errors_BxH, n_L_BxHxN, dstate, dz.sum(axis=-1), map_gradient(query_map, sums)
+    return errors_BxH, n_L_BxHxN, (dstate, dz.sum(axis=-1), map_gradient(query_map, sums))
