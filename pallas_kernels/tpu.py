@@ -135,7 +135,8 @@ def hybrid_error(
     problem = _problem(q, q, polynomial, 0, query_valid, "lse", block_sizes, interpret)
     branch = None if softmax is None else (problem.pack(softmax[0]), softmax[1])
     constants = problem.pack(q), branch, problem.pack(target)
-    errors_H, n_L_BxHxN = _error(problem, polynomial, state, constants, _row(query_valid))
+    results: Any = _error(problem, polynomial, state, constants, _row(query_valid))
+    errors_H, n_L_BxHxN = results
     return errors_H, n_L_BxHxN.swapaxes(1, 2)
 
 

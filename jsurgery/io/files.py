@@ -92,8 +92,8 @@ def temporary_name(name: str, suffix: str = ".tmp") -> str:
 
     Of a library that chooses the format by the name, `suffix` is the format's.
     """
-    if len(name.encode(errors="surrogateescape")) > LONG_NAME:
-        name = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
+    if len(name.encode(errors="surrogatepass")) > LONG_NAME:
+        name = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
     return name + suffix if suffix == ".tmp" else f".{name}{suffix}"
 
 
@@ -114,7 +114,7 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
         probe = path.with_name(temporary_name(path.name, ".probe"))
         probe.write_bytes(b"")
         probe.unlink()
-    except (OSError, ImportError, UnicodeEncodeError) as error:
+    except (OSError, ImportError, ValueError) as error:  # ValueError: no name of a file
         raise InputError(f"{flag}={path}: {getattr(error, 'strerror', None) or error}") from None
 
 
