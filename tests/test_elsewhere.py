@@ -1,6 +1,7 @@
 """What other machines read: workflows and issue templates of GitHub, Dockerfiles, CITATION.cff; they fit the code."""
 
 import importlib.metadata
+import json
 import pathlib
 import re
 import tomllib
@@ -8,6 +9,7 @@ import tomllib
 import pytest
 import yaml
 
+from jsurgery import cli
 from jsurgery.version import __version__
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,3 +75,25 @@ def test_the_citation_has_the_version_and_the_paper():
     assert citation["version"] == __version__ == importlib.metadata.version("jsurgery")
     assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["title"].startswith("jsurgery")
     assert citation["references"][0]["url"].endswith("2509.24899")
+
+
+def test_the_lines_to_expect_on_pods_are_those_of_dry_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "pods.md").read_text()
+    line = re.compile(r"^(trace|distill): (\w+) (\d+) of \3 devices, ([\d.]+) of (\d+) GiB each$", re.MULTILINE)
+    quoted = {
+        (stage, axis, int(count), float(told), int(room)) for stage, axis, count, told, room in line.findall(page)
+    }
+    expected = set()
+    for machine in ("v5e:4x4", "8xh100"):
+        assert f"--config=wan_1_3b@{machine} --coordinator=auto" in page
+        flags = ["--workdir=run", "--dry_run", "--disk=1e9", "--json=dry.json"]
+        assert cli.main(["surgery", f"--config=wan_1_3b@{machine}", *flags]) == 0
+        found = json.loads((tmp_path / "dry.json").read_text())
+        for stage in ("trace", "distill"):
+            row = max((row for row in found["phases"] if row["stage"] == stage), key=lambda row: row["bytes"])
+            ((axis, count),) = ((axis, size) for axis, size in row["mesh"].items() if size > 1)
+            expected.add((stage, axis, count, round(row["bytes"] / 2**30, 1), 16 if machine == "v5e:4x4" else 80))
+        if machine == "v5e:4x4":
+            assert f"{sum(row['hours'] for row in found['hours']):.1f} hours" in page
+    assert quoted == expected
