@@ -165,7 +165,7 @@ def test_the_table_of_machines_is_what_a_dry_run_tells(tmp_path, monkeypatch):
         )
         *stages, hours = [cell.strip() for cell in f"{cells} ".split("|")]
         found = json.loads((tmp_path / "dry.json").read_text())
-        for stage, cell in zip(("trace", "distill", "finetune", "evaluate"), stages, strict=True):
+        for stage, cell in zip(("trace", "distill", "finetune", "evaluation"), stages, strict=True):
             phases = [row for row in found["phases"] if row["stage"] == stage]
             refused = [re.search(r"found ([\d.]+) GiB", row["error"])[1] for row in phases if "error" in row]
             bytes = max(row.get("bytes", 0) for row in phases)
