@@ -41,6 +41,15 @@ def test_platform_and_arguments_select_the_implementation(monkeypatch, platform,
     assert chosen == [expected]
 
 
+STATE = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.float32), jax.ShapeDtypeStruct((1, 2, 128), jnp.float32)
+
+
+def shapes(dtype, width=64):
+    """Of heads, and of a map for them."""
+    phi = jax.eval_shape(lambda: init_polynomial_map(jax.random.key(0), 2, width))
+    return jax.ShapeDtypeStruct((1, 9, 2, width), dtype), phi
+
+
 @pytest.mark.parametrize(
     ("platform", "whole", "dtype", "expected"),
     [
@@ -63,11 +72,9 @@ def test_implementation_of_states_and_zones(monkeypatch, platform, whole, dtype,
     for name in ("linear_state", "attend_with_state", "softmax_zones"):
         monkeypatch.setattr(xla, name, lambda *_, **options: chosen.append("pallas_kernels.xla"))
     chosen = []
-    q = jnp.zeros((1, 9, 2, 64), dtype)
-    phi = init_polynomial_map(jax.random.key(0), 2, 64)
-    linear_state(q, q, phi)
-    attend_with_state(q, q, q, phi, (jnp.zeros((1, 2, 128, 64)), jnp.zeros((1, 2, 128))))
-    softmax_zones(q, q, q, (3, 9))
+    jax.eval_shape(lambda q, phi: linear_state(q, q, phi), *shapes(dtype))
+    jax.eval_shape(lambda q, phi, *state: attend_with_state(q, q, q, phi, state), *shapes(dtype), *STATE)
+    jax.eval_shape(lambda q, _: softmax_zones(q, q, q, (3, 9)), *shapes(dtype))
     assert chosen == [f"pallas_kernels.{expected}"] * 3
 
 
@@ -75,9 +82,8 @@ def test_the_log_says_once_why_no_kernel_takes_the_arguments(monkeypatch, caplog
     place = lambda platform: monkeypatch.setattr(api, "_place", lambda: (platform, True))
     said = lambda: [record.message for record in caplog.records]
     log.once.cache_clear()
-    q = jnp.zeros((1, 9, 2, 64), jnp.bfloat16)
-    polynomial, hedgehog = init_polynomial_map(jax.random.key(0), 2, 64), init_hedgehog_map(2, 64)
-    state = jax.eval_shape(lambda: (jnp.zeros((1, 2, 128, 64)), jnp.zeros((1, 2, 128))))
+    (q, polynomial), (narrow, narrow_map) = shapes("bfloat16"), shapes("bfloat16", width=8)
+    hedgehog = jax.eval_shape(lambda: init_hedgehog_map(2, 64))
     run = lambda function, *arguments, **options: jax.eval_shape(
         lambda *arguments: function(*arguments, **options), *arguments
     )
@@ -86,14 +92,14 @@ def test_the_log_says_once_why_no_kernel_takes_the_arguments(monkeypatch, caplog
     run(linear_state, q, q, hedgehog)
     place("gpu")
     run(linear_state, q, q, polynomial)
-    run(attend_with_state, q, q, q, polynomial, state)
+    run(attend_with_state, q, q, q, polynomial, STATE)
     run(hybrid_attention, q, q, q, polynomial, polynomial, num_softmax=3)  # which "stock" refuses
     assert said() == []
 
     for _ in range(2):
         run(linear_state, q, q, hedgehog)
-        run(attend_with_state, q, q, q, hedgehog, state)
-        run(linear_state, q[..., :8], q[..., :8], init_polynomial_map(jax.random.key(0), 2, 8))
+        run(attend_with_state, q, q, q, hedgehog, STATE)
+        run(linear_state, narrow, narrow, narrow_map)
         run(hybrid_attention, q, q, q, hedgehog, hedgehog, num_softmax=3)
     place("tpu")
     run(linear_state, q, q, hedgehog)
