@@ -81,6 +81,7 @@ def test_sampling_a_file_of_prompts_and_resuming(tmp_path, tiny_pipeline, prompt
         "n" * 251 + ".mp4",
         "\udcff.gif",
     ],
+    ids=ascii,
 )
 def test_files_of_any_name_are_written(tmp_path, monkeypatch, name):
     video = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), np.uint8)
