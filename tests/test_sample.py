@@ -79,9 +79,7 @@ def test_sampling_a_file_of_prompts_and_resuming(tmp_path, tiny_pipeline, prompt
         "file:a.mp4",
         "~.png",
         "n" * 251 + ".mp4",
-        "\udcff.gif",
     ],
-    ids=ascii,
 )
 def test_files_of_any_name_are_written(tmp_path, monkeypatch, name):
     video = np.random.default_rng(0).integers(0, 255, (2, 32, 48, 3), np.uint8)
@@ -227,7 +225,8 @@ def test_a_field_that_a_newer_version_added_is_ignored_with_a_note(tmp_path, tin
     (model / "vae" / "hashes.json").unlink()
     monkeypatch.setattr(sample, "make_videos", lambda *_: iter(()))
     assert main(["sample", f"--model={model}", "--prompt=x", f"--output={tmp_path}/o.mp4", *SIZE]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    line, done = capsys.readouterr().err.splitlines()
+    assert done.startswith("done: ")
     assert line == f"{model}/vae/config.json: clip_output = False: ignored, since jsurgery knows no such field"
 
 
