@@ -48,7 +48,7 @@ def test_what_people_give_to_a_command_is_read_or_refused(name, tmp_path, monkey
         counts[fuzz.try_contents(reader, folder, changed)] += 1
 
     run_example()
-    assert counts["refused"] and counts["taken"], counts  # 25 examples are too few for a share
+    assert counts["refused"] and counts["taken"] >= 0.2 * sum(counts.values()), counts
 
 
 @settings(briefly, max_examples=25)

@@ -180,7 +180,9 @@ def attention_loss(maps: FeatureMapPair, at: AttentionInputs) -> jax.Array:
     skip = tokens.pieces * at.start
     linear = lambda x: tokens.gathered(x, sizes)[:, skip:]
     valid = tokens.gathered_valid(sizes)
-    inside_M = jnp.ones(tokens.pieces * (k.shape[1] - at.start), bool) if valid is None else jnp.asarray(valid[skip:])
+    inside_M = (
+        jnp.ones(tokens.pieces * (at.k.shape[1] - at.start), bool) if valid is None else jnp.asarray(valid[skip:])
+    )
     phi_q_BxNxHxF = tokens.masked(query_map(q.astype(jnp.float32)))
     phi_k_BxNxHxF = tokens.masked(key_map(k.astype(jnp.float32)))
     # If the largest score is above the shift, it is a linear key's.
@@ -210,8 +212,8 @@ def attention_loss(maps: FeatureMapPair, at: AttentionInputs) -> jax.Array:
     of_head = jax.vmap(head)  # over the batch
     heads_first = lambda x: jnp.moveaxis(x, -1 if x.ndim < 4 else 2, 0)
     by_head = (
-        q.astype(jnp.float32), linear(k).astype(jnp.float32), at.shift, top_BxH, phi_q_BxNxHxF, linear(phi_k_BxNxHxF),
-        phi_k_BxNxHxF[:, at.start :],
+        at.q.astype(jnp.float32), linear(at.k).astype(jnp.float32), at.shift, top_BxH, phi_q_BxNxHxF,
+        linear(phi_k_BxNxHxF), phi_k_BxNxHxF[:, at.start :],
     )  # fmt: skip
     losses_HxB = jax.lax.map(lambda inputs: of_head(*inputs), jax.tree.map(heads_first, by_head))
     # Every device along the sequence axis computes the same loss and contributes an equal share of it.

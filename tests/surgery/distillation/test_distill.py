@@ -209,6 +209,22 @@ def test_attention_loss_is_that_of_brute_force(rate, stabilizer, spread, monkeyp
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
+def test_scores_of_the_attention_loss_have_rope_whatever_phi_sees():
+    """Features that are constant do not tell whether phi sees queries and keys before RoPE. Scores would."""
+    order = TokenOrder(21, (1, 4))
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 21, 1, 6)).astype(np.float32)
+    angles = np.random.default_rng(1).uniform(0, 6, (21, 3)).astype(np.float32)
+    constant = init_polynomial_map(jax.random.key(0), 1, 6)
+    ones = tuple(jnp.ones_like(bias) for bias in constant.biases)
+    constant = dataclasses.replace(constant, kernels=tuple(0 * kernel for kernel in constant.kernels), biases=ones)
+    branches, full = nested_softmax(q, k, v, TokenShards(order), (4,))
+    after = AttentionInputs(4, q, k, v, branches[4], full, TokenShards(order), "lse")
+    before = dataclasses.replace(after, inverse_rope=(jnp.cos(angles), -jnp.sin(angles)))
+    losses_of = [attention_loss((constant, constant), at) for at in (after, before)]
+    np.testing.assert_array_equal(*losses_of)
+    assert not np.allclose(before.inputs[0], q, atol=0.1)
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_statistics_and_calibration(teacher, batches, maps, order, activations, name):
     spec = SETUPS[name]
