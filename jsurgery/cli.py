@@ -7,6 +7,7 @@ exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM.
 import argparse
 import contextlib
 import ctypes
+import glob
 import io
 import logging
 import os
@@ -46,6 +47,8 @@ from jsurgery.load_config import known_fields, unknown_field
 FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export, completion)
 EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
 ARENA_MAX = -8  # the parameter M_ARENA_MAX of mallopt
+# Device files of TPUs (by their own driver, or by VFIO), and of GPUs by NVIDIA, in WSL, and by AMD.
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ignore", "Protobuf gencode version"
     )  # from grain: the export needs another version of protobuf
     limit_memory_pools()
+    leave_absent_accelerators_alone()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files that its encoding lacks
         sys.stdout.reconfigure(errors="surrogateescape" if "utf" in sys.stdout.encoding else "backslashreplace")
     try:
@@ -128,6 +132,18 @@ def limit_memory_pools() -> None:
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
             ctypes.CDLL(None).mallopt(ARENA_MAX, 2)
+
+
+def leave_absent_accelerators_alone() -> None:
+    """Tells JAX to compute on the CPU where Linux has no device file of an accelerator, unless JAX_PLATFORMS is set.
+
+    Otherwise JAX tries the TPU wherever libtpu is installed, which compiles for TPUs that are elsewhere, and libtpu
+    complains at length about the missing chips.
+    """
+    if sys.platform != "linux" or "JAX_PLATFORMS" in os.environ:
+        return
+    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line: misspelt words, the overview, help texts, what comes next, completion in the shell."""
 
+import glob
 import os
 import shlex
 import subprocess
@@ -158,3 +159,16 @@ def test_only_python_prints_while_libtpu_works(capfd):
         work()
         raise RuntimeError
     assert "INVALID_ARGUMENT\nfrom a new process" in capfd.readouterr().err
+
+
+def test_commands_start_no_tpu_where_there_is_none(monkeypatch):
+    """libtpu, which the tests install, prints its complaints here only if JAX tries it."""
+    code = "from jsurgery import cli; cli.main(['completion', 'bash']); import jax; print(jax.devices()[0].platform)"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    absent = not any(glob.glob(pattern) for pattern in cli.ACCELERATORS)
+    assert done.stdout.splitlines()[-1] == "cpu" and not done.stderr if absent else done.stdout
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")  # what the user says is left as it is
+    cli.leave_absent_accelerators_alone()
+    assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"

@@ -3,6 +3,7 @@
 All numbers are the compiler's estimates and arithmetic, not measurements.
 """
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator
@@ -59,19 +60,19 @@ def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str
     chip, devices = chip_and_devices(topology, 1)
     known: dict[Any, tuple[dict[str, int], ProgramWork]] = {}  # stages share programs: the VAE's, the text encoder's
     for stage in COMMANDS[command]:
-        row: dict[str, Any] = {"stage": stage, "capacity_bytes": chip.memory}
+        start: dict[str, Any] = {"stage": stage, "capacity_bytes": chip.memory}
         try:
             placed = mesh_of(stage, config, sizes, chip, devices, topology)
         except DoesNotFit as error:
-            yield row | {"phase": "any", "mesh": None, "error": str(error), "fits": False}
+            yield start | {"phase": "any", "mesh": None, "error": str(error), "fits": False}
             continue
         mesh = make_mesh(placed.mesh, devices)
         for phase in phases_of(stage, placed, sizes, mesh):
             held = sum(phase.held.values())
-            row |= {"phase": phase.name, "mesh": mesh_sizes(placed.mesh), "held": dict(phase.held), "held_bytes": held}
-            row |= {"program": phase.program, "declared_bytes": phase.bytes}
+            row = start | {"phase": phase.name, "program": phase.program, "mesh": mesh_sizes(placed.mesh)}
+            row |= {"held": dict(phase.held), "held_bytes": held, "declared_bytes": phase.bytes}
             say(f"compile: {stage}, {phase.name} on {topology}")
-            start = time.perf_counter()
+            began = time.perf_counter()
             low = lowered(phase.program, placed, sizes, mesh)
             shares = branch_shares(placed, sizes.transformer) if phase.program in ("sample", "finetune") else ()
             key = hashlib.sha256(low.as_text().encode()).digest(), shares
@@ -84,11 +85,11 @@ def phase_rows(config: ConfigDict, config_name: str, command: str, topology: str
                 continue
             memory, work = known[key]
             seconds = work.seconds(chip)
-            row |= {"seconds": seconds, "bound_by": bound_by(seconds)}
+            row |= dataclasses.asdict(work) | {"seconds": seconds, "bound_by": bound_by(seconds)}
             added = memory["temp"] + memory["output"] - memory["alias"]
             peak = max(held, memory["argument"]) + added
             fits = peak <= USABLE * chip.memory
-            took = time.perf_counter() - start
+            took = time.perf_counter() - began
             say(f"  {peak / GIB:.2f} of {chip.memory / GIB:.0f} GiB, declared {phase.bytes / GIB:.2f}; {took:.0f} s")
             yield row | {"memory_bytes": memory, "peak_bytes": peak, "fits": fits, "compile_seconds": took}
 

@@ -7,7 +7,7 @@ for a stage that was not compiled, FLOPs and memory traffic from the cost model.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -49,10 +49,12 @@ class StageWork:
     Attributes:
         steps: the number of steps.
         flops, bytes: FLOPs and HBM traffic of one step on all chips together.
-        program: the stage of `jsurgery compile` whose program does the work; "" if none does.
+        program: the program of `jsurgery compile` that does the work; "" if none does.
         runs: runs of that program for one step.
+        per_shard: whether each run does as many steps as the mesh divides the batch into.
         counted: what `bytes` counts.
         alone: whether one chip does the work, while the others wait.
+        exchanges: whether chips may exchange anything; a clip or a layer of text on one chip has nothing to exchange.
     """
 
     stage: str
@@ -61,8 +63,18 @@ class StageWork:
     bytes: float
     program: str = ""
     runs: float = 1.0
+    per_shard: bool = False
     counted: str = LEAST
     alone: bool = False
+    exchanges: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """The work of one chip in a run of a compiled program, and how many parts its mesh divides a batch into."""
+
+    work: ProgramWork
+    batch_shards: int
 
 
 def roofline(
@@ -80,9 +92,9 @@ def roofline(
     The least time of a step is the longest of three, as if they overlapped fully: its FLOPs at the chip's peak rate,
     its memory traffic at the chip's bandwidth, and the bytes exchanged at the rate of one ring. The expected time takes
     compute and memory at `efficiency` of their peaks. `clips` adds the synthesis of that many training clips by the
-    same model. `compiled` are files of `jsurgery compile --json`, whose counts replace the cost model's; "sample"
-    stands for `evaluate`. A stage without a file is assumed to exchange nothing. Raises InputError for a file of
-    another topology.
+    same model. `compiled` are files of `jsurgery compile --json`, of one stage or of all, whose counts replace the cost
+    model's; "sample" stands for `evaluate`. A stage without a compiled program is assumed to exchange nothing. Raises
+    InputError for a file of another topology.
     """
     check_report(report)
     chip, chips = parse_topology(topology)
@@ -106,20 +118,28 @@ def roofline(
         write_json(epath.Path(report), result)
 
 
-def read_programs(files: Sequence[str], topology: str) -> dict[str, ProgramWork]:
-    """By stage: the work of one chip in a run of its program, from files of `jsurgery compile --json`."""
+def read_programs(files: Sequence[str], topology: str) -> dict[str, CompiledProgram]:
+    """The compiled programs by name, from files of `jsurgery compile --json`."""
     programs = {}
     for file in files:
         try:
             compiled = json.loads(epath.Path(file).read_text())
-            stage, compiled_for = compiled["stage"], compiled["topology"]
-            work = ProgramWork(*(float(compiled[field.name]) for field in dataclasses.fields(ProgramWork)))
+            compiled_for = compiled["topology"]
+            if "phases" in compiled:  # of --stage=all; a phase that does not fit has no program
+                found = {row["program"]: row for row in compiled["phases"] if "hbm_bytes" in row}
+            else:
+                found = {compiled["stage"]: compiled}
+            programs |= {name: compiled_program(row) for name, row in found.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file}: expected a file of `jsurgery compile --json`, found {error!r}") from None
         if compiled_for != topology:
             raise InputError(f"{file}: compiled for {compiled_for}, expected {topology}")
-        programs[stage] = work
     return programs
+
+
+def compiled_program(row: Mapping[str, Any]) -> CompiledProgram:
+    counts = (float(row[field.name]) for field in dataclasses.fields(ProgramWork))
+    return CompiledProgram(ProgramWork(*counts), row["mesh"]["data"] * row["mesh"]["fsdp"])
 
 
 def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
@@ -146,16 +166,20 @@ def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
     shown = EVALUATED * min(config.evaluate.videos, config.evaluate.prompts)
     one_example = distillation_flops(work, config.hybrid.rates)
     return [
-        StageWork("text encoder", config.trace.prompts + 1, of_prompt.flops, of_prompt.bytes / 8, alone=True),
-        StageWork("trace", batches * velocities, trace * forward, trace * teacher),
+        StageWork(
+            "text encoder", config.trace.prompts + 1, of_prompt.flops, of_prompt.bytes / 8, alone=True, exchanges=False
+        ),
+        StageWork("trace", batches * velocities, trace * forward, trace * teacher, "trace", 1 / per_step),
         StageWork("distill", config.distill.steps, distilling, examples * one_example_bytes, "distill"),
-        StageWork("attention errors of blocks", measured, one_example, one_example_bytes),
-        StageWork("velocity errors of blocks", forwards, forward, teacher),
+        StageWork(
+            "attention errors of blocks", measured, one_example, one_example_bytes, "attention_errors", per_shard=True
+        ),
+        StageWork("velocity errors of blocks", forwards, forward, teacher, "velocity_errors", per_shard=True),
         StageWork("finetune", config.finetune.steps, tuning, finetune * hybrid * passes, "finetune"),
         StageWork(
             "evaluate", evaluated * velocities, forward, teacher, "sample", 1 / (config.evaluate.batch * per_step)
         ),
-        StageWork("decode", shown, decoded.flops, decoded.bytes),
+        StageWork("decode", shown, decoded.flops, decoded.bytes, exchanges=False),
     ]
 
 
@@ -167,12 +191,15 @@ def synthesis(config: ConfigDict, network: WanConfig, clips: int) -> StageWork:
     return StageWork(f"synthesize {clips} clips", steps, model_flops(work, softmax), model_bytes(work, softmax))
 
 
-def estimate(work: StageWork, chip: Chip, chips: int, program: ProgramWork | None, efficiency: float) -> dict[str, Any]:
-    """The row of a stage. `program` is the work of one chip in a run of its compiled program, None if not compiled."""
+def estimate(
+    work: StageWork, chip: Chip, chips: int, program: CompiledProgram | None, efficiency: float
+) -> dict[str, Any]:
+    """The row of a stage. `program` does its work, None if it was not compiled."""
     sharing = 1 if work.alone else chips
     each = ProgramWork(work.flops / sharing, work.bytes / sharing, 0.0)
     if program is not None:
-        each = ProgramWork(*(work.runs * n for n in dataclasses.astuple(program)))
+        runs = work.runs / (program.batch_shards if work.per_shard else 1)
+        each = ProgramWork(*(runs * n for n in dataclasses.astuple(program.work)))
     times = each.seconds(chip)
     expected = max(times["compute"] / efficiency, times["memory"] / efficiency, times["exchange"])
     hours = chips * work.steps / 3600
@@ -182,6 +209,7 @@ def estimate(work: StageWork, chip: Chip, chips: int, program: ProgramWork | Non
         "flops_per_step": each.flops * sharing,
         "seconds": times,
         "counted_by": work.counted if program is None else COMPILER,
+        "exchange_known": program is not None or not work.exchanges,
         "bound_by": bound_by(times),
         "step_seconds": {"bound": max(times.values()), "expected": expected},
         "chip_hours": {"bound": max(times.values()) * hours, "expected": expected * hours},
@@ -199,12 +227,12 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     for row in result["stages"]:
         seconds = row["seconds"]
-        exchange = f"{seconds['exchange']:.3g}" if row["counted_by"] == COMPILER else "?"
+        exchange = f"{seconds['exchange']:.3g}" if row["exchange_known"] else "?"
         cells = [row["stage"], str(row["steps"]), f"{row['flops_per_step'] / 1e15:.3g}"]
         cells += [f"{seconds['compute']:.3g}", f"{seconds['memory']:.3g}", exchange, row["bound_by"]]
         cells += [f"{row['step_seconds']['expected']:.3g}", f"{row['chip_hours']['expected']:.1f}", row["counted_by"]]
         lines.append("| " + " | ".join(cells) + " |")
-    if any(row["counted_by"] != COMPILER for row in result["stages"]):
+    if not all(row["exchange_known"] for row in result["stages"]):
         lines.append("?: exchange is not known without a file of `jsurgery compile --json`")
     hours = result["chip_hours"]
     lines.append(

@@ -113,7 +113,8 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
 
     phases = [Phase("distillation", held, working(velocities * settings.batch) + 2 * one_copy, "distill")]
     held = weights | {"initial and trained feature maps": 2 * one_copy}
-    phases.append(Phase("attention errors", held, working(batch_shards(mesh)), "attention_errors"))
+    # The compiler copies both sets of maps into the layout of its kernels.
+    phases.append(Phase("attention errors", held, working(batch_shards(mesh)) + 2 * one_copy, "attention_errors"))
     forward = memory.forward_bytes(config, network, mesh, batch_shards(mesh))
     if settings.velocity_steps:
         phases.append(Phase("velocity errors", held, forward, "velocity_errors"))

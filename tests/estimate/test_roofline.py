@@ -6,7 +6,7 @@ import pytest
 
 from jsurgery.cli import main
 
-NOTHING = {"flops": 0, "hbm_bytes": 0, "exchanged_bytes": 0}
+NOTHING = {"flops": 0, "hbm_bytes": 0, "exchanged_bytes": 0, "mesh": {"data": 1, "fsdp": 1}}
 FORWARD = 30 * (6.594e12 + 0.618e12 + 0.417e12 + 1.803e12)  # Wan2.1 1.3B, 32,760 tokens, without the embeddings
 
 
@@ -60,7 +60,7 @@ def test_the_longest_of_three_times_of_a_compiled_program_is_its_bound(
     flags = ["--topology=v5e:4x4", "--config.evaluate.batch=4"]
     for stage in ("finetune", "sample"):
         fields = dict(zip(("flops", "hbm_bytes", "exchanged_bytes"), work, strict=True))
-        (tmp_path / stage).write_text(json.dumps({"stage": stage, "topology": "v5e:4x4"} | fields))
+        (tmp_path / stage).write_text(json.dumps({"stage": stage, "topology": "v5e:4x4"} | NOTHING | fields))
     *_, finetune, evaluate, _ = run(
         tmp_path, *flags, "--compiled", str(tmp_path / "finetune"), str(tmp_path / "sample")
     )["stages"]
@@ -71,6 +71,20 @@ def test_the_longest_of_three_times_of_a_compiled_program_is_its_bound(
     assert finetune["flops_per_step"] == pytest.approx(16 * 197e12)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.endswith("| compiled program |") for row in rows] == [False] * 6 + [True] * 2 + [False]
+
+
+def test_a_file_of_all_stages_gives_every_stage_its_exchange(tmp_path, capsys):
+    """Errors are measured on an example for each of 8 parts of the batch at once; a step of trace has 2 velocities."""
+    work = {"flops": 197e12, "hbm_bytes": 8e11, "exchanged_bytes": 1e11, "mesh": {"data": 4, "fsdp": 2}}
+    programs = ("text", "trace", "distill", "attention_errors", "velocity_errors", "finetune", "sample")
+    phases = [{"program": name} | work for name in programs] + [{"program": "decode", "error": "too large"}]
+    (tmp_path / "all.json").write_text(json.dumps({"topology": "v5e:4x4", "phases": phases}))
+    rows = run(tmp_path, "--topology=v5e:4x4", "--config.evaluate.batch=4", "--compiled", str(tmp_path / "all.json"))
+    seconds = {row["stage"]: row["seconds"]["compute"] for row in rows["stages"]}
+    expected = {"trace": 1 / 2, "distill": 1, "finetune": 1, "evaluate": 1 / 8}
+    expected |= {"attention errors of blocks": 1 / 8, "velocity errors of blocks": 1 / 8}
+    assert {stage: seconds[stage] for stage in expected} == pytest.approx(expected)
+    assert "?" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
