@@ -30,6 +30,14 @@ class FeatureMap(Protocol):
     def __call__(self, x: jax.Array, /) -> jax.Array: ...
 
 
+def by_head(x_BxNxHxD: jax.Array, kernel_HxDxF: jax.Array) -> jax.Array:
+    """Each head times its kernel, [B, N, H, F]."""
+    if len(kernel_HxDxF) == 1:  # of a product over no head, XLA for CPUs makes no transposed copies
+        y_TxF = x_BxNxHxD.reshape(-1, x_BxNxHxD.shape[-1]) @ kernel_HxDxF[0]
+        return y_TxF.reshape(*x_BxNxHxD.shape[:-1], -1)
+    return jnp.einsum("bnhd,hdf->bnhf", x_BxNxHxD, kernel_HxDxF)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PolynomialMap:
@@ -57,7 +65,7 @@ class PolynomialMap:
         activation = ACTIVATIONS[self.activation]
         h_BxNxHxF = x_BxNxHxD
         for kernel_HxDxF, bias_HxF in zip(self.kernels, self.biases, strict=True):
-            h_BxNxHxF = jnp.einsum("bnhd,hdf->bnhf", h_BxNxHxF, kernel_HxDxF.astype(x_BxNxHxD.dtype))
+            h_BxNxHxF = by_head(h_BxNxHxF, kernel_HxDxF.astype(x_BxNxHxD.dtype))
             h_BxNxHxF = activation(h_BxNxHxF + bias_HxF.astype(x_BxNxHxD.dtype)[None, None])
         # Powers by masks, not by slices: XLA then makes one loop of bias, activation, powers and scale.
         power_1x1x1xF = (jnp.arange(h_BxNxHxF.shape[-1]) // x_BxNxHxD.shape[-1])[None, None, None] + 1
@@ -115,7 +123,7 @@ class HedgehogMap:
 
     def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
         """Features [B, N, H, 2*D] of heads [B, N, H, D]."""
-        h_BxNxHxD = jnp.einsum("bnhd,hde->bnhe", x_BxNxHxD, self.kernel.astype(x_BxNxHxD.dtype))
+        h_BxNxHxD = by_head(x_BxNxHxD, self.kernel.astype(x_BxNxHxD.dtype))
         features_BxNxHxF = jax.nn.softmax(jnp.concatenate([h_BxNxHxD, -h_BxNxHxD], axis=-1), axis=-1)
         return features_BxNxHxF * jnp.exp(self.log_scale).astype(x_BxNxHxD.dtype)[None, None, :, None]
 

@@ -16,7 +16,7 @@ from pallas_kernels.reference import EPSILON, Zones
 from pallas_kernels.xla_error import errors_and_mass
 from pallas_kernels.xla_linear import read_out, summarize
 from pallas_kernels.xla_loops import MASK, TOKENS, over
-from pallas_kernels.xla_softmax import softmax, zones_head
+from pallas_kernels.xla_softmax import num_scores, softmax, zones_head
 
 
 def hybrid_attention(
@@ -87,7 +87,8 @@ def softmax_zones(
     """See `pallas_kernels.softmax_zones`. The scores of a chunk of queries are computed once, for all prefixes."""
     k, v, key_valid = jax.tree.map(lambda x: x[:, : bounds[-1]], (k, v, key_valid))
     head = partial(zones_head, bounds=tuple(bounds))
-    y_BxHxNxZxD, lse_BxHxNxZ, top_BxHxNxZ = over(head, (TOKENS, TOKENS, TOKENS, MASK), q, k, v, key_valid)
+    axes = TOKENS, TOKENS, TOKENS, MASK
+    y_BxHxNxZxD, lse_BxHxNxZ, top_BxHxNxZ = over(head, axes, q, k, v, key_valid, numbers=num_scores(q, k))
     statistics = (x.transpose(3, 0, 2, 1) for x in (lse_BxHxNxZ, top_BxHxNxZ))
     return y_BxHxNxZxD.transpose(3, 0, 2, 1, 4), *statistics
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.reference import EPSILON
-from pallas_kernels.xla_linear import read_chunk
+from pallas_kernels.xla_linear import num_features, read_chunk
 from pallas_kernels.xla_loops import HEAD_OF_MAP, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_TOKENS, over, over_chunks, swap
 
 ERROR_AXES = (HEAD_OF_MAP, HEAD_OF_ROWS, HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF_MASK)
@@ -13,12 +13,13 @@ ERROR_AXES = (HEAD_OF_MAP, HEAD_OF_ROWS, HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF
 @jax.custom_vjp
 def errors_and_mass(query_map, state, q, softmax, target, valid) -> tuple[jax.Array, jax.Array]:
     """The errors [H] and n_L [H, N, B]."""
-    return over(_error_head, ERROR_AXES, query_map, state, q, softmax, target, valid)
+    numbers = num_features(query_map, q)
+    return over(_error_head, ERROR_AXES, query_map, state, q, softmax, target, valid, numbers=numbers)
 
 
 def _error_forward(query_map, state, q, softmax, target, valid):
     inputs = query_map, state, q, softmax, target, valid
-    errors, n_L, gradients = over(_error_head_gradients, ERROR_AXES, *inputs)
+    errors, n_L, gradients = over(_error_head_gradients, ERROR_AXES, *inputs, numbers=num_features(query_map, q))
     return (errors, n_L), gradients
 
 

@@ -1,7 +1,5 @@
 """The linear branch by XLA, in chunks of tokens: its state, the read-out of the state, and their backwards."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,8 +11,10 @@ from pallas_kernels.xla_loops import (
     HEAD_OF_ROWS,
     HEAD_OF_TOKENS,
     as_tokens,
+    dot,
     over,
     over_chunks,
+    over_examples,
     swap,
 )
 
@@ -22,7 +22,7 @@ from pallas_kernels.xla_loops import (
 @jax.custom_vjp
 def summarize(k: jax.Array, v: jax.Array, key_map: FeatureMap, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """S = sum phi_k^T v [B, H, F, D] and z = sum phi_k [B, H, F], float32, for k, v [B, L, H, D] and valid [B, L]."""
-    return swap(over(_state_head, STATE_AXES, k, v, valid, key_map))
+    return swap(over(_state_head, STATE_AXES, k, v, valid, key_map, numbers=num_features(key_map, k)))
 
 
 STATE_AXES = (HEAD_OF_TOKENS, HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_MAP)
@@ -35,7 +35,8 @@ def _state_forward(k, v, key_map, valid):
 def _state_backward(residuals, cotangents):
     k, v, key_map, valid = residuals
     axes = (*STATE_AXES, HEAD_OF_ROWS)
-    dk_HxLxBxD, dv_HxLxBxD, d_map = over(_state_head_backward, axes, k, v, valid, key_map, cotangents)
+    inputs = k, v, valid, key_map, cotangents
+    dk_HxLxBxD, dv_HxLxBxD, d_map = over(_state_head_backward, axes, *inputs, numbers=num_features(key_map, k))
     return as_tokens(dk_HxLxBxD), as_tokens(dv_HxLxBxD), d_map, None
 
 
@@ -48,14 +49,14 @@ def _state_chunk(k_CxBxD, v_CxBxD, key_map, valid_CxB):
 
 
 def _sums(phi_CxBxF, v_CxBxD):
-    state_BxFxD = jnp.einsum("cbf,cbd->bfd", phi_CxBxF, v_CxBxD, preferred_element_type=jnp.float32)
+    state_BxFxD = over_examples(lambda phi, v: dot(phi.T, v), (1, 1), 0, phi_CxBxF, v_CxBxD)
     return state_BxFxD, phi_CxBxF.sum(axis=0, dtype=jnp.float32)
 
 
 def _sums_in_one_product(phi_CxBxF, v_CxBxD):
     """A CPU reads features again for z, unless z is one more column of S. Other chips have no room for odd columns."""
     v_and_ones = jnp.concatenate([v_CxBxD, jnp.ones_like(v_CxBxD[..., :1])], axis=-1)
-    sums = jnp.einsum("cbf,cbd->bfd", phi_CxBxF, v_and_ones, preferred_element_type=jnp.float32)
+    sums = over_examples(lambda phi, v: dot(phi.T, v), (1, 1), 0, phi_CxBxF, v_and_ones)
     return sums[..., :-1], sums[..., -1]
 
 
@@ -65,27 +66,35 @@ def _state_head(k_BxLxD, v_BxLxD, valid_BxL, key_map):
         return jax.tree.map(jnp.add, sums, _state_chunk(k, v, key_map, valid)), None
 
     batch, _, width = k_BxLxD.shape
-    features = num_features(key_map, k_BxLxD)
+    features = jax.eval_shape(features_of, key_map, k_BxLxD).shape[-1]
     zeros = jnp.zeros((batch, features, width), jnp.float32), jnp.zeros((batch, features), jnp.float32)
     return over_chunks(chunk, zeros, swap((k_BxLxD, v_BxLxD, valid_BxL)), features)[0]
 
 
 def _state_head_backward(k_BxLxD, v_BxLxD, valid_BxL, key_map, d_state_and_z):
+    dS_BxFxD, dz_BxF = d_state_and_z
+
     def chunk(d_map, rows):
-        k, v, valid = rows
-        _, pullback = jax.vjp(partial(_state_chunk, valid_CxB=valid), k, v, key_map)
-        dk, dv, more = pullback(d_state_and_z)
-        return jax.tree.map(jnp.add, d_map, more), (dk, dv)
+        k_CxBxD, v_CxBxD, valid_CxB = rows
+        phi_CxBxF, pullback = jax.vjp(features_of, key_map, k_CxBxD)
+        dphi_CxBxF = (
+            over_examples(lambda v, dS: dot(v, dS.T), (1, 0), 1, v_CxBxD, dS_BxFxD.astype(v_CxBxD.dtype)) + dz_BxF
+        )
+        more, dk_CxBxD = pullback(jnp.where(valid_CxB[..., None], dphi_CxBxF, 0).astype(phi_CxBxF.dtype))
+        dv_CxBxD = over_examples(dot, (1, 0), 1, phi_CxBxF, dS_BxFxD.astype(phi_CxBxF.dtype))
+        dv_CxBxD = jnp.where(valid_CxB[..., None], dv_CxBxD, 0).astype(v_CxBxD.dtype)
+        return jax.tree.map(jnp.add, d_map, more), (dk_CxBxD, dv_CxBxD)
 
     rows = swap((k_BxLxD, v_BxLxD, valid_BxL))
-    d_map, (dk, dv) = over_chunks(chunk, jax.tree.map(jnp.zeros_like, key_map), rows, d_state_and_z[1].shape[1])
+    d_map, (dk, dv) = over_chunks(chunk, jax.tree.map(jnp.zeros_like, key_map), rows, dz_BxF.shape[1])
     return dk, dv, d_map
 
 
 @jax.custom_vjp
 def read_out(q: jax.Array, query_map: FeatureMap, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """phi_q S [B, H, N, D] and phi_q z [B, H, N], float32, for q [B, N, H, D] and `linear_state`'s S and z."""
-    o_HxNxBxD, n_HxNxB = over(_read_head, READ_AXES, q, query_map, (state, z))
+    numbers = num_features(query_map, q)
+    o_HxNxBxD, n_HxNxB = over(_read_head, READ_AXES, q, query_map, (state, z), numbers=numbers)
     return jnp.moveaxis(o_HxNxBxD, 2, 0), jnp.moveaxis(n_HxNxB, 2, 0)
 
 
@@ -99,7 +108,8 @@ def _read_forward(q, query_map, state, z):
 def _read_backward(residuals, cotangents):
     q, query_map, state, z = residuals
     axes = (*READ_AXES, HEAD_OF_ROWS)
-    dq_HxNxBxD, d_map, d_state_and_z = over(_read_head_backward, axes, q, query_map, (state, z), cotangents)
+    inputs = q, query_map, (state, z), cotangents
+    dq_HxNxBxD, d_map, d_state_and_z = over(_read_head_backward, axes, *inputs, numbers=num_features(query_map, q))
     return as_tokens(dq_HxNxBxD), d_map, *swap(d_state_and_z)
 
 
@@ -112,14 +122,14 @@ def read_chunk(q_CxBxD, query_map, state_BxFxD, z_BxF):
 
 
 def _read(phi_CxBxF, state_BxFxD, z_BxF):
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    return einsum("cbf,bfd->cbd", phi_CxBxF, state_BxFxD), einsum("cbf,bf->cb", phi_CxBxF, z_BxF)
+    n_CxB = jnp.einsum("cbf,bf->cb", phi_CxBxF, z_BxF, preferred_element_type=jnp.float32)
+    return over_examples(dot, (1, 0), 1, phi_CxBxF, state_BxFxD), n_CxB
 
 
 def _read_in_one_product(phi_CxBxF, state_BxFxD, z_BxF):
     """The same, with z as one more column of S; see `_sums_in_one_product`."""
     state_and_z = jnp.concatenate([state_BxFxD, z_BxF[..., None].astype(state_BxFxD.dtype)], axis=-1)
-    read = jnp.einsum("cbf,bfd->cbd", phi_CxBxF, state_and_z, preferred_element_type=jnp.float32)
+    read = over_examples(dot, (1, 0), 1, phi_CxBxF, state_and_z)
     return read[..., :-1], read[..., -1]
 
 
@@ -150,5 +160,6 @@ def features_of(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
     return one_head(x_CxBxD[:, :, None])[:, :, 0]
 
 
-def num_features(feature_map: FeatureMap, x_CxBxD: jax.Array) -> int:
-    return jax.eval_shape(features_of, feature_map, x_CxBxD).shape[-1]
+def num_features(feature_map: FeatureMap, x_BxNxHxD: jax.Array) -> int:
+    """The number of features of all tokens and heads."""
+    return jax.eval_shape(feature_map, x_BxNxHxD).size

@@ -7,6 +7,7 @@ there than one batched product.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,18 @@ from jax import lax
 TILE = 2**19
 MIN_TOKENS = 256
 
+dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 # The axes over which `over` runs, by the kind of input: batch and head, or the head alone. None: the input has none.
 TOKENS, MASK, ROWS = (0, 2), (0, None), (0, 1)  # [B, N, H, ...], [B, N], [B, H, ...]
 HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_MAP = (2,), (None,), (1,), (0,)
 
 
-def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs):
+def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs, numbers: int):
     """Runs `function` over the given axes of each input's leaves, which become the first axes of the results.
 
-    On CPU it is a loop in float32, elsewhere a batched call. `axes` has a tuple for each input, all of one length.
+    On CPU it is a loop in float32, unless all `numbers`, the scores or features that it computes, fit a tile. Then, and
+    elsewhere, it is a batched call. `axes` has a tuple for each input, all of one length.
     """
     batched, depth = function, len(axes[0])
     for level in reversed(range(depth)):
@@ -43,15 +46,22 @@ def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs):
                 chosen = {axis: i for axis, i in zip(axes, index, strict=True) if axis is not None}
                 starts = [chosen.get(axis, 0) for axis in range(x.ndim)]
                 sizes = [1 if axis in chosen else size for axis, size in enumerate(x.shape)]
-                x = lax.dynamic_slice(x, starts, sizes).squeeze(tuple(chosen))
-                return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+                return _float32(lax.dynamic_slice(x, starts, sizes).squeeze(tuple(chosen)))
 
             return function(*(jax.tree.map(partial(cut, axes=a), x) for x, a in zip(inputs, axes, strict=True)))
 
         outs = lax.map(one, jnp.arange(math.prod(lead)))
         return jax.tree.map(lambda x, e: x.reshape(e.shape).astype(e.dtype), outs, expected)
 
-    return lax.platform_dependent(*inputs, cpu=looped, default=batched)
+    def together(*inputs):
+        outs = batched(*jax.tree.map(_float32, inputs))
+        return jax.tree.map(lambda x, e: x.astype(e.dtype), outs, expected)
+
+    return lax.platform_dependent(*inputs, cpu=together if numbers <= 4 * TILE else looped, default=batched)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_per_row: int):
@@ -71,6 +81,14 @@ def over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_per
 
     carry, outs = lax.scan(chunk, carry, jax.tree.map(split, rows))
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], outs)
+
+
+def over_examples(function: Callable, in_axes: tuple[int, ...], out_axes: Any, *inputs: jax.Array):
+    """`jax.vmap` over examples. A single one has no batch axis within: XLA for CPUs then makes no transposed copies."""
+    if inputs[0].shape[in_axes[0]] > 1:
+        return jax.vmap(function, in_axes, out_axes)(*inputs)
+    outs = function(*(x.squeeze(axis) for x, axis in zip(inputs, in_axes, strict=True)))
+    return jax.tree.map(jnp.expand_dims, outs, out_axes)
 
 
 def swap(tree):

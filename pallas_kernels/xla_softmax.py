@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.xla_loops import MASK, ROWS, TOKENS, over, over_chunks
+from pallas_kernels.xla_loops import MASK, ROWS, TOKENS, dot, over, over_chunks
 
 
 def _softmax_primal(
@@ -20,7 +20,7 @@ def _softmax_primal(
 
 def _softmax_forward(q, k, v, valid, row_max):
     head = partial(_softmax_head, row_max=row_max)
-    y, lse, n_S = over(head, (TOKENS, TOKENS, TOKENS, MASK), q, k, v, valid)
+    y, lse, n_S = over(head, (TOKENS, TOKENS, TOKENS, MASK), q, k, v, valid, numbers=num_scores(q, k))
     return (y, n_S), (q, k, v, valid, y, lse, n_S)
 
 
@@ -30,14 +30,18 @@ def _softmax_backward(row_max, residuals, cotangents):
     delta_BxHxN = (dy * y).sum(axis=-1)
     head = partial(_softmax_head_backward, row_max=row_max)
     rows = (dy.astype(v.dtype), lse, delta_BxHxN, dn_S * n_S)
-    gradients = over(head, (TOKENS, TOKENS, TOKENS, MASK, ROWS), q, k, v, valid, rows)
+    axes = TOKENS, TOKENS, TOKENS, MASK, ROWS
+    gradients = over(head, axes, q, k, v, valid, rows, numbers=num_scores(q, k))
     return *(d.swapaxes(1, 2).astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None
 
 
 softmax = jax.custom_vjp(_softmax_primal, nondiff_argnums=(4,))
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
-dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+def num_scores(q_BxNxHxD: jax.Array, k_BxSxHxD: jax.Array) -> int:
+    """The number of scores of all heads."""
+    return q_BxNxHxD.size // q_BxNxHxD.shape[-1] * k_BxSxHxD.shape[1]
 
 
 def scores(q_CxD: jax.Array, k_SxD: jax.Array, valid_S: jax.Array | None) -> jax.Array:
