@@ -49,7 +49,7 @@ from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.models import ModelSizes, find_sizes
-from jsurgery.wan.pipeline import Pipeline, load_pipeline
+from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size
 
@@ -227,8 +227,7 @@ class Run:
         return self.load_pipeline(make_mesh(self.config.mesh))
 
     def load_pipeline(self, mesh: Mesh) -> Pipeline:
-        dtype = jnp.dtype(self.config.model.dtype)
-        return load_pipeline(self.config.model.path, dtype, mesh, self.config.mesh.exchange)
+        return configured_pipeline(self.config, mesh)
 
     def put_on_mesh(self, model: WanTransformer) -> WanTransformer:
         """Puts a model on the run's mesh, and returns it. With several processes, all must call it.

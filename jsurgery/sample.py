@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -23,7 +22,7 @@ from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.models import CONFIGS, find_sizes
-from jsurgery.wan.pipeline import batched, load_pipeline
+from jsurgery.wan.pipeline import batched, configured_pipeline
 from jsurgery.wan.schedulers import say_replaced, scheduler_settings
 from jsurgery.wan.video_size import check_size
 
@@ -101,7 +100,7 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
         return
     identity, config = transformer_identity(config), on_mesh(config, len(requests))
     mesh = make_mesh(config.mesh, jax.local_devices())
-    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
+    pipeline = configured_pipeline(config, mesh)
     words = [request.prompt for request in requests] + [config.sampler.negative_prompt]
     pipeline.embedder.unpadded(words, config.text_length)
     whole = Progress("videos", len(requests))

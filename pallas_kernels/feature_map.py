@@ -34,7 +34,7 @@ def by_head(x_BxNxHxD: jax.Array, kernel_HxDxF: jax.Array) -> jax.Array:
     """Each head times its kernel, [B, N, H, F]."""
     if len(kernel_HxDxF) == 1:  # of a product over no head, XLA for CPUs makes no transposed copies
         y_TxF = x_BxNxHxD.reshape(-1, x_BxNxHxD.shape[-1]) @ kernel_HxDxF[0]
-        return y_TxF.reshape(*x_BxNxHxD.shape[:-1], -1)
+        return y_TxF.reshape(*x_BxNxHxD.shape[:-1], y_TxF.shape[-1])
     return jnp.einsum("bnhd,hdf->bnhf", x_BxNxHxD, kernel_HxDxF)
 
 

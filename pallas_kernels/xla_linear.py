@@ -77,10 +77,9 @@ def _state_head_backward(k_BxLxD, v_BxLxD, valid_BxL, key_map, d_state_and_z):
     def chunk(d_map, rows):
         k_CxBxD, v_CxBxD, valid_CxB = rows
         phi_CxBxF, pullback = jax.vjp(features_of, key_map, k_CxBxD)
-        dphi_CxBxF = (
-            over_examples(lambda v, dS: dot(v, dS.T), (1, 0), 1, v_CxBxD, dS_BxFxD.astype(v_CxBxD.dtype)) + dz_BxF
-        )
-        more, dk_CxBxD = pullback(jnp.where(valid_CxB[..., None], dphi_CxBxF, 0).astype(phi_CxBxF.dtype))
+        dphi_CxBxF = over_examples(lambda v, dS: dot(v, dS.T), (1, 0), 1, v_CxBxD, dS_BxFxD.astype(v_CxBxD.dtype))
+        dphi_CxBxF = jnp.where(valid_CxB[..., None], dphi_CxBxF + dz_BxF[None], 0)
+        more, dk_CxBxD = pullback(dphi_CxBxF.astype(phi_CxBxF.dtype))
         dv_CxBxD = over_examples(dot, (1, 0), 1, phi_CxBxF, dS_BxFxD.astype(phi_CxBxF.dtype))
         dv_CxBxD = jnp.where(valid_CxB[..., None], dv_CxBxD, 0).astype(v_CxBxD.dtype)
         return jax.tree.map(jnp.add, d_map, more), (dk_CxBxD, dv_CxBxD)

@@ -41,7 +41,7 @@ from jsurgery.wan.prompt_embedder import PromptEmbedder
 from jsurgery.wan.video_size import check_size, latent_grid
 
 FIELDS = (
-    "seed", "video", "text_length", "model.dtype", "data.buckets", "data.posterior", "data.max_crop",
+    "seed", "video", "text_length", "model.dtype", "model.vae_dtype", "data.buckets", "data.posterior", "data.max_crop",
     "data.max_upscale", "data.clips_per_shard", "data.batch",
 )  # fmt: skip
 
@@ -210,7 +210,7 @@ class ClipEncoder:
     def __init__(self, config: ConfigDict, base: epath.Path):
         self.text_length, self.seed = config.text_length, config.seed
         self.draws = config.data.posterior == "sample"
-        self.vae = load_vae(base / "vae")
+        self.vae = load_vae(base / "vae", jnp.dtype(config.model.vae_dtype))
         self.vae.spread(jax.local_devices())
         self.batch = -(-config.data.batch // self.vae.clips_at_once) * self.vae.clips_at_once
         self.embedder = PromptEmbedder(base, config.model.dtype)

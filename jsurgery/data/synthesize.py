@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -24,10 +23,10 @@ from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path
 from jsurgery.wan.models import find_sizes
-from jsurgery.wan.pipeline import Pipeline, load_pipeline
+from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.video_size import check_size
 
-FIELDS = ("seed", "video", "text_length", "model.dtype", "sampler", "data.clips_per_shard")
+FIELDS = ("seed", "video", "text_length", "model.dtype", "model.vae_dtype", "sampler", "data.clips_per_shard")
 
 
 def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.PathLike) -> epath.Path:
@@ -67,7 +66,7 @@ def make_shards(config: ConfigDict, prompts: Sequence[str], folder: epath.Path, 
         files[shard].remove()  # a run was killed when it had just written the shard
     if not missing:
         return
-    pipeline = load_pipeline(config.model.path, jnp.dtype(config.model.dtype), mesh, config.mesh.exchange)
+    pipeline = configured_pipeline(config, mesh)
     own = [prompts[item] for of_shard in missing.values() for item in of_shard.items]
     pipeline.embedder.say_cut([*own, config.sampler.negative_prompt], config.text_length)
     batches = {shard: dict(of_shard.batches()) for shard, of_shard in missing.items()}

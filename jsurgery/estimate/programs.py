@@ -209,16 +209,20 @@ def lowered_text(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
 def lowered_decode(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
     """The VAE's decoder on a latent frame of one clip, past the first, on one device."""
     _, height, width = latent_grid(config.video.frames, config.video.height, config.video.width)
-    return _lowered_chunk(decode_chunk, sizes, one_device(mesh), (1, height, width, sizes.vae.z_dim), 1)
+    return _lowered_chunk(decode_chunk, config, sizes, one_device(mesh), (1, height, width, sizes.vae.z_dim), 1)
 
 
 def lowered_encode(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
     """The VAE's encoder on four frames of one clip, past the first, on one device."""
-    return _lowered_chunk(encode_chunk, sizes, one_device(mesh), (1, config.video.height, config.video.width, 3), 4)
+    first = (1, config.video.height, config.video.width, 3)
+    return _lowered_chunk(encode_chunk, config, sizes, one_device(mesh), first, 4)
 
 
-def _lowered_chunk(run_chunk: Any, sizes: ModelSizes, where: NamedSharding, first: tuple[int, ...], frames: int) -> Any:
+def _lowered_chunk(
+    run_chunk: Any, config: ConfigDict, sizes: ModelSizes, where: NamedSharding, first: tuple[int, ...], frames: int
+) -> Any:
     graph, state = nnx.split(abstract_module(WanVae, sizes.vae))
+    state = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.dtype(config.model.vae_dtype)), state)
     chunk = lambda count: jax.ShapeDtypeStruct((1, count, *first[1:]), jnp.float32)
     run = functools.partial(run_chunk, graph)
     kept = jax.eval_shape(run, state, chunk(1), None)[1]

@@ -51,7 +51,7 @@ from jsurgery.wan.guidance import guided_velocity
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_folder
 from jsurgery.wan.models import find_sizes
-from jsurgery.wan.pipeline import Pipeline, batched, load_pipeline
+from jsurgery.wan.pipeline import Pipeline, batched, configured_pipeline
 from jsurgery.wan.video_size import check_size
 
 TEACHER, CONTROL_FOLDER = "teacher", "control"
@@ -166,7 +166,7 @@ def compare_all(share: Share, parts: Mapping[str, epath.Path], durations: Sequen
     references = {number for sized in shares for number in sized.missing(TEACHER, CONTROL_FOLDER)}
     missing = {name: {number for sized in shares for number in sized.missing(name)} for name in parts}
     mesh, dtype = make_mesh(config.mesh, jax.local_devices()), jnp.dtype(config.model.dtype)
-    pipeline = load_pipeline(config.model.path, dtype, mesh, config.mesh.exchange)
+    pipeline = configured_pipeline(config, mesh)
     if words := [share.prompts[number] for number in sorted(references.union(*missing.values()))]:
         pipeline.embedder.unpadded([*words, config.sampler.negative_prompt], config.text_length)
     for sized in shares:

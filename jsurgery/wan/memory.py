@@ -173,10 +173,15 @@ def gathered_block(network: WanConfig, mesh: Mesh | AbstractMesh, width: int) ->
     return 2 * width * (8 * network.dim**2 + 2 * network.dim * network.ffn_dim) // mesh.shape[LOGICAL["heads"]]
 
 
-def vae_weights(vae: VaeConfig) -> int:
-    """The bytes of the VAE's weights, which are float32 and whole on every device."""
+def vae_weights(config: ConfigDict, vae: VaeConfig) -> int:
+    """The bytes of the VAE's weights, which are whole on every device."""
     state = nnx.state(abstract_module(WanVae, vae))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return vae_itemsize(config) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def vae_itemsize(config: ConfigDict) -> int:
+    """The bytes of a number in the VAE."""
+    return jnp.dtype(config.model.vae_dtype).itemsize
 
 
 def kept_frames(config: ConfigDict, dim: int, multipliers: Sequence[int], convolutions: int) -> int:
@@ -185,19 +190,19 @@ def kept_frames(config: ConfigDict, dim: int, multipliers: Sequence[int], convol
     A level has this many `convolutions`; its frames have a quarter of the pixels of those of the level before.
     """
     channels = sum(dim * multiplier * 4.0**-level for level, multiplier in enumerate(multipliers))
-    return int(4 * config.video.height * config.video.width * channels * 2 * convolutions)
+    return int(vae_itemsize(config) * config.video.height * config.video.width * channels * 2 * convolutions)
 
 
 def chunk_bytes(config: ConfigDict, dim: int) -> int:
     """The VAE's own arrays while it computes a chunk: those of some fifty frames of its first width, by compiling."""
-    return 4 * config.video.height * config.video.width * 52 * dim
+    return vae_itemsize(config) * config.video.height * config.video.width * 52 * dim
 
 
 def encoding_phase(config: ConfigDict, sizes: ModelSizes) -> Phase:
     """Encoding of one clip on a device, four frames at a time (`WanVae.encode_in_chunks`)."""
     vae = sizes.vae
     kept = kept_frames(config, vae.base_dim, vae.dim_mult, 2 * vae.num_res_blocks)
-    held = {"VAE": vae_weights(vae), "frames between chunks": kept}
+    held = {"VAE": vae_weights(config, vae), "frames between chunks": kept}
     return Phase("encoding", held, chunk_bytes(config, vae.base_dim), "encode")
 
 
@@ -223,7 +228,7 @@ def sampling_phases(
     The VAE stays after the first video.
     """
     sampling = sampling_phase(config, sizes.transformer, mesh, batch, program=program)
-    held = dict(sampling.held) | {"VAE": vae_weights(sizes.vae)}
+    held = dict(sampling.held) | {"VAE": vae_weights(config, sizes.vae)}
     text = text_phase(sizes.text_encoder, config, prompts + 1)  # and the negative prompt
     return [text, dataclasses.replace(sampling, held=held), decoding_phase(config, sizes, held)]
 

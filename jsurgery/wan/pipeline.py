@@ -174,7 +174,20 @@ class Pipeline:
         return self.decode(self.sample(prompts, config, seed=seed)[0])
 
 
-def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, exchange: str = "gather") -> Pipeline:
+def configured_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:
+    """`load_pipeline` of `config.model` on a mesh."""
+    dtypes = {"dtype": jnp.dtype(config.model.dtype), "vae_dtype": jnp.dtype(config.model.vae_dtype)}
+    return load_pipeline(config.model.path, mesh=mesh, exchange=config.mesh.exchange, **dtypes)
+
+
+def load_pipeline(
+    path: str,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    exchange: str = "gather",
+    *,
+    vae_dtype: Any = jnp.float32,
+) -> Pipeline:
     """The model of a pipeline folder in the diffusers layout, of an operated model's folder, or of a bundled name.
 
     Its parts are loaded when they are first needed. With a mesh, the transformer's parameters are loaded onto it, and
@@ -193,7 +206,7 @@ def load_pipeline(path: str, dtype: Any = jnp.float32, mesh: Mesh | None = None,
         return model
 
     def vae() -> WanVae:
-        model = load_vae(base / "vae")
+        model = load_vae(base / "vae", vae_dtype)
         model.spread([] if mesh is None else mesh.local_devices)
         return model
 

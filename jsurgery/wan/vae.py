@@ -297,6 +297,7 @@ class WanVae(nnx.Module):
 
     def _normalized(self, mean: jax.Array) -> jax.Array:
         config = self.config
+        mean = mean.astype(jnp.float32)
         return (mean - per_channel(config.latents_mean, mean)) / per_channel(config.latents_std, mean)
 
     def _unnormalized(self, latents: jax.Array) -> jax.Array:
