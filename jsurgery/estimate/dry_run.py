@@ -24,6 +24,7 @@ from jsurgery.runtime.mesh_choice import check_memory, describe_mesh, device_mem
 from jsurgery.surgery.disk import GB, VIDEO_BYTES, StageDisk, check_disk, disk_of_stages
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
+from jsurgery.surgery.plan import check_budget
 from jsurgery.wan import memory
 from jsurgery.wan.memory import Phase, on_sampling_mesh
 from jsurgery.wan.models import find_sizes
@@ -66,6 +67,7 @@ def dry_run(config: ConfigDict, config_name: str, topology: str, stages: Sequenc
     """
     check_report(limits.report)
     sizes, machine = find_sizes(config, config_name), machine_of(topology)
+    check_budget(config, sizes.transformer)
     phases = []
     for stage in stages:
         if stage in COMPUTING:

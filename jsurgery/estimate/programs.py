@@ -22,7 +22,7 @@ from jsurgery.surgery import finetune
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.surgery.distillation.while_sampling import make_sampling_update
-from jsurgery.surgery.phases import planned_rates
+from jsurgery.surgery.phases import planned_forward, planned_rates
 from jsurgery.surgery.plan_forward import plan_velocity
 from jsurgery.train import transformer as training
 from jsurgery.wan.abstract_module import abstract_module
@@ -258,7 +258,7 @@ def step_flops(config: ConfigDict, network: WanConfig, stage: str) -> float:
         return config.distill.batch * velocities * distillation_flops(work, config.hybrid.rates)
     if stage == "train":
         return 3 * config.train.batch * model_flops(work, (1,) * network.num_layers)
-    forward = model_flops(work, planned_rates(config, network.num_layers))
+    forward = planned_forward(config, work)[0]
     if stage == "sample":
         return config.evaluate.batch * forward * velocities_per_step(config.sampler.guidance)
     times = 3 + (config.model.remat != "none")

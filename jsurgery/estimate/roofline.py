@@ -21,7 +21,7 @@ from jsurgery.estimate.traffic import ProgramWork, bound_by
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report
 from jsurgery.surgery.disk import EVALUATED
-from jsurgery.surgery.phases import planned_rates
+from jsurgery.surgery.phases import planned_forward
 from jsurgery.surgery.trace import traced_prompts
 from jsurgery.wan.cost import (
     distillation_bytes,
@@ -146,11 +146,11 @@ def work_of_stages(config: ConfigDict, sizes: ModelSizes) -> list[StageWork]:
     """The stages of a surgery whose time is computation on the chips."""
     network, video = sizes.transformer, config.video
     work = dataclasses.replace(workload(config, network), config=network)
-    softmax, planned = (1,) * network.num_layers, planned_rates(config, network.num_layers)
+    softmax = (1,) * network.num_layers
     per_step = velocities_per_step(config.sampler.guidance)
     velocities = config.sampler.steps * per_step
     passes = 3 + (config.model.remat != "none")
-    teacher, hybrid = model_bytes(work, softmax), model_bytes(work, planned)
+    teacher, hybrid = model_bytes(work, softmax), planned_forward(config, work)[1]
     trace, distill, finetune = config.trace.batch, config.distill.batch, config.finetune.batch
     batches, evaluated = math.ceil(len(traced_prompts(config)) / trace), EVALUATED * config.evaluate.prompts
     forward = model_flops(work, softmax)

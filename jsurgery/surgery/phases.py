@@ -17,7 +17,9 @@ from jsurgery.rates import Rate, parse_block_budget
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.surgery.plan import block_costs, budget_cost
 from jsurgery.wan import memory
+from jsurgery.wan.cost import Workload, core_flops, model_bytes, model_flops
 from jsurgery.wan.memory import Phase, device_bytes
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.models import ModelSizes
@@ -76,6 +78,22 @@ def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
     if count > blocks:
         raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
     return (rate,) * count + (1,) * (blocks - count)
+
+
+def planned_forward(config: ConfigDict, work: Workload) -> tuple[float, float]:
+    """(FLOPs, least bytes of memory traffic) of one forward pass of the hybrid model that the budget allows.
+
+    A numeric budget names no plan: the FLOPs are then those of a plan that uses all of it, and the bytes those of
+    converting every block, which no plan exceeds.
+    """
+    blocks = work.config.num_layers
+    if parse_block_budget(str(config.plan.budget)) is not None:
+        rates = planned_rates(config, blocks)
+        return model_flops(work, rates), model_bytes(work, rates)
+    costs, softmax = block_costs(config, work.config), (1,) * blocks
+    saved = 1 - min(1.0, budget_cost(config.plan.budget, costs) / costs.teacher)
+    flops = model_flops(work, softmax) - saved * blocks * core_flops(work, 1)
+    return flops, model_bytes(work, (config.hybrid.rates[0],) * blocks)
 
 
 def largest_hybrid(config: ConfigDict, network: WanConfig) -> WanConfig:

@@ -7,6 +7,9 @@ import jax
 import pytest
 
 from jsurgery.cli import main
+from jsurgery.load_config import load_config
+from jsurgery.wan.cost import core_flops, workload
+from jsurgery.wan.models import PUBLISHED
 
 # Wan2.1 1.3B: parameters, and those of the feature maps of a block at a rate (12 heads, two layers of width 256).
 PARAMETERS = 1_418_996_800
@@ -64,6 +67,21 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path, capsys, flags, config, 
     assert dry_run(tmp_path, *flags, config=config)[0] == code
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("jsurgery: ")]
     assert all(part in line for part in parts), line
+
+
+def test_a_numeric_budget_takes_its_share_of_the_attention(tmp_path, capsys):
+    flops = {}
+    for budget in ("1.0", "0.7", "15R2", "0.3"):
+        code, found = dry_run(tmp_path, f"--config.plan.budget={budget}")
+        assert code == 0
+        flops[budget] = next(row["flops_per_step"] for row in found["hours"] if row["stage"] == "finetune")
+    config = load_config("wan_1_3b_lowres", {})
+    cores = 30 * core_flops(workload(config, PUBLISHED["Wan2.1 1.3B"]), 1)
+    passes = config.finetune.batch * (3 + (config.model.remat != "none"))
+    assert flops["1.0"] - flops["0.7"] == pytest.approx(0.3 * cores * passes, rel=1e-6)
+    assert flops["0.3"] < flops["0.7"] < flops["15R2"] < flops["1.0"]
+    assert dry_run(tmp_path, "--config.plan.budget=0.2")[0] == 2
+    assert "the cheapest plan of rates" in capsys.readouterr().err
 
 
 def test_missing_prompts_are_told_before_anything_else(tiny_pipeline, tmp_path, capsys):
