@@ -1,7 +1,12 @@
 """The folder of a stage, with a marker that records what its files depend on and whether they are complete."""
 
+import datetime
 import hashlib
 import json
+import pathlib
+import shlex
+import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +19,7 @@ from jsurgery.io.fields import describe_changes
 from jsurgery.io.files import read_object, shortened, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.lock import locked
+from jsurgery.runtime.machine import describe_machine
 from jsurgery.runtime.progress import say
 
 MARKER = "stage.json"
@@ -25,7 +31,7 @@ class StageFolder:
 
     The marker records the config fields that change the result: `fields` are fields or whole sections, `without` are
     fields of these sections that do not count. It also records the stages whose results the stage reads (`after`) and
-    further `inputs`.
+    further `inputs`. Of a stage that `run` has ended it also tells how (`made_by`), for those who read the results.
     """
 
     def __init__(
@@ -61,12 +67,12 @@ class StageFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._mark(complete=False)
 
-    def end(self) -> None:
-        self._mark(complete=True)
+    def end(self, **more: Any) -> None:
+        self._mark(complete=True, **more)
 
-    def _mark(self, complete: bool) -> None:
+    def _mark(self, complete: bool, **more: Any) -> None:
         marker = {"stage": self.name, "format_version": FORMAT_VERSION, "complete": complete}
-        write_json(self.folder / MARKER, marker | {"made_with": self.made_with})
+        write_json(self.folder / MARKER, marker | {"made_with": self.made_with} | more)
 
     def run(self, work, *arguments: Any, all_processes: bool = False) -> None:
         """Runs `work` unless the stage is done already; then says that it was skipped.
@@ -83,11 +89,27 @@ class StageFolder:
             with locked(self.folder):
                 done = processes.on_first(self.done)  # another run may have finished it meanwhile
                 if not done:
+                    resumed, began = processes.on_first((self.folder / MARKER).exists), time.monotonic()
                     processes.on_first(self.begin)
                     perform() if all_processes else processes.on_first(perform)
-                    processes.on_first(self.end)
+                    processes.on_first(lambda: self.end(made_by=made_by(time.monotonic() - began, resumed)))
                     return
         say(f"{self.name}: up to date, skipped")
+
+
+def made_by(seconds: float, resumed: bool) -> dict[str, Any]:
+    """How a stage was made: the command, the machine, when it ended, and the `seconds` of wall time.
+
+    If it was `resumed`, the seconds are those of the command that ended it.
+    """
+    program = pathlib.Path(sys.argv[0]).name.replace("__main__.py", "jsurgery")
+    return {
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "resumed": resumed,
+    }
 
 
 def read_marker(folder: epath.Path) -> dict[str, Any] | None:

@@ -1,5 +1,9 @@
 """Folders of stages: skipped when complete, resumed when incomplete, refused if the config differs."""
 
+import datetime
+import json
+import sys
+
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
@@ -61,3 +65,18 @@ def test_fingerprint_changes_with_both_ends_of_a_large_file(tmp_path):
         file.write_bytes(content)
         fingerprints.add(folder_fingerprint(epath.Path(tmp_path)))
     assert len(fingerprints) == 3
+
+
+def test_the_marker_of_an_ended_stage_tells_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/jsurgery", "trace", "--workdir=my run"])
+    stage = StageFolder(tmp_path, "trace", config(), ["seed"])
+    stage.begin()
+    assert "made_by" not in json.loads((tmp_path / "trace" / "stage.json").read_text())
+    began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    stage.run(lambda: None)
+    made_by = json.loads((tmp_path / "trace" / "stage.json").read_text())["made_by"]
+    assert made_by["command"] == "jsurgery trace '--workdir=my run'" and made_by["resumed"]
+    assert began <= datetime.datetime.fromisoformat(made_by["ended"]) <= datetime.datetime.now(datetime.UTC)
+    assert 0 <= made_by["seconds"] < 60 and made_by["machine"]
+    StageFolder(tmp_path, "plan", config(), ["seed"]).run(lambda: None)
+    assert not json.loads((tmp_path / "plan" / "stage.json").read_text())["made_by"]["resumed"]
