@@ -5,7 +5,9 @@ clips, one on each of its devices.
 """
 
 import functools
+import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +25,15 @@ from jsurgery.evaluate.sprites_reference import sprites_reference
 from jsurgery.io.files import load_array, save_array, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.garbage import free_dropped_models
+from jsurgery.runtime.machine import describe_machine
 from jsurgery.runtime.mesh import to_host
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.surgery.finetune import validation_loss
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
+
+SPEED = "speed"  # folder of NAME.json: the seconds of a sampling step of each model
 
 
 def evaluate(
@@ -120,16 +125,36 @@ def sample_all(
     A record holds `latents` float32 [T, H, W, C].
     """
     size = -(-config.evaluate.batch // pipeline.slots) * pipeline.slots
-    files = BatchFiles(unfinished(folder, name), numbers, size)
+    files, seconds = BatchFiles(unfinished(folder, name), numbers, size), list[float]()
 
     def sample(items: range, progress: Progress) -> list[Record]:
-        texts = [prompts[item] for item in items]
-        on_step = progress.during(items.start - numbers.start, len(items), config.sampler.steps)
+        texts, ends = [prompts[item] for item in items], list[float]()
+        show = progress.during(items.start - numbers.start, len(items), config.sampler.steps)
+
+        def on_step(done: int) -> None:
+            ends.append(time.perf_counter())
+            show(done)
+
         latents = pipeline.sample(texts, config, seed=config.seed, first=items.start, on_step=on_step)[0]
+        if len(items) == min(size, len(numbers)):
+            seconds.extend(after - before for before, after in itertools.pairwise(ends))
         return [{"latents": z_TxHxWxC} for z_TxHxWxC in to_host(latents)]
 
     make_batches(files, sample, f"sample {name}", preemption)
+    processes.on_first(lambda: write_step_seconds(seconds, min(size, len(numbers)), folder / SPEED / f"{name}.json"))
     return files
+
+
+def write_step_seconds(seconds: Sequence[float], clips: int, file: epath.Path) -> None:
+    """Writes quartiles of the time of a sampling step of a batch of `clips`, which the report shows.
+
+    Nothing without two steps after one another. The first of a batch, which may compile, is not among them.
+    """
+    if seconds:
+        quartiles = dict(zip(("low", "seconds", "high"), np.quantile(seconds, (0.25, 0.5, 0.75)).tolist(), strict=True))
+        measured = quartiles | {"steps": len(seconds), "clips": clips}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, measured | {"machine": describe_machine()})
 
 
 def show_and_score(
