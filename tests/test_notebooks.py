@@ -92,5 +92,13 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert "tiny_wan" in parameters_cell(notebook).source and "Wan2.1-T2V-1.3B" in parameters_cell(notebook).source
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_on_colab_and_kaggle(path):
+    heading, empty, colab, kaggle = nbformat.read(path, as_version=4).cells[0].source.splitlines()[:4]
+    assert heading.startswith("# ") and not empty
+    for badge, place in ((colab, "colab.research.google.com/github/"), (kaggle, "kaggle.com/kernels/welcome?src=")):
+        assert place in badge and badge.endswith(f"/notebooks/{path.name})")
+
+
 def test_every_notebook_has_an_expected_number_of_images():
     assert {path.stem for path in NOTEBOOKS} == set(IMAGES)

@@ -22,6 +22,7 @@ class Line:
     last: float  # of the running mean
     depth: float  # position among the chart's lines from 0 to 1, which sets its colour
     points: tuple[tuple[float, float], ...]  # (x, y) of the raw values that are drawn
+    places: tuple[tuple[float, float], ...]  # the same in percent from the left and from the top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,14 @@ def line_chart(
         keep = np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int))
         return keep[np.isfinite(values[keep])]
 
-    def path(values: np.ndarray) -> str:
+    def places(values: np.ndarray) -> tuple[tuple[float, float], ...]:
         keep = drawn(values)
         x = 100 * (steps[keep] - first) / (last - first)
         y = 100 * (top - transform(values[keep])) / (top - bottom)
-        return "M" + "L".join(f"{a:.2f} {b:.2f}" for a, b in zip(x, y, strict=True))
+        return tuple(zip(x.tolist(), y.tolist(), strict=True))
+
+    def path(values: np.ndarray) -> str:
+        return "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in places(values))
 
     lines = []
     for index, (name, label) in enumerate(names.items()):
@@ -82,7 +86,7 @@ def line_chart(
             finite = smooth[np.isfinite(smooth)]
             depth = index / (len(names) - 1) if len(names) > 1 else 1.0
             points = tuple((float(steps[i]), float(values[i])) for i in drawn(values))
-            lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth, points))
+            lines.append(Line(label, path(values), path(smooth), float(finite[-1]), depth, points, places(values)))
 
     def at(value: float) -> float:
         return 100 * (top - float(transform(value))) / (top - bottom)

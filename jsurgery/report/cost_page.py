@@ -8,7 +8,7 @@ from etils import epath
 from jsurgery.io.results import si_prefix
 from jsurgery.rates import rate_name
 from jsurgery.report.charts import POINTS, Chart, line_chart
-from jsurgery.report.templates import render
+from jsurgery.report.templates import percent, render
 from jsurgery.wan.cost import PARTS
 
 PAGE = "cost.html"
@@ -61,12 +61,86 @@ def write_cost_page(folder: epath.Path, result: dict[str, Any], front: dict[str,
             },
         }
     )
-    return write_page(folder / PAGE, f"What {result['model']} costs", sections)
+    lead = (
+        f"Work and memory of {result['model']} with and without attention surgery, counted from its architecture for "
+        f"{video['frames']} frames of {video['height']} × {video['width']}, which are {result['tokens']:,} tokens. "
+        "Nothing here is measured."
+    )
+    return write_page(folder / PAGE, f"What {result['model']} costs", lead, headlines(result), sections)
+
+
+def headlines(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The numbers at the top of the page: a value, what it is, and a note."""
+    softmax, blocks = result["block"]["1"]["flops"], result["blocks"]
+    prefix, scale = si_prefix(softmax["total"])
+    found = [
+        {
+            "value": percent(result["self_attention_share"]),
+            "title": "of a block’s work is self-attention",
+            "note": f"{(softmax['core'] + softmax['projections']) / scale:.2f} of {softmax['total'] / scale:.2f} "
+            f"{prefix}FLOP. Surgery changes its core alone: {softmax['core'] / softmax['total']:.0%} of the block.",
+        }
+    ]
+    if "8" in result["block"]:
+        eighth = result["block"]["8"]["flops"]
+        found.append(
+            {
+                **saving(1 - eighth["total"] / softmax["total"], "work in a block at rate 8"),
+                "note": f"{eighth['total'] / scale:.2f} {prefix}FLOP, of which its attention core "
+                f"{eighth['core'] / scale:.2f}; one token in eight keeps exact attention.",
+            }
+        )
+    sampling = result["sampling"]
+    prefix, scale = si_prefix(sampling["flops"])
+    whole = f"{sampling['flops'] / scale:.1f} {prefix}FLOP for a video: {sampling['velocities']} passes, text and VAE"
+    if plan := result.get("plan"):
+        converted = sum(rate != 1 for rate in plan["rates"])
+        found.append(
+            {
+                **saving(
+                    1 - plan["sampling"]["flops"] / sampling["flops"],
+                    f"work for a video, with {converted} of {blocks} blocks rebuilt",
+                ),
+                "note": f"{plan['sampling']['flops'] / scale:.1f} of {whole}.",
+            }
+        )
+    else:
+        found.append(
+            {
+                "value": f"{sampling['flops'] / scale:.1f} {prefix}FLOP",
+                "title": "for one video",
+                "note": f"{sampling['velocities']} passes through {blocks} blocks, the text encoder and the VAE.",
+            }
+        )
+    return found
+
+
+def saving(share: float, of: str) -> dict[str, str]:
+    return {"value": percent(abs(share)), "title": f"{'less' if share >= 0 else 'more'} {of}"}
 
 
 def write_front_page(folder: epath.Path, front: dict[str, Any]) -> epath.Path:
     """Writes `front.html`: the result of `jsurgery plan --front`, with the chosen plan between its neighbours."""
-    return write_page(folder / "front.html", "Cost against error", [front_section(front)])
+    chosen = front["chosen"]
+    lead = (
+        f"Every optimal choice of rates for the blocks, by the attention work that it takes ({front['unit']}) and the "
+        "error that distillation measured, and the plan that this run chose among them."
+    )
+    found = [
+        {
+            "value": percent(chosen["share_of_teacher"]),
+            "title": "of the teacher’s attention work",
+            "note": f"{sum(rate != 1 for rate in chosen['rates'])} of {len(chosen['rates'])} blocks rebuilt.",
+        },
+        {
+            "value": f"{chosen['error']:.3g}",
+            "title": "sum of the blocks’ errors",
+            "note": "Proven optimal at this cost."
+            if chosen["proven_optimal"]
+            else f"A sum of {chosen['optimum']:.3g} is possible at this cost.",
+        },
+    ]
+    return write_page(folder / "front.html", "Cost against error", lead, found, [front_section(front)])
 
 
 def front_section(front: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +218,11 @@ def front_chart(front: dict[str, Any]) -> Chart | None:
     return line_chart(title, sorted(points, key=lambda point: point["step"]), names)
 
 
-def write_page(path: epath.Path, title: str, sections: Sequence[dict[str, Any]]) -> epath.Path:
-    page = render("cost.html.jinja", title=title, sections=sections)
+def write_page(
+    path: epath.Path, title: str, lead: str, found: Sequence[dict[str, str]], sections: Sequence[dict[str, Any]]
+) -> epath.Path:
+    """lead: what the page is. found: `headlines`."""
+    page = render("cost.html.jinja", title=title, lead=lead, found=found, sections=sections)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
     return path

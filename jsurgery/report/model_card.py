@@ -15,6 +15,7 @@ from jsurgery.evaluate.statistics import bootstrap_interval
 from jsurgery.io.results import format_ranges, markdown_table
 from jsurgery.rates import Rate
 from jsurgery.report.run_files import read_json
+from jsurgery.report.scores import scaled
 from jsurgery.wan import hub
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import BUNDLED
@@ -114,7 +115,7 @@ def _measured(folder: epath.Path) -> Iterable[str]:
         return
     rows = []
     for name, result in evaluation["models"].items():
-        score = result.get("score", {}).get("total")
+        score = scaled(result.get("score", {}).get("total"))
         loss = result.get("validation_loss")
         cells = [
             _mean_with_interval(bootstrap_interval(result["latent_rmse"])),
@@ -131,7 +132,10 @@ def _measured(folder: epath.Path) -> Iterable[str]:
         f"Means over {len(evaluation['prompts'])} prompts{sampled} with 95 % intervals; the same noise for every stage."
     )
     if config.get("prompts") == "sprites":
-        text += " Prompts and score are those of sprites, a procedural set of moving shapes: not of natural video."
+        text += (
+            " Prompts and score are those of sprites, a procedural set of moving shapes: not of natural video. A score "
+            "of 1 is that of real clips, 0 that of real clips whose captions were dealt at random."
+        )
     yield text
 
 

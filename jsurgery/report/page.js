@@ -153,7 +153,7 @@
       const numbers = row.notes?.[model] ?? {};
       const parts = [];
       if (!row.models.includes(model)) parts.push("This clip is missing.");
-      if (numbers.score !== undefined) parts.push(`score ${numbers.score.toFixed(2)} of 1`);
+      if (numbers.score !== undefined) parts.push(`score ${numbers.score.toFixed(2)}`);
       if (numbers.distance) parts.push(`distance ${numbers.distance.toFixed(2)}`);
       element(`${side}-note`).textContent = parts.join(", ");
     }

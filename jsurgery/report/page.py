@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jsurgery.config import flatten
 from jsurgery.io.files import replacing
 from jsurgery.rates import Rate, rate_key, rate_name
+from jsurgery.report.attention_diagram import attention_diagram
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.comparison_gif import write_comparison_gif
 from jsurgery.report.fidelity import fidelity
@@ -23,15 +24,17 @@ from jsurgery.report.first_frame import read_first_frame
 from jsurgery.report.flop_savings import costs
 from jsurgery.report.pareto_slider import trade_off
 from jsurgery.report.run_files import RunFiles, read_run
-from jsurgery.report.scores import quality, scores
+from jsurgery.report.scores import clip_scores, quality, scores
 from jsurgery.report.templates import depths, render
 from jsurgery.report.video_player import embed
+from jsurgery.runtime.progress import clock
 from jsurgery.version import __version__
 from jsurgery.wan.cost import Workload, parameters, workload
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.models import PUBLISHED
 
 TINY = 100_000_000  # parameters under which a model is called tiny
+PROJECT = "https://github.com/jsurgery/jsurgery"
 MODELS = ("teacher", "not_distilled", "distilled", "finetuned")
 STAGES = {  # a stage's command -> what the page gets from it
     "trace": "the teacher’s samples, from which the new parts learn",
@@ -87,6 +90,10 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
         front_chart=front[1] if front else None,
         costs=tables,
         heat=heat_map(run.errors, plan["rates"] if plan else None) if run.errors else None,
+        time=step_time(run, tables),
+        diagram=attention_diagram(config, run.model, plan["rates"]) if subject and plan else None,
+        made=made(run.made_by),
+        project=PROJECT,
         scores=scores(run.evaluation) if run.evaluation else None,
         quality=quality(run.evaluation) if run.evaluation else None,
         clips=clips(run) if not coming else None,
@@ -96,6 +103,7 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
         fields=grouped_fields(config) if config is not None else {},
         versions=versions(),
         coming=[(name, STAGES[name]) for name in coming],
+        commands=len(STAGES),
         first_frame=read_first_frame(run.workdir) if coming else None,
         absent=run.absent if not coming else [],
         unfinished=run.evaluation is None,
@@ -115,6 +123,51 @@ def describe(config: ConfigDict, model: WanConfig, work: Workload) -> dict[str, 
         "parameters": size,
         "blocks": model.num_layers,
         "tokens": work.tokens,
+    }
+
+
+def step_time(run: RunFiles, tables: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The measured seconds of a sampling step of one clip, and what the last model saves of the teacher's.
+
+    None if the teacher's or the last model's were not measured, or not on one machine and in batches of one size.
+    models: name -> median (`mean`) and quartiles. noise: whether the quartiles of the two overlap. attention: the share
+    of the attention cores in the teacher's FLOPs, None if those are not known.
+    """
+    last = list(run.evaluation["models"])[-1] if run.evaluation else "teacher"
+    alike = {(measured["machine"], measured["clips"]) for measured in run.speed.values()}
+    if last == "teacher" or not {"teacher", last} <= set(run.speed) or len(alike) > 1:
+        return None
+    clips = run.speed[last]["clips"]
+    models = {
+        name: {"mean": measured["seconds"] / clips, "low": measured["low"] / clips, "high": measured["high"] / clips}
+        for name, measured in run.speed.items()
+    }
+    teacher, final, attention = models["teacher"], models[last], None
+    if tables:
+        blocks, forward = sum(tables[0]["blocks_at"].values()), tables[0]["forward"]["teacher"]
+        attention = blocks * tables[0]["teacher"]["core"] / forward
+    return {
+        "models": models,
+        "teacher": teacher["mean"],
+        "last": final["mean"],
+        "saved": 1 - final["mean"] / teacher["mean"],
+        "noise": final["low"] <= teacher["high"] and teacher["low"] <= final["high"],
+        "machine": run.speed[last]["machine"],
+        "attention": attention,
+    }
+
+
+def made(made_by: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The commands of a run, its machine (None if there were several), and the wall time of each of its stages."""
+    if not made_by:
+        return None
+    machines = {stage["machine"] for stage in made_by.values()}
+    return {
+        "commands": list(dict.fromkeys(stage["command"] for stage in made_by.values())),
+        "machine": machines.pop() if len(machines) == 1 else None,
+        "total": clock(sum(stage["seconds"] for stage in made_by.values())),
+        "ended": max(stage["ended"] for stage in made_by.values())[:16].replace("T", ", ") + " UTC",
+        "stages": [{"name": name, "time": clock(stage["seconds"]), **stage} for name, stage in made_by.items()],
     }
 
 
@@ -212,10 +265,8 @@ def clips(run: RunFiles) -> dict[str, Any] | None:
 
 def clip_numbers(model: dict[str, Any], prompt: int) -> dict[str, float]:
     """A clip's distance to the teacher's clip and, if measured, its score."""
-    numbers = {"distance": model["latent_rmse"][prompt]}
-    if per_clip := model.get("per_clip"):
-        numbers["score"] = float(np.mean([values[prompt] for values in per_clip.values()]))
-    return numbers
+    numbers, of_clips = {"distance": model["latent_rmse"][prompt]}, clip_scores(model)
+    return numbers if of_clips is None else numbers | {"score": float(of_clips[prompt])}
 
 
 def training_charts(run: RunFiles) -> list[Chart]:

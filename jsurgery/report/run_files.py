@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jsurgery.config import base, flatten
 from jsurgery.data.prompts import load_prompts
 from jsurgery.errors import InputError
+from jsurgery.evaluate.surgery_models import SPEED
 from jsurgery.runtime.stage_folder import MARKER
 from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.plan import read_plan
@@ -24,6 +25,10 @@ MISSING = {  # file -> what a page lacks without it, the stage's folder and comm
     f"{stage.name}/{file}": (part, stage.name, stage.command) for stage in STAGES for file, part in stage.leaves.items()
 }
 CHECKED = {"distill/errors.json": read_errors, "plan/plan.json": read_plan}  # read and checked as by later stages
+
+# What is read of a stage's marker, and of a file in evaluation/speed.
+MADE_BY = {"command": str, "machine": str, "ended": str, "seconds": float, "resumed": bool}
+MEASURED = {"low": float, "seconds": float, "high": float, "steps": int, "clips": int, "machine": str}
 
 
 @dataclass
@@ -40,6 +45,8 @@ class RunFiles:
     fidelity: dict[str, Any] | None = None
     distilled: list[dict[str, float]] = field(default_factory=list)
     finetuned: list[dict[str, float]] = field(default_factory=list)
+    made_by: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its marker says, of ended stages
+    speed: dict[str, dict[str, Any]] = field(default_factory=dict)  # model -> seconds of its sampling step
     absent: list[str] = field(default_factory=list)
 
     @property
@@ -77,6 +84,7 @@ def read_run(workdir: epath.PathLike, config: ConfigDict | None = None) -> RunFi
     run.finetuned = contents.get("finetune/metrics.jsonl") or []
     if run.config is None and not any((run.workdir / name).exists() for name in MISSING):
         run.absent = [f"{CONFIG} is not there, nor any file of a stage: nothing has run in {run.workdir}."]
+    run.made_by, run.speed = read_made_by(run.workdir), read_speed(run)
     if (run.workdir / "export" / "parity.json").exists():
         run.parity = read(run, "export/parity.json", "the parity of exports", "export", "export")
     if (run.workdir / "fidelity").exists():
@@ -139,6 +147,30 @@ def read(run: RunFiles, name: str, part: str, folder: str, command: str) -> Any:
     except (OSError, ValueError, InputError) as error:
         run.absent.append(f"{text} cannot be read ({error}).")
         return None
+
+
+def read_made_by(workdir: epath.Path) -> dict[str, dict[str, Any]]:
+    """How each stage was made, by its name and in order; nothing of those whose marker does not tell."""
+    found = {}
+    for stage in STAGES:
+        try:
+            made_by = json.loads((workdir / stage.name / MARKER).read_text())["made_by"]
+            found[stage.name] = {name: kind(made_by[name]) for name, kind in MADE_BY.items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def read_speed(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """The seconds of a sampling step of each evaluated model that has them."""
+    found = {}
+    for name in run.evaluation["models"] if run.evaluation else ():
+        try:
+            measured = json.loads((run.workdir / "evaluation" / SPEED / f"{name}.json").read_text())
+            found[name] = {field: kind(measured[field]) for field, kind in MEASURED.items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def read_json(path: epath.Path) -> Any:

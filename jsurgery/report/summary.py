@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.report.page import stages
 from jsurgery.report.run_files import RunFiles, read_run
-from jsurgery.report.scores import quality
+from jsurgery.report.scores import quality, scaled
 from jsurgery.runtime.progress import say
 
 LONGEST_PROMPT = 100  # characters; a longer prompt is not repeated in the suggested command
@@ -49,8 +49,8 @@ def quality_text(result: dict, models: dict, name: str) -> str:
     if "scores" in result:
         before, after = result["scores"]
         text = f"score {before:.2f} before, {after:.2f} after ({name})"
-        undistilled = models.get("not_distilled", {}).get("score")
-        return text + (f", {undistilled['total']['mean']:.2f} without distillation" if undistilled else "")
+        undistilled = scaled(models.get("not_distilled", {}).get("score", {}).get("total"))
+        return text + (f", {undistilled['mean']:.2f} without distillation" if undistilled else "")
     if "losses" in result:
         before, after = result["losses"]
         return f"validation loss {before:.3f} before, {after:.3f} after ({name})"

@@ -98,7 +98,7 @@ def test_the_page_has_all_charts_and_loads_no_other_file(tmp_path):
     front = {"unit": "ms", "candidates": [1, 2], "plans": plans, "homogeneous": {"2": plans}}
     (tmp_path / "plan.json").write_text(json.dumps({"rates": [2] * 15 + [1] * 15}))
     (tmp_path / "front.json").write_text(json.dumps({**front, "chosen": {**chosen, "proven_optimal": True}}))
-    cost(tmp_path, "--config=wan_1_3b", f"--plan={tmp_path / 'plan.json'}", f"--figure={tmp_path / 'page'}")
+    found = cost(tmp_path, "--config=wan_1_3b", f"--plan={tmp_path / 'plan.json'}", f"--figure={tmp_path / 'page'}")
     page = (tmp_path / "page" / "cost.html").read_text()
     for text in ("Core attention", "Attention with projections", "Whole block", "The Pareto front", "proven optimal"):
         assert text in page
@@ -108,10 +108,15 @@ def test_the_page_has_all_charts_and_loads_no_other_file(tmp_path):
     lone = write_front_page(epath.Path(tmp_path), {**front, "plans": plans[:1], "chosen": plan, "homogeneous": {}})
     assert "<svg" not in lone.read_text()
     paths = re.findall(r'<path[^>]* d="([^"]*)"', page)
-    assert len(paths) == 3 * 5 + 4 + 3
+    assert len(paths) == 3 * 5 + 4 + 1
     point = r"-?[\d.]+ -?[\d.]+"
-    assert all(re.fullmatch(f"M{point}((L|h0M){point})*h0", path) for path in paths)
-    assert sum("h0M" in path for path in paths) == 1  # homogeneous plans are dots, the front is a line
+    assert all(re.fullmatch(f"M{point}(L{point})*h0", path) for path in paths)
+    marks = [kind for kind in re.findall(r'<i class="line [^"]*(chosen|shape-0 )" style', page)]
+    assert sorted(marks) == ["chosen", *["shape-0 "] * 3], "the front is a line, the plans are marks"
+    share = found["self_attention_share"]
+    assert (
+        f"{100 * share:.1f}%" in page and "with 15 of 30 blocks rebuilt" in page and "Nothing here is measured" in page
+    )
 
 
 @pytest.mark.parametrize(

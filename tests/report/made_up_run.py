@@ -96,6 +96,19 @@ def write_run(folder, config, prompts=5, videos=2, hostile=True, size=(9, 96, 80
     write(folder / "evaluation" / "evaluation.json", {"prompts": captions, "models": models})
 
 
+def write_made_by(folder, machine="AMD EPYC, 2 threads"):
+    """Adds what a real run leaves of how it was made: commands and times of its stages, seconds of a sampling step."""
+    for number, stage in enumerate(("trace", "distill", "plan", "hybrid", "latents", "finetune", "evaluation")):
+        made_by = {"command": "jsurgery surgery --config=tiny", "machine": machine, "resumed": stage == "finetune"}
+        made_by |= {"ended": f"2026-11-29T17:2{number}:10+00:00", "seconds": 10.0 + 60 * number}
+        write(folder / stage / "stage.json", {"complete": True, "made_by": made_by})
+    for number, name in enumerate(MODELS):
+        quartiles = {"low": 1.5 + number, "seconds": 2.0 + number, "high": 2.25 + number}
+        write(
+            folder / "evaluation" / "speed" / f"{name}.json", quartiles | {"steps": 14, "clips": 4, "machine": machine}
+        )
+
+
 def write_fidelity(folder, durations=(9, 17)):
     """Writes the files of `evaluate fidelity`: a hybrid equal to its teacher, a model unlike it, and a control."""
     rng = np.random.default_rng(3)

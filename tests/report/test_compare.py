@@ -41,7 +41,9 @@ def test_the_page_shows_the_results_of_two_runs(runs):
     for name in ("one", "<b>two"):
         evaluation = json.loads((runs / name / "evaluation" / "evaluation.json").read_text())
         total = evaluation["models"]["finetuned"]["score"]["total"]
-        assert page.text.count(f"{total['mean']:.3f}") >= 2  # in the table of all scores and in that of dimensions
+        assert (
+            page.text.count(f"{total['normalized']:.3f}") >= 2
+        )  # in the table of all scores and in that of dimensions
         plan = json.loads((runs / name / "plan" / "plan.json").read_text())
         assert f"{100 * (1 - plan['share_of_teacher']):.1f}%" in page.text
     text = page.text.replace("\n", "")

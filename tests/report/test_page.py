@@ -18,10 +18,12 @@ from jsurgery.config import flatten
 from jsurgery.data.video_writer import write_video
 from jsurgery.errors import InputError
 from jsurgery.report import comparison_gif, pareto_slider, video_player
+from jsurgery.report.attention_diagram import attention_diagram
 from jsurgery.report.charts import line_chart, linear_ticks, log_ticks, running_mean
 from jsurgery.report.first_frame import write_first_frame
-from jsurgery.report.page import parity, write_report
+from jsurgery.report.page import PROJECT, parity, write_report
 from jsurgery.report.run_files import read_run
+from jsurgery.report.scores import compared
 from jsurgery.report.summary import result_lines
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import block_costs
@@ -36,6 +38,7 @@ from tests.report.made_up_run import (
     tiny_config,
     write,
     write_fidelity,
+    write_made_by,
     write_run,
 )
 
@@ -69,7 +72,7 @@ def read(path):
 def test_the_page_loads_nothing_external(config, workdir):
     page = report(config, workdir)
     assert len(page.videos) == 2
-    assert page.external() == []
+    assert page.external() == [PROJECT]  # a link, which loads nothing until it is followed
     assert not {"img", "iframe", "object", "embed", "base", "form", "video"} & set(page.tags)
     assert page.tags.count("link") == 1  # the empty icon, so that browsers do not ask for one
 
@@ -182,20 +185,81 @@ def test_the_page_shows_the_numbers_of_the_files(config, workdir):
     expected += [*np.ravel(of_velocity), *np.mean(of_velocity, axis=0)]
     for model in models.values():
         expected += [model["validation_loss"], np.mean(model["latent_rmse"])]
-        expected += [summary[key] for summary in model["score"].values() for key in ("mean", "upper", "chance")]
+        expected += [summary["normalized"] for summary in model["score"].values()]
     shown = np.sort(page.values)
     for value in expected:
         assert np.min(np.abs(shown - value)) < 1e-9, value
     for number, row in enumerate(page.rows):
         for name, note in row["notes"].items():
             assert note["distance"] == models[name]["latent_rmse"][number]
-            assert note["score"] == pytest.approx(np.mean([v[number] for v in models[name]["per_clip"].values()]))
+            total, measured = models[name]["score"]["total"], [v[number] for v in models[name]["per_clip"].values()]
+            scale = total["upper"] - total["chance"]
+            assert note["score"] == pytest.approx((np.mean(measured) - total["chance"]) / scale)
     for value, text in page.numbers:
         digits = len(text.partition(".")[2])
         assert digits and abs(float(text) - value) <= 0.5001 * 10**-digits
     for summary in models["finetuned"]["score"].values():
-        assert f"{summary['low']:.3f} to {summary['high']:.3f}" in page.text
+        scale = summary["upper"] - summary["chance"]
+        low, high = ((summary[end] - summary["chance"]) / scale for end in ("low", "high"))
+        assert f"{low:.3f} to {high:.3f}" in page.text
     assert f"4 of 6 attention layers rebuilt, {100 * (1 - plan['share_of_teacher']):.1f}% less" in page.text
+
+
+def test_a_change_within_the_noise_is_called_so(config, workdir):
+    """By the interval of the mean of paired differences, against that of the normal distribution."""
+    path = workdir / "evaluation" / "evaluation.json"
+    evaluation, rng = read(path), np.random.default_rng(5)
+    evaluation["models"] = {name: evaluation["models"][name] for name in ("distilled", "finetuned")}
+    before = rng.uniform(0.2, 0.8, 40)
+    for shift, noise in ((0.01, True), (0.1, False)):
+        change = shift + 0.1 * rng.standard_normal(40)
+        for name, values in (("distilled", before), ("finetuned", before + change)):
+            evaluation["models"][name]["per_clip"] = {"shape": values.tolist()}
+        (found,) = compared(evaluation, [("distilled", "finetuned")])
+        total = evaluation["models"]["finetuned"]["score"]["total"]
+        scale, error = total["upper"] - total["chance"], change.std(ddof=1) / 40**0.5
+        assert found["measure"] == "score" and found["noise"] == noise
+        assert found["difference"] == pytest.approx(change.mean() / scale)
+        for end, sign in (("low", -1), ("high", 1)):
+            assert found[end] == pytest.approx((change.mean() + sign * 1.96 * error) / scale, abs=0.25 * error / scale)
+        write(path, evaluation | {"prompts": evaluation["prompts"] * 8})
+        evaluation_page = report(config, workdir).text
+        assert ("that is within the noise" in evaluation_page) == noise
+
+    for model in evaluation["models"].values():
+        model.pop("per_clip"), model.pop("score")
+    (found,) = compared(evaluation, [("distilled", "finetuned")])
+    apart = np.subtract(*(evaluation["models"][name]["latent_rmse"] for name in ("finetuned", "distilled")))
+    assert found["measure"] == "distance" and found["difference"] == pytest.approx(apart.mean())
+    assert compared({"models": {"teacher": {}}}, [("teacher", "finetuned")]) == []
+
+
+def test_the_page_tells_how_it_was_made_and_what_a_step_took(config, workdir):
+    assert "The stages took" not in report(config, workdir).text
+    write_made_by(workdir)
+    text = report(config, workdir).text
+    assert "jsurgery surgery --config=tiny" in text and "On AMD EPYC, 2 threads. The stages took 22m10s" in text
+    assert "ended on 2026-11-29, 17:26 UTC" in text and "5m10s, since it was resumed" in text
+    assert "150.0%" in text and "1.250 s a clip, the teacher 0.500 s" in text and "scatter of the steps" not in text
+    write(workdir / "plan" / "stage.json", {"complete": True, "made_by": {"command": 1}})
+    other = read(workdir / "evaluation" / "speed" / "teacher.json")
+    write(workdir / "evaluation" / "speed" / "teacher.json", other | {"high": 5.0})
+    text = report(config, workdir).text
+    assert "The stages took 20m00s" in text and "within the scatter of the steps" in text
+    write(workdir / "evaluation" / "speed" / "teacher.json", other | {"machine": "another"})
+    assert "a clip, the teacher" not in report(config, workdir).text, "times of two machines are not compared"
+
+
+@pytest.mark.parametrize("rates, rate, kept", [(PLAN, 8, 75), (["linear", "linear", 2, 1, 1, 1], "linear", 0)])
+def test_the_diagram_draws_the_tokens_that_keep_softmax(config, rates, rate, kept):
+    found = attention_diagram(config, MODEL, rates)
+    assert (found["rate"], found["tokens"], found["kept"]) == (rate, 600, kept)
+    kinds = re.findall(r'class="(\w+)"', found["frame"])
+    expected = [kept > 0 and token % 8 == 0 for token in range(120)]  # the first frame: 12 x 10 tokens
+    assert [kind == "kept" for kind in kinds] == expected
+    (width,) = re.findall(r'class="kept" x="0" y="0" width="([\d.]+)"', found["hybrid"])
+    assert float(width) == pytest.approx(120 * kept / 600)
+    assert attention_diagram(config, MODEL, [1] * 6) is None
 
 
 @pytest.mark.parametrize(
@@ -319,7 +383,7 @@ def test_summary_lines_of_a_surgery(config, workdir):
     share, models = 1 - run.plan["share_of_teacher"], run.evaluation["models"]
     assert done.startswith(f"done: 4 of 6 attention layers rebuilt, {share:.0%} less attention work; score ")
     for name in ("teacher", "finetuned", "not_distilled"):
-        assert f"{models[name]['score']['total']['mean']:.2f}" in done
+        assert f"{models[name]['score']['total']['normalized']:.2f}" in done
     assert str(workdir / "report.html") in look
     assert shlex.split(then.removeprefix("next: "))[1:4] == [
         "sample", f"--model={workdir / 'model'}", f"--prompt={run.prompts[0]}"
@@ -452,7 +516,7 @@ def test_a_front_that_is_too_large_is_replaced_by_plans_for_some_budgets(config,
 def test_every_result_of_a_tiny_model_is_labelled(config, workdir):
     text = report(config, workdir).text
     assert "not results of Wan2.1 1.3B" in text.replace("\n", "")
-    assert text.count("tiny model, procedural clips") == 5
+    assert text.count("tiny model, procedural clips") == 4
 
 
 def test_a_run_on_wan_at_full_size(config, workdir, tmp_path):
@@ -465,7 +529,7 @@ def test_a_run_on_wan_at_full_size(config, workdir, tmp_path):
     write(workdir / "evaluation" / "evaluation.json", evaluation)
     page = report(config, workdir)
     assert page.sections == ALL
-    assert "tiny" not in page.text and "not measured" not in page.text and "Real clips" not in page.text
+    assert "tiny" not in page.text and "not measured" not in page.text and "real clips" not in page.text
     assert "Attention surgery on Wan2.1 1.3B" in page.text
 
 

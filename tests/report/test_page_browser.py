@@ -12,13 +12,21 @@ from jsurgery.report.run_files import read_run
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import block_costs
 from tests.browser import CHROMIUM, Browser
-from tests.report.made_up_run import HOSTILE, MODEL, MODELS, tiny_config, write_run
+from tests.report.made_up_run import HOSTILE, MODEL, MODELS, tiny_config, write_made_by, write_run
 
 GREEN_STEP, FRAMES = 24, 9  # each frame has more green than the frame before
 COLORS = """["left", "right", "difference"].map((id) => {
   const canvas = document.getElementById(id);
   return [...canvas.getContext("2d").getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data];
 })"""
+
+# Elements that reach beyond the screen, or that would have to be scrolled sideways.
+OVERFLOWING = """() => [...document.querySelectorAll("main *")].filter((element) => {
+  const scrolls = !(element instanceof SVGElement) && element.scrollWidth > element.clientWidth + 1;
+  const box = element.getBoundingClientRect();
+  const shown = box.width > 0 && getComputedStyle(element).display !== "inline";
+  return shown && (box.right > innerWidth + 0.5 || (scrolls && element.clientWidth > 0));
+}).map((element) => element.tagName)"""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,7 @@ def run(tmp_path_factory):
             clip[..., 2] = 200 * number
             write_video(folder / "run" / "evaluation" / "videos" / name / f"{number:04d}.mp4", clip, 8)
     (folder / "run" / "evaluation" / "videos" / "distilled" / "0001.mp4").unlink()
+    write_made_by(folder / "run")
     write_report(config, folder / "run")
     return folder / "run"
 
@@ -127,8 +136,21 @@ def test_tooltips_show_numbers(browser, run):
         browser.wait(f"!{tip}.hidden && {tip}.textContent.includes('{text}')")
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-def test_the_page_fits_the_width_of_the_screen(browser, run, width):
-    browser.screen(width, 844, dark=True)
+def test_nothing_is_cut_or_scrolls_sideways_on_a_phone(browser, run):
+    browser.screen(390, 844, dark=True)
     browser.open(run / "report.html")
-    assert browser.run("document.documentElement.scrollWidth") == width
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    assert browser.run(f"({OVERFLOWING})()") == []
+    browser.run("document.querySelector('h1').style.whiteSpace = 'nowrap'")
+    assert browser.run(f"({OVERFLOWING})()") == ["H1"], "the control is not found"
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (1440, 900)])
+def test_the_clips_and_their_number_are_on_the_first_screen(browser, run, width, height):
+    browser.screen(width, height)
+    browser.open(run / "report.html")
+    browser.wait(f"({COLORS})[0][3] === 255")
+    for part in ("#left", "#right", ".verdict strong"):
+        box = browser.run(f"document.querySelector('{part}').getBoundingClientRect().toJSON()")
+        assert box["top"] > 0 and box["bottom"] < height and box["left"] >= 0 and box["right"] <= width, part
+    assert box["top"] > browser.run("document.querySelector('#left').getBoundingClientRect().bottom")
