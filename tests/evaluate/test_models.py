@@ -116,8 +116,13 @@ def test_a_stopped_evaluation_goes_on_after_its_last_batch(evaluation, tmp_path)
     assert sampled == every
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.json")}
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
-        "evaluation.json", "hybrid.json", "reference.json", "teacher.json", "teacher.npy", "videos"
+        "evaluation.json", "hybrid.json", "reference.json", "speed", "teacher.json", "teacher.npy", "videos"
     ]  # fmt: skip
+    steps = int(FIELDS["sampler.steps"])
+    for name in ("teacher", "hybrid"):
+        speed = json.loads((tmp_path / "whole" / "speed" / f"{name}.json").read_text())
+        assert (speed["clips"], speed["steps"]) == (2, 3 * (steps - 1)), "of three batches, without the first steps"
+        assert 0 < speed["low"] <= speed["seconds"] <= speed["high"] and speed["machine"]
 
     def kill():
         raise Killed
