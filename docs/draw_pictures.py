@@ -18,7 +18,7 @@ from jsurgery.rates import Rate, rate_name
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.cost import Workload, block_flops, core_flops, workload
 from jsurgery.wan.model_folder import model_path
-from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.model_sizes import PUBLISHED
 from jsurgery.wan.video_size import num_tokens
 
 HERE = pathlib.Path(__file__).parent

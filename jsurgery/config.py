@@ -3,6 +3,7 @@
 `base()` holds each field with its default and its meaning; the files in `configs/` change values, never add fields.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def base() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
+    c.model.kind = ""  # which published model it is, where its files do not tell (`jsurgery models`)
     c.model.dtype = "float32"  # of matmuls; trained parameters stay float32
     c.model.vae_dtype = "float32"  # of the VAE; "bfloat16" halves its memory (at 58 dB PSNR on the bundled model)
     c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
@@ -41,8 +43,9 @@ def base() -> ConfigDict:
     c.text_length = 512  # text tokens, zero-padded
 
     c.sampler = ConfigDict()
-    c.sampler.solver = "euler"  # "unipc" is Wan's own
+    c.sampler.solver = "euler"  # "unipc" is Wan's own; "lcm" that of consistency and DMD models
     c.sampler.steps = 50  # of the solver, from noise to video
+    c.sampler.timesteps = ()  # what the steps start from, 1000 first, as few-step models have them; (): by the solver
     c.sampler.shift = 3.0  # of the noise levels: a larger one has more steps at high noise
     c.sampler.guidance = 5.0  # 1: the prompt alone, one velocity a step
     c.sampler.guidance_batched = True  # False: the two velocities one after the other, in half the memory
@@ -166,8 +169,8 @@ CHOICES = {
     "model.vae_dtype": ("float32", "bfloat16"),
     "mesh.exchange": ("gather", "all_to_all"),
     "model.remat": ("none", "blocks", "matmuls"),
-    "sampler.solver": ("euler", "euler_ancestral", "unipc"),
-    "trace.solver": ("euler", "euler_ancestral"),
+    "sampler.solver": ("euler", "euler_ancestral", "unipc", "lcm"),
+    "trace.solver": ("euler", "euler_ancestral", "lcm"),
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered"),
     "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1", "hedgehog"),
@@ -198,7 +201,14 @@ LARGEST, LARGEST_COUNT = 1e30, 10**9
 
 # A workdir, a video and a measurement record the config that they were made with. They must stay valid when a field is
 # added: a later field is recorded only where it differs from the value given here, which must mean "as before".
-LATER_FIELDS: dict[str, Any] = {"distill.mode": "traces", "distill.error_steps": 0}
+LATER_FIELDS: dict[str, Any] = {
+    "distill.mode": "traces",
+    "distill.error_steps": 0,
+    "model.kind": "",
+    "sampler.timesteps": (),
+}
+# Fields whose default is an empty list -> the type of what it may hold.
+ITEMS: dict[str, type] = {"sampler.timesteps": float}
 # A field that has an effect only where another field has a certain value is recorded only there.
 EFFECTIVE_WHERE = {"distill.trajectories": ("distill.mode", "sampling")}
 
@@ -248,6 +258,7 @@ def validate(config: ConfigDict) -> None:
         for field in ("degree", "layers"):
             if config.hybrid[field] != 1:
                 raise InputError(f"config.hybrid.{field}: HedgeHog has 1, found {config.hybrid[field]}")
+    check_timesteps(config.sampler.timesteps, config.sampler.steps)
     if config.trace.keep_steps > config.sampler.steps:
         raise InputError(
             f"config.trace.keep_steps: {config.trace.keep_steps} of config.sampler.steps = {config.sampler.steps}"
@@ -266,6 +277,19 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"config.trace.holdout: {config.trace.holdout} of {config.trace.prompts} prompts leaves none to train on"
         )
+
+
+def check_timesteps(timesteps: Sequence[float], steps: int) -> None:
+    """Raises InputError unless there are none, or one for each step, falling from at most 1000 to above 0."""
+    if not timesteps:
+        return
+    falling = all(earlier > later for earlier, later in itertools.pairwise((*timesteps, 0.0)))
+    if not falling or timesteps[0] > 1000:
+        raise InputError(
+            f"config.sampler.timesteps: expected numbers that fall from 1000 to above 0, found {timesteps}"
+        )
+    if len(timesteps) != steps:
+        raise InputError(f"config.sampler.timesteps: {len(timesteps)} of them for config.sampler.steps = {steps}")
 
 
 def check_text(field: str, text: str) -> None:

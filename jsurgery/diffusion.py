@@ -92,31 +92,40 @@ class State(NamedTuple):
     last_data: jax.Array
 
 
-def schedule(solver: str, steps: int, shift: float) -> Schedule:
-    """The steps of "euler", "euler_ancestral" or "unipc" from noise to data.
+def schedule(solver: str, steps: int, shift: float, timesteps: Sequence[float] = ()) -> Schedule:
+    """The steps of "euler", "euler_ancestral", "lcm" or "unipc" from noise to data.
 
-    "euler" has the noise levels of diffusers' FlowMatchEulerDiscreteScheduler, "unipc" the different ones of its
-    UniPCMultistepScheduler (with flow sigmas).
+    "euler" has the noise levels of diffusers' FlowMatchEulerDiscreteScheduler, "lcm" those of its
+    FlowMatchLCMScheduler, and "unipc" the different ones of its UniPCMultistepScheduler (with flow sigmas). Where
+    `timesteps` are given, the noise levels are theirs.
     """
-    sigmas, timesteps = noise_levels(solver, steps, shift)
+    sigmas, timesteps_of_steps = noise_levels(solver, steps, shift, timesteps)
     sigma, ratio = sigmas[:-1], sigmas[1:] / sigmas[:-1]
     corrector = np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (steps, 1))
     predictor = np.stack([ratio, np.zeros(steps), 1 - ratio], axis=1)
     renoise = np.zeros(steps)
     if solver == "euler_ancestral":
         predictor, renoise = ancestral_coefficients(sigmas)
+    elif solver == "lcm":  # the data prediction, with fresh noise of the next level
+        predictor, renoise = np.stack([0 * sigma, 0 * sigma, 1 - sigmas[1:]], axis=1), sigmas[1:]
     elif solver == "unipc":
         corrector, predictor = unipc_coefficients(sigmas)
-    return Schedule(sigma, timesteps, corrector, predictor, renoise)
+    return Schedule(sigma, timesteps_of_steps, corrector, predictor, renoise)
 
 
-def noise_levels(solver: str, steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """A solver's noise levels [steps + 1], of which the last is 0, and timesteps [steps]."""
-    if solver == "unipc":
+def noise_levels(solver: str, steps: int, shift: float, given: Sequence[float] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """A solver's noise levels [steps + 1], of which the last is 0, and timesteps [steps].
+
+    These are the `given` ones, or without any spread by the solver and moved by `shift`.
+    """
+    if len(given):
+        timesteps = np.asarray(given, np.float64)
+        sigma = np.minimum(timesteps / 1000, 1 - 1e-6) if solver == "unipc" else timesteps / 1000
+    elif solver == "unipc":
         sigma = shift_sigma(np.linspace(1, LEAST_SIGMA, steps + 1)[:-1], shift)
         sigma[0] -= 1e-6  # pure noise has no finite log-SNR
         timesteps = np.floor(1000 * sigma)
-    elif solver == "euler":
+    elif solver in ("euler", "lcm"):
         first, last = shift_sigma(np.array([1, LEAST_SIGMA]), shift)  # diffusers shifts the last level twice
         sigma = shift_sigma(np.linspace(first, last, steps), shift)
         timesteps = 1000 * sigma

@@ -10,7 +10,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from jsurgery.config import LARGEST, base, flatten, validate
+from jsurgery.config import ITEMS, LARGEST, base, flatten, validate
 from jsurgery.errors import InputError, did_you_mean
 
 PATHS = ("model.path", "data.path", "prompts", "plan.costs")  # the fields that may begin with ~
@@ -121,6 +121,13 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         value = float(value) if abs(value) <= LARGEST else float("inf" if value > 0 else "-inf")
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
+    if field in ITEMS and isinstance(value, tuple):
+        value, fits = items_of_type(value, ITEMS[field])
+        if not fits:
+            raise InputError(f"config.{field}: expected a list of {ITEMS[field].__name__}, found {text!r}")
+        with node.ignore_type():
+            node[leaf] = value
+        return
     fits = type(value) is type(old)
     if isinstance(value, tuple) and isinstance(old, tuple):
         fits = {type(item) for item in value} <= {type(item) for item in old}
@@ -128,3 +135,10 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")
     with node.ignore_type():
         node[leaf] = value
+
+
+def items_of_type(items: tuple, kind: type) -> tuple[tuple, bool]:
+    """The items, whole numbers as floats where `kind` is float, and whether all are of that kind."""
+    whole = lambda item: kind is float and type(item) is int and abs(item) <= LARGEST
+    converted = tuple(float(item) if whole(item) else item for item in items)
+    return converted, all(type(item) is kind for item in converted)

@@ -48,7 +48,7 @@ from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size

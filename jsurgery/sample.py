@@ -18,28 +18,37 @@ from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
 from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.progress import Progress, say
-from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.models import CONFIGS, find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.pipeline import batched, configured_pipeline
 from jsurgery.wan.schedulers import say_replaced, scheduler_settings
+from jsurgery.wan.tell_model import default_settings, say_model, tell_model
 from jsurgery.wan.video_size import check_size
 
 
 def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
-    """The config `name`; by default the config for the model's size, with the solver and shift of its scheduler."""
+    """The config `name`; by default the config for the model, with the settings that its makers sample with.
+
+    Of these, the solver and the shift are those of the folder's scheduler, unless the model takes few steps.
+    """
     overrides = {"trace.keep_steps": "1"} | overrides  # else a rule for `trace` would forbid few steps
-    if name is None:
-        folder = model_path(overrides.setdefault("model.path", "tiny_wan"))
-        base = pipeline_folder(folder)  # first, since it names what a folder of another kind needs
-        name = CONFIGS.get(read_config(transformer_folder(folder)).dim, "tiny")
-        settings, remarks = scheduler_settings(base)
-        config = load_config(name, settings | overrides)
-        if not {"sampler.solver", "sampler.shift"} <= overrides.keys():
-            say_replaced(base, remarks, config.sampler.solver, config.sampler.shift)
-        return config
-    return load_config(name, overrides)
+    if name is not None:
+        return load_config(name, overrides)
+    path = overrides.setdefault("model.path", "tiny_wan")
+    told = tell_model(path, overrides.get("model.kind", ""))
+    say_model(path, told)
+    base = pipeline_folder(model_path(path))
+    settings, remarks = scheduler_settings(base)
+    defaults = default_settings(told.model, overrides)
+    settings = settings | defaults if told.model.few_steps else defaults | settings
+    config = load_config(told.model.config, settings | overrides)
+    if (told.model.scheduler or not told.model.few_steps) and not {
+        "sampler.solver",
+        "sampler.shift",
+    } <= overrides.keys():
+        say_replaced(base, remarks, config.sampler.solver, config.sampler.shift)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +145,18 @@ def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[s
         "prompt": request.prompt,
         "number": request.number,
         "seed": request.seed,
-        **recorded_section(config, "sampler", without=["guidance_batched"]),
+        **{name: listed(value) for name, value in recorded_section(config, "sampler", ["guidance_batched"]).items()},
         **recorded_section(config, "video"),
         "text_length": config.text_length,
         "dtype": config.model.dtype,
         "model": model_path(config.model.path).name,
         "transformer": identity,
     }
+
+
+def listed(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def has_matching_video(file: epath.Path, expected: dict[str, Any]) -> bool:

@@ -180,6 +180,7 @@ def wan_folder(folder, config, scheduler):
         (folder / part).mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text(json.dumps(config.to_json()))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return {"model.path": str(folder)}
 
 

@@ -22,7 +22,7 @@ from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, m
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.cost import Workload, distillation_flops, model_flops, workload
 from jsurgery.wan.model_folder import model_path, transformer_folder
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size, latent_grid
 

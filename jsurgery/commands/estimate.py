@@ -1,4 +1,4 @@
-"""Estimates of what a model or a stage needs, without running it: cost, compile, roofline."""
+"""Estimates of what a model or a stage needs, without running it: models, cost, compile, roofline."""
 
 import pathlib
 
@@ -11,6 +11,7 @@ from jsurgery.commands.options import (
     add_json,
     given_fields,
     positive,
+    takes_no_config,
 )
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config, split_topology
@@ -19,6 +20,11 @@ FEATURE_MAPS = ("polynomial", "hedgehog")
 
 
 def add(commands: Commands) -> None:
+    text = "List the published models: which are read, what their makers sample them with, and what fits on a machine."
+    command = commands.add_without_config("models", run_models, text)
+    command.add_argument("--topology", default="", help="TPUs or GPUs, such as v5e-8 or h100 (default: this machine).")
+    add_json(command)
+
     text = "Count parameters, FLOPs and bytes of a block and of the network. This needs no weights."
     command = commands.add("cost", run_cost, text)
     add_fields(command, VIDEO_FIELDS)
@@ -48,6 +54,13 @@ def add(commands: Commands) -> None:
     text = "Files written by `compile --json`, whose FLOPs and bytes replace those of the cost model."
     command.add_argument("--compiled", nargs="+", default=[], metavar="FILE", help=text)
     add_json(command)
+
+
+def run_models(options: Options, overrides: Overrides) -> None:
+    takes_no_config(options, overrides)
+    from jsurgery.estimate.model_table import show_models
+
+    show_models(options.topology, options.json)
 
 
 def run_cost(options: Options, overrides: Overrides) -> None:

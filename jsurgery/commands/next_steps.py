@@ -20,6 +20,7 @@ STEPS = {
     "report": ("{workdir}/report.html, a page for the browser", "jsurgery sample --model={workdir}/model --prompt='…'"),
     "report --compare": ("{output}, a page for the browser", "jsurgery push --model=RUN/model --repo=ORG/NAME"),
     "sample": ("{output}", "another --seed, --steps or --guidance; `jsurgery sample --help` lists all"),
+    "models": ("{json}", "jsurgery sample --model=MODEL --prompt='…', with a folder or a repository of one of them"),
     "cost": ("{json}", "jsurgery surgery {config} --workdir=RUN --dry_run, which tells memory, disk and hours"),
     "compile": ("{json}", "jsurgery roofline {config} --compiled FILE, with the FILE of --json"),
     "roofline": ("{json}", "jsurgery surgery {config} --workdir=RUN --dry_run, which tells memory and disk"),

@@ -16,6 +16,7 @@ RunCommand = Callable[[Options, Overrides], None]
 VIDEO_FIELDS = {name: f"video.{name}" for name in ("frames", "height", "width")}
 SAMPLE_FIELDS = {
     "model": "model.path",
+    "kind": "model.kind",
     **VIDEO_FIELDS,
     "steps": "sampler.steps",
     "guidance": "sampler.guidance",

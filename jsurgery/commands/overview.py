@@ -20,7 +20,7 @@ GROUPS = {
     "Judge a model": (
         "evaluate fidelity", "evaluate vbench", "evaluate vbench-results", "evaluate study", "evaluate study-results",
     ),
-    "Know the cost before": ("cost", "compile", "roofline"),
+    "Know the cost before": ("models", "cost", "compile", "roofline"),
     "Move a model": ("convert", "export", "push"),
     "Check and measure": ("verify", "bench", "ablate", "train"),
     "Set up the shell": ("completion",),

@@ -22,7 +22,7 @@ from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.video_size import check_size
 

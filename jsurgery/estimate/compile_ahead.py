@@ -26,7 +26,7 @@ from jsurgery.runtime.mesh import is_given, make_mesh, mesh_sizes
 from jsurgery.runtime.progress import say
 from jsurgery.surgery.phases import on_mesh, planned_rates
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from pallas_kernels import estimate
 
 SHOWN_BUFFERS = 8

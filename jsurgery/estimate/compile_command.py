@@ -30,7 +30,7 @@ from jsurgery.runtime.mesh import make_mesh, mesh_sizes
 from jsurgery.runtime.mesh_choice import USABLE, describe_mesh
 from jsurgery.runtime.progress import say
 from jsurgery.surgery.phases import COMPUTING, phases_of
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 
 COMMANDS = {"surgery": COMPUTING, "sample": ("sample",)}
 

@@ -34,7 +34,7 @@ from jsurgery.wan.cost import (
     workload,
 )
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.vae_cost import vae_cost
 from jsurgery.wan.video_size import num_tokens
 

@@ -27,7 +27,7 @@ from jsurgery.surgery.phases import COMPUTING, on_mesh, phases_of
 from jsurgery.surgery.plan import check_budget
 from jsurgery.wan import memory
 from jsurgery.wan.memory import Phase, on_sampling_mesh
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.vae_cost import vae_cost
 
 EFFICIENCY = 0.4  # of the peak rates, for the hours

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from jsurgery.errors import DoesNotFit
 from jsurgery.estimate.chips import GPUS, MACHINES, parse_topology
 from jsurgery.surgery.phases import on_mesh
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 
 PODS = ("v5e:4x4", "v5e:8x8", "v6e:4x4", "v6e:8x8", "v5p:2x2x2", "v5p:4x4x4", "v5p:4x4x8", "v5p:8x8x8")
 

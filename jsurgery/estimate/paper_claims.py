@@ -4,7 +4,7 @@ from typing import Any
 
 from jsurgery.rates import Rate
 from jsurgery.wan.cost import Workload, block_flops, feature_map_cost, savings, share
-from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.model_sizes import PUBLISHED
 from jsurgery.wan.video_size import num_tokens
 
 # Table 7 as printed: degree, layers, millions of parameters, GFLOP of a feature map.

@@ -30,7 +30,7 @@ from jsurgery.wan.cost import distillation_flops, model_flops, workload
 from jsurgery.wan.guidance import sampling_step
 from jsurgery.wan.memory import abstract_transformer, hybrid_network
 from jsurgery.wan.model_config import VaeConfig, WanConfig
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 from jsurgery.wan.prompt_embedder import BATCH, run_layer
 from jsurgery.wan.text_encoder import Block, mask_bias
 from jsurgery.wan.torch_layout import mirrored_shapes
@@ -87,7 +87,7 @@ def spread_inputs(config: ConfigDict, network: WanConfig, mesh: Mesh, batch: int
 def schedule_row(config: ConfigDict, mesh: Mesh) -> Any:
     """Shapes of one row of the sampler's schedule, on every device."""
     sampler = config.sampler
-    row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift).row(0))
+    row = jax.tree.map(np.asarray, schedule(sampler.solver, sampler.steps, sampler.shift, sampler.timesteps).row(0))
     return with_shardings(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), row), sharding(mesh))
 
 

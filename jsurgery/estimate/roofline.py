@@ -32,7 +32,7 @@ from jsurgery.wan.cost import (
     workload,
 )
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import ModelSizes, find_sizes
+from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.vae_cost import vae_cost
 
 PAPER_GPU_HOURS = 400  # the paper's upper bound for Wan2.1 1.3B, without data synthesis

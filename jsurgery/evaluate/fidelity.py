@@ -50,7 +50,7 @@ from jsurgery.wan.checkpoint import load_transformer, read_config
 from jsurgery.wan.guidance import guided_velocity
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_folder
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.pipeline import Pipeline, batched, configured_pipeline
 from jsurgery.wan.video_size import check_size
 
@@ -278,7 +278,7 @@ def velocities(
 ) -> np.ndarray:
     """The transformer's velocity, guided as in sampling, at every x_t of trajectories: float32 [S, B, T, H, W, C]."""
     sampler = config.sampler
-    schedule_rows = schedule(sampler.solver, sampler.steps, sampler.shift)
+    schedule_rows = schedule(sampler.solver, sampler.steps, sampler.shift, sampler.timesteps)
     rows = pipeline.filled(len(prompts), config)
     text = pipeline.embed([prompts[row] for row in rows], config.text_length)
     negative_text = None if sampler.guidance == 1 else pipeline.embed([sampler.negative_prompt], config.text_length)

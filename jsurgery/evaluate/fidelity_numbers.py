@@ -76,7 +76,9 @@ def collect(
 ) -> dict[str, Any]:
     """Means over prompts at every duration, of the models in `names` (name -> folder). Infinite PSNR becomes None."""
     kept = evenly_spaced_steps(config.sampler.steps, min(STEPS, config.sampler.steps))
-    timesteps = schedule(config.sampler.solver, config.sampler.steps, config.sampler.shift).timestep[kept]
+    timesteps = schedule(
+        config.sampler.solver, config.sampler.steps, config.sampler.shift, config.sampler.timesteps
+    ).timestep[kept]
     result: dict[str, Any] = {"timesteps": timesteps.tolist(), "durations": []}
     for frames in durations:
         seconds = np.arange(frames) / config.video.fps

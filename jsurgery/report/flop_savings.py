@@ -11,7 +11,7 @@ from jsurgery.io.results import si_prefix
 from jsurgery.rates import Rate, rate_key
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.wan.cost import Workload, block_flops, core_flops, model_flops
-from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.model_sizes import PUBLISHED
 from jsurgery.wan.video_size import num_tokens
 
 FULL_SIZE = {

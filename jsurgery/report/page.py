@@ -31,7 +31,7 @@ from jsurgery.runtime.progress import clock
 from jsurgery.version import __version__
 from jsurgery.wan.cost import Workload, parameters, workload
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.model_sizes import PUBLISHED
 
 TINY = 100_000_000  # parameters under which a model is called tiny
 PROJECT = "https://github.com/jsurgery/jsurgery"

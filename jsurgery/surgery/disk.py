@@ -16,7 +16,7 @@ from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.phases import largest_hybrid
 from jsurgery.surgery.trace import traced_prompts
 from jsurgery.wan import memory
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 
 GB = 1e9
 VIDEO_BYTES = 2_000_000  # of an mp4 in the report, about

@@ -22,7 +22,7 @@ from jsurgery.wan import memory
 from jsurgery.wan.cost import Workload, core_flops, model_bytes, model_flops
 from jsurgery.wan.memory import Phase, device_bytes
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 
 AnyMesh = Mesh | AbstractMesh
 COMPUTING = ("trace", "distill", "finetune", "evaluation")  # the stages that compute on a mesh

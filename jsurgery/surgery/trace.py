@@ -47,7 +47,7 @@ def trace(
     text_records = (text_record(*each, config.text_length) for each in zip(embeddings, words, strict=True))
     processes.on_first(lambda: write_shard(shard_path(folder / "text", 0), text_records))
     kept = evenly_spaced_steps(sampler.steps, config.trace.keep_steps)
-    timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift).timestep[kept]
+    timesteps = schedule(config.trace.solver, sampler.steps, sampler.shift, sampler.timesteps).timestep[kept]
     with config.unlocked():
         traced = config.copy_and_resolve_references()
     traced.sampler.solver = config.trace.solver

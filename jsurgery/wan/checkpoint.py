@@ -30,8 +30,8 @@ from jsurgery.wan.model_config import (
     WanConfig,
     read_text_encoder_config,
     read_vae_config,
-    task_of,
 )
+from jsurgery.wan.models import task_of
 from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.torch_layout import check_fit, load_mirrored, mirrored_shapes, mirrored_tensors

@@ -21,6 +21,7 @@ from flax import nnx
 from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
+from jsurgery.wan.models import foreign_tensor
 from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.torch_layout import check_fit, fill
 
@@ -104,8 +105,6 @@ _OTHER_MODELS = {
     "token_embedding.": "a UMT5 text encoder",
     "decoder.": "a VAE",
 }
-# Tensors that only Wan's models for other tasks have: image to video, control, editing.
-_OTHER_TASKS = re.compile(r"img_emb|image_embedder|k_img|add_k_proj|vace|control_adapter|ref_conv")
 
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 _MAP_LAYER = re.compile(rf"({QUERY_MAP}|{KEY_MAP})\.\d+\.")
@@ -134,7 +133,7 @@ def transformer_layout(names: Iterable[str], source: epath.PathLike = "weights")
         kinds = (kind for prefix, kind in _OTHER_MODELS.items() if any(name.startswith(prefix) for name in names))
         actual = next(kinds, f"tensors such as {min(names)}" if names else "no tensor")
         raise InputError(f"{source}: expected the weights of a Wan transformer, found {actual}")
-    if other := next((name for name in names if _OTHER_TASKS.search(name)), None):
+    if other := foreign_tensor(names):
         raise InputError(f"{source}: expected a text-to-video model of Wan2.1, found {other}, which has another task")
     return layout
 

@@ -24,7 +24,7 @@ from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.cost import added_parameters
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 from jsurgery.wan.prompt_embedder import BATCH, PASS
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
@@ -240,6 +240,7 @@ def on_sampling_mesh(
     batch: int,
     devices: Sequence[Any] | int | None = None,
     capacity: int | None = None,
+    **options: Any,
 ) -> ConfigDict:
     """The config of a command that samples, with the mesh that it names or that `choose_mesh` finds.
 
@@ -250,4 +251,5 @@ def on_sampling_mesh(
         devices = jax.local_devices()
         capacity = device_memory(devices[0])
     peak = lambda mesh: max(phase.bytes for phase in sampling_phases(config, sizes, mesh, batch, batch))
-    return choose_mesh(command, config, batch, sizes.transformer.num_attention_heads, peak, devices, capacity)
+    heads = sizes.transformer.num_attention_heads
+    return choose_mesh(command, config, batch, heads, peak, devices, capacity, **options)

@@ -16,23 +16,13 @@ from jsurgery.io.fields import check_fields, check_known
 from jsurgery.io.files import read_object
 from jsurgery.rates import Rate
 from jsurgery.runtime.progress import say
+from jsurgery.wan.models import task_of
 
 # The `_class_name` of a transformer's config.json: diffusers', ours for a hybrid, and the original repository's.
 CLASS_NAME = "WanTransformer3DModel"
 HYBRID_CLASS_NAME = "HybridWanTransformer3DModel"
 ORIGINAL_CLASS_NAME = "WanModel"
 VAE_CLASS_NAME = "AutoencoderKLWan"
-
-# Parts of the names of other models' classes and of `model_type` in the original repository -> the task.
-TASKS = {
-    "vace": "VACE, for editing",
-    "animate": "Wan Animate, which follows a driving video",
-    "s2v": "speech to video",
-    "ti2v": "Wan2.2 TI2V 5B, text or image to video",
-    "flf2v": "first and last frame to video",
-    "i2v": "image to video",
-    "imagetovideo": "image to video",
-}
 
 # A size's name in WanConfig -> its name in the original repository's config.json, which leaves out all other sizes.
 ORIGINAL_SIZES = {
@@ -287,9 +277,3 @@ def note_ignored(ignored: list[str], source: str) -> None:
     """Says once in a process which fields of a config are ignored; see `check_known`."""
     if ignored:
         _say_once(f"{source}: {', '.join(ignored)}: ignored, since jsurgery knows no such field")
-
-
-def task_of(name: object) -> str:
-    """What a model of this class or `model_type` is for, as the end of a message; empty for an unknown name."""
-    found = [task for part, task in TASKS.items() if part in str(name).lower()]
-    return f", which is {found[0]}; jsurgery reads text-to-video models of Wan2.1 alone" if found else ""

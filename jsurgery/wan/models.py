@@ -1,56 +1,303 @@
-"""The published Wan models: their sizes, and the jsurgery configs that fit them."""
+"""What a model is: the published checkpoints of the Wan family, those that jsurgery reads and those that it refuses.
+
+One table. Everything that tells checkpoints apart stands here, as does what their makers sample them with: names of
+classes, parts of model_index.json, tensors, sizes. It imports nothing, so that every reader can ask it.
+"""
 
 import dataclasses
-import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from ml_collections import ConfigDict
-
-from jsurgery.errors import InputError
-from jsurgery.load_config import split_topology
-from jsurgery.wan.checkpoint import read_config
-from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig, read_text_encoder_config, read_vae_config
-from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
-from jsurgery.wan.pipeline_parts import check_sizes
-
-# The transformers' sizes; both models have the default text encoder and VAE.
-PUBLISHED = {
-    "Wan2.1 1.3B": WanConfig(),
-    "Wan2.1 14B": WanConfig(num_attention_heads=40, num_layers=40, ffn_dim=13824),
-}
-
-# A config's name -> the published model that it is for.
-MODEL_OF_CONFIG = {"wan_1_3b": "Wan2.1 1.3B", "wan_1_3b_lowres": "Wan2.1 1.3B", "wan_14b": "Wan2.1 14B"}
-
-# A transformer's width -> the config for it. Every other width takes the config "tiny".
-CONFIGS = {1536: "wan_1_3b", 5120: "wan_14b"}
+# What Wan's makers lead every text-to-video sample away from (`sample_neg_prompt` of the original repository).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的手指，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of a pipeline's three models, without weights."""
+class Model:
+    """A published checkpoint, or a kind of them.
+
+    Attributes:
+      name: as people call it.
+      kind: its name for `--kind`.
+      repository: where it is published, in diffusers' layout if there is one.
+      task: what a model that jsurgery does not read is for; empty for those that it reads.
+      config: the shipped config for it.
+      transformer: the sizes in which its transformer differs from Wan2.1 1.3B, named as in WanConfig; None: any.
+      vae: what differs from Wan2.1's VAE, named as in diffusers' vae/config.json.
+      strides: pixels per latent along time, height and width.
+      defaults: config fields with the values that its makers sample with. A folder's own scheduler goes before the
+        solver and the shift, unless the model has `few_steps`.
+      pipelines: `_class_name`s in model_index.json that are read.
+      index: parts and values that a model_index.json of it has and others lack -> what they are.
+      words: parts of the names of its transformer's class in diffusers or of `model_type` in the original repository.
+      channels: the transformer's input channels, where they differ from the latents'.
+      tensors: a pattern for names of tensors that others lack.
+      scheduler: the `_class_name` in scheduler_config.json, where it tells the kind.
+      few_steps: distilled to few steps without guidance: its own sampler goes before that of any config.
+    """
 
     name: str
-    transformer: WanConfig
-    text_encoder: TextEncoderConfig
-    vae: VaeConfig
+    kind: str
+    repository: str = ""
+    task: str = ""
+    config: str = "tiny"
+    transformer: Mapping[str, Any] | None = None
+    vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    strides: tuple[int, int, int] = (4, 8, 8)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pipelines: tuple[str, ...] = ()
+    index: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    channels: int | None = None
+    tensors: str = ""
+    scheduler: str = ""
+    few_steps: bool = False
 
 
-def find_sizes(config: ConfigDict, config_name: str) -> ModelSizes:
-    """The sizes of the models in `config.model.path`; where it is empty, the published ones for the config's name.
+TEXT_TO_VIDEO = ("WanPipeline", "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
+SIZES_14B = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+SIZES_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+VAE_5B = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
+# diffusers' values for 480p, as in Wan2.1's folders; the original repository takes shift 5 (1.3B: 8, and guidance 6).
+WAN_2_1 = {
+    "sampler.solver": "unipc",
+    "sampler.steps": 50,
+    "sampler.shift": 3.0,
+    "sampler.guidance": 5.0,
+    "sampler.negative_prompt": NEGATIVE_PROMPT,
+    "video.fps": 16,
+}
+# Distribution matching: each step predicts the video and adds fresh noise; at the timesteps that it was trained at.
+FASTWAN = {
+    "sampler.solver": "lcm",
+    "sampler.steps": 3,
+    "sampler.timesteps": (1000.0, 757.0, 522.0),
+    "sampler.shift": 8.0,
+    "sampler.guidance": 1.0,
+    "sampler.negative_prompt": "",
+    "video.fps": 16,
+}
+# Its makers name the timesteps 1000, 750, 500 and 250 before the shift of 5.
+LIGHTX2V = FASTWAN | {
+    "sampler.steps": 4,
+    "sampler.timesteps": (1000.0, 937.5, 2500 / 3, 625.0),
+    "sampler.shift": 5.0,
+}
+CONSISTENCY = {
+    "sampler.solver": "lcm",
+    "sampler.steps": 4,
+    "sampler.shift": 3.0,
+    "sampler.guidance": 1.0,
+    "sampler.negative_prompt": "",
+}
 
-    Raises InputError where it is empty and nothing is published for that name.
-    """
-    path = config.model.path
-    if not path:
-        published = MODEL_OF_CONFIG.get(pathlib.PurePath(split_topology(config_name)[0]).stem)
-        if published is None:
-            expected = f"a model folder, for sizes are published for {', '.join(MODEL_OF_CONFIG)} only"
-            raise InputError(f"config.model.path: (empty): expected {expected}; found --config={config_name}")
-        return ModelSizes(published, PUBLISHED[published], TextEncoderConfig(), VaeConfig())
-    folder = model_path(path)
-    transformer = read_config(transformer_folder(folder))
-    name = next((name for name, sizes in PUBLISHED.items() if sizes == transformer), pathlib.PurePath(path).name)
-    base = pipeline_folder(folder)
-    text_encoder, vae = read_text_encoder_config(base / "text_encoder"), read_vae_config(base / "vae")
-    check_sizes(transformer, vae, text_encoder, folder)
-    return ModelSizes(name, transformer, text_encoder, vae)
+MODELS = (
+    Model(
+        "Wan2.1 1.3B",
+        "wan2.1-1.3b",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        config="wan_1_3b",
+        transformer={},
+        defaults=WAN_2_1,
+        pipelines=TEXT_TO_VIDEO,
+    ),
+    Model(
+        "Wan2.1 14B",
+        "wan2.1-14b",
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        config="wan_14b",
+        transformer=SIZES_14B,
+        defaults=WAN_2_1,
+        pipelines=TEXT_TO_VIDEO,
+    ),
+    Model(
+        "tiny",
+        "tiny",
+        "bundled as tiny_wan",
+        transformer={
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "in_channels": 8,
+            "out_channels": 8,
+            "text_dim": 64,
+            "ffn_dim": 512,
+            "num_layers": 6,
+        },
+        pipelines=TEXT_TO_VIDEO,
+    ),
+    Model(
+        "Wan2.2 TI2V 5B",
+        "wan2.2-5b",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        task="Wan2.2 TI2V 5B, text or image to video",
+        transformer=SIZES_5B,
+        vae=VAE_5B,
+        strides=(4, 16, 16),
+        defaults=WAN_2_1 | {"sampler.shift": 5.0, "video.fps": 24},
+        pipelines=TEXT_TO_VIDEO,
+        index={"expand_timesteps": "a noise level for each token, as in Wan2.2 TI2V 5B"},
+        words=("ti2v",),
+        channels=48,
+    ),
+    Model(
+        "FastWan2.1 14B",
+        "fastwan2.1-14b",
+        "FastVideo/FastWan2.1-T2V-14B-480P-Diffusers",
+        config="wan_14b",
+        transformer=SIZES_14B,
+        defaults=FASTWAN,
+        pipelines=("WanDMDPipeline",),
+        few_steps=True,
+    ),
+    Model(
+        "FastWan2.1 1.3B",
+        "fastwan2.1-1.3b",
+        "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+        config="wan_1_3b",
+        transformer={},
+        defaults=FASTWAN,
+        pipelines=("WanDMDPipeline",),
+        few_steps=True,
+    ),
+    Model(
+        "FastWan2.2 5B",
+        "fastwan2.2-5b",
+        "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+        task="FastWan2.2 5B, a few-step Wan2.2 TI2V 5B",
+        transformer=SIZES_5B,
+        vae=VAE_5B,
+        strides=(4, 16, 16),
+        defaults=FASTWAN | {"sampler.shift": 5.0, "video.fps": 24},
+        pipelines=("WanDMDPipeline",),
+        few_steps=True,
+    ),
+    Model(
+        "lightx2v 14B",
+        "lightx2v-14b",
+        "lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill",
+        config="wan_14b",
+        transformer=SIZES_14B,
+        defaults=LIGHTX2V,
+        few_steps=True,
+    ),
+    Model(
+        "consistency",
+        "consistency",
+        "any folder with its scheduler",
+        defaults=CONSISTENCY,
+        pipelines=TEXT_TO_VIDEO,
+        scheduler="FlowMatchLCMScheduler",
+        few_steps=True,
+    ),
+    Model(
+        "Wan2.2 T2V-A14B",
+        "wan2.2-t2v-a14b",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        task="two experts, one for the high noise levels and one for the low",
+        transformer=SIZES_14B,
+        index={
+            "transformer_2": "a second expert for the low noise levels, as Wan2.2 A14B has",
+            "boundary_ratio": "the noise level at which a second expert takes over, as in Wan2.2 A14B",
+        },
+    ),
+    Model(
+        "FastWan with VSA",
+        "fastwan-vsa",
+        "FastVideo/FastWan2.1-T2V-1.3B-Diffusers",
+        task="FastWan's video sparse attention, which has a gate in every block",
+        tensors=r"to_gate_compress",
+    ),
+    Model(
+        "Wan VACE",
+        "vace",
+        "Wan-AI/Wan2.1-VACE-14B-diffusers",
+        task="VACE, for editing",
+        words=("vace",),
+        channels=96,
+        tensors=r"vace",
+    ),
+    Model(
+        "Wan Animate",
+        "animate",
+        "Wan-AI/Wan2.2-Animate-14B-Diffusers",
+        task="Wan Animate, which follows a driving video",
+        words=("animate",),
+        tensors=r"motion_encoder|face_adapter|face_encoder",
+    ),
+    Model(
+        "Wan S2V",
+        "s2v",
+        "Wan-AI/Wan2.2-S2V-14B",
+        task="speech to video",
+        words=("s2v",),
+        tensors=r"casual_audio_encoder|audio_injector",
+    ),
+    Model(
+        "Wan FLF2V",
+        "flf2v",
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+        task="first and last frame to video",
+        words=("flf2v",),
+    ),
+    Model(
+        "Wan I2V",
+        "i2v",
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        task="image to video",
+        index={
+            "image_encoder": "an image encoder, as image to video has",
+            "image_processor": "an image encoder's input, as image to video has",
+        },
+        words=("i2v", "imagetovideo"),
+        channels=36,
+        tensors=r"img_emb|image_embedder|k_img|add_k_proj",
+    ),
+    Model(
+        "Wan Fun control",
+        "fun-control",
+        "alibaba-pai/Wan2.1-Fun-V1.1-14B-Control",
+        task="control",
+        channels=52,
+        tensors=r"control_adapter|ref_conv",
+    ),
+)
+
+BY_KIND = {model.kind: model for model in MODELS}
+READ = tuple(model for model in MODELS if not model.task)
+REFUSED = tuple(model for model in MODELS if model.task)
+
+# Parts and values of a model_index.json that text to video of Wan2.1 lacks -> what they are. Null or false ones are
+# harmless.
+FOREIGN_PARTS = {part: meaning for model in REFUSED for part, meaning in model.index.items()}
+_FOREIGN_TENSORS = re.compile("|".join(model.tensors for model in REFUSED if model.tensors))
+
+
+def task_of(name: object) -> str:
+    """What a model of this class or `model_type` is for, as the end of a message; empty for an unknown name."""
+    text = str(name).lower()
+    found = [model.task for model in REFUSED if any(word in text for word in model.words)]
+    return f", which is {found[0]}; jsurgery reads text-to-video models of Wan2.1 alone" if found else ""
+
+
+def task_of_channels(channels: int) -> str:
+    """What a transformer with so many input channels is for, likewise."""
+    return next((f", as for {model.task}" for model in REFUSED if model.channels == channels), "")
+
+
+def foreign_tensor(names: list[str]) -> str | None:
+    """The first of the tensors' names that only models for other tasks have; None if there is none."""
+    return next((name for name in names if _FOREIGN_TENSORS.search(name)), None)

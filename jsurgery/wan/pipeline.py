@@ -116,7 +116,7 @@ class Pipeline:
             [prompts[row] for row in rows], config, [numbered[row] for row in rows]
         )
         keys = [jax.random.fold_in(jax.random.key(seed), number) for seed, number in numbered]
-        steps = schedule(sampler.solver, sampler.steps, sampler.shift)
+        steps = schedule(sampler.solver, sampler.steps, sampler.shift, sampler.timesteps)
         keys = step_keys(steps, keys[0] if sources is None else jnp.stack([keys[row] for row in rows]))
         state, trajectory = initial_state(noise), []
         if self.transformer.device_mesh is not None:

@@ -11,33 +11,19 @@ from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, shortened
 from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.models import FOREIGN_PARTS, READ, TEXT_TO_VIDEO, task_of, task_of_channels
 
 INDEX = "model_index.json"
 PIPELINE = {
-    "_class_name": "WanPipeline",
+    "_class_name": TEXT_TO_VIDEO[0],
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "T5TokenizerFast"],
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
-PIPELINES = (PIPELINE["_class_name"], "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
+PIPELINES = tuple(dict.fromkeys(name for model in READ for name in model.pipelines))
 PARTS = tuple(name for name in PIPELINE if name != "_class_name")
-# Parts and values of other pipelines of the Wan family -> what they belong to. Null or false ones are harmless.
-FOREIGN = {
-    "transformer_2": "a second expert for the low noise levels, as Wan2.2 A14B has",
-    "boundary_ratio": "the noise level at which a second expert takes over, as in Wan2.2 A14B",
-    "expand_timesteps": "a noise level for each token, as in Wan2.2 TI2V 5B",
-    "image_encoder": "an image encoder, as image to video has",
-    "image_processor": "an image encoder's input, as image to video has",
-}
-# Numbers of input channels beside 16 latents -> the task.
-CHANNELS = {
-    36: "image to video (latents, an image's latents and a mask)",
-    48: "Wan2.2 TI2V 5B",
-    52: "control",
-    96: "VACE",
-}
 
 
 def check_index(folder: epath.Path) -> None:
@@ -47,18 +33,20 @@ def check_index(folder: epath.Path) -> None:
     """
     file = folder / INDEX
     if not file.exists():
-        for name in FOREIGN:
+        for name, meaning in FOREIGN_PARTS.items():
             if (folder / name).is_dir():
-                raise InputError(f"{folder / name}: {FOREIGN[name]}; a text-to-video Wan2.1 has no such part")
+                raise InputError(f"{folder / name}: {meaning}; a text-to-video Wan2.1 has no such part")
         return
     fields = read_object(file, "the parts of a diffusers pipeline as JSON")
     if (name := fields.get("_class_name", PIPELINES[0])) not in PIPELINES:
-        raise InputError(f"{file}: expected a {PIPELINES[0]}, text to video of Wan2.1; found {shortened(name)}")
+        raise InputError(
+            f"{file}: expected a {PIPELINES[0]}, text to video of Wan2.1; found {shortened(name)}{task_of(name)}"
+        )
     for name, value in fields.items():
         absent = not value or (isinstance(value, list) and not any(value))
         if name.startswith("_") or name in PARTS or absent:
             continue
-        meaning = FOREIGN.get(name, "which jsurgery does not know, and which may change the videos")
+        meaning = FOREIGN_PARTS.get(name, "which jsurgery does not know, and which may change the videos")
         raise InputError(f"{file}: {name}: {meaning}; expected the parts of a text-to-video Wan2.1 alone")
 
 
@@ -66,7 +54,7 @@ def check_sizes(transformer: WanConfig, vae: VaeConfig, text_encoder: TextEncode
     """Raises InputError, naming the pipeline `folder`, where one part's output is not what the next part takes."""
     taken, left, channels = transformer.in_channels, transformer.out_channels, vae.z_dim
     if taken != channels:
-        task = f", as for {CHANNELS[taken]}" if taken in CHANNELS else ""
+        task = task_of_channels(taken)
         raise InputError(f"{folder}: the transformer takes {taken} channels{task}, the VAE has {channels}")
     if left != taken:
         raise InputError(f"{folder}: the transformer takes {taken} channels and leaves {left}; expected as many")

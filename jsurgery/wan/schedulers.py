@@ -9,8 +9,8 @@ from jsurgery.runtime.progress import say
 
 FILE = "scheduler/scheduler_config.json"
 SHIFTS = ("flow_shift", "shift")  # the field of the shift in schedulers that also know other models, and in the others
-# A scheduler's class -> our solver. Of the first two our steps are the same, the others are replaced.
-SAME = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+# A scheduler's class -> our solver. Of these our steps are the same, the others are replaced.
+SAME = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler", "FlowMatchLCMScheduler": "lcm"}
 SIMILAR = {
     "DPMSolverMultistepScheduler": "unipc",
     "DPMSolverSinglestepScheduler": "unipc",
@@ -20,7 +20,6 @@ SIMILAR = {
     "FlowDPMSolverMultistepScheduler": "unipc",
     "EulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "euler",
-    "FlowMatchLCMScheduler": "euler",
 }
 # Fields that change the steps, with the only values that our solvers follow. null means the same.
 FOLLOWED: dict[str, tuple[Any, ...]] = {
@@ -44,6 +43,7 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {
     "stochastic_sampling": (False,),
     "sigma_min": (),
     "sigma_max": (),
+    "scale_factors": (),
 }
 
 

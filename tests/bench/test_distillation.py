@@ -16,7 +16,7 @@ from jsurgery.surgery.distillation.teacher_pass import DistillSpec, visit_blocks
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.wan.cost import distillation_flops, model_flops, workload
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.transformer import WanTransformer
 
 RATES = (2, 4, 8, "linear")

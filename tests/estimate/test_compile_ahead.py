@@ -20,7 +20,7 @@ from jsurgery.runtime.mesh import make_mesh
 from jsurgery.runtime.optimizer import adamw, initial_train_state
 from jsurgery.surgery.finetune import make_update
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
-from jsurgery.wan.models import ModelSizes
+from jsurgery.wan.model_sizes import ModelSizes
 from jsurgery.wan.transformer import WanTransformer
 from tests.conftest import needs_libtpu
 

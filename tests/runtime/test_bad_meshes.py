@@ -88,7 +88,7 @@ def test_shipped_presets_run_or_say_what_they_lack(name):
     from jsurgery.estimate.chips import parse_topology
     from jsurgery.runtime.mesh import abstract_mesh, check_batch, check_heads
     from jsurgery.surgery.phases import COMPUTING, on_mesh, stage_batch
-    from jsurgery.wan.models import find_sizes
+    from jsurgery.wan.model_sizes import find_sizes
 
     with pytest.raises(InputError, match="expected a topology that .* knows") as raised:
         load_config(f"{name}@v4:2x2")

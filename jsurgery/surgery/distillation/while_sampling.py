@@ -75,7 +75,9 @@ class Trajectories:
         self.config, self.texts, self.prompts = config, Records(texts), prompts
         self.shape, self.mesh, self.batch = shape, mesh, config.distill.batch
         self.rows, self.guidance = local_rows(mesh, self.batch), config.sampler.guidance
-        self.schedule = schedule(config.trace.solver, config.sampler.steps, config.sampler.shift)
+        self.schedule = schedule(
+            config.trace.solver, config.sampler.steps, config.sampler.shift, config.sampler.timesteps
+        )
 
     def text(self, number: int) -> tuple[jax.Array, jax.Array | None]:
         """Embeddings [B, L, D] of a batch's prompts, and the negative prompt's as often unless guidance is 1."""

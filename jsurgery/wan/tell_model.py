@@ -1,0 +1,106 @@
+"""Which model of the table `models` a folder holds: told by configs where they decide, otherwise by `--kind`."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from etils import epath
+
+from jsurgery.errors import InputError, did_you_mean
+from jsurgery.io.files import read_object
+from jsurgery.runtime.progress import say
+from jsurgery.wan.checkpoint import read_config
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.model_sizes import CONFIGS, network_of
+from jsurgery.wan.models import BY_KIND, MODELS, READ, Model
+from jsurgery.wan.pipeline_parts import INDEX
+from jsurgery.wan.schedulers import FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class ToldModel:
+    """A row of the table, and what told it: "--kind", "its scheduler", "its pipeline" or "its sizes"."""
+
+    model: Model
+    by: str
+    remark: str = ""  # what could not be told, for a line
+
+
+def tell_model(path: str, kind: str = "") -> ToldModel:
+    """The model at `config.model.path`. With `kind` it is that one, if the transformer has its sizes.
+
+    A model of other sizes is a row of its own, with the config for its width. Reads configs alone. Raises InputError
+    for an unknown kind, one that jsurgery does not read, and one of other sizes.
+    """
+    folder = model_path(path)
+    base, network = pipeline_folder(folder), read_config(transformer_folder(folder))
+    if kind:
+        return ToldModel(kind_that_fits(kind, network, path), "--kind")
+    config = CONFIGS.get(network.dim, "tiny")
+    class_name = lambda file: read_object(file).get("_class_name") if file.exists() else None
+    scheduler, pipeline = class_name(base / FILE), class_name(base / INDEX)
+    if found := next((model for model in READ if model.scheduler and model.scheduler == scheduler), None):
+        return ToldModel(dataclasses.replace(found, config=config), "its scheduler")
+    same = [model for model in READ if model.transformer is not None and has_sizes(network, model)]
+    if pipeline and (found := next((model for model in same if model.few_steps and pipeline in model.pipelines), None)):
+        return ToldModel(found, "its pipeline")
+    plain = next((model for model in same if not model.few_steps), None)
+    if plain is None:
+        return ToldModel(Model(epath.Path(path).name, "", config=config), "its sizes")
+    return ToldModel(plain, "its sizes", "" if (base / INDEX).exists() else unsaid(plain))
+
+
+def default_settings(model: Model, overrides: Mapping[str, str]) -> dict[str, str]:
+    """The settings of a model's makers as overrides of a config, beneath those that the user gives.
+
+    A number of steps that the user gives takes the place of the model's own timesteps.
+    """
+    settings = {field: str(value) for field, value in model.defaults.items()}
+    if "sampler.steps" in overrides:
+        settings.pop("sampler.timesteps", None)
+    return settings
+
+
+def say_model(path: str, told: ToldModel) -> None:
+    """Says which model a folder is taken for, unless its sizes alone tell that."""
+    if told.model.defaults and (told.remark or told.by != "its sizes"):
+        own = ", with its own sampler" if told.model.few_steps else ""
+        say(f"{path}: {told.model.name} by {told.by}{own}{'; ' if told.remark else ''}{told.remark}")
+
+
+def kind_that_fits(kind: str, network: WanConfig, source: str) -> Model:
+    """The row of `kind`. Raises InputError for one that jsurgery does not read, or whose sizes the network lacks."""
+    model = known_kind(kind)
+    if model.transformer is None:
+        return dataclasses.replace(model, config=CONFIGS.get(network.dim, "tiny"))
+    if not has_sizes(network, model):
+        expected = size_text(network_of(model))
+        raise InputError(f"--kind={kind}: {source}: expected {expected}, found {size_text(network)}")
+    return model
+
+
+def known_kind(kind: str) -> Model:
+    """The row of `kind`. Raises InputError for an unknown one, and for one that jsurgery does not read."""
+    if kind not in BY_KIND:
+        known = ", ".join(model.kind for model in READ)
+        raise InputError(f"--kind={kind}: expected one of {known}{did_you_mean(kind, BY_KIND)}")
+    model = BY_KIND[kind]
+    if model.task:
+        raise InputError(f"--kind={kind}: {model.name}: {model.task}; jsurgery reads text-to-video models alone")
+    return model
+
+
+def has_sizes(network: WanConfig, model: Model) -> bool:
+    """Whether a transformer, operated or not, has the sizes of a row."""
+    return dataclasses.replace(network, hybrid=None) == network_of(model)
+
+
+def unsaid(model: Model) -> str:
+    """What the sizes of a transformer alone leave open."""
+    like = lambda row: row.transformer is not None and network_of(row) == network_of(model)
+    others = [row.name for row in MODELS if row.kind != model.kind and like(row)]
+    return f"{', '.join(others)} have the same tensors, which --kind tells apart" if others else ""
+
+
+def size_text(network: WanConfig) -> str:
+    return f"{network.num_layers} blocks of width {network.dim}, {network.in_channels} channels"
