@@ -24,6 +24,8 @@ def base() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # a model folder; "tiny_wan" is the bundled teacher
     c.model.kind = ""  # which published model it is, where its files do not tell (`jsurgery models`)
+    c.model.lora = ()  # LoRA files that are merged into the transformer's weights
+    c.model.lora_scale = ()  # the factor of each; (): 1
     c.model.dtype = "float32"  # of matmuls; trained parameters stay float32
     c.model.vae_dtype = "float32"  # of the VAE; "bfloat16" halves its memory (at 58 dB PSNR on the bundled model)
     c.model.remat = "none"  # what the backward pass recomputes: whole "blocks", or all but matrix products ("matmuls")
@@ -205,10 +207,12 @@ LATER_FIELDS: dict[str, Any] = {
     "distill.mode": "traces",
     "distill.error_steps": 0,
     "model.kind": "",
+    "model.lora": (),
+    "model.lora_scale": (),
     "sampler.timesteps": (),
 }
 # Fields whose default is an empty list -> the type of what it may hold.
-ITEMS: dict[str, type] = {"sampler.timesteps": float}
+ITEMS: dict[str, type] = {"sampler.timesteps": float, "model.lora": str, "model.lora_scale": float}
 # A field that has an effect only where another field has a certain value is recorded only there.
 EFFECTIVE_WHERE = {"distill.trajectories": ("distill.mode", "sampling")}
 
@@ -258,6 +262,11 @@ def validate(config: ConfigDict) -> None:
         for field in ("degree", "layers"):
             if config.hybrid[field] != 1:
                 raise InputError(f"config.hybrid.{field}: HedgeHog has 1, found {config.hybrid[field]}")
+    loras, scales = config.model.lora, config.model.lora_scale
+    if scales and len(scales) != len(loras):
+        raise InputError(f"config.model.lora_scale: expected one for each of {len(loras)} LoRAs, found {len(scales)}")
+    if not all(abs(scale) <= LARGEST for scale in scales):
+        raise InputError(f"config.model.lora_scale: expected finite numbers, found {scales}")
     check_timesteps(config.sampler.timesteps, config.sampler.steps)
     if config.trace.keep_steps > config.sampler.steps:
         raise InputError(

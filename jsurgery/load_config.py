@@ -121,6 +121,8 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         value = float(value) if abs(value) <= LARGEST else float("inf" if value > 0 else "-inf")
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
+    if field in ITEMS and ITEMS[field] is str and not text.startswith(("(", "[")):
+        value = (text,)
     if field in ITEMS and isinstance(value, tuple):
         value, fits = items_of_type(value, ITEMS[field])
         if not fits:

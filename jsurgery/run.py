@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ from jsurgery.surgery.plan import check_budget, plan, read_plan
 from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
+from jsurgery.wan.lora import check_loras, describe_loras, loras_of, with_lora_hashes
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
@@ -82,9 +84,11 @@ class Run:
         self.workdir, self._config_of = epath.Path(workdir), dict[str, ConfigDict]()
         self.teacher_path = model_path(config.model.path)
         self.model_config = check_pipeline(config.model.path)
+        self.loras = loras_of(config)
+        check_loras(self.model_config, self.loras)
         self._check_config()
         self.coming: Sequence[str] = ()
-        self.identity = folder_fingerprint(self.teacher_path)
+        self.identity = with_lora_hashes(folder_fingerprint(self.teacher_path), self.loras)
         self.stages = stage_folders(config, self.workdir, self.identity)
         blocks = self._chosen_blocks()
         self.job = None if blocks is None else job_folder(config, job_name(blocks), self.stages)
@@ -246,6 +250,11 @@ class Run:
         """The model from which a saved transformer takes its VAE and text encoder."""
         return self.config.model.path
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the config of a saved transformer also says: the LoRAs that are merged into it."""
+        return {"loras": describe_loras(self.loras)} if self.loras else {}
+
     def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
         """Writes the first frame that the teacher samples, so that the report shows an image early.
 
@@ -291,13 +300,14 @@ class Run:
 
     def save_hybrid(self, folder: epath.Path) -> None:
         plan, maps = self.plan_and_maps(self.config.finetune.distilled)
-        save_operated(transformer_folder(self.teacher_path), plan, maps, folder, self.base)
+        teacher = transformer_folder(self.teacher_path)
+        save_operated(teacher, plan, maps, folder, self.base, self.notes, self.loras)
 
     @functools.cached_property
     def teacher_to_train(self) -> WanTransformer:
         """The teacher with parameters in float32, to be trained or operated and then trained."""
         dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
-        teacher = load_transformer(transformer_folder(self.teacher_path), dtype, mesh)
+        teacher = load_transformer(transformer_folder(self.teacher_path), dtype, mesh, loras=self.loras)
         teacher.set_mesh(mesh, self.config.mesh.exchange)
         return teacher
 
@@ -327,12 +337,14 @@ class Run:
     def finetune_and_save(self) -> None:
         subject = self.config.finetune.subject
         start = transformer_folder(self.teacher_path) if subject == "teacher" else self.stages["hybrid"].folder
+        loras = self.loras if subject == "teacher" else ()  # the hybrid has them merged
         if not self.config.finetune.steps:
-            processes.on_first(lambda: copy_model(start, self.workdir / "model", self.base))
+            processes.on_first(lambda: copy_model(start, self.workdir / "model", self.base, self.notes, loras))
             return
 
         def student() -> WanTransformer:
-            model = load_transformer(start, jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh))
+            dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
+            model = load_transformer(start, dtype, mesh, loras=loras)
             model.remat = self.config.model.remat
             return model
 
@@ -340,7 +352,7 @@ class Run:
         options = {"overwrite": True, "profile": self.workdir / "profile"}
         trained = finetune(self.config, student(), teacher, latents, folder, **options)
         gather_to_first_process(trained)
-        processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base))
+        processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base, self.notes))
 
     def evaluate_all(self) -> None:
         dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)

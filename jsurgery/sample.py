@@ -18,6 +18,7 @@ from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
 from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.progress import Progress, say
+from jsurgery.wan.lora import check_loras, describe_loras, loras_of
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import find_sizes
@@ -89,6 +90,7 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
     Raises InputError for a video that the model cannot make, and for an existing file made with other settings.
     """
     model = check_pipeline(config.model.path)
+    check_loras(model, loras_of(config))
     check_size(model, config.video.frames, config.video.height, config.video.width)
     config = on_mesh(config, len(requests))
     check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
@@ -141,6 +143,7 @@ def transformer_identity(config: ConfigDict) -> str:
 
 def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[str, Any]:
     """The settings that a video's pixels depend on, for its metadata."""
+    loras = describe_loras(loras_of(config))
     return {
         "prompt": request.prompt,
         "number": request.number,
@@ -151,7 +154,7 @@ def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[s
         "dtype": config.model.dtype,
         "model": model_path(config.model.path).name,
         "transformer": identity,
-    }
+    } | ({"loras": loras} if loras else {})
 
 
 def listed(value: Any) -> Any:

@@ -191,7 +191,7 @@ UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_pred
     ("scheduler", "solver", "shift", "remarks"),
     [
         ({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 5.0}, "unipc", 5.0, ["DPMSolverMultistep"]),
-        ({"_class_name": "DDIMScheduler"}, "euler", 3.0, ["'DDIMScheduler'"]),
+        ({"_class_name": "DDIMScheduler"}, "unipc", 3.0, ["'DDIMScheduler'"]),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 8}, "euler", 8.0, ["FlowMatchHeun"]),
         (UNIPC | {"solver_order": 3}, "unipc", 5.0, ["solver_order 3"]),
         (UNIPC | {"flow_shift": None}, "unipc", 3.0, ["shift None"]),

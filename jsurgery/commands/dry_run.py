@@ -35,10 +35,11 @@ def dry_run_sampling(
 ) -> None:
     """Tells what sampling of `videos`, `batch` at once, would take. With a model's folder, first checks its files."""
     from jsurgery.estimate import dry_run
+    from jsurgery.wan.lora import check_loras, loras_of
     from jsurgery.wan.model_folder import check_pipeline
 
     if config.model.path:
-        check_pipeline(config.model.path)
+        check_loras(check_pipeline(config.model.path), loras_of(config))
     name = options.config or "tiny"
     found = limits(options, workdir)
     dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)

@@ -1,6 +1,6 @@
 """Model folders: train makes one, convert changes its layout, push publishes it."""
 
-from jsurgery.commands.options import Commands, Options, Overrides, read_config, takes_no_config
+from jsurgery.commands.options import Commands, Options, Overrides, add_lora, given_loras, read_config, takes_no_config
 
 LAYOUTS = ("diffusers", "original", "comfyui")
 
@@ -14,6 +14,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--model", required=True, help=text)
     command.add_argument("--output", required=True, help="A new folder, or for comfyui a new .safetensors file.")
     command.add_argument("--layout", choices=LAYOUTS, default="diffusers", help="The new layout (default: diffusers).")
+    add_lora(command)
 
     text = "Upload a model folder to the Hugging Face Hub, with a model card."
     command = commands.add("push", run_push, text, config=None)
@@ -34,7 +35,7 @@ def run_convert(options: Options, overrides: Overrides) -> None:
     takes_no_config(options, overrides)
     from jsurgery.wan.convert import convert
 
-    print(convert(options.model, options.output, options.layout))
+    print(convert(options.model, options.output, options.layout, given_loras(options)))
 
 
 def run_push(options: Options, overrides: Overrides) -> None:

@@ -2,12 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from jsurgery.errors import InputError, did_you_mean
 from jsurgery.load_config import load_config
+
+if TYPE_CHECKING:
+    from jsurgery.wan.lora_file import LoraSource
 
 Options = argparse.Namespace
 Overrides = dict[str, str]  # {"video.frames": "17"}: config fields and their values
@@ -103,6 +106,34 @@ def given_fields(options: Options, fields: Mapping[str, str]) -> Overrides:
     return {field: text for flag, field in fields.items() if (text := getattr(options, flag)) is not None}
 
 
+def add_lora(command: Parser) -> None:
+    """Adds the flags of LoRAs."""
+    text = "LoRAs, .safetensors of any key style, which are merged into the transformer's weights."
+    command.add_argument("--lora", nargs="+", default=[], metavar="FILE", help=text)
+    text = "The factor of each (default: 1)."
+    command.add_argument("--lora_scale", nargs="+", type=number, default=[], metavar="S", help=text)
+
+
+def lora_fields(options: Options) -> Overrides:
+    """The config fields that the flags of `add_lora` set."""
+    fields = {"model.lora": tuple(options.lora), "model.lora_scale": tuple(options.lora_scale)}
+    return {field: repr(values) for field, values in fields.items() if values}
+
+
+def given_loras(options: Options) -> "tuple[LoraSource, ...]":
+    """The LoRAs of these flags, for a command that reads no config. Raises InputError unless each has a scale."""
+    from jsurgery.wan.lora import loras_of
+
+    return loras_of(load_config("tiny", lora_fields(options)))
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
 def add_json(command: Parser) -> None:
     command.add_argument("--json", metavar="FILE", help="Also write the result to this file.")
 
@@ -137,7 +168,8 @@ def read_sampling_config(options: Options, overrides: Overrides) -> ConfigDict:
     """The config for a command with the flags SAMPLE_FIELDS. Without `--config`, the model selects it."""
     from jsurgery.sample import sampling_config
 
-    return keep_compiled(sampling_config(options.config, overrides | given_fields(options, SAMPLE_FIELDS)))
+    given = given_fields(options, SAMPLE_FIELDS) | (lora_fields(options) if "lora" in options else {})
+    return keep_compiled(sampling_config(options.config, overrides | given))
 
 
 def keep_compiled(config: ConfigDict) -> ConfigDict:

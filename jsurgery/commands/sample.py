@@ -1,7 +1,15 @@
 """sample: makes videos from prompts."""
 
 from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
-from jsurgery.commands.options import SAMPLE_FIELDS, Commands, Options, Overrides, add_fields, read_sampling_config
+from jsurgery.commands.options import (
+    SAMPLE_FIELDS,
+    Commands,
+    Options,
+    Overrides,
+    add_fields,
+    add_lora,
+    read_sampling_config,
+)
 
 
 def add(commands: Commands) -> None:
@@ -16,6 +24,7 @@ def add(commands: Commands) -> None:
         help="A file: .mp4, .gif or .png (default: out.mp4). With --prompts_file a folder of mp4 (default: samples).",
     )
     add_fields(command, SAMPLE_FIELDS)
+    add_lora(command)
     add_dry_run(command)
 
 

@@ -20,6 +20,7 @@ from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.preemption import Preemption
 from jsurgery.runtime.progress import Progress
 from jsurgery.runtime.stage_folder import StageFolder
+from jsurgery.wan.lora import check_loras, loras_of, with_lora_hashes
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path
 from jsurgery.wan.model_sizes import find_sizes
@@ -39,13 +40,14 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
     are kept, and so are finished batches of an unfinished shard. `config.mesh` describes the devices of one host.
     """
     model = check_pipeline(config.model.path)
+    check_loras(model, loras_of(config))
     check_size(model, config.video.frames, config.video.height, config.video.width)
     batch = sampling_batch(len(prompts), jax.local_device_count(), config.data.batch)
     placed = on_sampling_mesh("synthesize", config, find_sizes(config, ""), batch)
     mesh = make_mesh(placed.mesh, jax.local_devices())
     check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
     prompts_hash = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-    identity = folder_fingerprint(model_path(config.model.path))
+    identity = with_lora_hashes(folder_fingerprint(model_path(config.model.path)), loras_of(config))
     stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=prompts_hash, teacher=identity)
     work = lambda: make_shards(config, prompts, stage.folder, mesh)
     stage.run(lambda: processes.on_all(work), all_processes=True)

@@ -48,6 +48,7 @@ from jsurgery.sample import transformer_identity
 from jsurgery.wan import hub
 from jsurgery.wan.checkpoint import load_transformer, read_config
 from jsurgery.wan.guidance import guided_velocity
+from jsurgery.wan.lora import check_loras, loras_of, with_lora_hashes
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, transformer_folder
 from jsurgery.wan.model_sizes import find_sizes
@@ -79,6 +80,7 @@ def evaluate_fidelity(
     check_report(report)
     durations = sorted(set(durations)) or [config.video.frames]
     teacher = check_pipeline(config.model.path)
+    check_loras(teacher, loras_of(config))
     for path in models:
         other = read_config(transformer_folder(model_path(path)))
         for field in ("in_channels", "text_dim", "patch_size"):
@@ -95,6 +97,8 @@ def evaluate_fidelity(
         load_lpips(lpips_weights) if lpips_weights else None, load_clip_model(clip_model) if clip_model else None
     )
     hashes = {}
+    if loras := loras_of(config):
+        hashes["loras"] = with_lora_hashes("", loras)
     if lpips_weights:
         hashes["lpips"] = size_and_sha256(epath.Path(lpips_weights))[1][:16]
     if clip_model:

@@ -8,8 +8,7 @@ UNQUANTISED = "which are not read; take the model's file in bfloat16 or float16"
 FORMATS = (
     (
         r"(^|[._])lora_(A|B|a|b|up|down|unet|te|transformer)\b|\.(hada_w|lokr_w)\d|\.dora_scale$|^lora_",
-        "a LoRA, which changes another model; merge it into that model (in diffusers: load_lora_weights, fuse_lora and "
-        "save_pretrained)",
+        "a LoRA, which changes another model; name that model, and give this file as --lora",
     ),
     (
         r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$",

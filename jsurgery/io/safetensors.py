@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
@@ -91,6 +91,11 @@ def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
     return tensors
 
 
+def open_lora_tensors(file: epath.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of one file, which may be a LoRA, and the texts in its header; otherwise like `open_tensors`."""
+    return _open_with_metadata(epath.Path(file), lambda names: None)
+
+
 def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Like `open_tensors`, with all values read into memory."""
     return {name: np.array(tensor) for name, tensor in open_tensors(path).items()}
@@ -170,6 +175,13 @@ def _open_shards(index: epath.Path) -> dict[str, LazyTensor]:
 
 def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
     """The tensors of one file. Raises InputError unless they fill the file exactly, as its header says."""
+    return _open_with_metadata(file, foreign_format)[0]
+
+
+def _open_with_metadata(
+    file: epath.Path, foreign: Callable[[Iterable[str]], str | None]
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Likewise, with the texts in the header; `foreign` tells by the names what is refused."""
     try:
         size = file.stat().length
         with open_exact(file) as stream:
@@ -183,17 +195,17 @@ def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
         raise InputError(f"{file}: expected a safetensors file, found {error.strerror or error}") from None
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         places = {name: _place(**entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(file, start, size, "the header is no table of tensors") from error
     expected = 8 + header_size + max((place.end for place in places.values()), default=0)
     if size != expected:
         raise damaged(file, start, size, f"the header speaks of {expected}")
-    if kind := foreign_format(places):
+    if kind := foreign(places):
         raise InputError(f"{file}: holds {kind}")
-    if foreign := {place.dtype for place in places.values()} - _DTYPES.keys():
-        kinds = f"{', '.join(sorted(foreign))}; expected one of {', '.join(_DTYPES)}"
+    if unknown := {place.dtype for place in places.values()} - _DTYPES.keys():
+        kinds = f"{', '.join(sorted(unknown))}; expected one of {', '.join(_DTYPES)}"
         raise InputError(f"{file}: holds tensors of type {kinds}: take the file in bfloat16 or float16")
     tensors, end = {}, 0
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
@@ -205,7 +217,8 @@ def _open_file(file: epath.Path) -> dict[str, LazyTensor]:
             raise damaged(file, start, size, f"{name} begins at {place.begin}, the tensor before it ends at {end}")
         end = place.end
         tensors[name] = _stored(file, _DTYPES[place.dtype], place.shape, 8 + header_size + place.begin)
-    return {name: tensors[name] for name in places}
+    texts = metadata if isinstance(metadata, dict) else {}
+    return {name: tensors[name] for name in places}, {key: str(text) for key, text in texts.items()}
 
 
 class _TensorSpan(NamedTuple):

@@ -1,6 +1,8 @@
 """operate: the teacher's weights and the distilled feature maps become one hybrid model."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 from flax import nnx
@@ -12,6 +14,7 @@ from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_transformer, save_transformer, write_transformer
+from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
@@ -41,13 +44,20 @@ def check_plan(transformer: WanConfig, plan: HybridConfig, feature_maps: Feature
 
 
 def save_operated(
-    teacher: epath.Path, plan: HybridConfig, feature_maps: FeatureMapPair | None, folder: epath.Path, base_pipeline: str
+    teacher: epath.Path,
+    plan: HybridConfig,
+    feature_maps: FeatureMapPair | None,
+    folder: epath.Path,
+    base_pipeline: str,
+    notes: Mapping[str, Any] | None = None,
+    loras: Sequence[LoraSource] = (),
 ) -> None:
     """Writes the folder of `save_model(operate(...))`, with the weights copied from the teacher's folder or file.
 
     One tensor at a time is in memory, and none on a device. The weights keep the type that they have in the file.
+    `loras` are merged into them.
     """
-    config, copied = open_transformer(teacher)
+    config, copied = open_transformer(teacher, loras=loras)
     check_plan(config, plan, feature_maps)
     operated = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=plan))
     if feature_maps is not None and plan.linear_branch:
@@ -55,15 +65,28 @@ def save_operated(
     ours = checkpoint_layouts.lazy_transformer_tensors(operated)
     without_maps = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=None))
     ours |= {name: copied[name] for name in checkpoint_layouts.lazy_transformer_tensors(without_maps)}
-    write_transformer(ours, operated.config, folder, "diffusers", more={"base_pipeline": base_pipeline})
+    write_transformer(
+        ours, operated.config, folder, "diffusers", more={"base_pipeline": base_pipeline, **(notes or {})}
+    )
 
 
-def copy_model(source: epath.Path, folder: epath.Path, base_pipeline: str) -> None:
-    """Writes the folder of `save_model` for the transformer in another folder or file, tensor by tensor, unchanged."""
-    config, tensors = open_transformer(source)
-    write_transformer(tensors, config, folder, "diffusers", more={"base_pipeline": base_pipeline})
+def copy_model(
+    source: epath.Path,
+    folder: epath.Path,
+    base_pipeline: str,
+    notes: Mapping[str, Any] | None = None,
+    loras: Sequence[LoraSource] = (),
+) -> None:
+    """Writes the folder of `save_model` for the transformer in another folder or file, tensor by tensor.
+
+    Without `loras` the tensors are unchanged.
+    """
+    config, tensors = open_transformer(source, loras=loras)
+    write_transformer(tensors, config, folder, "diffusers", more={"base_pipeline": base_pipeline, **(notes or {})})
 
 
-def save_model(transformer: WanTransformer, folder: epath.Path, base_pipeline: str) -> None:
-    """Writes a transformer folder whose config also names the pipeline of its VAE and text encoder."""
-    save_transformer(transformer, folder, more={"base_pipeline": base_pipeline})
+def save_model(
+    transformer: WanTransformer, folder: epath.Path, base_pipeline: str, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a transformer folder whose config also names the pipeline of its VAE and text encoder, and has `notes`."""
+    save_transformer(transformer, folder, more={"base_pipeline": base_pipeline, **(notes or {})})

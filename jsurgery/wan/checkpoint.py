@@ -4,11 +4,13 @@ Every folder that is written here ends with its hashes, and every folder that ha
 it is loaded (see `folder_hashes`).
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -21,6 +23,8 @@ from jsurgery.runtime.mesh import parameter_shardings
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.lora import with_loras
+from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import (
     CLASS_NAME,
     HYBRID_CLASS_NAME,
@@ -78,13 +82,18 @@ def read_config(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None =
 
 
 def load_transformer(
-    path: epath.PathLike, dtype: Any = jnp.float32, mesh: Mesh | None = None, *, inference: bool = False
+    path: epath.PathLike,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    *,
+    inference: bool = False,
+    loras: Sequence[LoraSource] = (),
 ) -> WanTransformer:
     """A transformer from a folder or .safetensors file: diffusers', the original repository's, ComfyUI's or ours.
 
     `dtype` is that of matmuls. Parameters are float32, as training needs them; for `inference` the weights of matmuls
     are stored in `dtype`, with the same results. Tensors are memory-mapped and moved one by one to their devices of the
-    mesh. Raises InputError naming the file that is missing, damaged or does not fit.
+    mesh; `loras` are merged into each. Raises InputError naming the file that is missing, damaged or does not fit.
     """
     check_hashes(path)
     tensors = _open_transformer(path)
@@ -96,18 +105,22 @@ def load_transformer(
         state = nnx.state(model)
         placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         nnx.update(model, jax.tree.map(placed, state, parameter_shardings(mesh, state)))
-    checkpoint_layouts.load_transformer_tensors(
-        model, tensors, checkpoint_layouts.transformer_layout(tensors, path), source=path
-    )
+    layout = checkpoint_layouts.transformer_layout(tensors, path)
+    if loras:
+        tensors = with_loras(tensors, config, layout, loras, np.float32)
+    checkpoint_layouts.load_transformer_tensors(model, tensors, layout, source=path)
     return model
 
 
 def open_transformer(
-    path: epath.PathLike, layout: str = "diffusers", tensors: Mapping[str, LazyTensor] | None = None
+    path: epath.PathLike,
+    layout: str = "diffusers",
+    tensors: Mapping[str, LazyTensor] | None = None,
+    loras: Sequence[LoraSource] = (),
 ) -> tuple[WanConfig, Tensors]:
     """The config and the unread tensors of a transformer, which get the names of `layout`, whatever theirs are.
 
-    `tensors` are those of a file that is open already.
+    `tensors` are those of a file that is open already. `loras` are merged into each when it is read.
     Raises InputError as `load_transformer` does, and for a hybrid in a layout other than "diffusers".
     """
     check_hashes(path)
@@ -115,6 +128,8 @@ def open_transformer(
     config = read_config(path, tensors)
     model = abstract_module(WanTransformer, config)
     stored = checkpoint_layouts.transformer_layout(tensors, path)
+    if loras:
+        tensors = with_loras(tensors, config, stored, loras)
     return config, checkpoint_layouts.renamed_transformer(model, tensors, stored, layout, path)
 
 
@@ -152,7 +167,8 @@ def write_transformer(
     if layout == "comfyui":
         if config.attention_head_dim != 128:
             raise InputError(f"{path}: ComfyUI's layout takes heads of 128 channels, found {config.attention_head_dim}")
-        write_tensors(path, tensors)
+        listed = {"loras": json.dumps(more["loras"])} if more and "loras" in more else {}
+        write_tensors(path, tensors, listed)
         return
     stem = "hybrid_wan" if config.hybrid else "diffusion_pytorch_model"
     hashes = write_shards(path, stem, tensors, shard_bytes)

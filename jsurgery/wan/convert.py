@@ -7,7 +7,7 @@ import functools
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +22,8 @@ from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_transformer, text_encoder_tensors_named, write_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.lora import describe_loras, say_operated
+from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
 from jsurgery.wan.pipeline_parts import check_index, write_pipeline_index
 from jsurgery.wan.tensor_prefixes import shortest_prefix
@@ -31,14 +33,16 @@ from jsurgery.wan.vae import WanVae
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> epath.Path:
+def convert(
+    model: str, output: epath.PathLike, layout: str = "diffusers", loras: Sequence[LoraSource] = ()
+) -> epath.Path:
     """Writes the transformer at `model` in another layout ("diffusers", "original", "comfyui") and returns `output`.
 
     `model` is a transformer's folder or file, a pipeline folder, or a repository id. It may also be a file of the VAE
     or text encoder, named as in the original repository, diffusers or transformers (ComfyUI has these names too), which
     becomes a folder; or the folder of the original repository, which becomes a pipeline folder. Files may be
-    safetensors or pickles of tensors. Raises InputError for a model that cannot be converted, and for an output that
-    exists already.
+    safetensors or pickles of tensors. `loras` are merged into a transformer's weights, and its config.json lists them.
+    Raises InputError for a model that cannot be converted, and for an output that exists already.
     """
     source, output = epath.Path(hub.local_path(model)), epath.Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -53,9 +57,9 @@ def convert(model: str, output: epath.PathLike, layout: str = "diffusers") -> ep
     if not output.is_dir():
         check_writable(output, "--output")
     if layout == "diffusers" and (parts := original_parts(source)):
-        _pipeline(source, *parts, output)
+        _pipeline(source, *parts, output, loras)
         return output
-    _convert_part(source, output, layout)
+    _convert_part(source, output, layout, loras)
     return output
 
 
@@ -68,9 +72,15 @@ def original_parts(source: epath.Path) -> tuple[epath.Path, epath.Path, epath.Pa
 
 
 def _pipeline(
-    source: epath.Path, vae: epath.Path, text_encoder: epath.Path, tokenizer: epath.Path, output: epath.Path
+    source: epath.Path,
+    vae: epath.Path,
+    text_encoder: epath.Path,
+    tokenizer: epath.Path,
+    output: epath.Path,
+    loras: Sequence[LoraSource],
 ) -> None:
-    for part, name in ((source, "transformer"), (vae, "vae"), (text_encoder, "text_encoder")):
+    _convert_part(source, output / "transformer", "diffusers", loras)
+    for part, name in ((vae, "vae"), (text_encoder, "text_encoder")):
         _convert_part(part, output / name, "diffusers")
     (output / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.copy(output / "tokenizer" / tokenizer.name)
@@ -78,7 +88,7 @@ def _pipeline(
     write_pipeline_index(output, shift=3.0)
 
 
-def _convert_part(source: epath.Path, output: epath.Path, layout: str) -> None:
+def _convert_part(source: epath.Path, output: epath.Path, layout: str, loras: Sequence[LoraSource] = ()) -> None:
     check_hashes(source)
     tensors = _open_pickle(source) if source.suffix in PICKLES else open_tensors(source)
     if not source.is_dir():
@@ -89,15 +99,22 @@ def _convert_part(source: epath.Path, output: epath.Path, layout: str) -> None:
                 if layout != "diffusers":
                     raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
                 named = text_encoder_tensors_named(plain, lambda name, known=known: known(name) is not None, source)
+                if loras:
+                    raise InputError(f"{source}: not a transformer, which is all that --lora changes")
                 to_diffusers(named, source, output)
                 return
-    _transformer(tensors, source, output, layout)
+    _transformer(tensors, source, output, layout, loras)
 
 
-def _transformer(tensors: Mapping[str, LazyTensor], source: epath.Path, output: epath.Path, layout: str) -> None:
-    config, renamed = open_transformer(source, layout, tensors)
+def _transformer(
+    tensors: Mapping[str, LazyTensor], source: epath.Path, output: epath.Path, layout: str, loras: Sequence[LoraSource]
+) -> None:
+    config, renamed = open_transformer(source, layout, tensors, loras)
     # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
+    if loras:
+        say_operated(config, *loras)
+        more |= {"loras": more.get("loras", []) + describe_loras(loras)}
     write_transformer(renamed, config, output, layout, more=more)
 
 

@@ -62,7 +62,7 @@ _VAE_FIXED = {
 # Fields that change nothing here: of training, of decoding text, or of an input that text to video does not have.
 _TRANSFORMER_HARMLESS = {
     "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "base_pipeline", "torch_dtype",
-    "dtype",
+    "dtype", "loras", "sampler",
 }  # fmt: skip
 _VAE_HARMLESS = {"dropout", "torch_dtype", "dtype"}
 _TEXT_ENCODER_HARMLESS = {
@@ -149,6 +149,11 @@ class WanConfig:
     def dim(self) -> int:
         """The width of a token."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def size_text(self) -> str:
+        """The sizes that tell models apart, for messages."""
+        return f"{self.num_layers} blocks of width {self.dim}, {self.in_channels} channels"
 
     @property
     def rates(self) -> tuple[Rate, ...]:

@@ -19,6 +19,8 @@ from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import batch_shards, replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
 from jsurgery.wan.guidance import blocks_not_finite, sampling_step
+from jsurgery.wan.lora import check_loras, loras_of
+from jsurgery.wan.lora_file import LoraSource
 
 # `model_path` must stay importable from here: published model cards import it from `jsurgery.wan.pipeline`.
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
@@ -177,7 +179,8 @@ class Pipeline:
 def configured_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:
     """`load_pipeline` of `config.model` on a mesh."""
     dtypes = {"dtype": jnp.dtype(config.model.dtype), "vae_dtype": jnp.dtype(config.model.vae_dtype)}
-    return load_pipeline(config.model.path, mesh=mesh, exchange=config.mesh.exchange, **dtypes)
+    loras = loras_of(config)
+    return load_pipeline(config.model.path, mesh=mesh, exchange=config.mesh.exchange, loras=loras, **dtypes)
 
 
 def load_pipeline(
@@ -185,6 +188,7 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     exchange: str = "gather",
+    loras: Sequence[LoraSource] = (),
     *,
     vae_dtype: Any = jnp.float32,
 ) -> Pipeline:
@@ -192,15 +196,16 @@ def load_pipeline(
 
     Its parts are loaded when they are first needed. With a mesh, the transformer's parameters are loaded onto it, and
     the transformer computes on it, and the VAE on those of its devices that this process has, a clip on each.
-    `exchange` is that of `WanTransformer.set_mesh`. Raises InputError naming the file that is missing, damaged or does
-    not fit: here by what headers tell, and by the values when a part is loaded.
+    `exchange` is that of `WanTransformer.set_mesh`; `loras` are merged into the transformer's weights. Raises
+    InputError naming the file that is missing, damaged or does not fit: here by what headers tell, and by the values
+    when a part is loaded.
     """
     folder = model_path(path)
     base = pipeline_folder(folder)
-    check_pipeline(path)
+    check_loras(check_pipeline(path), loras)
 
     def transformer() -> WanTransformer:
-        model = load_transformer(transformer_folder(folder), dtype, mesh, inference=True)
+        model = load_transformer(transformer_folder(folder), dtype, mesh, inference=True, loras=loras)
         if mesh is not None:
             model.set_mesh(mesh, exchange)
         return model

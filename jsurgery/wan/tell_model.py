@@ -74,8 +74,8 @@ def kind_that_fits(kind: str, network: WanConfig, source: str) -> Model:
     if model.transformer is None:
         return dataclasses.replace(model, config=CONFIGS.get(network.dim, "tiny"))
     if not has_sizes(network, model):
-        expected = size_text(network_of(model))
-        raise InputError(f"--kind={kind}: {source}: expected {expected}, found {size_text(network)}")
+        expected = network_of(model).size_text
+        raise InputError(f"--kind={kind}: {source}: expected {expected}, found {network.size_text}")
     return model
 
 
@@ -100,7 +100,3 @@ def unsaid(model: Model) -> str:
     like = lambda row: row.transformer is not None and network_of(row) == network_of(model)
     others = [row.name for row in MODELS if row.kind != model.kind and like(row)]
     return f"{', '.join(others)} have the same tensors, which --kind tells apart" if others else ""
-
-
-def size_text(network: WanConfig) -> str:
-    return f"{network.num_layers} blocks of width {network.dim}, {network.in_channels} channels"
