@@ -93,7 +93,8 @@ def base() -> ConfigDict:
     c.finetune = ConfigDict()
     c.finetune.steps = 1000  # 0: the model is left as `operate` made it
     c.finetune.batch = 16  # clips in a step
-    c.finetune.learning_rate = 1e-5  # of AdamW
+    c.finetune.lora_rank = 0  # trains low-rank changes of this rank and the feature maps alone; 0: all parameters
+    c.finetune.learning_rate = 1e-5  # of AdamW; low-rank changes take some ten times as much
     c.finetune.weight_decay = 0.0  # of AdamW
     c.finetune.schedule = "constant"  # "cosine": down to zero at the last step
     c.finetune.warmup = 0  # steps over which the learning rate rises from zero
@@ -195,7 +196,7 @@ MAY_BE_ZERO = {
     "seed", "data.clips", "distill.steps", "finetune.steps", "evaluate.videos", "train.warmup", "train.decay",
     "distill.weight_decay", "distill.error_steps", "distill.velocity_steps", "finetune.weight_decay", "finetune.warmup",
     "train.vae_kl_weight", "profile", "checkpoint.keep_every", "checkpoint.minutes", "max_skipped",
-    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", *SHARES,
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", "finetune.lora_rank", *SHARES,
 }  # fmt: skip
 
 
@@ -206,6 +207,7 @@ LARGEST, LARGEST_COUNT = 1e30, 10**9
 LATER_FIELDS: dict[str, Any] = {
     "distill.mode": "traces",
     "distill.error_steps": 0,
+    "finetune.lora_rank": 0,
     "model.kind": "",
     "model.lora": (),
     "model.lora_scale": (),

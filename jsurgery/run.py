@@ -49,12 +49,14 @@ from jsurgery.surgery.stages import BY_NAME, STAGES, job_folder, stage_folders
 from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.lora import check_loras, describe_loras, loras_of, with_lora_hashes
+from jsurgery.wan.lora_file import save_low_rank
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size
 
+LORA = "lora"  # the folder of the low-rank changes that fine-tuning with `lora_rank` trains
 VALIDATION_SEED = 3  # scene sets: 0 trains the teacher; seed + VALIDATION_SEED is held out from everything
 
 
@@ -344,7 +346,8 @@ class Run:
 
         def student() -> WanTransformer:
             dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)
-            model = load_transformer(start, dtype, mesh, loras=loras)
+            frozen = self.config.finetune.lora_rank > 0
+            model = load_transformer(start, dtype, mesh, inference=frozen, loras=loras)
             model.remat = self.config.model.remat
             return model
 
@@ -353,6 +356,8 @@ class Run:
         trained = finetune(self.config, student(), teacher, latents, folder, **options)
         gather_to_first_process(trained)
         processes.on_first(lambda: save_model(trained, self.workdir / "model", self.base, self.notes))
+        if self.config.finetune.lora_rank:
+            processes.on_first(lambda: say(f"finetune: {save_low_rank(trained, self.workdir / LORA)}, for diffusers"))
 
     def evaluate_all(self) -> None:
         dtype, mesh = jnp.dtype(self.config.model.dtype), make_mesh(self.config.mesh)

@@ -37,10 +37,10 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
     if name is not None:
         return load_config(name, overrides)
     path = overrides.setdefault("model.path", "tiny_wan")
+    base = pipeline_folder(model_path(path))  # first, since it names what a folder of another kind needs
+    settings, remarks = scheduler_settings(base)
     told = tell_model(path, overrides.get("model.kind", ""))
     say_model(path, told)
-    base = pipeline_folder(model_path(path))
-    settings, remarks = scheduler_settings(base)
     defaults = default_settings(told.model, overrides)
     settings = settings | defaults if told.model.few_steps else defaults | settings
     config = load_config(told.model.config, settings | overrides)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jsurgery.config import CHOICES, base, flatten, validate
+from jsurgery.config import CHOICES, ITEMS, base, flatten, validate
 from jsurgery.errors import InputError
 from jsurgery.load_config import config_path, load_config, override
 
@@ -208,6 +208,8 @@ VALUES = {
 @st.composite
 def fields_and_values(draw):
     field, default = draw(st.sampled_from(flatten(base())))
+    if field in ITEMS:
+        return field, draw(st.lists(VALUES[ITEMS[field]], min_size=1).map(tuple))
     return field, draw(VALUES[type(default)])
 
 

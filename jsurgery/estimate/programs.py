@@ -28,6 +28,7 @@ from jsurgery.train import transformer as training
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.cost import distillation_flops, model_flops, workload
 from jsurgery.wan.guidance import sampling_step
+from jsurgery.wan.low_rank import add_low_rank
 from jsurgery.wan.memory import abstract_transformer, hybrid_network
 from jsurgery.wan.model_config import VaeConfig, WanConfig
 from jsurgery.wan.model_sizes import ModelSizes
@@ -162,7 +163,13 @@ def lowered_velocity_errors(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -
 def lowered_finetune(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
     network = sizes.transformer
     hybrid = hybrid_network(config, network, planned_rates(config, network.num_layers))
-    graph, params = abstract_model(config, hybrid, mesh, inference=False)
+    rank = config.finetune.lora_rank
+    student = abstract_transformer(config, hybrid, inference=rank > 0)
+    if rank:
+        add_low_rank(student, rank)
+    student.set_mesh(mesh, config.mesh.exchange)
+    graph, *parts = finetune.split_trained(student, rank)
+    params, frozen = (part and with_shardings(part, parameter_shardings(mesh, part)) for part in parts)
     teacher_graph, teacher_params = graph, None
     if config.finetune.teacher_weight > 0:
         teacher_graph, teacher_params = abstract_model(config, network, mesh, inference=True)
@@ -171,7 +178,7 @@ def lowered_finetune(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
     latents, text, _ = spread_inputs(config, network, mesh, config.finetune.batch)
     update = finetune.make_update(config, optimizer, graph, teacher_graph)
     state = with_shardings(state, parameter_shardings(mesh, state))
-    return update.lower(state, teacher_params, {"latents": latents, "text": text}, random_key(mesh))
+    return update.lower(state, teacher_params, {"latents": latents, "text": text}, random_key(mesh), frozen)
 
 
 def lowered_train(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:

@@ -1,4 +1,7 @@
-"""finetune: trains all parameters of the hybrid model by flow matching on data, the teacher's velocity, or a mix."""
+"""finetune: trains the hybrid model by flow matching on data, the teacher's velocity, or a mix.
+
+It trains all parameters, or with a `lora_rank` low-rank changes of the blocks' linear layers and the feature maps.
+"""
 
 import functools
 from typing import Any
@@ -19,6 +22,7 @@ from jsurgery.runtime.guard import likely_causes, rows_with_faults
 from jsurgery.runtime.loop import run_steps
 from jsurgery.runtime.mesh import global_batch, local_rows, make_mesh, put_state
 from jsurgery.runtime.optimizer import adamw, initial_train_state, train_step, trained_parameters
+from jsurgery.wan.low_rank import add_low_rank, trained_with_low_rank
 from jsurgery.wan.pipeline import Pipeline
 from jsurgery.wan.transformer import WanTransformer
 
@@ -50,7 +54,9 @@ def velocity_loss(
 def make_update(
     config: ConfigDict, optimizer: optax.GradientTransformation, graph: nnx.GraphDef, teacher_graph: nnx.GraphDef
 ) -> Any:
-    """The jitted step (state, teacher's parameters, batch, key) -> (state, metrics, faults); overwrites the state.
+    """The jitted step (state, teacher's parameters, batch, key, frozen) -> (state, metrics, faults).
+
+    It overwrites the state. `frozen` are the student's parameters that are not trained, None if all are.
 
     Equal settings give the same function, so that a second run in this process compiles nothing.
     """
@@ -70,10 +76,11 @@ def _make_update(
     shift: float,
 ) -> Any:
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, teacher_params, batch, key):
+    def update(state, teacher_params, batch, key, frozen=None):
         def loss(params, piece):
             teacher = nnx.merge(teacher_graph, teacher_params) if teacher_weight > 0 else None
-            return velocity_loss(nnx.merge(graph, params), teacher, piece, teacher_weight)
+            student = nnx.merge(graph, params, *([] if frozen is None else [frozen]))
+            return velocity_loss(student, teacher, piece, teacher_weight)
 
         noisy = noised_batch(batch, key, shift)
         return train_step(state, loss, noisy, optimizer, pieces=accumulate, ema=ema)
@@ -94,15 +101,18 @@ def finetune(
     """Trains `student` on the shards in `latents`, from the newest checkpoint in `folder` on if there is one.
 
     With `overwrite` the student is lost, which saves 4 bytes for each of its parameters; otherwise it stays as it was.
-    Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps. Raises ValueError unless
-    the student's parameters are float32: updates are too small for 16 bits.
+    Checkpoints and metrics go to `folder`. `profile` gets the trace of `config.profile` steps. With a `lora_rank` the
+    result has low-rank changes beside its weights, which `save_model` adds up. Raises ValueError unless the trained
+    parameters are float32: updates are too small for 16 bits.
     """
     settings = config.finetune
-    if types := {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(student))} - {"float32"}:
-        raise ValueError(f"student: expected parameters in float32, found {', '.join(types)}")
     mesh = make_mesh(config.mesh)
+    if settings.lora_rank:
+        add_low_rank(student, settings.lora_rank, config.seed)
     student.shard(mesh, config.mesh.exchange)
-    graph, params = nnx.split(student)
+    graph, params, frozen = split_trained(student, settings.lora_rank)
+    if types := {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {"float32"}:
+        raise ValueError(f"student: expected trained parameters in float32, found {', '.join(types)}")
     teacher_graph, teacher_params = graph, None
     if settings.teacher_weight > 0:
         teacher.transformer.shard(mesh, config.mesh.exchange)
@@ -126,7 +136,7 @@ def finetune(
 
     def one_step(state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict[str, jax.Array], Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        return update(state, teacher_params, embedded(step), key)
+        return update(state, teacher_params, embedded(step), key, frozen)
 
     def likely_cause(step: int, values: dict[str, Any], faults: Any, state: dict[str, Any]) -> str:
         bad = rows_with_faults(data[step]["latents"], rows)
@@ -142,7 +152,14 @@ def finetune(
         steps=settings.steps, checkpoints=folder / "checkpoints", metrics=folder, profile=profile,
         format_metrics=lambda values: (values, f"loss {values['loss']:.4f}"), likely_cause=likely_cause,
     )  # fmt: skip
-    return nnx.merge(graph, trained_parameters(state))
+    return nnx.merge(graph, trained_parameters(state), *([] if frozen is None else [frozen]))
+
+
+def split_trained(student: WanTransformer, lora_rank: int) -> tuple[nnx.GraphDef, nnx.State, nnx.State | None]:
+    """(graph, trained parameters, frozen ones); without a rank all are trained, and the last is None."""
+    if not lora_rank:
+        return *nnx.split(student), None
+    return nnx.split(student, trained_with_low_rank, ...)
 
 
 @jax.jit

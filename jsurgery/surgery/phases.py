@@ -142,14 +142,18 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
 def finetune_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list[Phase]:
     settings, network = config.finetune, largest_hybrid(config, sizes.transformer)
     params = memory.weights(config, network, mesh, inference=False)
-    held = {"parameters and their moments": 3 * params}
+    held, copies = {"parameters and their moments": 3 * params}, params
+    # Gradients, and the weights once more in 16 bits.
+    copies += params // 2 if config.model.dtype == "bfloat16" else 0
+    if settings.lora_rank:
+        params = copies = memory.low_rank_weights(config, network, mesh)
+        held = {"frozen weights": memory.weights(config, network, mesh, inference=True)}
+        held["low-rank changes, feature maps and their moments"] = 3 * params
     if settings.ema:
         held |= {"averaged parameters": params}
     if settings.teacher_weight > 0:
         held |= {"teacher": memory.weights(config, sizes.transformer, mesh, inference=True)}
     batch = stage_batch("finetune", config)
-    # Gradients, and the weights once more in 16 bits.
-    copies = params + (params // 2 if config.model.dtype == "bfloat16" else 0)
     return [Phase("fine-tuning", held, copies + memory.backward_bytes(config, network, mesh, batch), "finetune")]
 
 

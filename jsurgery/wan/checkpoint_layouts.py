@@ -21,6 +21,7 @@ from flax import nnx
 from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
+from jsurgery.wan.low_rank import low_rank_of
 from jsurgery.wan.models import foreign_tensor
 from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.torch_layout import check_fit, fill
@@ -183,15 +184,23 @@ def transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> d
 def lazy_transformer_tensors(model: "WanTransformer", layout: str = "diffusers") -> dict[str, LazyTensor]:
     """Like `transformer_tensors`, but each tensor is fetched from its device when it is used.
 
-    An abstract model has shapes here, and no values.
+    An abstract model has shapes here, and no values. Low-rank changes are added to the weights, in float32.
     """
 
     def lazy(path: str, slot: int | None, param: nnx.Param) -> LazyTensor:
-        fetch = lambda: _transformer_to_torch(path, np.asarray(param[...] if slot is None else param[slot]), config)
+        def fetch() -> np.ndarray:
+            values = np.asarray(param[...] if slot is None else param[slot])
+            if path in changes:  # rounded once
+                down, up = (np.asarray(side[slot]).astype(np.float64) for side in changes[path])
+                values = (values.astype(np.float64) + down @ up).astype(dtype)
+            return _transformer_to_torch(path, values, config)
+
+        dtype = np.dtype(np.float32 if path in changes else param.dtype)
         stand_in = np.broadcast_to(0, param.shape if slot is None else param.shape[1:])
-        return LazyTensor(_transformer_to_torch(path, stand_in, config).shape, np.dtype(param.dtype), fetch)
+        return LazyTensor(_transformer_to_torch(path, stand_in, config).shape, dtype, fetch)
 
     config = model.config
+    changes = {f"{layer}.kernel": sides for layer, sides in low_rank_of(model).items()}
     return {name: lazy(path, slot, param) for name, path, slot, param in _transformer_params(model, layout)}
 
 

@@ -1,4 +1,4 @@
-"""Reads LoRA files: which layers of a Wan transformer they change, under whatever names the programs around Wan give.
+"""Reads and writes LoRA files: the layers of a Wan transformer that they change, under whatever names programs give.
 
 A layer has a pair of matrices (lora_A and lora_B, or lora_down and lora_up) with an `alpha`, or a difference of its
 weight, bias or modulation as it is (`diff`, `diff_b`, `diff_m`), or both.
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object
-from jsurgery.io.safetensors import LazyTensor, open_lora_tensors
+from jsurgery.io.safetensors import LazyTensor, open_lora_tensors, write_tensors
 from jsurgery.wan.checkpoint_layouts import transformer_names
+from jsurgery.wan.low_rank import low_rank_of
 
 # Before the name of a layer: of diffusers, of ComfyUI and the original repository, of peft.
 PREFIX = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|pipe\.dit\.)?")
@@ -34,6 +36,7 @@ OTHER_KINDS = (
     (r"\.lora_mid", "LoCon with a matrix between the two"),
 )
 METADATA = "lora_adapter_metadata"  # of the safetensors header that diffusers writes: peft's LoraConfig as JSON
+LORA_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for one in a folder
 CONFIG_FILE = "adapter_config.json"  # the same beside the file, as peft writes it
 
 
@@ -166,3 +169,23 @@ def known_layers(blocks: int) -> dict[str, dict[str, tuple[str, int | None]]]:
                 if layer:
                     layers.setdefault(layer, {})[leaf] = path, block
     return layers | {"lora_unet_" + name.replace(".", "_"): parts for name, parts in layers.items()}
+
+
+def save_low_rank(model: nnx.Module, folder: epath.Path) -> epath.Path:
+    """Writes A and B of a model as a LoRA that diffusers' `load_lora_weights` reads from the folder; returns the file.
+
+    The feature maps of an operated model, which are trained beside them, are no part of it.
+    """
+    names, tensors, rank = transformer_names(), dict[str, np.ndarray](), 0
+    for layer, (down_LxIxR, up_LxRxO) in low_rank_of(model).items():
+        down, up = np.asarray(down_LxIxR[...]), np.asarray(up_LxRxO[...])
+        rank = down.shape[-1]
+        for block in range(len(down)):
+            name = names[f"{layer}.kernel"].format(i=block).removesuffix(".weight")
+            tensors[f"transformer.{name}.lora_A.weight"] = np.ascontiguousarray(down[block].T)
+            tensors[f"transformer.{name}.lora_B.weight"] = np.ascontiguousarray(up[block].T)
+    targets = sorted({name.removeprefix("transformer.").rpartition(".lora_")[0] for name in tensors})
+    config = {"r": rank, "lora_alpha": rank, "target_modules": targets, "lora_bias": False, "use_dora": False}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in config.items()})}
+    write_tensors(folder / LORA_FILE, tensors, metadata)
+    return folder / LORA_FILE

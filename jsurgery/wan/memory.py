@@ -23,6 +23,7 @@ from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.cost import added_parameters
+from jsurgery.wan.low_rank import add_low_rank, trained_with_low_rank
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 from jsurgery.wan.model_sizes import ModelSizes
 from jsurgery.wan.prompt_embedder import BATCH, PASS
@@ -73,6 +74,14 @@ def weights(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, *
     """The bytes of a transformer's weights on a device."""
     state = nnx.state(abstract_transformer(config, network, inference=inference))
     return device_bytes(state, parameter_shardings(mesh, state))
+
+
+def low_rank_weights(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh) -> int:
+    """The bytes a device of what fine-tuning with a `lora_rank` trains: low-rank changes and feature maps."""
+    model = abstract_transformer(config, network, inference=True)
+    add_low_rank(model, config.finetune.lora_rank)
+    trained = nnx.state(model, trained_with_low_rank)
+    return device_bytes(trained, parameter_shardings(mesh, trained))
 
 
 def parameter_bytes(config: ConfigDict, network: WanConfig) -> int:

@@ -51,9 +51,15 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         if not self.flat:
-            return super().__call__(x)
-        y = super().__call__(x.reshape(-1, x.shape[-1])).astype(x.dtype)
+            return self.with_low_rank(super().__call__(x), x)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.with_low_rank(super().__call__(rows).astype(x.dtype), rows)
         return y.reshape(*x.shape[:-1], -1)
+
+    def with_low_rank(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """The layer's output with its low-rank change, if it has one (see `low_rank`)."""
+        change = getattr(self, "low_rank", None)
+        return y if change is None else y + change(x, y.dtype)
 
 
 def rms_norm(x_BxNxD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:

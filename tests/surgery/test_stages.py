@@ -51,7 +51,9 @@ def test_stages_record_what_version_0_1_recorded(kind, tmp_path):
 def test_every_field_is_recorded_by_a_stage_or_listed_as_not_recorded():
     """distill.trajectories is recorded only with distill.mode=sampling; later fields only if they have an effect."""
     config = base()
-    config.distill.mode, config.distill.error_steps = "sampling", 1
+    config.distill.mode, config.distill.error_steps, config.finetune.lora_rank = "sampling", 1, 8
+    config.model.kind, config.model.lora, config.model.lora_scale = "consistency", ("a.safetensors",), (0.5,)
+    config.sampler.timesteps = (1000.0,)
     recorded = {field for stage in STAGES for field in recorded_fields(config, stage.fields, stage.without)}
     not_recorded = {
         field
