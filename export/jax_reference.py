@@ -206,7 +206,8 @@ def run(function: Callable, arguments: Sequence[np.ndarray]) -> list[np.ndarray]
 def samples(job: ExportJob) -> list[dict[str, np.ndarray]]:
     """The inputs of every sample: traced latents with timestep and prompt, or without a trace noise and prompts."""
     shapes, rng = job.tensors(), np.random.default_rng(job.seed)
-    rows = schedule(job.sampler["solver"], job.sampler["steps"], job.sampler["shift"])
+    sampler = job.sampler
+    rows = schedule(sampler["solver"], sampler["steps"], sampler["shift"], sampler.get("timesteps", ()))
     tokenizer = Tokenizer(f"{job.base}/tokenizer") if job.text_encoder else None
     traced = TraceSteps(epath.Path(job.trace)) if job.trace else None
     # Artefacts are compared on the first sample, from the middle of a trajectory. The others span all of it.

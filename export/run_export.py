@@ -276,7 +276,8 @@ def records(job: ExportJob, folder: pathlib.Path) -> list[dict[str, Any]]:
 def manifest(config: ConfigDict, job: ExportJob, folder: pathlib.Path, left_out: dict[str, str]) -> dict[str, Any]:
     """The content of manifest.json: what an app needs to know to run the export."""
     sampler = job.sampler
-    rows = schedule(sampler["solver"], sampler["steps"], sampler["shift"])._asdict()
+    timesteps = sampler.get("timesteps", ())
+    rows = schedule(sampler["solver"], sampler["steps"], sampler["shift"], timesteps)._asdict()
     network = job.config
     return {
         "format_version": FORMAT_VERSION,

@@ -36,15 +36,18 @@ def add_noise(latents: jax.Array, noise: jax.Array, sigma_B: jax.Array) -> tuple
 
 
 def add_noise_at_random_levels(
-    latents: jax.Array, key: jax.Array, shift: float
+    latents: jax.Array, key: jax.Array, shift: float, timesteps: Sequence[float] = ()
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(x_t, timesteps [B], velocity) for latents [B, ...] at random noise levels.
 
-    Before the shift, each of B equal parts of [0, 1] has one level.
+    Before the shift, each of B equal parts of [0, 1] has one level. With `timesteps`, each example has one of these.
     """
     size = latents.shape[0]
     key_level, key_noise = jax.random.split(key)
-    sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
+    if timesteps:
+        sigma_B = jax.random.choice(key_level, jnp.asarray(timesteps), (size,)) / 1000
+    else:
+        sigma_B = shift_sigma((jnp.arange(size) + jax.random.uniform(key_level, (size,))) / size, shift)
     noisy, velocity = add_noise(latents, jax.random.normal(key_noise, latents.shape), sigma_B)
     return noisy, 1000 * sigma_B, velocity
 

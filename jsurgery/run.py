@@ -53,6 +53,7 @@ from jsurgery.wan.lora_file import save_low_rank
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
+from jsurgery.wan.tell_model import own_sampler, tell_model
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size
 
@@ -254,8 +255,10 @@ class Run:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the config of a saved transformer also says: the LoRAs that are merged into it."""
-        return {"loras": describe_loras(self.loras)} if self.loras else {}
+        """What the config of a saved transformer also says: the LoRAs in it, and the sampler of a few-step teacher."""
+        notes: dict[str, Any] = {"loras": describe_loras(self.loras)} if self.loras else {}
+        few_steps = tell_model(self.config.model.path, self.config.model.kind).model.few_steps
+        return notes | (own_sampler(self.config) if few_steps else {})
 
     def show_first_frame(self, prompt: str, latents_1xTxHxWxC: jax.Array) -> None:
         """Writes the first frame that the teacher samples, so that the report shows an image early.

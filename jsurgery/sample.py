@@ -24,7 +24,7 @@ from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folde
 from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.pipeline import batched, configured_pipeline
 from jsurgery.wan.schedulers import say_replaced, scheduler_settings
-from jsurgery.wan.tell_model import default_settings, say_model, tell_model
+from jsurgery.wan.tell_model import makers_settings, say_model, tell_model
 from jsurgery.wan.video_size import check_size
 
 
@@ -38,16 +38,12 @@ def sampling_config(name: str | None, overrides: dict[str, str]) -> ConfigDict:
         return load_config(name, overrides)
     path = overrides.setdefault("model.path", "tiny_wan")
     base = pipeline_folder(model_path(path))  # first, since it names what a folder of another kind needs
-    settings, remarks = scheduler_settings(base)
+    scheduler_settings(base)
     told = tell_model(path, overrides.get("model.kind", ""))
     say_model(path, told)
-    defaults = default_settings(told.model, overrides)
-    settings = settings | defaults if told.model.few_steps else defaults | settings
+    settings, remarks = makers_settings(told.model, base, overrides)
     config = load_config(told.model.config, settings | overrides)
-    if (told.model.scheduler or not told.model.few_steps) and not {
-        "sampler.solver",
-        "sampler.shift",
-    } <= overrides.keys():
+    if not {"sampler.solver", "sampler.shift"} <= overrides.keys():
         say_replaced(base, remarks, config.sampler.solver, config.sampler.shift)
     return config
 

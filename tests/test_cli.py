@@ -14,9 +14,9 @@ from jsurgery.errors import InputError
 from jsurgery.estimate.quiet_libtpu import quiet_libtpu
 
 SMALLEST = {  # the least flags of each command
-    "report": "--workdir=w", "report --compare": "--compare a b", "sample": "--prompt=x", "cost": "",
+    "report": "--workdir=w", "report --compare": "--compare a b", "sample": "--prompt=x", "cost": "", "models": "",
     "compile": "--stage=sample", "roofline": "", "encode": "--videos=v --workdir=w",
-    "models": "", "synthesize": "--prompts_file=p --workdir=w", "train": "--workdir=w", "convert": "--model=m --output=o",
+    "synthesize": "--prompts_file=p --workdir=w", "train": "--workdir=w", "convert": "--model=m --output=o",
     "push": "--model=m --repo=a/b", "verify": "--model=m", "bench transformer": "", "bench distill": "",
     "bench attention": "", "ablate": "--table=loss --workdir=w", "evaluate vbench": "--prompts=p --output=o",
     "evaluate vbench-results": "r.json", "evaluate fidelity": "--teacher=t --model m --prompts_file=p --workdir=w",

@@ -1,11 +1,14 @@
 """Solvers against closed forms and against diffusers' schedulers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
+from diffusers.schedulers import scheduling_flow_match_lcm
 
 from jsurgery.diffusion import (
     add_noise,
@@ -82,6 +85,7 @@ def toy_noise():
 def test_noise_levels_are_those_of_diffusers(steps, shift):
     for solver, scheduler in (
         ("euler", FlowMatchEulerDiscreteScheduler(shift=shift)),
+        ("lcm", FlowMatchLCMScheduler(shift=shift)),
         ("unipc", UniPCMultistepScheduler(**UNIPC, flow_shift=shift)),
     ):
         scheduler.set_timesteps(steps)
@@ -121,6 +125,40 @@ def test_control_unipc_with_other_settings_or_coefficients_differs(toy_noise):
 def test_euler_equals_diffusers(steps, shift, toy_noise):
     expected = trajectory_of_diffusers(FlowMatchEulerDiscreteScheduler(shift=shift), toy_noise, steps)
     assert distance(trajectory_of(schedule("euler", steps, shift), toy_noise), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "given"), [(4, 3.0, ()), (8, 5.0, ()), (1, 1.0, ()), (3, 8.0, (1000.0, 757.0, 522.0))]
+)
+def test_lcm_equals_diffusers_with_the_same_noise(monkeypatch, steps, shift, given, toy_noise):
+    drawn = np.random.default_rng(1).normal(size=(steps, *toy_noise.shape)).astype(np.float32)
+    scheduler = FlowMatchLCMScheduler(shift=1.0 if given else shift)
+    if given:  # diffusers shifts what it is given
+        scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, sigmas=[t / 1000 for t in given])
+    noises = iter(drawn)
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", lambda *_, **__: torch.tensor(next(noises)))
+    expected = trajectory_of_diffusers(scheduler, toy_noise, steps)
+    rows, state, path = schedule("lcm", steps, shift, given), initial_state(jnp.asarray(toy_noise)), [toy_noise]
+    for i in range(steps):
+        state = solver_step(curved_velocity, state, rows.row(i))
+        state = state._replace(x=state.x + rows.renoise[i] * drawn[i])
+        path.append(np.asarray(state.x))
+    assert distance(np.stack(path), expected) < 1e-5
+    if steps > 1:
+        assert rows.renoise[0] > 0.5 and rows.renoise[-1] == 0
+        euler = trajectory_of(schedule("euler", steps, shift, given), toy_noise)
+        assert distance(euler, expected) > 1e-2, "the control"
+
+
+def test_given_timesteps_are_the_noise_levels_of_every_solver(toy_noise):
+    given = (1000.0, 937.5, 2500 / 3, 625.0)
+    for solver in ("euler", "euler_ancestral", "lcm", "unipc"):
+        rows = schedule(solver, 4, 3.0, given)
+        np.testing.assert_allclose(rows.timestep, given)
+        np.testing.assert_allclose(rows.sigma, np.array(given) / 1000, atol=2e-6)
+        assert np.isfinite(trajectory_of(rows, toy_noise)).all()
+    # lightx2v's are even steps with a shift of 5.
+    np.testing.assert_allclose(schedule("euler_ancestral", 4, 5.0).timestep, given, rtol=1e-6)
 
 
 def test_control_euler_with_other_settings_or_coefficients_differs(toy_noise):

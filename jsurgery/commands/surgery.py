@@ -11,7 +11,7 @@ from jsurgery.commands.options import (
     Overrides,
     add_processes,
     join_processes,
-    read_config,
+    keep_compiled,
 )
 from jsurgery.load_config import split_topology
 
@@ -41,7 +41,9 @@ def add(commands: Commands) -> None:
 
 
 def run_surgery(options: Options, overrides: Overrides) -> None:
-    config = read_config(options, overrides)
+    from jsurgery.wan.tell_model import with_own_sampler
+
+    config = keep_compiled(with_own_sampler(options.config, overrides))
     if options.dry_run:
         run_dry(config, options)
         return

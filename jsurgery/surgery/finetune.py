@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jsurgery.data.latents import batches, captions_to_embed, padded_text
-from jsurgery.diffusion import add_noise_at_random_levels
+from jsurgery.diffusion import add_noise_at_random_levels, schedule
 from jsurgery.runtime.finite import check_finite
 from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.guard import likely_causes, rows_with_faults
@@ -29,10 +29,15 @@ from jsurgery.wan.transformer import WanTransformer
 VALIDATION_BATCH = 8
 
 
-def noised_batch(batch: dict[str, jax.Array], key: jax.Array, shift: float) -> dict[str, jax.Array]:
-    """Noisy latents with their timesteps and text, and the flow-matching velocity that a model should predict."""
-    latents, timesteps, velocity = add_noise_at_random_levels(batch["latents"], key, shift)
-    return {"latents": latents, "timesteps": timesteps, "text": batch["text"], "velocity": velocity}
+def noised_batch(
+    batch: dict[str, jax.Array], key: jax.Array, shift: float, timesteps: tuple[float, ...] = ()
+) -> dict[str, jax.Array]:
+    """Noisy latents with their timesteps and text, and the flow-matching velocity that a model should predict.
+
+    Noise levels are random, or a random one of `timesteps`, where a few-step model knows no others.
+    """
+    latents, timesteps_B, velocity = add_noise_at_random_levels(batch["latents"], key, shift, timesteps)
+    return {"latents": latents, "timesteps": timesteps_B, "text": batch["text"], "velocity": velocity}
 
 
 def velocity_loss(
@@ -61,8 +66,17 @@ def make_update(
     Equal settings give the same function, so that a second run in this process compiles nothing.
     """
     settings = config.finetune
-    fixed = settings.teacher_weight, settings.accumulate, settings.ema, config.sampler.shift
+    noise = config.sampler.shift, own_timesteps(config)
+    fixed = settings.teacher_weight, settings.accumulate, settings.ema, *noise
     return _make_update(optimizer, graph, teacher_graph, *fixed)
+
+
+def own_timesteps(config: ConfigDict) -> tuple[float, ...]:
+    """The timesteps that a few-step model knows; none for other models, which know all."""
+    sampler = config.sampler
+    if sampler.solver != "lcm":
+        return tuple(sampler.timesteps)
+    return tuple(schedule("lcm", sampler.steps, sampler.shift, sampler.timesteps).timestep.tolist())
 
 
 @functools.lru_cache(maxsize=8)
@@ -74,6 +88,7 @@ def _make_update(
     accumulate: int,
     ema: float,
     shift: float,
+    timesteps: tuple[float, ...],
 ) -> Any:
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, teacher_params, batch, key, frozen=None):
@@ -82,7 +97,7 @@ def _make_update(
             student = nnx.merge(graph, params, *([] if frozen is None else [frozen]))
             return velocity_loss(student, teacher, piece, teacher_weight)
 
-        noisy = noised_batch(batch, key, shift)
+        noisy = noised_batch(batch, key, shift, timesteps)
         return train_step(state, loss, noisy, optimizer, pieces=accumulate, ema=ema)
 
     return update

@@ -36,9 +36,10 @@ def trace(
     """Writes `folder/steps` (one record a prompt and step) and `folder/text` (one a prompt, the negative prompt last).
 
     Also `folder/clips`, where the trajectories of training prompts end, for a fine-tuning that is given no other data.
-    A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the guidance branch to replay, a coin toss)
-    and `prompt`, the number of its text. With several processes, all sample, each with its part of the model, and
-    process 0 writes. `seen` is called with the first prompt that is sampled and its latents [1, T, H, W, C].
+    A step holds `latents` float16 [T, H, W, C], `timestep`, `conditional` (the branch of guidance to replay: a coin
+    toss, or always the prompt without guidance) and `prompt`, the number of its text. With several processes, all
+    sample, each with its part of the model, and process 0 writes. `seen` is called with the first prompt that is
+    sampled and its latents [1, T, H, W, C].
     """
     sampler, size = config.sampler, config.trace.batch
     prompts, chosen = load_prompts(config, config.trace.prompts), traced_prompts(config)
@@ -73,6 +74,7 @@ def trace(
                 number = starts.index(start)
                 processes.on_first(lambda number=number, clips=clips: write_clips(folder, number, clips))
                 coin = np.random.default_rng([config.seed, start]).random((len(batch), len(kept))) < 0.5
+                coin |= sampler.guidance == 1  # sampling never asks for the other branch
                 steps = (
                     {
                         "latents": in_half(trajectory[step, item], f"traced latents of prompt {start + item}"),

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from jsurgery.errors import InputError, did_you_mean
 from jsurgery.io.files import read_object
+from jsurgery.load_config import load_config
 from jsurgery.runtime.progress import say
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.model_config import WanConfig
@@ -14,7 +17,10 @@ from jsurgery.wan.model_folder import model_path, pipeline_folder, transformer_f
 from jsurgery.wan.model_sizes import CONFIGS, network_of
 from jsurgery.wan.models import BY_KIND, MODELS, READ, Model
 from jsurgery.wan.pipeline_parts import INDEX
-from jsurgery.wan.schedulers import FILE
+from jsurgery.wan.schedulers import FILE, scheduler_settings
+
+KEPT_SAMPLER = "sampler"  # the field of an operated model's config.json
+SAMPLER_FIELDS = ("solver", "steps", "timesteps", "shift", "guidance", "negative_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,9 @@ def tell_model(path: str, kind: str = "") -> ToldModel:
     """
     folder = model_path(path)
     base, network = pipeline_folder(folder), read_config(transformer_folder(folder))
+    if not kind and (kept := kept_sampler(transformer_folder(folder))):
+        named = Model(epath.Path(path).name, "", config=CONFIGS.get(network.dim, "tiny"), defaults=kept, few_steps=True)
+        return ToldModel(named, "its config.json")
     if kind:
         return ToldModel(kind_that_fits(kind, network, path), "--kind")
     config = CONFIGS.get(network.dim, "tiny")
@@ -50,6 +59,46 @@ def tell_model(path: str, kind: str = "") -> ToldModel:
     return ToldModel(plain, "its sizes", "" if (base / INDEX).exists() else unsaid(plain))
 
 
+def kept_sampler(folder: epath.Path) -> dict[str, Any]:
+    """The sampler that surgery of a few-step model left in config.json, as fields of a config; empty if there is none.
+
+    Raises InputError for a field that a sampler does not have.
+    """
+    file = folder / "config.json"
+    kept = read_object(file).get(KEPT_SAMPLER) if folder.is_dir() and file.exists() else None
+    if not kept:
+        return {}
+    if not isinstance(kept, dict) or (unknown := kept.keys() - SAMPLER_FIELDS):
+        found = sorted(unknown) if isinstance(kept, dict) else kept
+        raise InputError(f"{file}: {KEPT_SAMPLER}: expected some of {', '.join(SAMPLER_FIELDS)}; found {found!r}")
+    return {f"sampler.{name}": tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+
+
+def own_sampler(config: ConfigDict) -> dict[str, Any]:
+    """What the config.json of a model that surgery makes of a few-step teacher says of sampling."""
+    return {KEPT_SAMPLER: {name: config.sampler[name] for name in SAMPLER_FIELDS}}
+
+
+def with_own_sampler(name: str, overrides: Mapping[str, str]) -> ConfigDict:
+    """The config `name` for the surgery of `config.model.path`, whose own sampler comes before the config's if it takes
+    few steps: it is traced, fine-tuned and evaluated at its own timesteps, without guidance.
+
+    Its velocities are no longer those of data, so fine-tuning follows the teacher's unless the user says otherwise.
+    """
+    config = load_config(name, dict(overrides))
+    if not config.model.path:
+        return config
+    told = tell_model(config.model.path, config.model.kind)
+    if not told.model.few_steps:
+        return config
+    say_model(config.model.path, told)
+    settings, _ = makers_settings(told.model, pipeline_folder(model_path(config.model.path)), overrides)
+    settings.pop("video.fps", None)
+    steps = overrides.get("sampler.steps", settings["sampler.steps"])
+    settings |= {"trace.keep_steps": steps, "trace.solver": settings["sampler.solver"], "finetune.teacher_weight": "1"}
+    return load_config(name, settings | dict(overrides))
+
+
 def default_settings(model: Model, overrides: Mapping[str, str]) -> dict[str, str]:
     """The settings of a model's makers as overrides of a config, beneath those that the user gives.
 
@@ -59,6 +108,20 @@ def default_settings(model: Model, overrides: Mapping[str, str]) -> dict[str, st
     if "sampler.steps" in overrides:
         settings.pop("sampler.timesteps", None)
     return settings
+
+
+def makers_settings(model: Model, base: epath.Path, overrides: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The settings to sample a model with, and what of the folder's scheduler they do not follow.
+
+    The solver and the shift are those of the scheduler in the pipeline's folder `base`, unless the model has few steps
+    and that scheduler is not its own.
+    """
+    settings, remarks = scheduler_settings(base)
+    defaults = default_settings(model, overrides)
+    same = bool(model.scheduler) and settings.get("sampler.solver") == model.defaults["sampler.solver"]
+    if model.few_steps and not same:
+        return settings | defaults, []
+    return defaults | settings, remarks
 
 
 def say_model(path: str, told: ToldModel) -> None:

@@ -159,7 +159,7 @@ def test_wan_1_3b_fits_one_device_with_low_rank_changes(tmp_path, capsys, machin
 
 
 def test_the_step_compiles_with_shapes_alone():
-    config = load_config("tiny", FIELDS | {"model.dtype": "bfloat16", "finetune.batch": "2"})
+    config = load_config("tiny", FIELDS | {"model.dtype": "bfloat16", "finetune.batch": "2", "plan.budget": "1R8"})
     tiny = find_sizes(config, "tiny")
     sizes = ModelSizes("test", dataclasses.replace(CONFIG, text_dim=64, in_channels=8, out_channels=8), *vars_of(tiny))
     assert "dot_general" in lowered_finetune(config, sizes, make_mesh(config.mesh)).as_text()

@@ -36,7 +36,7 @@ def folder_of(folder, network, pipeline="WanPipeline", scheduler=UNIPC):
 def test_every_model_that_is_read_is_told(tmp_path, model):
     network, scheduler = network_of(model), UNIPC
     if model.scheduler:
-        network, scheduler = WanConfig(**SMALL), {"_class_name": model.scheduler}
+        network, scheduler = WanConfig(**SMALL), {"_class_name": model.scheduler, "shift": 3.0}
     path = folder_of(tmp_path / "m", network, (*model.pipelines, "")[0], scheduler)
     told = tell_model(path)
     if model.pipelines:

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, WanPipeline
+from diffusers.schedulers import scheduling_flow_match_lcm
 from flax import nnx
 
-from jsurgery.diffusion import initial_noise, initial_state, sample, schedule
+from jsurgery.diffusion import initial_noise, initial_state, sample, schedule, step_keys
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
 from jsurgery.wan import pipeline as pipeline_module
 from jsurgery.wan.guidance import guided_velocity, sampling_step
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import BUNDLED
+from jsurgery.wan.models import BY_KIND
 from jsurgery.wan.pipeline import load_pipeline
 from jsurgery.wan.video_size import check_size
 
@@ -116,6 +118,34 @@ def test_euler_without_guidance_equals_diffusers(ours, theirs):
     expected = latents_of_diffusers(theirs, config, noise)
     theirs.scheduler = unipc
     assert distance(ours.sample([PROMPT], config, seed=7)[0], expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "model", [None, "fastwan2.1-1.3b", "lightx2v-14b"], ids=["consistency", "FastWan's steps", "lightx2v's steps"]
+)
+def test_few_steps_equal_diffusers_with_its_consistency_scheduler(monkeypatch, ours, theirs, model):
+    """The solver adds noise, which both get from our keys."""
+    fields = {"steps": 4, "shift": 3.0, "guidance": 1.0, "solver": "lcm"}
+    if model is not None:
+        defaults = BY_KIND[model].defaults
+        fields = {name: defaults[f"sampler.{name}"] for name in ("steps", "timesteps", "shift", "guidance", "solver")}
+    config = small(**fields)
+    noise = initial_noise(7, [0], ours.latent_shape(5, 64, 48))
+    rows = schedule("lcm", config.sampler.steps, config.sampler.shift, config.sampler.timesteps)
+    keys = step_keys(rows, jax.random.fold_in(jax.random.key(7), 0))
+    drawn = iter([np.asarray(jax.random.normal(key, noise.shape)) for key in keys])
+    draw = lambda *_, **__: torch.tensor(next(drawn)).permute(0, 4, 1, 2, 3)
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", draw)
+    scheduler = FlowMatchLCMScheduler(shift=1.0 if config.sampler.timesteps else config.sampler.shift)
+    if config.sampler.timesteps:  # the pipeline has no argument for them
+        sigmas = [timestep / 1000 for timestep in config.sampler.timesteps]
+        set_timesteps = scheduler.set_timesteps
+        monkeypatch.setattr(scheduler, "set_timesteps", lambda steps, device=None: set_timesteps(steps, device, sigmas))
+    monkeypatch.setattr(theirs, "scheduler", scheduler)
+    expected = latents_of_diffusers(theirs, config, noise)
+    assert distance(ours.sample([PROMPT], config, seed=7)[0], expected) < 1e-3
+    euler = ours.sample([PROMPT], small(**fields | {"solver": "euler"}), seed=7)[0]
+    assert distance(euler, expected) > 1e-2, "the control"
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "unipc"])
