@@ -50,6 +50,7 @@ from jsurgery.surgery.trace import CLIPS, trace
 from jsurgery.wan.checkpoint import load_transformer
 from jsurgery.wan.lora import check_loras, describe_loras, loras_of, with_lora_hashes
 from jsurgery.wan.lora_file import save_low_rank
+from jsurgery.wan.low_rank import check_rank
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
@@ -104,6 +105,7 @@ class Run:
         check_size(self.model_config, config.video.frames, config.video.height, config.video.width)
         load_prompts(config, config.trace.prompts + config.evaluate.prompts)
         check_budget(config, self.model_config)
+        check_rank(self.model_config, config.finetune.lora_rank)
         mesh = abstract_mesh(config.mesh)
         check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange)
         if is_given(config.mesh):

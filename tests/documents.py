@@ -30,6 +30,7 @@ ELSEWHERE = {
     "evaluate study-results": "evaluate/test_study.py",
     "evaluate vbench-results": "evaluate/test_vbench_scores.py",
     "export": "export/test_command.py",
+    "models": "wan/test_models.py",
     "push": "report/test_push.py",
     "roofline": "estimate/test_roofline.py",
     "train": "train/test_training.py",

@@ -160,15 +160,10 @@ def check_shape(change: TensorChange, shape: tuple[int, ...], name: str, network
 
 def other_base(fault: str, width: int, network: WanConfig, file: epath.Path) -> str:
     """The message about a LoRA whose matrices have other sizes, with the published model that has that width."""
-    bases = dict.fromkeys(
-        model.name for model in READ if model.transformer and width == network_width(model.transformer)
-    )
+    plain = [model for model in READ if model.transformer is not None and not model.few_steps]
+    bases = [model.name for model in plain if WanConfig(**(model.transformer or {})).dim == width]
     made_for = f", as for {' or '.join(bases)}" if bases and width != network.dim else ""
     return f"{file}: made for another base: {fault}{made_for}; the model has {network.size_text}"
-
-
-def network_width(sizes: Mapping[str, Any]) -> int:
-    return WanConfig(**sizes).dim
 
 
 def unknown_layers(unknown: Sequence[str], network: WanConfig, file: epath.Path) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jsurgery.errors import InputError
+from jsurgery.wan.model_config import WanConfig
 
 if TYPE_CHECKING:
     from jsurgery.wan.transformer import WanTransformer
@@ -45,12 +46,8 @@ def add_low_rank(model: "WanTransformer", rank: int, seed: int = 0) -> None:
 
     Raises InputError where a layer's matrix has no such rank.
     """
+    check_rank(model.config, rank)
     layers = block_layers(model)
-    least = min(size for layer in layers.values() for size in layer.kernel.shape[1:])
-    if rank > least:
-        raise InputError(
-            f"config.finetune.lora_rank: expected at most {least}, the least width of a layer, found {rank}"
-        )
     for number, layer in enumerate(layers.values()):
         blocks, into, out = layer.kernel.shape
         shapes = (blocks, into, rank), (blocks, rank, out)
@@ -59,6 +56,15 @@ def add_low_rank(model: "WanTransformer", rank: int, seed: int = 0) -> None:
             continue
         key = jax.random.fold_in(jax.random.key(seed), number)
         layer.low_rank = LowRank(jax.random.normal(key, shapes[0]) / math.sqrt(into), jnp.zeros(shapes[1]))
+
+
+def check_rank(network: WanConfig, rank: int) -> None:
+    """Raises InputError where a matrix of the blocks has no such rank."""
+    least = min(network.dim, network.ffn_dim)
+    if rank > least:
+        raise InputError(
+            f"config.finetune.lora_rank: expected at most {least}, the least width of a layer, found {rank}"
+        )
 
 
 def trained_with_low_rank(path: tuple, value: Any) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -310,6 +311,53 @@ FORMATS = [
     Bad("sample --prompt=x --model=m", ("m", "`jsurgery convert --model=m --output=m-Diffusers`"), original_folder),
     Bad("sample --prompt=x --model=m", ("alone", "-Diffusers"), written("m/config.json", {"_class_name": "WanModel"})),
 ]
+WIDTH = 24  # of `tiny_pipeline`'s transformer
+LAYER, OTHER = "diffusion_model.blocks.0.self_attn.q", "lora_unet_blocks_35_ffn_0"
+
+
+def lora(name: str = "l.safetensors", /, **tensors: tuple[int, ...]) -> Callable[[pathlib.Path], object]:
+    """Writes a LoRA of zeros; `__` stands for a dot in the tensors' names."""
+    header, end = {}, 0
+    for tensor, shape in tensors.items():
+        size = 4 * math.prod(shape)
+        header[tensor.replace("__", ".")] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return written(name, struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+def pair(layer: str = LAYER, rank: int = 2, out: int = WIDTH, into: int = WIDTH, up_rank: int | None = None) -> dict:
+    name = layer.replace(".", "__")
+    return {f"{name}__lora_down__weight": (rank, into), f"{name}__lora_up__weight": (out, up_rank or rank)}
+
+
+WITH_LORA = f"{SAMPLE} --lora l.safetensors"
+LORAS = [
+    Bad(f"{SAMPLE} --lora nowhere.safetensors", ("--lora=nowhere.safetensors", "no such file")),
+    Bad(surgery("--config.model.lora=nowhere.safetensors"), ("--lora=nowhere.safetensors", "no such file")),
+    Bad("convert --model=model --output=out --lora nowhere.safetensors", ("--lora=nowhere", "no such file")),
+    Bad(WITH_LORA, ("l.safetensors", "another base", "as for Wan2.1 1.3B"), lora(**pair(out=1536, into=1536))),
+    Bad(surgery("--config.model.lora=l.safetensors"), ("another base", "(48, 24)"), lora(**pair(out=48))),
+    Bad(WITH_LORA, ("another base", "block 35", "blocks of width"), lora(**pair(OTHER))),
+    Bad(WITH_LORA, (LAYER.removeprefix("diffusion_model."), "of one rank", "(2, 24)"), lora(**pair(up_rank=4))),
+    Bad(WITH_LORA, ("lora_A without lora_B",), lora(**dict(list(pair().items())[:1]))),
+    Bad(f"{SAMPLE} --lora a b --lora_scale 1", ("lora_scale", "2 LoRAs", "found 1")),
+    Bad(f"{SAMPLE} --lora a --lora_scale much", ("--lora_scale", "'much'")),
+    Bad("convert --model=model --output=out --lora a b --lora_scale 1", ("lora_scale", "2 LoRAs", "found 1")),
+    Bad(WITH_LORA, ("does not have", "img_emb.proj.1"), lora(**pair() | pair("diffusion_model.img_emb.proj.1"))),
+    Bad(WITH_LORA, ("norm_q", "bias"), lora(blocks__0__self_attn__norm_q__diff_b=(WIDTH,))),
+    Bad(WITH_LORA, ("a DoRA", "dora_scale"), lora(**pair(), blocks__0__self_attn__q__dora_scale=(WIDTH, 1))),
+    Bad(WITH_LORA, ("a LoKr", "lokr_w1"), lora(blocks__0__self_attn__q__lokr_w1=(2, 2))),
+    Bad(WITH_LORA, ("a LoHa", "hada_w1_a"), lora(blocks__0__self_attn__q__hada_w1_a=(2, 2))),
+    Bad(WITH_LORA, ("expected a LoRA", "attn1.to_q.weight"), lora(blocks__0__attn1__to_q__weight=(WIDTH, WIDTH))),
+    Bad(WITH_LORA, ("l.safetensors", "HTML"), written("l.safetensors", PAGE)),
+    Bad(surgery("--config.finetune.lora_rank=500"), ("config.finetune.lora_rank", "at most", "found 500")),
+    Bad(f"{SAMPLE} --kind=wan2.1-1.4b", ("--kind=wan2.1-1.4b", "did you mean")),
+    Bad(f"{SAMPLE} --kind=wan2.2-t2v-a14b", ("--kind", "two experts")),
+    Bad(f"{SAMPLE} --kind=lightx2v-14b", ("--kind=lightx2v-14b", "40 blocks of width 5120")),
+    Bad(surgery("--config.sampler.timesteps=(500,700)"), ("config.sampler.timesteps", "fall from 1000")),
+    Bad(f"{SAMPLE} --config.sampler.timesteps=(1000,700)", ("config.sampler.timesteps", "2 of them")),
+]
 FILES = [
     Bad(surgery("--config.data.path=nowhere"), ("config.data.path", "nowhere", "no such folder")),
     Bad(surgery("--config.prompts=nowhere.txt"), ("config.prompts", "nowhere.txt", "no such file")),
@@ -371,7 +419,7 @@ WORKDIRS = [
     Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
     Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
 ]
-TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FORMATS, *FILES, *WORKDIRS]
+TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FORMATS, *LORAS, *FILES, *WORKDIRS]
 # Also run in a process of their own, as a user would: one of each kind.
 PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
 
