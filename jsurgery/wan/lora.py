@@ -114,11 +114,13 @@ def read_changes(network: WanConfig, lora: LoraSource) -> dict[tuple[str, int | 
     shapes = transformer_shapes(network)
     changes: dict[tuple[str, int | None], TensorChange] = {}
     for name, parts in named.items():
-        factor = lora.scale * pair_factor(name, parts, config)
+        factor = lora.scale * pair_factor(name, parts, config, file)
         for leaf, change in changes_of(parts, lora.scale, factor).items():
             if leaf not in known[name]:
                 raise InputError(f"{file}: {name}: has a change of its {leaf}, which it does not have")
             path, block = known[name][leaf]
+            if (path, block) in changes:
+                raise InputError(f"{file}: changes the {leaf} of {name} twice, under two names")
             check_shape(change, shapes[path], name, network, file)
             changes[path, block] = change
     return changes

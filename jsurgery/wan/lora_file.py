@@ -6,6 +6,7 @@ weight, bias or modulation as it is (`diff`, `diff_b`, `diff_m`), or both.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -85,7 +86,7 @@ def open_lora(path: str) -> tuple[dict[str, LoraLayer], dict[str, Any]]:
         parts = layers.setdefault(layer, LoraLayer())
         if getattr(parts, part) is not None:
             raise InputError(f"{file}: holds {part} of {layer} twice, such as {name}; keep one adapter")
-        setattr(parts, part, float(np.asarray(tensor).reshape(-1)[0]) if part == "alpha" else tensor)
+        setattr(parts, part, read_alpha(name, tensor, file) if part == "alpha" else tensor)
     for layer, parts in layers.items():
         check_pair(layer, parts, file)
     if not layers:
@@ -134,23 +135,33 @@ def check_pair(layer: str, parts: LoraLayer, file: epath.Path) -> None:
         raise InputError(f"{file}: {layer}: has {there} without {missing}")
     if down is None or up is None:
         return
-    if len(down.shape) < 2 or len(up.shape) < 2 or down.shape[0] != up.shape[1]:
+    if len(down.shape) < 2 or len(up.shape) < 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         raise InputError(
             f"{file}: {layer}: expected lora_A [rank, in] and lora_B [out, rank] of one rank, found {shapes}"
         )
 
 
-def pair_factor(layer: str, parts: LoraLayer, config: Mapping[str, Any]) -> float:
+def pair_factor(layer: str, parts: LoraLayer, config: Mapping[str, Any], file: epath.Path) -> float:
     """alpha / rank: of the file's own `alpha`, otherwise of peft's config; 1 where neither tells."""
-    alpha = parts.alpha
-    if alpha is None and "lora_alpha" in config:
-        patterns = config.get("alpha_pattern") or {}
-        own = (value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", layer))
-        alpha = next(own, config["lora_alpha"])
-        if config.get("use_rslora"):
-            return float(alpha) / parts.rank**0.5
-    return 1.0 if alpha is None else float(alpha) / parts.rank
+    if parts.down is None:
+        return 1.0
+    if parts.alpha is not None or "lora_alpha" not in config:
+        return 1.0 if parts.alpha is None else parts.alpha / parts.rank
+    patterns = config.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
+    own = (value for name, value in patterns.items() if f".{layer}".endswith(f".{name}"))
+    alpha = next(own, config["lora_alpha"])
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(f"{file}: lora_alpha of {layer}: expected a number, found {alpha!r}")
+    return float(alpha) / (parts.rank**0.5 if config.get("use_rslora") else parts.rank)
+
+
+def read_alpha(name: str, tensor: LazyTensor, file: epath.Path) -> float:
+    values = np.asarray(tensor).reshape(-1)
+    if len(values) != 1 or not math.isfinite(values[0]):
+        raise InputError(f"{file}: {name}: expected one finite number, found shape {tuple(tensor.shape)}")
+    return float(values[0])
 
 
 def known_layers(blocks: int) -> dict[str, dict[str, tuple[str, int | None]]]:

@@ -85,14 +85,13 @@ def with_own_sampler(name: str, overrides: Mapping[str, str]) -> ConfigDict:
 
     Its velocities are no longer those of data, so fine-tuning follows the teacher's unless the user says otherwise.
     """
-    config = load_config(name, dict(overrides))
-    if not config.model.path:
-        return config
-    told = tell_model(config.model.path, config.model.kind)
-    if not told.model.few_steps:
-        return config
-    say_model(config.model.path, told)
-    settings, _ = makers_settings(told.model, pipeline_folder(model_path(config.model.path)), overrides)
+    of_model = {field: text for field, text in overrides.items() if field.startswith("model.")}
+    model = load_config(name, of_model).model
+    told = tell_model(model.path, model.kind) if model.path else None
+    if told is None or not told.model.few_steps:
+        return load_config(name, dict(overrides))
+    say_model(model.path, told)
+    settings, _ = makers_settings(told.model, pipeline_folder(model_path(model.path)), overrides)
     settings.pop("video.fps", None)
     steps = overrides.get("sampler.steps", settings["sampler.steps"])
     settings |= {"trace.keep_steps": steps, "trace.solver": settings["sampler.solver"], "finetune.teacher_weight": "1"}

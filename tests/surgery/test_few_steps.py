@@ -84,6 +84,6 @@ def test_it_is_fine_tuned_at_its_own_timesteps(few_steps):
     batch = {"latents": np.ones((64, 1, 2, 2, 4), np.float32), "text": np.zeros((64, 2, 3), np.float32)}
     noisy = noised_batch(batch, jax.random.key(0), 3.0, own_timesteps(config))
     expected = schedule("lcm", 4, 5.0).timestep
-    assert sorted(set(np.round(np.asarray(noisy["timesteps"]), 2))) == sorted(np.round(expected, 2))
+    np.testing.assert_allclose(np.unique(np.round(noisy["timesteps"], 3)), np.sort(expected), rtol=1e-3)
     spread = noised_batch(batch, jax.random.key(0), 3.0)
     assert len(set(np.asarray(spread["timesteps"]).tolist())) == 64
