@@ -1,4 +1,4 @@
-"""The Wan2.1 diffusion transformer, with full softmax or hybrid self-attention in each block.
+"""The Wan diffusion transformer, with full softmax or hybrid self-attention in each block.
 
 Attribute names follow the diffusers checkpoint where possible; `checkpoint_layouts` maps them to tensor names.
 """
@@ -6,10 +6,11 @@ Attribute names follow the diffusers checkpoint where possible; `checkpoint_layo
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -111,6 +112,27 @@ def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
 
 
+class GivenTokens(NamedTuple):
+    """The tokens of given frames, which hold no noise and have timestep 0 whatever the timestep of the others.
+
+    A token has one of two timesteps, so that shifts, scales and gates are two rows and a mask. As arrays [N, 6, D] they
+    would take more memory than the tokens themselves.
+
+    Attributes:
+      mask: bool [1, N, 1], true at given tokens.
+      time: the embedding [1, D] of timestep 0.
+      modulation: [1, 6, D], of timestep 0.
+    """
+
+    mask: jax.Array
+    time: jax.Array
+    modulation: jax.Array
+
+    def choose(self, given_1x1xD: jax.Array, others_Bx1xD: jax.Array) -> jax.Array:
+        """[B, N, D], computed where it is used: each token's row."""
+        return jnp.where(self.mask, given_1x1xD, others_Bx1xD)
+
+
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; scaled, shifted and gated by the timestep (adaLN)."""
 
@@ -134,11 +156,15 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         self_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         cross_attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = full_attention,
+        given: GivenTokens | None = None,
     ) -> jax.Array:
         """Tokens [B, N, D] after the block; `rope` are the cosines and sines [N, D/(2 H)] of the tokens' angles."""
         x, dtype = x_BxNxD, x_BxNxD.dtype
-        modulation = self.scale_shift_table[None] + modulation_Bx6xD.astype(jnp.float32)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=1)
+        rows = lambda modulation: jnp.split(self.scale_shift_table[None] + modulation.astype(jnp.float32), 6, axis=1)
+        modulations = rows(modulation_Bx6xD)
+        if given is not None:
+            modulations = [given.choose(*both) for both in zip(rows(given.modulation), modulations, strict=True)]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
 
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(dtype)
         q, k, v = self.attn1.project(h, h)
@@ -170,14 +196,19 @@ class ConditionEmbedder(nnx.Module):
 
     def __call__(self, timesteps_B: jax.Array, text_BxMxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Time embedding [B, D], modulation [B, 6, D], text [B, M, D]."""
-        time_BxD = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(timesteps_B, self.freq_dim))))
-        modulation = self.time_proj(jax.nn.silu(time_BxD)).reshape(time_BxD.shape[0], 6, -1)
         text_BxMxD = self.text_out(jax.nn.gelu(self.text_in(text_BxMxE), approximate=True))
-        return time_BxD, modulation, text_BxMxD
+        return *self.at_time(timesteps_B), text_BxMxD
+
+    def at_time(self, timesteps_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Time embedding [B, D] and modulation [B, 6, D]."""
+        time_BxD = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(timesteps_B, self.freq_dim))))
+        return time_BxD, self.time_proj(jax.nn.silu(time_BxD)).reshape(time_BxD.shape[0], 6, -1)
 
 
 class WanTransformer(nnx.Module):
     """velocity = transformer(latents [B, T, H, W, C], timesteps [B] in [0, 1000], text embeddings [B, M, text_dim]).
+
+    With `given_frames`, so many latent frames at the start hold no noise, as in image to video of Wan2.2 TI2V 5B.
 
     Block parameters are stacked [L, ...] and scanned, also when rates differ from block to block, so that compile time
     does not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
@@ -207,9 +238,12 @@ class WanTransformer(nnx.Module):
             self.query_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
             self.key_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
 
-    def __call__(self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array) -> jax.Array:
+    def __call__(
+        self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array, given_frames: int = 0
+    ) -> jax.Array:
         attention, layers, order = self.planned_attention(self.config.token_grid(latents.shape[1:4]))
-        return self.apply_blocks(latents, timesteps, text_embeddings, attention, layers, order=order)[0]
+        inputs = latents, timesteps, text_embeddings
+        return self.apply_blocks(*inputs, attention, layers, order=order, given_frames=given_frames)[0]
 
     def planned_attention(self, grid: tuple[int, int, int]) -> tuple[Callable, Any, TokenOrder | None]:
         """(self_attention, layers, order) for `apply_blocks`, with every block at its rate."""
@@ -304,12 +338,14 @@ class WanTransformer(nnx.Module):
         *,
         order: TokenOrder | None,
         stop_block: int | None = None,
+        given_frames: int = 0,
     ) -> tuple[jax.Array, Any]:
         """The whole network, with the caller's self-attention in every block.
 
         `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned. `layer` is the block's slice of the
         [L, ...] leaves of `layers`. Inside the blocks, tokens lie in `order`, or in natural order if it is None. Blocks
-        from number `stop_block` on are skipped, and their records are zero.
+        from number `stop_block` on are skipped, and their records are zero. The tokens of the first `given_frames`
+        latent frames have timestep 0.
         Returns (velocity [B, T, H, W, C], records stacked [L, ...]).
         """
         config = self.config
@@ -321,6 +357,7 @@ class WanTransformer(nnx.Module):
         x = self.patch_embedding(self._constrained(x))
         rope = jnp.asarray(cos), jnp.asarray(sin)
         time, modulation, text = self.condition(timesteps_B, text_BxMxE.astype(self.dtype))
+        given = self._given_tokens(given_frames, grid, order) if given_frames else None
 
         graph, stacked = nnx.split(self.blocks)
         to_text = full_attention
@@ -336,7 +373,7 @@ class WanTransformer(nnx.Module):
                 records.append(record)
                 return y
 
-            x = nnx.merge(graph, state)(x, text, modulation, rope, recorded, to_text)
+            x = nnx.merge(graph, state)(x, text, modulation, rope, recorded, to_text, given)
             return self._constrained(x), records[0]
 
         def block_or_none(x, layer):
@@ -350,11 +387,20 @@ class WanTransformer(nnx.Module):
             body, layers = block_or_none, (jnp.arange(config.num_layers), layers)
         x, records = lax.scan(REMAT[self.remat](body), x, layers)
 
-        shift, scale = jnp.split(self.scale_shift_table[None] + time[:, None].astype(jnp.float32), 2, axis=1)
+        rows = lambda time: jnp.split(self.scale_shift_table[None] + time[:, None].astype(jnp.float32), 2, axis=1)
+        shift, scale = rows(time)
+        if given is not None:
+            shift, scale = (given.choose(*both) for both in zip(rows(given.time), (shift, scale), strict=True))
         x = self.proj_out((layer_norm(x, config.eps) * (1 + scale) + shift).astype(self.dtype))
         if order is not None:
             x = x[:, order.inverse]
         return self.unpatchify(x, grid), records
+
+    def _given_tokens(self, frames: int, grid: tuple[int, int, int], order: TokenOrder | None) -> GivenTokens:
+        """The tokens of the first latent `frames` of a token grid, in `order`."""
+        frame_N = np.arange(math.prod(grid)) // math.prod(grid[1:]) * self.config.patch_size[0]
+        mask_N = (frame_N if order is None else frame_N[order.permutation]) < frames
+        return GivenTokens(jnp.asarray(mask_N)[None, :, None], *self.condition.at_time(jnp.zeros(1)))
 
     def _constrained(self, x_BxNxD: jax.Array) -> jax.Array:
         """The same tokens, constrained to be split over the mesh by batch and sequence."""

@@ -83,8 +83,8 @@ def apply_rope(x, sites):
     return torch.view_as_real(rotated).flatten(-2)
 
 
-def brute_force(tensors, config, latents, timestep, text, lattice=natural):
-    """The velocity [T, H, W, C] of one example."""
+def brute_force(tensors, config, latents, timestep, text, lattice=natural, given_frames=0):
+    """The velocity [T, H, W, C] of one example. The tokens of the first `given_frames` frames have timestep 0."""
     hybrid, heads = config.hybrid, config.num_attention_heads
     frames, height, width, _ = latents.shape
     sites = [(t, y, x) for t in range(frames) for y in range(height // 2) for x in range(width // 2)]
@@ -104,10 +104,11 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
         return (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
 
     half = config.freq_dim // 2
-    angles = timestep * 10_000.0 ** (-torch.arange(half).double() / half)
-    time = linear("condition_embedder.time_embedder.linear_1", torch.cat([torch.cos(angles), torch.sin(angles)]))
+    timesteps = torch.tensor([[0.0 if site[0] < given_frames else float(timestep)] for site in sites]).double()
+    angles = timesteps * 10_000.0 ** (-torch.arange(half).double() / half)
+    time = linear("condition_embedder.time_embedder.linear_1", torch.cat([torch.cos(angles), torch.sin(angles)], -1))
     time = linear("condition_embedder.time_embedder.linear_2", F.silu(time))
-    modulation = linear("condition_embedder.time_proj", F.silu(time)).unflatten(0, (6, -1))
+    modulation = linear("condition_embedder.time_proj", F.silu(time)).unflatten(-1, (6, -1))
     text = F.gelu(linear("condition_embedder.text_embedder.linear_1", text), approximate="tanh")
     text = linear("condition_embedder.text_embedder.linear_2", text)
 
@@ -115,7 +116,7 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
     x = linear("patch_embedding", torch.stack(patches))
     for i, rate in enumerate(hybrid.rates):
         block = f"blocks.{i}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = tensors[f"{block}.scale_shift_table"][0] + modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = (tensors[f"{block}.scale_shift_table"] + modulation).unbind(1)
         h = norm(x) * (1 + scale1) + shift1
         q, k, v = project(f"{block}.attn1", h, h)
         q, k = apply_rope(q, sites), apply_rope(k, sites)
@@ -127,7 +128,7 @@ def brute_force(tensors, config, latents, timestep, text, lattice=natural):
         x = x + linear(f"{block}.attn2.to_out.0", y.transpose(0, 1).flatten(1))
         h = norm(x) * (1 + scale2) + shift2
         x = x + gate2 * linear(f"{block}.ffn.net.2", F.gelu(linear(f"{block}.ffn.net.0.proj", h), approximate="tanh"))
-    shift, scale = tensors["scale_shift_table"][0] + time
+    shift, scale = (tensors["scale_shift_table"] + time[:, None]).unbind(1)
     out = linear("proj_out", norm(x) * (1 + scale) + shift)
     return out.unflatten(0, (frames, height // 2, width // 2)).unflatten(-1, (2, 2, -1)).transpose(2, 3).reshape(
         frames, height, width, -1
@@ -153,12 +154,12 @@ def inputs(grid):
     return latents, np.array([31.0, 4.5], np.float32), text
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def run(graph, params, latents, timesteps, text, order=None):
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def run(graph, params, latents, timesteps, text, order=None, given_frames=0):
     """The velocity; with `order`, that of full softmax on tokens in this order."""
     model = nnx.merge(graph, params)
     if order is None:
-        return model(latents, timesteps, text)
+        return model(latents, timesteps, text, given_frames)
     full = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), None)
     return model.apply_blocks(latents, timesteps, text, full, None, order=order)[0]
 
@@ -174,10 +175,10 @@ def in_double(model):
     return {name: torch.tensor(tensor, dtype=torch.float64, requires_grad=True) for name, tensor in tensors}
 
 
-def brute_force_batch(tensors, config, latents, timesteps, text, lattice=natural):
+def brute_force_batch(tensors, config, latents, timesteps, text, lattice=natural, given_frames=0):
     latents, timesteps, text = (torch.tensor(x).double() for x in (latents, timesteps, text))
     examples = zip(latents, timesteps, text, strict=True)
-    return torch.stack([brute_force(tensors, config, *example, lattice) for example in examples])
+    return torch.stack([brute_force(tensors, config, *example, lattice, given_frames) for example in examples])
 
 
 def relative_error(actual, expected):
@@ -239,6 +240,16 @@ def test_velocity_and_gradients_are_those_of_the_second_model(build, case, grid,
         for wrong in (off_by_one, *lattices.values()):
             other = brute_force_batch(tensors, model.config, *arguments, wrong)
             assert relative_error(velocity, other) > 1e-2, wrong.__name__
+
+
+def test_given_frames_keep_their_timestep_in_every_order_of_the_tokens(build):
+    """Image to video through hybrid blocks: the mask of the given tokens is permuted with them."""
+    model, arguments = build(CASES["max"]), inputs(GRIDS["27 tokens"])
+    with torch.no_grad():
+        expected = {n: brute_force_batch(in_double(model), model.config, *arguments, natural, n) for n in (0, 1)}
+    velocity = run(*nnx.split(model), *arguments, None, 1)
+    assert relative_error(velocity, expected[1]) < 1e-5
+    assert relative_error(velocity, expected[0]) > 1e-2
 
 
 def test_control_every_tensor_affects_the_second_model(build):

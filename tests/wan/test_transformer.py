@@ -14,6 +14,7 @@ from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
+from jsurgery.wan.transformer import GivenTokens, full_attention
 
 SIZES = {
     "small": {
@@ -52,9 +53,9 @@ def reference_velocity(reference, latents, timesteps, text):
     return velocity.permute(0, 2, 3, 4, 1).numpy()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(graph, params, *arguments):
-    return nnx.merge(graph, params)(*arguments)
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def run(graph, params, latents, timesteps, text, given_frames=0):
+    return nnx.merge(graph, params)(latents, timesteps, text, given_frames)
 
 
 def velocity(model, *arguments):
@@ -73,6 +74,56 @@ def test_velocity_equals_diffusers(size, tmp_path):
     save_transformer(model, tmp_path / "back")
     back = WanTransformer3DModel.from_pretrained(tmp_path / "back").eval()
     assert np.array_equal(reference_velocity(back, latents, timesteps, text), expected)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    reference = random_reference("small")
+    reference.save_pretrained(folder)
+    return reference, load_transformer(folder)
+
+
+def test_velocity_with_a_given_first_frame_equals_diffusers(pair):
+    """Diffusers takes a timestep for every token, as its pipelines of Wan2.2 TI2V 5B give them."""
+    reference, model = pair
+    latents, timesteps, text = inputs("small")
+    per_token = np.repeat(timesteps[:, None], 3 * 3 * 5, axis=1)
+    expected = {0: reference_velocity(reference, latents, per_token, text)}
+    per_token[:, :15] = 0
+    expected[1] = reference_velocity(reference, latents, per_token, text)
+    for given_frames in (0, 1):
+        found = velocity(model, latents, timesteps, text, given_frames)
+        assert np.abs(found - expected[given_frames]).max() < 1e-5 * np.abs(expected[given_frames]).max()
+        assert np.abs(found - expected[1 - given_frames]).max() > 1e-2 * np.abs(expected[given_frames]).max()
+
+
+@pytest.mark.parametrize("given_tokens", [0, 5])
+def test_a_block_equals_that_of_diffusers(pair, given_tokens):
+    reference, model = pair
+    tokens, dim = 11, model.config.dim
+    rng = np.random.default_rng(2)
+    x, text = (rng.normal(size=(2, count, dim)).astype(np.float32) for count in (tokens, 7))
+    modulation, of_given = (rng.normal(size=(count, 6, dim)).astype(np.float32) for count in (2, 1))
+    angles = rng.uniform(-3, 3, (tokens, model.config.attention_head_dim // 2))
+    cos, sin = (function(angles).astype(np.float32) for function in (np.cos, np.sin))
+    mask_1xNx1 = np.isin(np.arange(tokens), rng.permutation(tokens)[:given_tokens])[None, :, None]
+
+    per_token = np.where(mask_1xNx1[..., None], of_given[:, None], modulation[:, None])
+    pairs = [torch.tensor(np.repeat(t, 2, axis=-1))[None, :, None] for t in (cos, sin)]
+    given = GivenTokens(jnp.asarray(mask_1xNx1), jnp.zeros((1, dim)), jnp.asarray(of_given)) if given_tokens else None
+
+    @jax.jit
+    def ours(state, given):
+        block = nnx.merge(nnx.graphdef(model.blocks), jax.tree.map(lambda leaf: leaf[1], state))
+        return block(x, text, modulation, (cos, sin), full_attention, given=given)
+
+    for control in (False, True):
+        wrong = modulation[:, None] if control and given_tokens else per_token + (0.01 if control else 0)
+        with torch.no_grad():
+            expected = reference.blocks[1](torch.tensor(x), torch.tensor(text), torch.tensor(wrong), pairs).numpy()
+        error = np.abs(ours(nnx.state(model.blocks), given) - expected).max() / np.abs(expected).max()
+        assert error > 1e-3 if control else error < 1e-6
 
 
 def test_weights_for_inference_take_half_the_memory_and_give_the_same_bits(tmp_path):
