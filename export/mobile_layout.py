@@ -17,8 +17,8 @@ class PrefixSlices:
     """Strided slices of the natural token order which, concatenated, give the tokens in a prefix order.
 
     The zones are those of `TokenOrder`. Within a zone tokens are sorted by residue, where `TokenOrder` has them in
-    another order; attention does not depend on it. On the staggered lattice, which shifts by one position a frame, each
-    frame is a segment of its own.
+    another order; attention does not depend on it. On the staggered lattices, which shift by one position a frame or a
+    row, each of these is a segment of its own.
     """
 
     segments: tuple[tuple[int, int, int], ...]  # (first token, tokens, lattice position of the first)
@@ -34,7 +34,8 @@ class PrefixSlices:
         chain = tuple(sorted(rate for rate in hybrid.chain if isinstance(rate, int)))
         if hybrid.lattice == "strided":
             return cls(((0, frames * size, 0),), chain)
-        return cls(tuple((t * size, size, t * (size + 1)) for t in range(frames)), chain)
+        segment = width if hybrid.lattice == "staggered_rows" else size
+        return cls(tuple((i * segment, segment, i * (segment + 1)) for i in range(frames * size // segment)), chain)
 
     @property
     def period(self) -> int:

@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     c.hybrid = ConfigDict()
     c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass
     c.hybrid.stabilizer = "lse"  # "max" is the paper's
-    c.hybrid.lattice = "strided"  # the tokens whose number the rate divides; "staggered" moves them by a column a frame
+    c.hybrid.lattice = "strided"  # every R-th token; "staggered" moves them a column a frame, "staggered_rows" a row
     c.hybrid.linear_branch = True  # False: softmax over the kept tokens alone, a control
     c.hybrid.degree = 2  # of the feature map: the powers 1 to this of its outputs
     c.hybrid.layers = 2  # of the feature map
@@ -175,7 +175,7 @@ CHOICES = {
     "sampler.solver": ("euler", "euler_ancestral", "unipc", "lcm"),
     "trace.solver": ("euler", "euler_ancestral", "lcm"),
     "hybrid.stabilizer": ("max", "lse"),
-    "hybrid.lattice": ("strided", "staggered"),
+    "hybrid.lattice": ("strided", "staggered", "staggered_rows"),
     "hybrid.activation": ("relu", "softplus", "exp", "sigmoid", "elu1", "hedgehog"),
     "distill.mode": ("traces", "sampling"),
     "distill.loss": ("value", "attention"),

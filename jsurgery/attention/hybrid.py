@@ -90,7 +90,7 @@ def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, 
     """The order of a (time, height, width) token grid in which each rate's softmax tokens come first in every shard."""
     frames, height, width = grid
     size = height * width
-    return TokenOrder(frames * size, tuple(chain), lattice=lattice, tokens_per_frame=size, shards=shards)
+    return TokenOrder(frames * size, tuple(chain), lattice, size, shards, tokens_per_row=width)
 
 
 def attend(

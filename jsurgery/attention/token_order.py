@@ -9,7 +9,7 @@ import numpy as np
 from jsurgery.errors import InputError
 from jsurgery.rates import Rate
 
-LATTICES = ("strided", "staggered")
+LATTICES = ("strided", "staggered", "staggered_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,15 @@ class TokenOrder:
 
     Rate R keeps softmax for the tokens whose lattice position is a multiple of R (Attention Surgery,
     T_S = { j : j mod R = 0 }). On the strided lattice a token's position is j, its index in raster order over (frame,
-    row, column). On the staggered lattice it is j + t, where t is the token's frame.
+    row, column). On the staggered lattice it is j + t, where t is the token's frame. On the lattice staggered by rows
+    it is j + r, where r counts the rows of all frames.
 
     Rates that divide one another give nested sets. First come the tokens of the highest rate, then the tokens that the
     next lower rate adds, and so on, then the rest. Each of these zones is in raster order.
 
     A strided rate that divides `tokens_per_frame` keeps the same sites in every frame. The staggered lattice moves them
-    by one column per frame.
+    by one column per frame. A strided rate that also divides `tokens_per_row` keeps whole columns, and none of the
+    others. The lattice staggered by rows moves the sites by one column per row.
 
     With several shards, each zone is cut into equal runs, one per shard; the last runs are filled up with padding. A
     shard's own tokens are then in prefix order too, and the softmax tokens of a rate are the prefixes of all shards.
@@ -33,9 +35,10 @@ class TokenOrder:
         num_tokens: N.
         rates: the candidate rates, in any order: integers, each a divisor of the next higher one, and possibly
             "linear".
-        lattice: "strided" or "staggered".
+        lattice: "strided", "staggered" or "staggered_rows".
         tokens_per_frame: N / frames; only the staggered lattice needs it.
         shards: the number of devices over which the tokens are spread.
+        tokens_per_row: the width of a frame; only the lattice staggered by rows needs it.
 
     Raises:
         InputError: rates that form no divisibility chain, or a lattice or frame size that does not fit.
@@ -46,6 +49,7 @@ class TokenOrder:
     lattice: str = "strided"
     tokens_per_frame: int | None = None
     shards: int = 1
+    tokens_per_row: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "rates", tuple(self.rates))
@@ -62,10 +66,11 @@ class TokenOrder:
         for lower, higher in itertools.pairwise(chain):
             if higher % lower:
                 raise InputError(f"rates: expected each to divide the next, found {lower} and {higher}")
-        if self.lattice == "staggered":
-            size = self.tokens_per_frame
+        if self.lattice != "strided":
+            name = "tokens_per_row" if self.lattice == "staggered_rows" else "tokens_per_frame"
+            size = getattr(self, name)
             if size is None or size < 1 or self.num_tokens % size:
-                raise InputError(f"tokens_per_frame: expected a divisor of the {self.num_tokens} tokens, found {size}")
+                raise InputError(f"{name}: expected a divisor of the {self.num_tokens} tokens, found {size}")
 
     @cached_property
     def permutation(self) -> np.ndarray:
@@ -89,7 +94,7 @@ class TokenOrder:
     def num_softmax(self, rate: Rate) -> int:
         """The number of tokens that keep softmax at `rate`, the first in prefix order: N at rate 1, 0 at "linear".
 
-        It is ceil(N / R) on the strided lattice, and may differ by a few on the staggered lattice. With several shards
+        It is ceil(N / R) on the strided lattice, and may differ by a few on the staggered ones. With several shards
         it is the number in each shard, padding included.
 
         Raises:
@@ -109,9 +114,8 @@ class TokenOrder:
     @cached_property
     def _positions(self) -> np.ndarray:
         positions = np.arange(self.num_tokens)
-        if self.tokens_per_frame is not None and self.lattice == "staggered":
-            positions = positions + positions // self.tokens_per_frame
-        return positions
+        group = {"staggered": self.tokens_per_frame, "staggered_rows": self.tokens_per_row}.get(self.lattice)
+        return positions if group is None else positions + positions // group
 
     @cached_property
     def _zones(self) -> list[np.ndarray]:

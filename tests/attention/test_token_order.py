@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jsurgery.attention.hybrid import token_order
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.errors import InputError
 
@@ -39,9 +40,11 @@ def test_staggered_softmax_tokens_are_a_prefix(frames, tokens_per_frame, step):
     num_tokens = frames * tokens_per_frame
     rates = (1, step, step**2, step**3)
     order = TokenOrder(num_tokens, rates, "staggered", tokens_per_frame)
+    by_rows = TokenOrder(num_tokens, rates, "staggered_rows", tokens_per_row=tokens_per_frame)
     for rate in rates:
         kept = softmax_tokens(num_tokens, rate, tokens_per_frame)
         assert set(order.permutation[: order.num_softmax(rate)]) == kept
+        assert set(by_rows.permutation[: by_rows.num_softmax(rate)]) == kept
 
 
 def test_only_staggered_sites_differ_between_frames():
@@ -52,6 +55,20 @@ def test_only_staggered_sites_differ_between_frames():
 
     assert len(set(sites("strided"))) == 1
     assert len(set(sites("staggered"))) == 5
+
+
+def test_a_lattice_staggered_by_rows_keeps_no_whole_columns():
+    """On the grid of Wan2.2 5B at 704x1280, whose width every rate divides, it keeps as many tokens of each column."""
+    frames, height, width = 3, 22, 40
+
+    def per_column(lattice):
+        order = token_order((frames, height, width), (1, 2, 4, 8), lattice)
+        assert order.num_softmax(8) == frames * height * width // 8
+        return np.bincount(order.permutation[: order.num_softmax(8)] % width, minlength=width)
+
+    for lattice in ("strided", "staggered"):
+        assert set(per_column(lattice)) == ({0, frames * height} if lattice == "strided" else {0, height})
+    assert set(per_column("staggered_rows")) <= {frames * height // 8, frames * height // 8 + 1}
 
 
 def test_permutation_by_hand():

@@ -29,7 +29,7 @@ HYBRIDS = {
     "full": None,
     "max": HybridConfig(MIXED, stabilizer="max"),
     "lse": HybridConfig(MIXED),
-    "staggered": HybridConfig(MIXED, lattice="staggered"),
+    "staggered": HybridConfig(MIXED, lattice="staggered_rows"),
     "cubic": HybridConfig((9, 1, 3), (1, 3, 9), "staggered", "max", feature_map=FeatureMapConfig(3, 1, "softplus")),
     "no linear branch": HybridConfig((8, 1, 2), linear_branch=False),
 }

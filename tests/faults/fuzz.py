@@ -550,7 +550,7 @@ def shapes() -> st.SearchStrategy[tuple[Any, ...]]:
     frames = valid_frames | valid_frames | st.integers(-4, 2**40)
     chains = st.sampled_from([(2,), (1, 2, 4, 8), (2, 8, "linear"), (3, 9), ("linear",), (5,)])
     rate = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, "linear", "x", 2.0, None])
-    lattices = st.sampled_from(["strided", "staggered", "strided", "staggered", "x"])
+    lattices = st.sampled_from(["strided", "staggered", "staggered_rows", "strided", "staggered", "x"])
     return st.tuples(frames, side, side, chains | chains | st.lists(rate, max_size=4), lattices)
 
 
@@ -568,11 +568,12 @@ def check_shape(shape: tuple[Any, ...]) -> str:
         t, h, w = WanConfig().token_grid(latent_grid(frames, height, width))
         if t * h * w > 100_000:
             return "large"
-        order = TokenOrder(t * h * w, tuple(rates), lattice=lattice, tokens_per_frame=h * w)
+        order = TokenOrder(t * h * w, tuple(rates), lattice=lattice, tokens_per_frame=h * w, tokens_per_row=w)
     except InputError:
         return "refused"
     np.testing.assert_array_equal(np.sort(order.permutation), np.arange(t * h * w))
-    lattice_position = np.arange(t * h * w) + (np.arange(t * h * w) // (h * w) if lattice == "staggered" else 0)
+    group = {"strided": t * h * w, "staggered": h * w, "staggered_rows": w}[lattice]
+    lattice_position = np.arange(t * h * w) + np.arange(t * h * w) // group
     for rate in rates:
         kept = [] if rate == "linear" else np.flatnonzero(lattice_position % rate == 0)
         np.testing.assert_array_equal(np.sort(order.permutation[: order.num_softmax(rate)]), kept)

@@ -49,6 +49,10 @@ def staggered(j, rate, site):
     return (j + site[0]) % rate == 0
 
 
+def staggered_by_rows(j, rate, site, rows=3):
+    return (j + rows * site[0] + site[1]) % rate == 0
+
+
 def hybrid_attention_of(tensors, prefix, q, k, v, rate, sites, hybrid, lattice):
     """Eq. 5 in one block, for q, k, v [H, N, D] in natural order."""
     in_S = torch.tensor([[rate != "linear" and lattice(j, rate, site) for j, site in enumerate(sites)]])
@@ -204,6 +208,7 @@ CASES = {
     "lse": HybridConfig(MIXED, stabilizer="lse"),
     "cubic": HybridConfig((2, 1, 4), (1, 2, 4), "staggered", feature_map=FeatureMapConfig(3, 1, "softplus")),
     "no linear branch": HybridConfig((8, 1, 2), linear_branch=False),
+    "rows": HybridConfig((2, 1, 4), (1, 2, 4), "staggered_rows"),
 }
 
 
@@ -216,11 +221,13 @@ CASES = {
         ("lse", "27 tokens", False),
         ("cubic", "27 tokens", True),
         ("no linear branch", "27 tokens", False),
+        ("rows", "24 tokens", False),
     ],
 )
 def test_velocity_and_gradients_are_those_of_the_second_model(build, case, grid, with_gradients):
     model, arguments = build(CASES[case]), inputs(GRIDS[grid])
-    lattices = {"strided": natural, "staggered": staggered}
+    by_rows = functools.partial(staggered_by_rows, rows=GRIDS[grid][1])
+    lattices = {"strided": natural, "staggered": staggered, "staggered_rows": by_rows}
     lattice = lattices.pop(CASES[case].lattice)
     tensors = in_double(model)
     expected = brute_force_batch(tensors, model.config, *arguments, lattice)
@@ -239,7 +246,7 @@ def test_velocity_and_gradients_are_those_of_the_second_model(build, case, grid,
     with torch.no_grad():
         for wrong in (off_by_one, *lattices.values()):
             other = brute_force_batch(tensors, model.config, *arguments, wrong)
-            assert relative_error(velocity, other) > 1e-2, wrong.__name__
+            assert relative_error(velocity, other) > 1e-2, wrong
 
 
 def test_given_frames_keep_their_timestep_in_every_order_of_the_tokens(build):
