@@ -21,6 +21,7 @@ from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import clock, say
 from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.video_size import latent_grid
 
 from . import onnx, qnn, torch_model
 from .mobile_layout import TokenLayout
@@ -81,7 +82,7 @@ def traffic(
     """The row of a block, for a video of `size` = (frames, height, width): its DDR traffic in bytes, the size of its
     binary, the share of nodes on the NPU; or "failed", the compiler's reason."""
     frames, height, width = size
-    latent_shape = (frames - 1) // 4 + 1, height // 8, width // 8
+    latent_shape = latent_grid(frames, height, width, config.strides)
     tokens, began = math.prod(config.token_grid(latent_shape)), time.monotonic()
     row = {"variant": variant, "frames": frames, "height": height, "width": width, "tokens": tokens}
     row |= {"chip": chip, "tile": tile}

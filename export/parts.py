@@ -11,6 +11,7 @@ import pathlib
 from typing import Any, Self
 
 from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.video_size import latent_grid
 
 from .artefacts import Artefact
 from .formats import PRECISIONS
@@ -91,7 +92,7 @@ class ExportJob:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+        return latent_grid(self.frames, self.height, self.width, self.config.strides)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that parts read or write, by name."""

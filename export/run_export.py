@@ -197,9 +197,11 @@ def make_job(
         encoder = size <= LARGEST
         if not encoder:
             left_out["text encoder"] = f"{size / 1e9:.1f} GB in float32, over what one file holds"
-        size = 4 * read_vae_config(epath.Path(base) / "vae").base_dim * math.prod(config.video[name] for name in SIZE)
-        decoder = size <= LARGEST
-        if not decoder:
+        size = 4 * vae.base_dim * math.prod(config.video[name] for name in SIZE)
+        decoder = size <= LARGEST and not vae.is_residual
+        if vae.is_residual:
+            left_out["VAE decoder"] = "the mobile form has no decoder with shortcuts, as Wan2.2's"
+        elif not decoder:
             left_out["VAE decoder"] = f"{size / 1e9:.1f} GB for all frames after one layer, over what one file holds"
     trace = workdir / "trace"
     traced = bool(base) and was_traced(trace, config)

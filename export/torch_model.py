@@ -132,21 +132,32 @@ class Block(nn.Module):
         modulation_Bx6xD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         num_softmax: int,
+        rows_BxN: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The tokens and `rope` are in prefix order: the first `num_softmax` tokens are the softmax keys."""
-        x, dtype = x_BxNxD, x_BxNxD.dtype
-        modulation = self.scale_shift_table.float() + modulation_Bx6xD.float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        """The tokens and `rope` are in prefix order: the first `num_softmax` tokens are the softmax keys.
 
-        h = (plain_norm(x, self.eps) * (1 + scale1) + shift1).to(dtype)
-        x = (x + self.attn1(h, h, num_softmax, rope) * gate1).to(dtype)
+        With `rows_BxN`, each token has the modulation of its own row.
+        """
+        x, dtype = x_BxNxD, x_BxNxD.dtype
+        modulation = (self.scale_shift_table.float() + modulation_Bx6xD.float()).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            lambda i=i: of_tokens(modulation[i], rows_BxN) for i in range(6)
+        )
+
+        h = (plain_norm(x, self.eps) * (1 + scale1()) + shift1()).to(dtype)
+        x = (x + self.attn1(h, h, num_softmax, rope) * gate1()).to(dtype)
 
         x = x + self.attn2(self.norm2(x).to(dtype), text_BxMxD, text_BxMxD.shape[1])
 
-        h = (plain_norm(x, self.eps) * (1 + scale2) + shift2).to(dtype)
+        h = (plain_norm(x, self.eps) * (1 + scale2()) + shift2()).to(dtype)
         block = block_length(len(h) * self.ffn_dim * h.element_size())
         h = torch.cat([self.ffn(h_BxTxD) for h_BxTxD in h.split(block, dim=1)], dim=1)
-        return (x + h * gate2).to(dtype)
+        return (x + h * gate2()).to(dtype)
+
+
+def of_tokens(values_Rx1xD: torch.Tensor, rows_BxN: torch.Tensor | None) -> torch.Tensor:
+    """Each token's row, [B, N, D]; without `rows_BxN` a row is that of all tokens of an example."""
+    return values_Rx1xD if rows_BxN is None else values_Rx1xD[:, 0][rows_BxN]
 
 
 def plain_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -228,7 +239,8 @@ class HybridWanTransformer3DModel(nn.Module):
     ) -> Any:
         """The velocity [B, C, T, H, W] for latents [B, C, T, H, W], timesteps [B] and text embeddings [B, M, text_dim].
 
-        Timesteps lie in [0, 1000]. Returns diffusers' Transformer2DModelOutput, or (velocity,) without `return_dict`.
+        Timesteps lie in [0, 1000], and may be [B, N], one for each token: few different ones, as in image to video of
+        Wan2.2 TI2V 5B. Returns diffusers' Transformer2DModelOutput, or (velocity,) without `return_dict`.
         Raises InputError for sizes that do not divide into patches or exceed RoPE's table, and for inputs that only
         other Wan models have.
         """
@@ -236,10 +248,12 @@ class HybridWanTransformer3DModel(nn.Module):
             raise InputError("encoder_hidden_states_image: a text-to-video transformer takes none")
         if attention_kwargs:
             raise InputError(f"attention_kwargs: expected none, found {', '.join(attention_kwargs)}")
-        if timestep.ndim != 1:
-            raise InputError(f"timestep: expected one for each sample, found shape {tuple(timestep.shape)}")
         config = self.config
         grid = config.token_grid(tuple(hidden_states.shape[2:]))
+        if tuple(timestep.shape) not in ((len(hidden_states),), (len(hidden_states), math.prod(grid))):
+            raise InputError(
+                f"timestep: expected one for each sample or for each token, found shape {tuple(timestep.shape)}"
+            )
         order = config.hybrid.token_order(grid) if config.hybrid else None
 
         x = self.patch_embedding(hidden_states.to(self.dtype)).flatten(2).transpose(1, 2)
@@ -248,13 +262,18 @@ class HybridWanTransformer3DModel(nn.Module):
         if order is not None:
             permutation = torch.from_numpy(order.permutation).to(x.device)
             x, cos, sin = x[:, permutation], cos[permutation], sin[permutation]
+            timestep = timestep[:, permutation] if timestep.ndim == 2 else timestep
+        rows = None
+        if timestep.ndim == 2:
+            timestep, rows = timestep.unique(return_inverse=True)
         time, modulation, text = self.condition_embedder(timestep, encoder_hidden_states)
 
         for block, rate in zip(self.blocks, config.rates, strict=True):
             num_softmax = order.num_softmax(rate) if order is not None else x.shape[1]
-            x = block(x, text, modulation, (cos, sin), num_softmax)
+            x = block(x, text, modulation, (cos, sin), num_softmax, rows)
 
-        shift, scale = (self.scale_shift_table.float() + time[:, None].float()).chunk(2, dim=1)
+        values = (self.scale_shift_table.float() + time[:, None].float()).chunk(2, dim=1)
+        shift, scale = (of_tokens(value, rows) for value in values)
         x = self.proj_out((plain_norm(x, config.eps) * (1 + scale) + shift).to(x.dtype))
         if order is not None:
             x = x[:, torch.from_numpy(order.inverse).to(x.device)]

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import math
@@ -32,6 +33,7 @@ from flax import nnx
 from jsurgery.data import sprites
 from jsurgery.wan.checkpoint import save_text_encoder, save_transformer, save_vae
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.models import VAE_5B, takes_image
 from jsurgery.wan.pipeline_parts import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import train_tokenizer
@@ -103,6 +105,11 @@ TINY_TRANSFORMER = WanConfig(
 )
 
 
+# Likewise of the kind of Wan2.2 TI2V 5B, whose 48 channels tell it from Wan2.1.
+TINY_VAE_2_2 = VaeConfig(**VAE_5B | {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1})
+TINY_TRANSFORMER_2_2 = dataclasses.replace(TINY_TRANSFORMER, in_channels=48, out_channels=48)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     prune(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]), MOST_BYTES)
 
@@ -117,17 +124,26 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return build_tiny_pipeline(tmp_path_factory.mktemp("tiny_pipeline"))
 
 
-def build_tiny_pipeline(folder: pathlib.Path) -> pathlib.Path:
+@pytest.fixture(scope="session")
+def tiny_pipeline_2_2(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Like `tiny_pipeline`, of the kind of Wan2.2 TI2V 5B: twice the sides give as many tokens."""
+    folder = tmp_path_factory.mktemp("tiny_pipeline_2_2")
+    return build_tiny_pipeline(folder, TINY_TRANSFORMER_2_2, TINY_VAE_2_2)
+
+
+def build_tiny_pipeline(
+    folder: pathlib.Path, transformer_config: WanConfig = TINY_TRANSFORMER, vae_config: VaeConfig = TINY_VAE
+) -> pathlib.Path:
     """Writes the folder of the fixture `tiny_pipeline`, for callers that are not tests."""
     tokenizer = train_tokenizer(sprites.all_captions(), folder / "tokenizer", vocab_size=TINY_TEXT_ENCODER.vocab_size)
     assert tokenizer.vocab_size <= TINY_TEXT_ENCODER.vocab_size
     rng = np.random.default_rng(0)
-    save_vae(random_module(lambda: WanVae(TINY_VAE, rngs=nnx.Rngs(0)), rng), folder / "vae")
+    save_vae(random_module(lambda: WanVae(vae_config, rngs=nnx.Rngs(0)), rng), folder / "vae")
     encoder = random_module(lambda: TextEncoder(TINY_TEXT_ENCODER, rngs=nnx.Rngs(0)), rng)
     save_text_encoder(encoder, folder / "text_encoder")
-    transformer = random_module(lambda: WanTransformer(TINY_TRANSFORMER, rngs=nnx.Rngs(0)), rng)
+    transformer = random_module(lambda: WanTransformer(transformer_config, rngs=nnx.Rngs(0)), rng)
     save_transformer(transformer, folder / "transformer")
-    write_pipeline_index(folder, shift=3.0)
+    write_pipeline_index(folder, shift=3.0, takes_image=takes_image(transformer_config.in_channels))
     return folder
 
 

@@ -149,11 +149,11 @@ def forward(
         hybrid = HybridConfig(rates, stabilizer=stabilizer, feature_map=PHI)
         model = operate(softmax, hybrid, (query_maps, key_maps) if count else None)
     keys = jax.random.split(jax.random.key(2))
-    latents = jax.random.normal(keys[0], (1, *latent_grid(*video), network.in_channels), softmax.dtype)
+    latents = jax.random.normal(keys[0], (1, *latent_grid(*video, network.strides), network.in_channels), softmax.dtype)
     text = jax.random.normal(keys[1], (1, text_length, network.text_dim), softmax.dtype)
     graph, params = nnx.split(model)
     run = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
-    work = Workload(network, num_tokens(*video), text_length, PHI)
+    work = Workload(network, num_tokens(*video, network), text_length, PHI)
     flops = model_flops(work, rates)
     bound = model_flops(work, (1,) * network.num_layers) / flops
     inputs = params, latents, jnp.full((1,), 500.0), text

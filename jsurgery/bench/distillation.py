@@ -81,7 +81,7 @@ def measure_seconds(config: ConfigDict, teacher: WanTransformer, runs: int) -> d
     """Medians of `runs` seconds: of the teacher's forward, of one pass, and of the naive way (see `bench_distill`)."""
     network, video, size = teacher.config, config.video, config.distill.batch
     rng = np.random.default_rng(0)
-    grid = latent_grid(video.frames, video.height, video.width)
+    grid = latent_grid(video.frames, video.height, video.width, network.strides)
     shapes = {"latents": (size, *grid, network.in_channels), "text": (size, config.text_length, network.text_dim)}
     batch = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     batch |= {"timestep": np.full(size, 500, np.float32)}

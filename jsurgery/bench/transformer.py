@@ -73,7 +73,7 @@ def bench_transformer(
         stack.enter_context(jax.default_device(jax.devices("cpu")[0]))
         network = read_config(folder)
         check_size(network, frames, height, width)
-        shape = 1, *latent_grid(frames, height, width), network.in_channels
+        shape = 1, *latent_grid(frames, height, width, network.strides), network.in_channels
         result = {
             "model": size if model is None else model,
             "video": {"frames": frames, "height": height, "width": width},

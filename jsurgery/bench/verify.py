@@ -33,8 +33,10 @@ from jsurgery.sample import sampling_config
 from jsurgery.wan.checkpoint import load_transformer, load_vae, open_text_encoder
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
+from jsurgery.wan.models import takes_image
 from jsurgery.wan.prompt_embedder import PromptEmbedder
 from jsurgery.wan.tokenizer import clean_prompt
+from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.video_size import check_size, latent_grid
 
 # Largest relative error |ours - theirs| / |theirs| that float32 rounding explains at any published size. For token ids:
@@ -66,7 +68,7 @@ def verify(model: str, frames: int, height: int, width: int, report: str | None 
     base = pipeline_folder(folder)
     parts = {"transformer": transformer_folder(folder)}
     parts |= {name: base / name for name in ("text_encoder", "tokenizer", "vae")}
-    latent_shape = *latent_grid(frames, height, width), network.in_channels
+    latent_shape = *latent_grid(frames, height, width, network.strides), network.in_channels
     result = {
         "model": folder.name if epath.Path(model).exists() else model,
         "hybrid": network.hybrid is not None,
@@ -180,8 +182,9 @@ def velocity_errors(
     say("verify: transformer")
     noise = np.random.default_rng(0).normal(size=(1, *latent_shape)).astype(np.float32)
     inputs = [(noise, np.array([timestep], np.float32), text_1xLxD) for timestep in TIMESTEPS]
-    model, run = load_transformer(folder), jax.jit(lambda model, *inputs: model(*inputs))
+    model, run = load_transformer(folder), jax.jit(WanTransformer.__call__, static_argnums=4)
     ours = [np.asarray(run(model, *each)) for each in inputs]
+    of_image = np.asarray(run(model, *inputs[0], 1)) if takes_image(network.in_channels) else None
     del model
     gc.collect()
 
@@ -189,4 +192,9 @@ def velocity_errors(
     errors = {}
     for timestep, each, velocity in zip(TIMESTEPS, inputs, ours, strict=True):
         errors[f"velocity at {timestep:g}"] = relative_error(velocity, reference_velocity(module, *each))
+    if of_image is not None:
+        frames, height, width = network.token_grid(latent_shape[:3])
+        per_token = np.where(np.arange(frames * height * width)[None] < height * width, 0, inputs[0][1][:, None])
+        expected = reference_velocity(module, noise, per_token.astype(np.float32), text_1xLxD)
+        errors[f"velocity at {TIMESTEPS[0]:g} after a given frame"] = relative_error(of_image, expected)
     return errors

@@ -230,7 +230,7 @@ class ClipEncoder:
         """
         if not self.draws:
             return self.vae.encode_in_chunks(video_BxFxHxWx3)
-        grid = latent_grid(*video_BxFxHxWx3.shape[1:4])
+        grid = latent_grid(*video_BxFxHxWx3.shape[1:4], self.vae.config.strides)
         shape = (*grid, self.vae.config.z_dim)
         noise = np.stack([np.random.default_rng([self.seed, n]).standard_normal(shape, np.float32) for n in numbers])
         frames = [slice(max(0, 4 * t - 3), 4 * t + 1) for t in range(grid[0])]

@@ -157,7 +157,7 @@ def durations(work: Workload, rates: Iterable[Rate]) -> list[dict[str, Any]]:
     """FLOPs of one block by duration, at the size of Fig. 2: of the attention core, with projections, of the block."""
     rows = []
     for frames in DURATIONS:
-        tokens = num_tokens(frames, *FIG_2_SIZE)
+        tokens = num_tokens(frames, *FIG_2_SIZE, work.config)
         row: dict[str, Any] = {"frames": frames, "tokens": tokens, "core": {}, "attention": {}, "block": {}}
         for rate in rates:
             flops = block_flops(dataclasses.replace(work, tokens=tokens), rate)

@@ -88,7 +88,7 @@ def sizes_and_config(model: Model, topology: str) -> tuple[ModelSizes, ConfigDic
     settings = default_settings(model, {})
     if "sampler.steps" in settings:
         settings["trace.keep_steps"] = settings["sampler.steps"]
-    sizes = ModelSizes(model.name, network_of(model), TextEncoderConfig(), VaeConfig())
+    sizes = ModelSizes(model.name, network_of(model), TextEncoderConfig(), VaeConfig(**model.vae))
     with contextlib.suppress(InputError):  # there is no preset for these devices
         return sizes, load_config(f"{config}@{topology}", settings)
     return sizes, load_config(config, settings)

@@ -70,7 +70,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 def inputs(config: ConfigDict, network: WanConfig, where: NamedSharding, batch: int) -> tuple[Any, Any, Any]:
     """Shapes of a batch: latents [B, T, H, W, C], text embeddings [B, L, text_dim], timesteps [B]."""
     video = config.video
-    grid = latent_grid(video.frames, video.height, video.width)
+    grid = latent_grid(video.frames, video.height, video.width, network.strides)
     shapes = (
         jax.ShapeDtypeStruct((batch, *grid, network.in_channels), jnp.float32),
         jax.ShapeDtypeStruct((batch, config.text_length, network.text_dim), jnp.float32),
@@ -215,7 +215,7 @@ def lowered_text(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
 
 def lowered_decode(config: ConfigDict, sizes: ModelSizes, mesh: Mesh) -> Any:
     """The VAE's decoder on a latent frame of one clip, past the first, on one device."""
-    _, height, width = latent_grid(config.video.frames, config.video.height, config.video.width)
+    _, height, width = latent_grid(config.video.frames, config.video.height, config.video.width, sizes.vae.strides)
     return _lowered_chunk(decode_chunk, config, sizes, one_device(mesh), (1, height, width, sizes.vae.z_dim), 1)
 
 

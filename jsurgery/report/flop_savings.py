@@ -69,7 +69,8 @@ def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
 def duration_charts(work: Workload, rates: Sequence[Rate], size: dict[str, int]) -> list[Chart | None]:
     """FLOPs of one forward pass over frames, of the teacher and of a mix of rates: attention cores, then all parts."""
     frames = sorted({4 * round(size["frames"] * length / 4) + 1 for length in LENGTHS})
-    works = [dataclasses.replace(work, tokens=num_tokens(n, size["height"], size["width"])) for n in frames]
+    tokens = [num_tokens(count, size["height"], size["width"], work.config) for count in frames]
+    works = [dataclasses.replace(work, tokens=count) for count in tokens]
     blocks = work.config.num_layers
 
     def cores(work: Workload, rates: Sequence[Rate]) -> float:

@@ -18,7 +18,8 @@ from jsurgery.runtime.loop import run_steps
 from jsurgery.runtime.progress import say
 from jsurgery.wan.checkpoint import save_vae
 from jsurgery.wan.model_config import VaeConfig
-from jsurgery.wan.vae import ResidualBlock, WanVae
+from jsurgery.wan.vae import WanVae
+from jsurgery.wan.vae_layers import ResidualBlock
 
 STATISTICS_CLIPS = 48
 INITIAL_LOG_VARIANCE = -6.0

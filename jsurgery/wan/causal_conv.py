@@ -28,12 +28,13 @@ class FrameCache:
         self.left.append(jnp.split(joined[:, x_BxTxHxWxC.shape[1] :], start_BxKxHxWxC.shape[1], axis=1))
         return joined
 
-    def frame_by_frame(
-        self, layers: Callable[[jax.Array, "FrameCache"], jax.Array], x_BxTxHxWxC: jax.Array
-    ) -> jax.Array:
-        """Runs `layers` in a loop over the frames of x, so that intermediate values take the memory of one frame."""
+    def frame_by_frame(self, layers: Callable[[jax.Array, "FrameCache"], Any], x_BxTxHxWxC: jax.Array) -> Any:
+        """Runs `layers` in a loop over the frames of x, so that intermediate values take the memory of one frame.
 
-        def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], jax.Array]:
+        `layers` may return several arrays.
+        """
+
+        def run(kept: list[Any] | None, x_BxSxHxWxC: jax.Array) -> tuple[list[Any], Any]:
             cache = FrameCache(kept)
             y = layers(x_BxSxHxWxC, cache)
             return cache.left, y
@@ -43,7 +44,7 @@ class FrameCache:
         else:
             x_TxBx1xHxWxC = jnp.moveaxis(x_BxTxHxWxC, 1, 0)[:, :, None]
             left, y_TxBxSxHxWxC = jax.lax.scan(run, next(self._kept), x_TxBx1xHxWxC)
-            y = jnp.concatenate(list(y_TxBxSxHxWxC), axis=1)
+            y = jax.tree.map(lambda y_TxBxSxHxWxC: jnp.concatenate(list(y_TxBxSxHxWxC), axis=1), y_TxBxSxHxWxC)
         self.left.append(left)
         return y
 

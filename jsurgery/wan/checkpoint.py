@@ -35,7 +35,7 @@ from jsurgery.wan.model_config import (
     read_text_encoder_config,
     read_vae_config,
 )
-from jsurgery.wan.models import task_of
+from jsurgery.wan.models import original_type, task_of
 from jsurgery.wan.tensor_prefixes import without_prefix
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.torch_layout import check_fit, load_mirrored, mirrored_shapes, mirrored_tensors
@@ -174,7 +174,8 @@ def write_transformer(
     hashes = write_shards(path, stem, tensors, shard_bytes)
     fields = config.to_json()
     if layout == "original":
-        fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": "t2v", "text_len": 512, "eps": config.eps}
+        fields = {"_class_name": ORIGINAL_CLASS_NAME, "model_type": original_type(config.in_channels)}
+        fields |= {"text_len": 512, "eps": config.eps}
         fields |= {original: getattr(config, name) for name, original in ORIGINAL_SIZES.items()}
         fields["num_heads"] = config.num_attention_heads
     write_json(path / "config.json", {**(more or {}), **fields})
@@ -257,7 +258,8 @@ def _check_original(fields: dict[str, Any], sizes: dict[str, Any], file: epath.P
 
     Raises InputError where the file contradicts `sizes`, those of the tensors.
     """
-    expected_fields = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()} | {"model_type": "t2v"}
+    expected_fields = {original: sizes[name] for name, original in ORIGINAL_SIZES.items()}
+    expected_fields["model_type"] = original_type(sizes["in_channels"])
     for name, expected in expected_fields.items():
         if (actual := fields.get(name, expected)) != expected:
             task = task_of(actual) if name == "model_type" else ""

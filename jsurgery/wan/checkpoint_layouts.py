@@ -82,7 +82,7 @@ TEXT_ENCODER_NAMES = (
     (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
 )
 
-# The VAE: likewise from diffusers' name. `original_vae_name` adds the rule for the decoder's levels.
+# The VAE: likewise from diffusers' name. `original_vae_name` adds the rules for the levels.
 VAE_NAMES = (
     (r"(\.\d+)\.norm1\.", r"\1.residual.0."),
     (r"(\.\d+)\.conv1\.", r"\1.residual.2."),
@@ -93,6 +93,7 @@ VAE_NAMES = (
     (r"\.mid_block\.attentions\.0\.", ".middle.1."),
     (r"\.mid_block\.resnets\.1\.", ".middle.2."),
     (r"\.down_blocks\.", ".downsamples."),
+    (r"\.up_blocks\.", ".upsamples."),
     (r"\.norm_out\.", ".head.0."),
     (r"\.conv_out\.", ".head.2."),
     (r"\.conv_in\.", ".conv1."),
@@ -241,14 +242,21 @@ def original_text_encoder_name(name: str) -> str:
     return name
 
 
-def original_vae_name(name: str) -> str:
-    """The original repository's name of a tensor of diffusers' AutoencoderKLWan."""
+def original_vae_name(name: str, shortcuts: bool = False) -> str:
+    """The original repository's name of a tensor of diffusers' AutoencoderKLWan, with `shortcuts` of Wan2.2's.
+
+    In Wan2.1's, the original's decoder is one list: each level has three residual blocks and an upsampler. In Wan2.2's,
+    each level is a list, at whose end the change of size stands.
+    """
 
     def flat(match: re.Match) -> str:
-        """The original's decoder is one list; each level has three residual blocks and an upsampler."""
         level, kind, number = match.groups()
         return f".upsamples.{4 * int(level) + (3 if kind == 'upsamplers' else int(number))}."
 
+    if shortcuts:
+        name = re.sub(r"\.(down|up)_blocks\.(\d+)\.resnets\.", r".\1_blocks.\2.\1samples.", name)
+        name = re.sub(r"\.down_blocks\.(\d+)\.downsampler\.", r".down_blocks.\1.downsamples.2.", name)
+        name = re.sub(r"\.up_blocks\.(\d+)\.upsampler\.", r".up_blocks.\1.upsamples.3.", name)
     name = re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name)
     for pattern, replacement in VAE_NAMES:
         name = re.sub(pattern, replacement, name)

@@ -19,12 +19,13 @@ from jsurgery.io.files import check_writable, damaged, read_object, write_json
 from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
 from jsurgery.wan import hub, torch_layout
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.checkpoint import open_transformer, text_encoder_tensors_named, write_transformer
+from jsurgery.wan.checkpoint import open_transformer, read_config, text_encoder_tensors_named, write_transformer
 from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name
 from jsurgery.wan.folder_hashes import check_hashes, write_hashes
 from jsurgery.wan.lora import describe_loras, say_operated
 from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
+from jsurgery.wan.models import VAE_5B, takes_image
 from jsurgery.wan.pipeline_parts import check_index, write_pipeline_index
 from jsurgery.wan.tensor_prefixes import shortest_prefix
 from jsurgery.wan.text_encoder import TextEncoder
@@ -85,7 +86,8 @@ def _pipeline(
     (output / "tokenizer").mkdir(parents=True, exist_ok=True)
     tokenizer.copy(output / "tokenizer" / tokenizer.name)
     write_hashes(output / "tokenizer", {}, tokenizer.name)
-    write_pipeline_index(output, shift=3.0)
+    with_image = takes_image(read_config(output / "transformer").in_channels)
+    write_pipeline_index(output, shift=5.0 if with_image else 3.0, takes_image=with_image)
 
 
 def _convert_part(source: epath.Path, output: epath.Path, layout: str, loras: Sequence[LoraSource] = ()) -> None:
@@ -138,10 +140,16 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
 
 
 def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
-    # The file has no mean and std of the latents, so they are Wan2.1's, and only a VAE with as many channels fits.
-    config = VaeConfig(base_dim=_shape(tensors, "encoder.conv1.weight", source, axes=5)[0])
+    # The file has no mean and std of the latents, so they are the published ones, and only as many channels fit.
+    shortcuts = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", name) for name in tensors)
+    fields = {"base_dim": _shape(tensors, "encoder.conv1.weight", source, axes=5)[0]}
+    if shortcuts:
+        decoder_width = _shape(tensors, "decoder.conv1.weight", source, axes=5)[0] // VaeConfig.dim_mult[-1]
+        fields = VAE_5B | fields | {"decoder_base_dim": decoder_width}
+    config = VaeConfig(**fields)
     vae = abstract_module(WanVae, config)
-    hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_vae_name, tensors, source))
+    original_name = functools.partial(original_vae_name, shortcuts=shortcuts)
+    hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_name, tensors, source))
     write_json(output / "config.json", config.to_json())
     write_hashes(output, hashes, "config.json")
 
@@ -151,7 +159,8 @@ def _text_encoder_of_transformers(tensors: Tensors, source: epath.Path, output: 
 
 
 def _vae_of_diffusers(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
-    _vae({original_vae_name(name): tensor for name, tensor in tensors.items()}, source, output)
+    shortcuts = any(".downsampler." in name for name in tensors)
+    _vae({original_vae_name(name, shortcuts): tensor for name, tensor in tensors.items()}, source, output)
 
 
 # How the names of a part's tensors begin: the original repository's, and those of transformers and diffusers.

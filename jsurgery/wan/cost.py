@@ -76,7 +76,7 @@ def workload(config: ConfigDict, model: WanConfig) -> Workload:
     """The workload of one forward pass of `model` on a video of the size in `config.video`."""
     video = config.video
     phi = FeatureMapConfig.of(config) if config.hybrid.linear_branch else None
-    tokens = num_tokens(video.frames, video.height, video.width, model.patch_size)
+    tokens = num_tokens(video.frames, video.height, video.width, model)
     return Workload(model, tokens, config.text_length, phi)
 
 

@@ -29,6 +29,7 @@ from jsurgery.wan.model_sizes import ModelSizes
 from jsurgery.wan.prompt_embedder import BATCH, PASS
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
+from jsurgery.wan.vae_cost import kept_bytes
 from jsurgery.wan.video_size import latent_grid, num_tokens
 
 
@@ -98,7 +99,11 @@ def hybrid_network(config: ConfigDict, network: WanConfig, rates: tuple[Rate, ..
 def latents_bytes(config: ConfigDict, network: WanConfig, itemsize: int = 4) -> int:
     """The bytes of a clip's latents."""
     video = config.video
-    return math.prod(latent_grid(video.frames, video.height, video.width)) * network.in_channels * itemsize
+    return (
+        math.prod(latent_grid(video.frames, video.height, video.width, network.strides))
+        * network.in_channels
+        * itemsize
+    )
 
 
 def text_phase(encoder: TextEncoderConfig, config: ConfigDict, prompts: int) -> Phase:
@@ -133,7 +138,7 @@ def sampling_phase(
 
 def tokens_of(config: ConfigDict, network: WanConfig) -> int:
     """The tokens of a clip."""
-    return num_tokens(config.video.frames, config.video.height, config.video.width, network.patch_size)
+    return num_tokens(config.video.frames, config.video.height, config.video.width, network)
 
 
 def tokens_on_device(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, batch: int) -> int:
@@ -193,34 +198,26 @@ def vae_itemsize(config: ConfigDict) -> int:
     return jnp.dtype(config.model.vae_dtype).itemsize
 
 
-def kept_frames(config: ConfigDict, dim: int, multipliers: Sequence[int], convolutions: int) -> int:
-    """The bytes that the VAE's causal convolutions keep between two chunks: two frames of the input of each.
-
-    A level has this many `convolutions`; its frames have a quarter of the pixels of those of the level before.
-    """
-    channels = sum(dim * multiplier * 4.0**-level for level, multiplier in enumerate(multipliers))
-    return int(vae_itemsize(config) * config.video.height * config.video.width * channels * 2 * convolutions)
-
-
-def chunk_bytes(config: ConfigDict, dim: int) -> int:
+def chunk_bytes(config: ConfigDict, vae: VaeConfig, dim: int) -> int:
     """The VAE's own arrays while it computes a chunk: those of some fifty frames of its first width, by compiling."""
-    return vae_itemsize(config) * config.video.height * config.video.width * 52 * dim
+    pixels = config.video.height * config.video.width // (vae.patch_size or 1) ** 2
+    return vae_itemsize(config) * pixels * 52 * dim
 
 
 def encoding_phase(config: ConfigDict, sizes: ModelSizes) -> Phase:
     """Encoding of one clip on a device, four frames at a time (`WanVae.encode_in_chunks`)."""
     vae = sizes.vae
-    kept = kept_frames(config, vae.base_dim, vae.dim_mult, 2 * vae.num_res_blocks)
+    kept, _ = kept_bytes(vae, config.video.height, config.video.width, vae_itemsize(config))
     held = {"VAE": vae_weights(config, vae), "frames between chunks": kept}
-    return Phase("encoding", held, chunk_bytes(config, vae.base_dim), "encode")
+    return Phase("encoding", held, chunk_bytes(config, vae, vae.base_dim), "encode")
 
 
 def decoding_phase(config: ConfigDict, sizes: ModelSizes, held: Mapping[str, int]) -> Phase:
     """Decoding of one clip on a device, a latent frame at a time (`WanVae.decode_in_chunks`)."""
     vae = sizes.vae
-    dim = vae.decoder_base_dim or vae.base_dim
-    kept = kept_frames(config, dim, vae.dim_mult, 2 * (vae.num_res_blocks + 1)) + kept_frames(config, dim, (1,), 1)
-    return Phase("decoding", dict(held) | {"frames between chunks": kept}, chunk_bytes(config, dim), "decode")
+    _, kept = kept_bytes(vae, config.video.height, config.video.width, vae_itemsize(config))
+    working = chunk_bytes(config, vae, vae.decoder_base_dim or vae.base_dim)
+    return Phase("decoding", dict(held) | {"frames between chunks": kept}, working, "decode")
 
 
 def sampling_phases(

@@ -1,4 +1,4 @@
-"""The sizes of Wan2.1's three models, and the config.json files that hold them.
+"""The sizes of Wan's three models, and the config.json files that hold them.
 
 Field names are those of diffusers (transformer, VAE) and of transformers (text encoder). The original repository's
 names for the transformer's sizes are in `ORIGINAL_SIZES`.
@@ -16,7 +16,7 @@ from jsurgery.io.fields import check_fields, check_known
 from jsurgery.io.files import read_object
 from jsurgery.rates import Rate
 from jsurgery.runtime.progress import say
-from jsurgery.wan.models import task_of
+from jsurgery.wan.models import strides_of_latents, task_of
 
 # The `_class_name` of a transformer's config.json: diffusers', ours for a hybrid, and the original repository's.
 CLASS_NAME = "WanTransformer3DModel"
@@ -34,9 +34,6 @@ ORIGINAL_SIZES = {
     "num_layers": "num_layers",
 }
 
-# Pixels per latent along time, height and width. The first frame has a latent frame of its own.
-VAE_STRIDES = (4, 8, 8)
-
 # Wan2.1's latents, per channel.
 WAN_LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -48,23 +45,12 @@ WAN_LATENTS_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
-# Further fields of an AutoencoderKLWan's config.json, each with the only value that Wan2.1's VAE has.
-_VAE_FIXED = {
-    "attn_scales": [],
-    "is_residual": False,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "scale_factor_temporal": VAE_STRIDES[0],
-    "scale_factor_spatial": VAE_STRIDES[1],
-}
-
 # Fields that change nothing here: of training, of decoding text, or of an input that text to video does not have.
 _TRANSFORMER_HARMLESS = {
     "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "base_pipeline", "torch_dtype",
     "dtype", "loras", "sampler",
 }  # fmt: skip
-_VAE_HARMLESS = {"dropout", "torch_dtype", "dtype"}
+_VAE_HARMLESS = {"dropout", "clip_output", "torch_dtype", "dtype"}
 _TEXT_ENCODER_HARMLESS = {
     "dense_act_fn", "is_gated_act", "num_decoder_layers", "dropout_rate", "initializer_factor", "use_cache",
     "classifier_dropout", "scalable_attention", "output_past", "torch_dtype", "dtype", "transformers_version",
@@ -156,6 +142,11 @@ class WanConfig:
         return f"{self.num_layers} blocks of width {self.dim}, {self.in_channels} channels"
 
     @property
+    def strides(self) -> tuple[int, int, int]:
+        """Pixels per latent along time, height and width. The first frame has a latent frame of its own."""
+        return strides_of_latents(self.in_channels)
+
+    @property
     def rates(self) -> tuple[Rate, ...]:
         """One rate for each block."""
         return self.hybrid.rates if self.hybrid else (1,) * self.num_layers
@@ -173,7 +164,12 @@ class WanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of a Wan VAE, named as in diffusers' vae/config.json; the defaults are Wan2.1's."""
+    """Sizes of a Wan VAE, named as in diffusers' vae/config.json; the defaults are Wan2.1's.
+
+    Attributes:
+      is_residual: whether blocks have shortcuts around their changes of size, as in Wan2.2 5B.
+      patch_size: the side of the patches of pixels that are one pixel to the network; None: no patches.
+    """
 
     base_dim: int = 96
     decoder_base_dim: int | None = None  # None: base_dim
@@ -183,6 +179,8 @@ class VaeConfig:
     temperal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
     latents_std: tuple[float, ...] = WAN_LATENTS_STD
+    is_residual: bool = False
+    patch_size: int | None = None
 
     def __post_init__(self):
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
@@ -193,17 +191,53 @@ class VaeConfig:
                 "dim_mult, temperal_downsample: expected 4 levels and 3 steps between them, 2 of them temporal "
                 f"(stride 4, 8, 8), found {self.dim_mult} and {self.temperal_downsample}"
             )
+        if self.patch_size not in (None, 2):
+            raise InputError(f"patch_size: expected null, as in Wan2.1, or 2, as in Wan2.2; found {self.patch_size}")
+        if self.is_residual:
+            self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        """Raises InputError where values cannot be grouped or copied from the channels of a level to the next one's."""
+        for name, mults, steps in (
+            ("encoder", (1, *self.dim_mult), self.temperal_downsample),
+            ("decoder", (*self.dim_mult[-1:], *reversed(self.dim_mult)), self.temperal_downsample[::-1]),
+        ):
+            values = [8 if temporal else 4 for temporal in steps] + ([1] if name == "encoder" else [])
+            for number, count in enumerate(values):
+                before, after = mults[number : number + 2]
+                many, few = (count * before, after) if name == "encoder" else (count * after, before)
+                if many % few:
+                    raise InputError(f"dim_mult: {self.dim_mult}: no shortcut leads over level {number} of the {name}")
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Pixels per latent along time, height and width. The first frame has a latent frame of its own."""
+        side = 8 * (self.patch_size or 1)
+        return 4, side, side
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of what the network takes for a pixel."""
+        return 3 * (self.patch_size or 1) ** 2
+
+    @property
+    def _derived(self) -> dict[str, Any]:
+        """Further fields of an AutoencoderKLWan's config.json, which follow from the others."""
+        return {
+            "attn_scales": [],
+            "in_channels": self.pixel_channels,
+            "out_channels": self.pixel_channels,
+            "scale_factor_temporal": self.strides[0],
+            "scale_factor_spatial": self.strides[1],
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], source: str = "config.json") -> Self:
         """The config in a parsed config.json. Raises InputError for an unknown field or another architecture."""
         if (class_name := fields.get("_class_name", VAE_CLASS_NAME)) != VAE_CLASS_NAME:
             raise InputError(f"{source}: expected _class_name {VAE_CLASS_NAME}, found {class_name!r}")
-        for name, fixed in _VAE_FIXED.items():
-            if (value := fields.get(name, fixed)) != fixed:
-                raise InputError(f"{source}: {name}: Wan2.1's VAE has {fixed}, found {value}")
         known = cls.__dataclass_fields__
-        note_ignored(check_known(fields, {*known, *_VAE_FIXED}, _VAE_HARMLESS, source), source)
+        note_ignored(check_known(fields, {*known, *cls()._derived}, _VAE_HARMLESS, source), source)
         given = {name: value for name, value in fields.items() if name in known}
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
         try:
@@ -211,12 +245,17 @@ class VaeConfig:
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
         check_fields(config, source)
+        for name, expected in config._derived.items():
+            if (value := fields.get(name, expected)) != expected:
+                raise InputError(
+                    f"{source}: {name}: expected {expected}, as in Wan's VAE of these sizes; found {value}"
+                )
         return config
 
     def to_json(self) -> dict[str, Any]:
         """The content of a config.json that diffusers' AutoencoderKLWan.from_pretrained reads."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return {"_class_name": VAE_CLASS_NAME, **fields, **_VAE_FIXED, "dropout": 0.0}
+        return {"_class_name": VAE_CLASS_NAME, **fields, **self._derived, "dropout": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,10 @@ def network_of(model: Model) -> WanConfig:
     return WanConfig(**(model.transformer or {}))
 
 
-# The transformers' sizes of the models that were not distilled to few steps; all have the default text encoder and VAE.
-PUBLISHED = {model.name: network_of(model) for model in READ if not model.few_steps and model.config != "tiny"}
+# The transformers' sizes of the models that were not distilled to few steps; all have the default text encoder.
+_PUBLISHED = [model for model in READ if not model.few_steps and model.config != "tiny"]
+PUBLISHED = {model.name: network_of(model) for model in _PUBLISHED}
+PUBLISHED_VAES = {model.name: VaeConfig(**model.vae) for model in _PUBLISHED}
 # A config's name -> the published model that it is for.
 MODEL_OF_CONFIG = {model.config: model.name for model in READ if model.name in PUBLISHED}
 MODEL_OF_CONFIG |= {"wan_1_3b_lowres": "Wan2.1 1.3B"}
@@ -49,7 +51,7 @@ def find_sizes(config: ConfigDict, config_name: str) -> ModelSizes:
         if published is None:
             expected = f"a model folder, for sizes are published for {', '.join(MODEL_OF_CONFIG)} only"
             raise InputError(f"config.model.path: (empty): expected {expected}; found --config={config_name}")
-        return ModelSizes(published, PUBLISHED[published], TextEncoderConfig(), VaeConfig())
+        return ModelSizes(published, PUBLISHED[published], TextEncoderConfig(), PUBLISHED_VAES[published])
     folder = model_path(path)
     transformer = read_config(transformer_folder(folder))
     name = next((name for name, sizes in PUBLISHED.items() if sizes == transformer), pathlib.PurePath(path).name)

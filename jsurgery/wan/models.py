@@ -28,7 +28,7 @@ class Model:
       task: what a model that jsurgery does not read is for; empty for those that it reads.
       config: the shipped config for it.
       transformer: the sizes in which its transformer differs from Wan2.1 1.3B, named as in WanConfig; None: any.
-      vae: what differs from Wan2.1's VAE, named as in diffusers' vae/config.json.
+      vae: what differs from Wan2.1's VAE, named as in VaeConfig.
       strides: pixels per latent along time, height and width.
       defaults: config fields with the values that its makers sample with. A folder's own scheduler goes before the
         solver and the shift, unless the model has `few_steps`.
@@ -38,6 +38,7 @@ class Model:
       channels: the transformer's input channels, where they differ from the latents'.
       tensors: a pattern for names of tensors that others lack.
       scheduler: the `_class_name` in scheduler_config.json, where it tells the kind.
+      takes_image: a video may begin with a given image, whose tokens have timestep 0.
       few_steps: distilled to few steps without guidance: its own sampler goes before that of any config.
     """
 
@@ -56,21 +57,35 @@ class Model:
     channels: int | None = None
     tensors: str = ""
     scheduler: str = ""
+    takes_image: bool = False
     few_steps: bool = False
 
 
 TEXT_TO_VIDEO = ("WanPipeline", "WanVideoToVideoPipeline")  # the second is the same model, begun from a video
 SIZES_14B = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 SIZES_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+# The latents of Wan2.2's VAE, per channel.
+LATENTS_5B_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+
+LATENTS_5B_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 VAE_5B = {
     "base_dim": 160,
     "decoder_base_dim": 256,
     "z_dim": 48,
+    "latents_mean": LATENTS_5B_MEAN,
+    "latents_std": LATENTS_5B_STD,
     "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
     "patch_size": 2,
-    "scale_factor_spatial": 16,
 }
 # diffusers' values for 480p, as in Wan2.1's folders; the original repository takes shift 5 (1.3B: 8, and guidance 6).
 WAN_2_1 = {
@@ -143,7 +158,7 @@ MODELS = (
         "Wan2.2 TI2V 5B",
         "wan2.2-5b",
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        task="Wan2.2 TI2V 5B, text or image to video",
+        config="wan2_2_5b",
         transformer=SIZES_5B,
         vae=VAE_5B,
         strides=(4, 16, 16),
@@ -151,7 +166,7 @@ MODELS = (
         pipelines=TEXT_TO_VIDEO,
         index={"expand_timesteps": "a noise level for each token, as in Wan2.2 TI2V 5B"},
         words=("ti2v",),
-        channels=48,
+        takes_image=True,
     ),
     Model(
         "FastWan2.1 14B",
@@ -177,12 +192,13 @@ MODELS = (
         "FastWan2.2 5B",
         "fastwan2.2-5b",
         "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
-        task="FastWan2.2 5B, a few-step Wan2.2 TI2V 5B",
+        config="wan2_2_5b",
         transformer=SIZES_5B,
         vae=VAE_5B,
         strides=(4, 16, 16),
         defaults=FASTWAN | {"sampler.shift": 5.0, "video.fps": 24},
         pipelines=("WanDMDPipeline",),
+        takes_image=True,
         few_steps=True,
     ),
     Model(
@@ -283,14 +299,38 @@ REFUSED = tuple(model for model in MODELS if model.task)
 # Parts and values of a model_index.json that text to video of Wan2.1 lacks -> what they are. Null or false ones are
 # harmless.
 FOREIGN_PARTS = {part: meaning for model in REFUSED for part, meaning in model.index.items()}
+KNOWN_PARTS = {part for model in READ for part in model.index}
 _FOREIGN_TENSORS = re.compile("|".join(model.tensors for model in REFUSED if model.tensors))
 
 
 def task_of(name: object) -> str:
     """What a model of this class or `model_type` is for, as the end of a message; empty for an unknown name."""
     text = str(name).lower()
+    if any(word in text for model in READ for word in model.words):
+        return ""
     found = [model.task for model in REFUSED if any(word in text for word in model.words)]
     return f", which is {found[0]}; jsurgery reads text-to-video models of Wan2.1 alone" if found else ""
+
+
+def strides_of_latents(channels: int) -> tuple[int, int, int]:
+    """Pixels per latent along time, height and width, of latents with so many channels: those tell the VAE."""
+    return _of_latents(channels).strides
+
+
+def takes_image(channels: int) -> bool:
+    """Whether a transformer of latents with so many channels makes videos that begin with a given image."""
+    return _of_latents(channels).takes_image
+
+
+def original_type(channels: int) -> str:
+    """The `model_type` that the original repository gives a transformer of latents with so many channels."""
+    return _of_latents(channels).words[0] if _of_latents(channels).words else "t2v"
+
+
+def _of_latents(channels: int) -> Model:
+    """The first row that is read and whose latents have so many channels; Wan2.1's where there is none."""
+    rows = (row for row in READ if row.transformer is not None and row.transformer.get("in_channels") == channels)
+    return next(rows, READ[0])
 
 
 def task_of_channels(channels: int) -> str:

@@ -11,7 +11,7 @@ from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, shortened
 from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
-from jsurgery.wan.models import FOREIGN_PARTS, READ, TEXT_TO_VIDEO, task_of, task_of_channels
+from jsurgery.wan.models import FOREIGN_PARTS, KNOWN_PARTS, READ, TEXT_TO_VIDEO, task_of, task_of_channels
 
 INDEX = "model_index.json"
 PIPELINE = {
@@ -44,7 +44,7 @@ def check_index(folder: epath.Path) -> None:
         )
     for name, value in fields.items():
         absent = not value or (isinstance(value, list) and not any(value))
-        if name.startswith("_") or name in PARTS or absent:
+        if name.startswith("_") or name in PARTS or name in KNOWN_PARTS or absent:
             continue
         meaning = FOREIGN_PARTS.get(name, "which jsurgery does not know, and which may change the videos")
         raise InputError(f"{file}: {name}: {meaning}; expected the parts of a text-to-video Wan2.1 alone")
@@ -56,6 +56,9 @@ def check_sizes(transformer: WanConfig, vae: VaeConfig, text_encoder: TextEncode
     if taken != channels:
         task = task_of_channels(taken)
         raise InputError(f"{folder}: the transformer takes {taken} channels{task}, the VAE has {channels}")
+    if transformer.strides != vae.strides:
+        sides = f"{transformer.strides[1]} pixels wide, those of the VAE {vae.strides[1]}"
+        raise InputError(f"{folder}: the transformer takes latents that are {sides}")
     if left != taken:
         raise InputError(f"{folder}: the transformer takes {taken} channels and leaves {left}; expected as many")
     if transformer.text_dim != text_encoder.d_model:
@@ -71,7 +74,7 @@ def check_vocabulary(tokens: int, text_encoder: TextEncoderConfig, folder: epath
         )
 
 
-def write_pipeline_index(model: epath.Path, shift: float) -> None:
+def write_pipeline_index(model: epath.Path, shift: float, takes_image: bool = False) -> None:
     """Writes model_index.json and the scheduler, so that diffusers' WanPipeline loads the folder."""
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
@@ -82,5 +85,6 @@ def write_pipeline_index(model: epath.Path, shift: float) -> None:
     }
     (model / "scheduler").mkdir(parents=True, exist_ok=True)
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    (model / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    index = PIPELINE | ({"expand_timesteps": True} if takes_image else {})
+    (model / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_hashes(model, {}, "model_index.json", "scheduler/scheduler_config.json")

@@ -1,4 +1,6 @@
-"""Wan2.1's causal video VAE: 4x fewer frames, 8x smaller sides, z_dim channels. The first frame has its own latent.
+"""Wan's causal video VAEs: 4x fewer frames, smaller sides, z_dim channels. The first frame has its own latent.
+
+Wan2.1's has sides 8 times smaller, Wan2.2's 16 times: its blocks have shortcuts, and it computes on patches of pixels.
 
 `encode` and `decode` take a whole clip at once, are differentiable, and need memory in proportion to its frames.
 `encode_in_chunks` and `decode_in_chunks` compute the same, one latent frame at a time with cached features, and on
@@ -20,162 +22,57 @@ from jsurgery.runtime.finite import describe_weights, is_finite
 from jsurgery.wan.causal_conv import CausalConv, FrameCache, per_channel
 from jsurgery.wan.model_config import VaeConfig
 from jsurgery.wan.vae_chunks import RunChunk, in_chunks, mesh_of_clips
+from jsurgery.wan.vae_layers import Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
+from jsurgery.wan.vae_shortcuts import DownBlockWithShortcut, UpBlockWithShortcut, from_patches, to_patches
 from jsurgery.wan.vae_tiles import Tiling, in_tiles
 
 
-class RMSNorm(nnx.Module):
-    """Scales the channel vector to length sqrt(C), then by gamma, which has the reference's trailing axes of size 1."""
-
-    def __init__(self, dim: int, trailing_axes: int):
-        self.gamma = nnx.Param(jnp.ones((dim,) + (1,) * trailing_axes))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x_f32 = x.astype(jnp.float32)
-        # The floor is applied before the root, so that the gradient of an all-zero vector is finite.
-        square_length = jnp.sum(jnp.square(x_f32), axis=-1, keepdims=True)
-        unit = x_f32 * jax.lax.rsqrt(jnp.maximum(square_length, 1e-24))
-        return unit.astype(x.dtype) * per_channel(self.gamma[...], x) * x.shape[-1] ** 0.5
-
-
-class ResidualBlock(nnx.Module):
-    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-        self.norm1 = RMSNorm(in_dim, 3)
-        self.conv1 = CausalConv(in_dim, out_dim, (3, 3, 3), rngs=rngs)
-        self.norm2 = RMSNorm(out_dim, 3)
-        self.conv2 = CausalConv(out_dim, out_dim, (3, 3, 3), rngs=rngs)
-        self.conv_shortcut = CausalConv(in_dim, out_dim, (1, 1, 1), rngs=rngs) if in_dim != out_dim else None
-
-    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, cache)
-        x = self.conv1(nnx.silu(self.norm1(x)), cache)
-        return shortcut + self.conv2(nnx.silu(self.norm2(x)), cache)
-
-
-class FrameAttention(nnx.Module):
-    """Self-attention with one head over the pixels of each frame."""
-
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.norm = RMSNorm(dim, 2)
-        self.to_qkv = nnx.Conv(dim, 3 * dim, (1, 1), rngs=rngs)
-        self.proj = nnx.Conv(dim, dim, (1, 1), rngs=rngs)
-
-    def __call__(self, x_BxTxHxWxC: jax.Array) -> jax.Array:
-        batch, time, height, width, dim = x_BxTxHxWxC.shape
-        x_NxHxWxC = x_BxTxHxWxC.reshape(batch * time, height, width, dim)
-        qkv_NxPx1x3C = self.to_qkv(self.norm(x_NxHxWxC)).reshape(batch * time, height * width, 1, 3 * dim)
-        q, k, v = jnp.split(qkv_NxPx1x3C, 3, axis=-1)
-        # Frame by frame, because the scores of all frames at once would be the largest array by far.
-        y_NxPx1xC = jax.lax.map(lambda qkv: jax.nn.dot_product_attention(*qkv), (q, k, v))
-        y_NxHxWxC = self.proj(y_NxPx1xC.reshape(x_NxHxWxC.shape))
-        return x_BxTxHxWxC + y_NxHxWxC.reshape(x_BxTxHxWxC.shape)
-
-
-class MidBlock(nnx.Module):
-    def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.resnets = nnx.List([ResidualBlock(dim, dim, rngs=rngs) for _ in range(2)])
-        self.attentions = nnx.List([FrameAttention(dim, rngs=rngs)])
-
-    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
-        before, after = self.resnets
-        return after(self.attentions[0](before(x, cache)), cache)
-
-
-def _pad_right_and_bottom(x_NxHxWxC: jax.Array) -> jax.Array:
-    return jnp.pad(x_NxHxWxC, ((0, 0), (0, 1), (0, 1), (0, 0)))
-
-
-def _repeat_pixels(x_NxHxWxC: jax.Array) -> jax.Array:
-    return x_NxHxWxC.repeat(2, axis=1).repeat(2, axis=2)
-
-
-def _two_frames_of_each(x_BxTxHxWx2C: jax.Array) -> jax.Array:
-    batch, time, height, width, dim = x_BxTxHxWx2C.shape
-    x_BxTxHxWx2xC = x_BxTxHxWx2C.reshape(batch, time, height, width, 2, dim // 2)
-    return jnp.moveaxis(x_BxTxHxWx2xC, 4, 2).reshape(batch, 2 * time, height, width, dim // 2)
-
-
-def _apply_per_frame(layers: nnx.List, x_BxTxHxWxC: jax.Array) -> jax.Array:
-    batch, time = x_BxTxHxWxC.shape[:2]
-    x = x_BxTxHxWxC.reshape(-1, *x_BxTxHxWxC.shape[2:])
-    for layer in layers:
-        x = layer(x)
-    return x.reshape(batch, time, *x.shape[1:])
-
-
 def _frame_by_frame(
-    layers: Callable[[jax.Array, FrameCache | None], jax.Array], x: jax.Array, cache: FrameCache | None
-) -> jax.Array:
+    layers: Callable[[jax.Array, FrameCache | None], Any], x: jax.Array, cache: FrameCache | None
+) -> Any:
     """`layers` over the frames of x in a loop if there is a cache, else over all of them at once."""
     return layers(x, cache) if cache is None else cache.frame_by_frame(layers, x)
 
 
-def _past_first(layer: Callable[[jax.Array], jax.Array], x: jax.Array, cache: FrameCache | None) -> jax.Array:
-    """`layer` over all frames except a clip's first, which stays as it is."""
-    if cache is not None and not cache.at_start:
-        return layer(x)
-    return jnp.concatenate([x[:, :1], layer(x[:, 1:])], axis=1)
-
-
-class Downsample(nnx.Module):
-    """Halves the sides and, if temporal, the number of frames after the first. No later frame mixes into the first."""
-
-    def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
-        conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding="VALID", rngs=rngs)
-        self.resample = nnx.List([_pad_right_and_bottom, conv])
-        self.time_conv = CausalConv(dim, dim, (3, 1, 1), time_stride=2, rngs=rngs) if temporal else None
-
-    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
-        x = _apply_per_frame(self.resample, x)
-        if self.time_conv is None:
-            return x
-        return _past_first(functools.partial(self.time_conv, cache=cache, start=x[:, :1]), x, cache)
-
-
-class Upsample(nnx.Module):
-    """Doubles the sides, halves the channels and, if temporal, makes two frames of every frame after the first.
-
-    The temporal convolution does not see the first frame: as in the reference, the cache has zeros in its place.
-    """
-
-    def __init__(self, dim: int, temporal: bool, *, rngs: nnx.Rngs):
-        self.resample = nnx.List([_repeat_pixels, nnx.Conv(dim, dim // 2, (3, 3), rngs=rngs)])
-        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1), rngs=rngs) if temporal else None
-
-    def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
-        if (time_conv := self.time_conv) is not None:
-            x = _past_first(lambda x: _two_frames_of_each(time_conv(x, cache)), x, cache)
-        return _apply_per_frame(self.resample, x)
-
-
 class Encoder(nnx.Module):
+    """Layers up to the first one that halves the number of frames run frame by frame: they hold the largest arrays."""
+
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
-        self.conv_in = CausalConv(3, config.base_dim, (3, 3, 3), rngs=rngs)
+        self.conv_in = CausalConv(config.pixel_channels, config.base_dim, (3, 3, 3), rngs=rngs)
         dim, layers = config.base_dim, []
-        for level, mult in enumerate(config.dim_mult):
-            for _ in range(config.num_res_blocks):
-                layers.append(ResidualBlock(dim, config.base_dim * mult, rngs=rngs))
-                dim = config.base_dim * mult
-            if level < len(config.temperal_downsample):
-                layers.append(Downsample(dim, config.temperal_downsample[level], rngs=rngs))
+        steps = (*config.temperal_downsample, None)  # after each level: whether it is temporal; none after the last
+        for mult, temporal in zip(config.dim_mult, steps, strict=True):
+            out_dim = config.base_dim * mult
+            if config.is_residual:
+                layers.append(DownBlockWithShortcut(dim, out_dim, config.num_res_blocks, temporal, rngs=rngs))
+            else:
+                dims = (dim,) + (out_dim,) * (config.num_res_blocks - 1)
+                layers += [ResidualBlock(each, out_dim, rngs=rngs) for each in dims]
+                layers += [] if temporal is None else [Downsample(out_dim, temporal, rngs=rngs)]
+            dim = out_dim
         self.down_blocks = nnx.List(layers)
         spatial_levels = config.temperal_downsample.index(True)
-        self.num_at_full_rate = spatial_levels * (config.num_res_blocks + 1) + config.num_res_blocks
+        layers_of_level = 1 if config.is_residual else config.num_res_blocks + 1
+        self.first_temporal = (spatial_levels + 1) * layers_of_level - 1
         self.mid_block = MidBlock(dim, rngs=rngs)
         self.norm_out = RMSNorm(dim, 3)
         self.conv_out = CausalConv(dim, 2 * config.z_dim, (3, 3, 3), rngs=rngs)
 
     def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         x = _frame_by_frame(self._at_full_rate, x, cache)
-        for block in self.down_blocks[self.num_at_full_rate :]:
+        first_temporal, *others = self.down_blocks[self.first_temporal :]
+        x = first_temporal.downsampled(*x, cache) if isinstance(x, tuple) else first_temporal(x, cache)
+        for block in others:
             x = block(x, cache)
         return self.conv_out(nnx.silu(self.norm_out(self.mid_block(x, cache))), cache)
 
-    def _at_full_rate(self, x: jax.Array, cache: FrameCache | None) -> jax.Array:
-        """The layers before the first one that halves the number of frames."""
+    def _at_full_rate(self, x: jax.Array, cache: FrameCache | None) -> Any:
+        """What the first temporal layer takes: x, or (the block's input, x) for the rest of a block with a shortcut."""
         x = self.conv_in(x, cache)
-        for block in self.down_blocks[: self.num_at_full_rate]:
+        for block in self.down_blocks[: self.first_temporal]:
             x = block(x, cache)
-        return x
+        block = self.down_blocks[self.first_temporal]
+        return (x, block.residual(x, cache)) if isinstance(block, DownBlockWithShortcut) else x
 
 
 class UpBlock(nnx.Module):
@@ -197,12 +94,16 @@ class Decoder(nnx.Module):
         self.mid_block = MidBlock(dims[0], rngs=rngs)
         in_dim, blocks = dims[0], []
         for dim, temporal in zip(dims, (*reversed(config.temperal_downsample), None), strict=True):
-            upsample = None if temporal is None else Upsample(dim, temporal, rngs=rngs)
-            blocks.append(UpBlock(in_dim, dim, config.num_res_blocks, upsample, rngs=rngs))
-            in_dim = dim // 2
+            if config.is_residual:
+                blocks.append(UpBlockWithShortcut(in_dim, dim, config.num_res_blocks, temporal, rngs=rngs))
+                in_dim = dim
+            else:
+                upsample = None if temporal is None else Upsample(dim, dim // 2, temporal, rngs=rngs)
+                blocks.append(UpBlock(in_dim, dim, config.num_res_blocks, upsample, rngs=rngs))
+                in_dim = dim // 2
         self.up_blocks = nnx.List(blocks)
         self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = CausalConv(dims[-1], 3, (3, 3, 3), rngs=rngs)
+        self.conv_out = CausalConv(dims[-1], config.pixel_channels, (3, 3, 3), rngs=rngs)
 
     def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         return self._from_level(0, self.mid_block(self.conv_in(x, cache), cache), cache)
@@ -218,6 +119,7 @@ class Decoder(nnx.Module):
 class WanVae(nnx.Module):
     """Video [B, F, H, W, 3] in [-1, 1] to latents [B, T, H/8, W/8, z_dim] and back; F = 4(T - 1) + 1.
 
+    Instead of 8 it is 16 in Wan2.2's: `VaeConfig.strides`.
     The latents of `encode` and `decode` are normalised, as the transformer takes them. `moments` and `pixels` are the
     VAE without that normalisation, for training it.
     """
@@ -233,18 +135,19 @@ class WanVae(nnx.Module):
     def moments(self, video_BxFxHxWx3: jax.Array, cache: FrameCache | None = None) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the posterior, unnormalised and unclamped, each [B, T, H/8, W/8, z_dim].
 
-        Without a cache, raises InputError unless F = 4k + 1 and H and W are multiples of 8. With a cache, nothing is
+        Without a cache, raises InputError unless F = 4k + 1 and the stride divides H and W. With a cache, nothing is
         checked, and the video must be a clip's first frame or 4 later ones.
         """
         if cache is None:
-            _check_video_shape(video_BxFxHxWx3.shape)
-        features = self.encoder(video_BxFxHxWx3.astype(self._dtype), cache)
+            _check_video_shape(video_BxFxHxWx3.shape, self.config.strides[1])
+        features = self.encoder(to_patches(video_BxFxHxWx3.astype(self._dtype), self.config.patch_size), cache)
         mean, logvar = jnp.split(self.quant_conv(features), 2, axis=-1)
         return mean, logvar
 
     def pixels(self, z_BxTxHxWxC: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         """Unnormalised latents to video, not clipped, as a reconstruction loss needs it."""
-        return self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)), cache)
+        patches = self.decoder(self.post_quant_conv(z_BxTxHxWxC.astype(self._dtype)), cache)
+        return from_patches(patches, self.config.patch_size)
 
     def encode(self, video_BxFxHxWx3: jax.Array) -> jax.Array:
         """The posterior's mean, normalised per channel by the config's latents_mean and latents_std."""
@@ -259,9 +162,10 @@ class WanVae(nnx.Module):
 
         With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
-        _check_video_shape(video_BxFxHxWx3.shape)
+        stride = self.config.strides[1]
+        _check_video_shape(video_BxFxHxWx3.shape, stride)
         whole = lambda video: self.in_chunks(encode_chunk, [(video[:, frames],) for frames in _chunks(video, 4)])
-        return in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=8)
+        return in_tiles(whole, np.asarray(video_BxFxHxWx3), tiling, unit=1, result_unit=stride)
 
     def decode_in_chunks(self, latents_BxTxHxWxC: jax.Array | np.ndarray, tiling: Tiling | None = None) -> np.ndarray:
         """`decode`, a latent frame at a time: float32 on the host, device memory independent of T. Cannot be jitted.
@@ -269,7 +173,7 @@ class WanVae(nnx.Module):
         With a `tiling`, also tile by tile. That is an approximation, since a tile does not see beyond its edges.
         """
         whole = lambda latents: self.in_chunks(decode_chunk, [(latents[:, frame],) for frame in _chunks(latents, 1)])
-        video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=8, result_unit=1)
+        video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=self.config.strides[1], result_unit=1)
         return np.clip(video, -1, 1, out=video)
 
     def spread(self, devices: Sequence[Any]) -> None:
@@ -335,7 +239,7 @@ def _chunks(x_BxTxHxWxC: np.ndarray, size: int) -> list[slice]:
     return [slice(0, 1), *(slice(t, t + size) for t in range(1, x_BxTxHxWxC.shape[1], size))]
 
 
-def _check_video_shape(shape: tuple[int, ...]) -> None:
+def _check_video_shape(shape: tuple[int, ...], stride: int) -> None:
     if len(shape) != 5 or shape[-1] != 3:
         raise InputError(f"video: expected [batch, frames, height, width, 3], found {list(shape)}")
     _, frames, height, width, _ = shape
@@ -343,6 +247,6 @@ def _check_video_shape(shape: tuple[int, ...]) -> None:
         nearest = 4 * max(round((frames - 1) / 4), 0) + 1
         raise InputError(f"frames: expected 4k + 1, found {frames}; the nearest that works is {nearest}")
     for name, side in (("height", height), ("width", width)):
-        if side % 8 or side == 0:
-            nearest = 8 * max(round(side / 8), 1)
-            raise InputError(f"{name}: expected a multiple of 8, found {side}; the nearest that works is {nearest}")
+        if side % stride or side == 0:
+            nearest = f"the nearest that works is {stride * max(round(side / stride), 1)}"
+            raise InputError(f"{name}: expected a multiple of {stride}, found {side}; {nearest}")

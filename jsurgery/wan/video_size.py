@@ -1,27 +1,37 @@
 """The size of a video in latents and in tokens, and whether a model takes it.
 
-The VAE turns pixels into latents (`VAE_STRIDES`), the transformer turns patches of latents into tokens.
+The VAE turns pixels into latents (`strides`), the transformer turns patches of latents into tokens.
 """
 
 from jsurgery.errors import InputError
-from jsurgery.wan.model_config import VAE_STRIDES, WanConfig
+from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import check_grid
 
+WAN_2_1 = WanConfig()
 
-def latent_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
+
+def latent_grid(
+    frames: int, height: int, width: int, strides: tuple[int, int, int] = WAN_2_1.strides
+) -> tuple[int, int, int]:
     """(T, H, W) of the latents of a video of `frames` x `height` x `width` pixels."""
-    t, h, w = VAE_STRIDES
+    t, h, w = strides
     return (frames - 1) // t + 1, height // h, width // w
 
 
-def num_tokens(frames: int, height: int, width: int, patch_size: tuple[int, int, int] = WanConfig.patch_size) -> int:
+def num_tokens(frames: int, height: int, width: int, network: WanConfig = WAN_2_1) -> int:
     """Tokens of a video of `frames` x `height` x `width` pixels.
 
-    Raises InputError for a size that the VAE's strides and the patches do not divide.
+    Raises InputError for a size that the strides of the VAE and the patches do not divide.
     """
     tokens = 1
-    # The first frame has a latent frame of its own; the strides divide the others.
-    sizes = zip(("frames", "height", "width"), (frames, height, width), (1, 0, 0), patch_size, VAE_STRIDES, strict=True)
+    sizes = zip(
+        ("frames", "height", "width"),
+        (frames, height, width),
+        (1, 0, 0),  # the first frame has a latent frame of its own; the strides divide the others
+        network.patch_size,
+        network.strides,
+        strict=True,
+    )
     for name, size, first, patch, stride in sizes:
         latent, rest = divmod(size - first, stride)
         latent += first
@@ -33,6 +43,7 @@ def num_tokens(frames: int, height: int, width: int, patch_size: tuple[int, int,
 
 
 def check_size(config: WanConfig, frames: int, height: int, width: int) -> None:
-    """Raises InputError for a video that the patches do not divide, or that is longer than RoPE's table on an axis."""
-    grid = config.token_grid(latent_grid(frames, height, width))
+    """Raises InputError for a video that strides and patches do not divide, or that RoPE's table is too short for."""
+    num_tokens(frames, height, width, config)
+    grid = config.token_grid(latent_grid(frames, height, width, config.strides))
     check_grid(grid, config.rope_max_seq_len)

@@ -1,5 +1,6 @@
 """`jsurgery verify` passes on correct folders and fails for one wrong tensor in any component."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -39,21 +40,33 @@ def hybrid(tiny_pipeline, random_transformer, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["bundled", "hybrid"])
-def test_correct_folders_pass(kind, hybrid, tmp_path, monkeypatch, capsys):
-    model = "tiny_wan" if kind == "bundled" else str(hybrid)
+@pytest.fixture(scope="module")
+def hybrid_2_2(tiny_pipeline_2_2, random_transformer, tmp_path_factory) -> pathlib.Path:
+    """Likewise of Wan2.2 TI2V 5B's kind, which also has a velocity after a given frame."""
+    folder, hybrid = tmp_path_factory.mktemp("hybrid_2_2"), HybridConfig((2, "linear"), lattice="staggered_rows")
+    network = dataclasses.replace(check_pipeline(str(tiny_pipeline_2_2)), hybrid=hybrid)
+    save_model(random_transformer(network), folder, str(tiny_pipeline_2_2))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bundled", "hybrid", "hybrid 2.2"])
+def test_correct_folders_pass(kind, hybrid, hybrid_2_2, tmp_path, monkeypatch, capsys):
+    model = {"bundled": "tiny_wan", "hybrid": str(hybrid), "hybrid 2.2": str(hybrid_2_2)}[kind]
+    size, names = SIZE, NAMES
+    if kind == "hybrid 2.2":
+        size, names = ["--frames=5", "--height=32", "--width=64"], [*NAMES, "velocity at 999 after a given frame"]
     report = tmp_path / "verify.json"
     embed, devices = verify.PromptEmbedder.__call__, []
     spy = lambda *arguments: devices.append(jax.config.jax_default_device) or embed(*arguments)
     monkeypatch.setattr(verify.PromptEmbedder, "__call__", spy)
-    assert main(["verify", f"--model={model}", f"--json={report}", *SIZE]) == 0
+    assert main(["verify", f"--model={model}", f"--json={report}", *size]) == 0
     assert [device.platform for device in devices] == ["cpu"] and jax.config.jax_default_device is None
     printed, told = capsys.readouterr()
     assert "verify: text encoder, on the CPU, a layer at a time\n" in told
     found = json.loads(report.read_text())
     assert json.loads(printed) == found and str(hybrid.parent) not in printed
-    assert found["passed"] and found["hybrid"] == (kind == "hybrid") and found["text_length"] == 16
-    assert [check["check"] for check in found["checks"]] == NAMES
+    assert found["passed"] and found["hybrid"] == (kind != "bundled") and found["text_length"] == 16
+    assert [check["check"] for check in found["checks"]] == names
     assert all(check["error"] <= check["bound"] <= 1e-4 for check in found["checks"])
     assert any(check["error"] > 0 for check in found["checks"])
     assert found["weights"].keys() == {"transformer", "text_encoder", "tokenizer", "vae"}

@@ -28,6 +28,7 @@ from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original
 from jsurgery.wan.convert import convert
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 from jsurgery.wan.model_folder import check_pipeline, pipeline_folder
+from jsurgery.wan.models import VAE_5B
 from jsurgery.wan.text_encoder import TextEncoder, position_buckets
 from jsurgery.wan.vae import WanVae
 
@@ -174,6 +175,36 @@ def test_original_names_of_the_vae():
     }
     for name, shape in pairs.items():
         assert shapes[original[name]] == shape, name
+
+
+def test_the_vae_of_wan2_2_converted_from_the_original_names(tmp_path):
+    """The names in the original repository's file, of some layers of every kind."""
+    config = VaeConfig(**VAE_5B | {"base_dim": 2, "decoder_base_dim": 3})
+    torch.manual_seed(0)
+    expected = AutoencoderKLWan.from_config(config.to_json()).state_dict()
+    original = {original_vae_name(name, shortcuts=True): name for name in expected}
+    for old, new in {
+        "encoder.conv1.weight": "encoder.conv_in.weight",
+        "encoder.downsamples.0.downsamples.1.residual.2.bias": "encoder.down_blocks.0.resnets.1.conv1.bias",
+        "encoder.downsamples.1.downsamples.0.shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+        "encoder.downsamples.2.downsamples.2.resample.1.weight": "encoder.down_blocks.2.downsampler.resample.1.weight",
+        "encoder.downsamples.2.downsamples.2.time_conv.bias": "encoder.down_blocks.2.downsampler.time_conv.bias",
+        "decoder.upsamples.1.upsamples.2.residual.6.weight": "decoder.up_blocks.1.resnets.2.conv2.weight",
+        "decoder.upsamples.0.upsamples.3.time_conv.weight": "decoder.up_blocks.0.upsampler.time_conv.weight",
+        "decoder.upsamples.2.upsamples.3.resample.1.bias": "decoder.up_blocks.2.upsampler.resample.1.bias",
+        "decoder.middle.1.proj.weight": "decoder.mid_block.attentions.0.proj.weight",
+        "decoder.head.0.gamma": "decoder.norm_out.gamma",
+        "conv2.weight": "post_quant_conv.weight",
+    }.items():
+        assert original[old] == new
+    assert len(original) == len(expected) and "encoder.downsamples.3.downsamples.2.resample.1.bias" not in original
+    torch.save({old: expected[new] for old, new in original.items()}, tmp_path / "Wan2.2_VAE.pth")
+    convert(str(tmp_path / "Wan2.2_VAE.pth"), tmp_path / "vae")
+    assert load_vae(tmp_path / "vae").config == config
+    write_tensors(tmp_path / "vae.safetensors", {name: tensor.numpy() for name, tensor in expected.items()})
+    convert(str(tmp_path / "vae.safetensors"), tmp_path / "again")
+    for folder in ("vae", "again"):
+        np.testing.assert_equal(read_tensors(tmp_path / folder), {name: t.numpy() for name, t in expected.items()})
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])

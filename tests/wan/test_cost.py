@@ -1,7 +1,9 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -12,6 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
+from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.cost import (
     Workload,
     block_bytes,
@@ -24,9 +27,11 @@ from jsurgery.wan.cost import (
     text_encoder_cost,
 )
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.models import VAE_5B
 from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.transformer import Block, WanTransformer
-from jsurgery.wan.vae_cost import vae_cost
+from jsurgery.wan.vae import WanVae, decode_chunk, encode_chunk
+from jsurgery.wan.vae_cost import kept_bytes, vae_cost
 from jsurgery.wan.video_size import num_tokens
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import init_hedgehog_map, init_polynomial_map
@@ -253,24 +258,47 @@ def torch_flops(module, *inputs):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("frames", [1, 9])
-def test_flops_of_the_vae_are_those_of_diffusers(frames):
-    config = VaeConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+SMALL_VAE = VaeConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+SMALL_VAES = {
+    "2.1": SMALL_VAE,
+    "2.2": dataclasses.replace(SMALL_VAE, is_residual=True, patch_size=2, decoder_base_dim=12),
+}
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("2.1", 1), ("2.1", 9), ("2.2", 5)])
+def test_flops_of_the_vae_are_those_of_diffusers(kind, frames):
+    config = SMALL_VAES[kind]
+    stride = config.strides[1]
     with torch.device("meta"):
-        reference = AutoencoderKLWan(
-            base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
-        )
-        encode, decode = vae_cost(config, frames, 32, 48)
-        assert encode.flops == torch_flops(reference.encode, torch.zeros(1, 3, frames, 32, 48))
+        reference = AutoencoderKLWan.from_config(config.to_json())
+        encode, decode = vae_cost(config, frames, 4 * stride, 6 * stride)
+        assert encode.flops == torch_flops(reference.encode, torch.zeros(1, 3, frames, 4 * stride, 6 * stride))
         latents = torch.zeros(1, 4, (frames - 1) // 4 + 1, 4, 6)
         assert decode.flops == torch_flops(reference.decode, latents)
     assert encode.parameters + decode.parameters == sum(leaf.numel() for leaf in reference.parameters())
 
 
-def test_parameters_of_the_published_vae_and_text_encoder():
-    encode, decode = vae_cost(VaeConfig(), 81, 480, 832)
-    with torch.device("meta"):
-        assert encode.parameters + decode.parameters == sum(leaf.numel() for leaf in AutoencoderKLWan().parameters())
+@pytest.mark.parametrize("kind", SMALL_VAES)
+def test_frames_kept_between_chunks_are_those_of_the_programs(kind):
+    config = SMALL_VAES[kind]
+    stride = config.strides[1]
+    graph, state = nnx.split(abstract_module(WanVae, config))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+    firsts = shape(1, 1, 2 * stride, 3 * stride, 3), shape(1, 1, 2, 3, 4)
+    for run_chunk, first, expected in zip(
+        (encode_chunk, decode_chunk), firsts, kept_bytes(config, 2 * stride, 3 * stride), strict=True
+    ):
+        kept = jax.eval_shape(functools.partial(run_chunk, graph), state, first)[1]
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) == expected
+
+
+def test_parameters_of_the_published_vaes_and_text_encoder():
+    for config, millions in ((VaeConfig(), 127), (VaeConfig(**VAE_5B), 705)):
+        encode, decode = vae_cost(config, 81, 480, 832)
+        with torch.device("meta"):
+            reference = AutoencoderKLWan.from_config(config.to_json())
+        assert encode.parameters + decode.parameters == sum(leaf.numel() for leaf in reference.parameters())
+        assert round((encode.parameters + decode.parameters) / 1e6) == millions
     assert round(text_encoder_cost(TextEncoderConfig(), 512).parameters / 1e9, 2) == 5.68
 
 

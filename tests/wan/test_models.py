@@ -34,7 +34,7 @@ def folder_of(folder, network, pipeline="WanPipeline", scheduler=UNIPC):
 
 @pytest.mark.parametrize("model", READ, ids=lambda model: model.kind)
 def test_every_model_that_is_read_is_told(tmp_path, model):
-    network, scheduler = network_of(model), UNIPC
+    network, scheduler = network_of(model), UNIPC | {"flow_shift": model.defaults["sampler.shift"]}
     if model.scheduler:
         network, scheduler = WanConfig(**SMALL), {"_class_name": model.scheduler, "shift": 3.0}
     path = folder_of(tmp_path / "m", network, (*model.pipelines, "")[0], scheduler)
@@ -50,7 +50,7 @@ def test_every_model_that_is_read_is_told(tmp_path, model):
     assert {f"sampler.{name}": value for name, value in sampler.items() if f"sampler.{name}" in told} == {
         field: value for field, value in told.items() if field.startswith("sampler.")
     }
-    assert (sampler.negative_prompt == NEGATIVE_PROMPT) == (model.kind in ("wan2.1-1.3b", "wan2.1-14b"))
+    assert (sampler.negative_prompt == NEGATIVE_PROMPT) == (model.kind in ("wan2.1-1.3b", "wan2.1-14b", "wan2.2-5b"))
     given = sampling_config(None, overrides | {"sampler.steps": "7", "sampler.guidance": "2"}).sampler
     assert (given.steps, given.timesteps, given.guidance) == (7, (), 2.0)
 

@@ -221,5 +221,5 @@ def test_impossible_video_sizes_are_refused():
     check_size(WanConfig(), 81, 480, 832)
     with pytest.raises(InputError, match="time axis has 21 positions"):
         check_size(WanConfig(rope_max_seq_len=20), 81, 64, 64)
-    with pytest.raises(InputError, match="height is 6, not a multiple of the patch size 4"):
+    with pytest.raises(InputError, match="height: expected a multiple of 32, found 48"):
         check_size(dataclasses.replace(WanConfig(), patch_size=(1, 4, 4)), 5, 48, 64)

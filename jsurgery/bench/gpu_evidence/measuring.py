@@ -157,7 +157,7 @@ def distillation(row: Row, scale: Scale) -> dict[str, Any]:
     state: dict[str, Any] = {"maps": maps, "opt_state": optimizer.init(maps)}  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     shapes = {
-        "latents": (config.distill.batch, *latent_grid(*row.video), network.in_channels),
+        "latents": (config.distill.batch, *latent_grid(*row.video, network.strides), network.in_channels),
         "text": (config.distill.batch, config.text_length, network.text_dim),
     }
     batch = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
@@ -170,7 +170,7 @@ def distillation(row: Row, scale: Scale) -> dict[str, Any]:
         state, loss = step(state, params, batch)
         losses.append(np.asarray(loss))
 
-    work = Workload(network, num_tokens(*row.video), config.text_length, PHI)
+    work = Workload(network, num_tokens(*row.video, network), config.text_length, PHI)
     flops = distillation_flops(work, config.hybrid.rates)
     bound = model_flops(work, (1,) * network.num_layers) / flops
     contender = {"name": row.name, "flops": flops, "bound": bound, "memory_bytes": None, "run": run}

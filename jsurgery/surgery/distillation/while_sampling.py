@@ -168,7 +168,8 @@ class WhileSampling:
     ):
         """`folder` gets the clips at which trajectories end, as those of `trace`."""
         settings, sampler, video = config.distill, config.sampler, config.video
-        shape = *latent_grid(video.frames, video.height, video.width), teacher.config.in_channels
+        grid = latent_grid(video.frames, video.height, video.width, teacher.config.strides)
+        shape = *grid, teacher.config.in_channels
         prompts = config.trace.prompts - config.trace.holdout
         self.teacher, self.slots, self.folder = teacher, settings.trajectories, folder
         self.trajectories = Trajectories(config, traces / "text", prompts, shape, mesh)
