@@ -34,7 +34,7 @@ def folder_of(folder, network, pipeline="WanPipeline", scheduler=UNIPC):
 
 @pytest.mark.parametrize("model", READ, ids=lambda model: model.kind)
 def test_every_model_that_is_read_is_told(tmp_path, model):
-    network, scheduler = network_of(model), UNIPC | {"flow_shift": model.defaults["sampler.shift"]}
+    network, scheduler = network_of(model), UNIPC | {"flow_shift": model.defaults.get("sampler.shift", 3.0)}
     if model.scheduler:
         network, scheduler = WanConfig(**SMALL), {"_class_name": model.scheduler, "shift": 3.0}
     path = folder_of(tmp_path / "m", network, (*model.pipelines, "")[0], scheduler)
