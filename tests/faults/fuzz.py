@@ -1,6 +1,7 @@
 """Readers on files that were changed at random: each must read or refuse them, and touch no other file.
 
     python tests/faults/fuzz.py READER --minutes=10     (READER may be `all`, as in `make fuzz`)
+    python tests/faults/fuzz.py READER --examples=5000
 
 A reader may raise only InputError, and may take at most `PATIENCE` seconds of CPU time. It must not change its folder
 or open files outside of it. Hypothesis shrinks and prints contents on which a reader fails; add them to `REGRESSIONS`.
@@ -580,11 +581,20 @@ def check_shape(shape: tuple[Any, ...]) -> str:
     return "taken"
 
 
-def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: float) -> dict[str, int]:
-    """Draws and checks until the time is over; returns how often each outcome occurred."""
+@dataclasses.dataclass
+class Effort:
+    """How long a reader is fuzzed: until so many minutes are over, or so many examples were tried."""
+
+    minutes: float = math.inf
+    examples: float = math.inf
+
+
+def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], effort: Effort) -> dict[str, int]:
+    """Draws and checks until the effort is made; returns how often each outcome occurred."""
     counts: dict[str, int] = {}
-    until = time.monotonic() + 60 * minutes
-    while time.monotonic() < until:
+    until = time.monotonic() + 60 * effort.minutes
+    going = lambda: time.monotonic() < until and sum(counts.values()) < effort.examples
+    while going():
 
         @settings(
             max_examples=500,
@@ -595,7 +605,7 @@ def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: f
         )
         @given(strategy)
         def run_example(drawn: Any) -> None:
-            if time.monotonic() < until:
+            if going():
                 result = check(drawn)
                 counts[result] = counts.get(result, 0) + 1
 
@@ -603,19 +613,19 @@ def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], minutes: f
     return counts
 
 
-def fuzz(name: str, minutes: float) -> dict[str, int]:
+def fuzz(name: str, effort: Effort) -> dict[str, int]:
     from tests.faults import fuzz_commands
 
     if name == "outputs":
         with tempfile.TemporaryDirectory() as folder:
             check = lambda drawn: fuzz_commands.check_output(drawn, pathlib.Path(folder))
-            return endless(fuzz_commands.output_names(), check, minutes)
+            return endless(fuzz_commands.output_names(), check, effort)
     if name == "rates":
-        return endless(fuzz_commands.rates(), fuzz_commands.check_rate, minutes)
+        return endless(fuzz_commands.rates(), fuzz_commands.check_rate, effort)
     if name == "config":
-        return endless(configs(), check_config, minutes)
+        return endless(configs(), check_config, effort)
     if name == "shapes":
-        return endless(shapes(), check_shape, minutes)
+        return endless(shapes(), check_shape, effort)
     gentle = name in fuzz_commands.READERS
     reader = (fuzz_commands.READERS if gentle else readers())[name]()
     with tempfile.TemporaryDirectory() as parent:
@@ -623,7 +633,7 @@ def fuzz(name: str, minutes: float) -> dict[str, int]:
         reader.read(folder)  # which imports what it needs
         assert outcome(reader, folder) == "taken", "the valid folder is refused"
         strategy = (fuzz_commands.contents if gentle else contents)(reader)
-        return endless(strategy, lambda changed: try_contents(reader, folder, changed), minutes)
+        return endless(strategy, lambda changed: try_contents(reader, folder, changed), effort)
 
 
 def main() -> None:
@@ -632,11 +642,16 @@ def main() -> None:
     names = [*readers(), *fuzz_commands.READERS, "config", "shapes", "outputs", "rates"]
     parser = argparse.ArgumentParser(description="Readers on files that were changed at random.")
     parser.add_argument("reader", choices=[*names, "all"])
-    parser.add_argument("--minutes", type=float, default=10.0)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=10.0)
+    length.add_argument("--examples", type=int)
     options = parser.parse_args()
+    effort = Effort(options.minutes) if options.examples is None else Effort(examples=options.examples)
     for name in names if options.reader == "all" else [options.reader]:
-        counts = fuzz(name, options.minutes)
-        print(f"{name}: {sum(counts.values())} runs in {options.minutes:g} minutes: {counts}", flush=True)
+        start = time.monotonic()
+        counts = fuzz(name, effort)
+        runs, seconds = sum(counts.values()), time.monotonic() - start
+        print(f"{name}: {runs} runs in {seconds:.0f} s, {counts.get('taken', 0) / runs:.0%} taken: {counts}", flush=True)
 
 
 if __name__ == "__main__":
