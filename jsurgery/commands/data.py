@@ -28,9 +28,11 @@ def add(commands: Commands) -> None:
 def run_encode(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
     if options.dry_run:
-        from jsurgery.data.clip_index import find_clips
+        from jsurgery.data.clip_index import check_usable, find_clips
 
-        dry_run_encoding(config, options, len(find_clips(options.videos, options.root)))
+        clips = find_clips(options.videos, options.root)
+        check_usable(clips, config.data.max_skipped)
+        dry_run_encoding(config, options, len(clips))
         return
     join_processes(options)
     from jsurgery.data.encode import encode_videos

@@ -18,6 +18,7 @@ from etils import epath
 
 from jsurgery.data.video_reader import Clip
 from jsurgery.errors import InputError
+from jsurgery.io.files import decode_text
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")  # of the videos that are looked for in a folder
 # Of other videos and animations, which are counted and left out.
@@ -31,6 +32,10 @@ PATH_COLUMNS = (
 )  # fmt: skip
 CAPTION_COLUMNS = ("cap", "caption", "text", "prompt", "description", "captions")
 DELIMITERS = ",;\t|"
+# Files of a folder that hold the captions of its clips: an index, or two lists of as many lines.
+FOLDER_INDEXES = ("metadata.jsonl", "metadata.csv", "metadata.json")
+VIDEO_LIST, CAPTION_LISTS = "videos.txt", ("prompts.txt", "prompt.txt", "captions.txt")
+NO_CAPTION = "no caption"
 LONGEST_FIELD = 1 << 20  # characters
 Row = dict[Any, Any] | str  # a row, or what is wrong with it
 
@@ -39,7 +44,8 @@ def find_clips(videos: str, root: str | None = None) -> list[Clip]:
     """The clips of a folder (each with its caption in a .txt beside it) or of an index of INDEXES.
 
     A row of an index has a path (PATH_COLUMNS), relative to `root` (default: the folder of the index), and a caption
-    (CAPTION_COLUMNS), or a list whose first entry counts. A path that leads out of `root`, and a row that cannot be
+    (CAPTION_COLUMNS), or a list whose first entry counts. A folder without a .txt beside any video may have an index of
+    FOLDER_INDEXES, or VIDEO_LIST and one of CAPTION_LISTS. A path that leads out of `root`, and a row that cannot be
     read, gives a clip with a `problem`. Raises InputError for an index in which no row can be read.
     """
     source = epath.Path(videos)
@@ -47,12 +53,45 @@ def find_clips(videos: str, root: str | None = None) -> list[Clip]:
         raise InputError(f"--videos={videos}: no such file or folder")
     if source.is_dir():
         clips = _clips_of_folder(source)
+        if not any(clip.caption for clip in clips) and (found := _rows_of_folder(source)) is not None:
+            clips = _indexed_clips(*found, root)
     else:
-        folder = (source.parent if root is None else epath.Path(root)).resolve()
-        clips = [_indexed_clip(source, number, row, folder) for number, row in enumerate(_read_rows(source), 1)]
+        clips = _indexed_clips(source, _read_rows(source), root)
     if not clips:
         raise InputError(f"--videos={videos}: expected clips ({', '.join(SUFFIXES)}) or an index of them, found none")
     return clips
+
+
+def check_usable(clips: Sequence[Clip], limit: float) -> None:
+    """Raises InputError if more than the fraction `limit` of the clips has a problem, as is known before decoding."""
+    faulty = [clip for clip in clips if clip.problem]
+    if len(faulty) > limit * len(clips):
+        captions = f"; captions are in NAME.txt beside each video, or in {FOLDER_INDEXES[1]}"
+        raise InputError(
+            f"config.data.max_skipped: {limit}; {len(faulty)} of {len(clips)} clips cannot be used, such as "
+            f"{faulty[0].path} ({faulty[0].problem}){captions if faulty[0].problem == NO_CAPTION else ''}"
+        )
+
+
+def _rows_of_folder(folder: epath.Path) -> tuple[epath.Path, list[Row]] | None:
+    """(a file with the captions of a folder's clips, its rows), or None without one."""
+    for index in (folder / name for name in FOLDER_INDEXES):
+        if index.exists():
+            return index, _read_rows(index)
+    captions = next((folder / name for name in CAPTION_LISTS if (folder / name).exists()), None)
+    videos = folder / VIDEO_LIST
+    if captions is None or not videos.exists():
+        return None
+    lines = lambda file: decode_text(file.read_bytes(), errors="replace").rstrip().split("\n")
+    names, texts = lines(videos), lines(captions)
+    if len(names) != len(texts):
+        raise InputError(f"{videos}: {len(names)} lines, but {captions.name} has {len(texts)}")
+    return videos, [{"path": name, "caption": text} for name, text in zip(names, texts, strict=True)]
+
+
+def _indexed_clips(index: epath.Path, rows: Sequence[Row], root: str | None) -> list[Clip]:
+    folder = (index.parent if root is None else epath.Path(root)).resolve()
+    return [_indexed_clip(index, number, row, folder) for number, row in enumerate(rows, 1)]
 
 
 def _clips_of_folder(folder: epath.Path) -> list[Clip]:
@@ -90,13 +129,7 @@ def _resolved(path: epath.Path) -> str:
 
 
 def _read_caption(path: epath.Path) -> str:
-    return _decoded(path.read_bytes(), errors="replace") if path.exists() else ""
-
-
-def _decoded(content: bytes, errors: str) -> str:
-    """Text in UTF-8, or in UTF-16 if it says so in its first two bytes."""
-    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return content.decode("utf-16" if utf_16 else "utf-8-sig", errors="replace" if utf_16 else errors)
+    return decode_text(path.read_bytes(), errors="replace") if path.exists() else ""
 
 
 def _clip(path: epath.PathLike, caption: Any, problem: str = "") -> Clip:
@@ -105,7 +138,7 @@ def _clip(path: epath.PathLike, caption: Any, problem: str = "") -> Clip:
     caption = caption.strip() if isinstance(caption, str) else ""
     if caption and not problem and caption != caption.encode(errors="replace").decode():
         problem = "caption is not UTF-8"
-    return Clip(str(path), caption, problem or ("" if caption else "no caption"))
+    return Clip(str(path), caption, problem or ("" if caption else NO_CAPTION))
 
 
 def _value(row: dict[Any, Any], columns: Sequence[str]) -> Any:
@@ -142,7 +175,7 @@ def _read_rows(index: epath.Path) -> list[Row]:
         rows = _read_parquet(index)
     else:
         try:
-            text = _decoded(index.read_bytes(), errors="surrogateescape")
+            text = decode_text(index.read_bytes(), errors="surrogateescape")
         except (OSError, ValueError) as error:
             raise InputError(f"{index}: expected text in UTF-8 ({error})") from None
         rows = {".jsonl": _read_jsonl, ".json": _read_json}.get(suffix, _read_csv)(text, index)
@@ -166,6 +199,9 @@ def _read_json(text: str, index: epath.Path) -> list[Row]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{index}: expected JSON ({error})") from None
+    if isinstance(rows, dict):  # {"data": […]} and the like
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list):
         raise InputError(f"{index}: expected a JSON list, found {str(rows)[:80]!r}")
     return [row if isinstance(row, dict) else f"expected an object, found {str(row)[:80]!r}" for row in rows]

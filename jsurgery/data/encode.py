@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.data.clip_index import find_clips
+from jsurgery.data.clip_index import check_usable, find_clips
 from jsurgery.data.latents import clip_record
 from jsurgery.data.shards import Record, ShardWriter, shard_path, text_array
 from jsurgery.data.sprites import to_float
@@ -60,6 +60,7 @@ def encode_videos(config: ConfigDict, videos: str, root: str | None, workdir: ep
     for bucket in buckets:
         check_size(model, *bucket)
     clips = find_clips(videos, root)
+    check_usable(clips, config.data.max_skipped)
     base = pipeline_folder(model_path(config.model.path))
     vae, *text = (folder_fingerprint(base / name) for name in ("vae", "text_encoder", "tokenizer"))
     clips_hash = hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]

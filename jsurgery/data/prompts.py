@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
 from jsurgery.errors import InputError
+from jsurgery.io.files import decode_text
 
 SPRITE_PROMPTS = 10_000_000  # scenes numbered from here on are prompts; training clips are numbered from 0
 
@@ -12,9 +13,9 @@ SPRITE_PROMPTS = 10_000_000  # scenes numbered from here on are prompts; trainin
 def read_prompts(path: str, flag: str = "--prompts_file=") -> list[str]:
     """The lines of a file that are not blank. Raises InputError naming the file as `flag` + `path`."""
     try:
-        lines = epath.Path(path).read_text().removeprefix("\ufeff").split("\n")
+        lines = decode_text(epath.Path(path).read_bytes()).split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{flag}{path}: expected a text file in UTF-8 ({error})") from None
+        raise InputError(f"{flag}{path}: expected a text file in UTF-8 or UTF-16 ({error})") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{flag}{path}: expected one prompt a line, found none")

@@ -83,24 +83,25 @@ def read_clip(clip: Clip, limits: ClipLimits) -> np.ndarray:
             epath.Path(clip.path).open("rb") as file,
             av.open(file, options={"protocol_whitelist": "none"}) as container,
         ):
-            if not container.streams.video:
+            stream = container.streams.best("video")  # not simply the first, which may be the picture of a cover
+            if stream is None:
                 raise Skipped("no video stream")
-            if container.streams.video[0].codec_context.color_trc in HDR_CURVES:
+            if stream.codec_context.color_trc in HDR_CURVES:
                 raise Skipped("HDR (PQ or HLG); convert it to BT.709 first")
-            return _to_bucket(container, limits)
+            return _to_bucket(container, stream, limits)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Skipped(" ".join(f"{type(error).__name__}: {reason}".split())) from None
 
 
-def _to_bucket(container: Any, limits: ClipLimits) -> np.ndarray:
-    stored_aspect = float(container.streams.video[0].sample_aspect_ratio or 1)
+def _to_bucket(container: Any, stream: Any, limits: ClipLimits) -> np.ndarray:
+    stored_aspect = float(stream.sample_aspect_ratio or 1)
     longest = max(bucket.frames for bucket in limits.buckets)
     size, frames, shown, fitted = None, [], None, None
-    for frame in nearest_frames(timed_frames(container), limits.fps, longest):
+    for frame in nearest_frames(timed_frames(container, stream), limits.fps, longest):
         if frame is not shown:  # in a slow video a frame is repeated: convert it once
             shown, turns = frame, round(frame.rotation / 90) % 4
-            pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+            pixels = np.rot90(_opaque(frame), turns)
             pixel_aspect = 1 / stored_aspect if turns % 2 else stored_aspect
             size = size or choose_size(pixels.shape[0], pixels.shape[1], limits, pixel_aspect)
             fitted = fit(pixels, *size, pixel_aspect)
@@ -111,6 +112,16 @@ def _to_bucket(container: Any, limits: ClipLimits) -> np.ndarray:
     if len(frames) < min(lengths):
         raise Skipped(f"{len(frames)} frames at {limits.fps} a second, expected {min(lengths)}")
     return np.stack(frames[: max(length for length in lengths if length <= len(frames))])
+
+
+def _opaque(frame: av.VideoFrame) -> np.ndarray:
+    """A frame as uint8 [H, W, 3]. Raises Skipped for one that is transparent, whose colours are anything there."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame.to_ndarray(format="rgb24")
+    pixels = frame.to_ndarray(format="rgba")
+    if pixels[..., 3].min() < 255:
+        raise Skipped(f"transparent ({frame.format.name}); lay it over a background first")
+    return pixels[..., :3]
 
 
 def choose_size(height: int, width: int, limits: ClipLimits, pixel_aspect: float = 1.0) -> tuple[int, int]:
@@ -129,10 +140,13 @@ def choose_size(height: int, width: int, limits: ClipLimits, pixel_aspect: float
     return size
 
 
-def timed_frames(container: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Yields (seconds since the first frame, frame). A frame that is not later than the frame before it is dropped."""
+def timed_frames(container: Any, stream: Any) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+    """Yields (seconds since the first frame, frame) of a stream.
+
+    A frame that is not later than the frame before it is dropped.
+    """
     first = last = None
-    for frame in container.decode(video=0):
+    for frame in container.decode(stream):
         if frame.is_corrupt:
             raise Skipped("damaged frames")
         if frame.pts is None:

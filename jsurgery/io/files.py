@@ -81,6 +81,16 @@ def read_object(path: epath.PathLike, expected: str = "JSON") -> dict[str, Any]:
     return content
 
 
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8, or in UTF-16 if it says so in its first two bytes, as files of Windows do.
+
+    Raises ValueError for other bytes where `errors` is "strict".
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", errors="strict" if errors == "strict" else "replace")
+    return content.decode("utf-8-sig", errors=errors)
+
+
 def shortened(value: Any, length: int = 80) -> str:
     """A value's repr for a message, cut after `length` characters."""
     text = repr(value)
@@ -111,6 +121,9 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
                 raise InputError(f"{flag}={path}: expected a name of at most {longest} bytes, found {length}")
         if path.is_dir():
             raise InputError(f"{flag}={path}: expected a file, found a folder")
+        # Renaming onto a device, as root, would put a file in its place, for all programs of the machine.
+        if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
+            raise InputError(f"{flag}={path}: expected the name of a file, found a device or a pipe")
         probe = path.with_name(temporary_name(path.name, ".probe"))
         probe.write_bytes(b"")
         probe.unlink()

@@ -11,7 +11,7 @@ FORMATS = (
         "a LoRA, which changes another model; name that model, and give this file as --lora",
     ),
     (
-        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$",
+        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|weight_scale_inv|input_scale|comfy_quant)$",
         f"weights in float8 with scales (fp8_scaled), {UNQUANTISED}",
     ),
     (
@@ -19,6 +19,7 @@ FORMATS = (
         f"weights quantised by bitsandbytes (NF4 or int8), {UNQUANTISED}",
     ),
     (r"\.(qweight|qzeros|wscales|g_idx)$", f"weights quantised by GPTQ, AWQ or SVDQuant, {UNQUANTISED}"),
+    (r"\.(int8_weight|weight\._data|weight\._scale)$", f"weights quantised to int8 or by quanto, {UNQUANTISED}"),
     (r"^(optimizer|param_groups|exp_avg)\b", "the state of an optimiser; take the file of the weights beside it"),
 )
 _FORMATS = tuple((re.compile(pattern), kind) for pattern, kind in FORMATS)

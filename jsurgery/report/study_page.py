@@ -78,7 +78,7 @@ def build_study(
         target.mkdir(parents=True, exist_ok=True)
         write_json(epath.Path(target / KEY), {"study": study, "a": a, "b": b, "pairs": key})
         with replacing(target / PAGE) as temporary:
-            temporary.write_text(page_of(study, pairs))
+            temporary.write_text(page_of(study, pairs), "utf-8")
     except OSError as error:
         raise InputError(f"--output={output}: {error.strerror}") from None
     return target / PAGE

@@ -27,11 +27,11 @@ def render(template: str, *, assets: str = "page", **values: Any) -> str:
     environment.filters |= {
         "number": number, "short": short, "signed": signed, "percent": percent, "rate": rate_name, "count": count,
     }  # fmt: skip
-    script = (HERE / f"{assets}.js").read_text()
+    script = (HERE / f"{assets}.js").read_text("utf-8")
     return environment.get_template(template).render(
         **values,
         player_data=player_data,
-        style=Markup((HERE / "palette.css").read_text() + (HERE / f"{assets}.css").read_text()),
+        style=Markup((HERE / "palette.css").read_text("utf-8") + (HERE / f"{assets}.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -1,6 +1,7 @@
 """A lock that keeps two runs out of one stage's folder."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -12,16 +13,19 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.runtime import processes
+from jsurgery.runtime.progress import say
 
 NAME = "lock"
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what a lock that another process holds gives
 
 
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
     """Locks `folder` and creates it if needed. With several processes, process 0 holds the lock for all of them.
 
-    The kernel releases the lock when its process ends, even if it is killed. Object stores (gs://) have no locks: there
-    the user must keep two runs apart. Raises InputError that names the process that holds the lock.
+    The kernel releases the lock when its process ends, even if it is killed. Object stores (gs://) have no locks, and
+    some network file systems (NFS, Lustre) do not either, which one line says: there the user must keep two runs apart.
+    Raises InputError that names the process that holds the lock.
     """
     if "://" in str(folder):
         yield
@@ -40,7 +44,10 @@ def _held(folder: pathlib.Path) -> Iterator[None]:
         stream = path.open("a+")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in TAKEN:
+                say(f"{folder}: its file system has no locks ({error.strerror}): do not start a second run here")
+                break
             stream.seek(0)
             holder = stream.read().strip()
             stream.close()

@@ -4,6 +4,7 @@ Every folder that is written here ends with its hashes, and every folder that ha
 it is loaded (see `folder_hashes`).
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -221,7 +222,7 @@ def open_text_encoder(path: epath.PathLike) -> tuple[TextEncoderConfig, dict[str
     """The config and the unread tensors of a `text_encoder/` folder. Raises InputError as `load_text_encoder` does."""
     folder = epath.Path(path)
     config, tensors = read_text_encoder_config(folder), open_tensors(folder)
-    expected = mirrored_shapes(abstract_module(TextEncoder, config))
+    expected = _mirrored(TextEncoder, config)
     tensors = text_encoder_tensors_named(tensors, {*expected, EMBEDDINGS}.__contains__, folder)
     check_fit(expected, tensors, folder)
     return config, tensors
@@ -247,6 +248,29 @@ def save_text_encoder(encoder: TextEncoder, path: epath.PathLike) -> None:
     hashes = write_shards(folder, "model", mirrored_tensors(encoder))
     write_json(folder / "config.json", encoder.config.to_json())
     write_hashes(folder, hashes, "config.json")
+
+
+def check_fits(transformer: epath.PathLike, base: epath.PathLike) -> None:
+    """Raises InputError where loading a transformer, or the VAE and the text encoder of `base`, would: for tensors that
+    are missing, unexpected or of another shape. Reads only headers."""
+    tensors = _open_transformer(transformer)
+    layout = checkpoint_layouts.transformer_layout(tensors, transformer)
+    check_fit(_transformer_shapes(read_config(transformer, tensors), layout), tensors, transformer)
+    vae, text_encoder = epath.Path(base) / "vae", epath.Path(base) / "text_encoder"
+    expected = _mirrored(WanVae, read_vae_config(vae))
+    check_fit(expected, without_prefix(open_tensors(vae), expected.__contains__, vae), vae)
+    open_text_encoder(text_encoder)
+
+
+@functools.lru_cache(16)
+def _transformer_shapes(config: WanConfig, layout: str) -> dict[str, tuple[int, ...]]:
+    model = abstract_module(WanTransformer, config)
+    return {name: t.shape for name, t in checkpoint_layouts.lazy_transformer_tensors(model, layout).items()}
+
+
+@functools.lru_cache(16)
+def _mirrored(kind: type[nnx.Module], config: Any) -> dict[str, tuple[int, ...]]:
+    return mirrored_shapes(abstract_module(kind, config))
 
 
 def _open_transformer(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None = None) -> dict[str, LazyTensor]:

@@ -22,6 +22,7 @@ from jsurgery.runtime import processes
 
 # The name of a file in the folder. It cannot lead out of the folder.
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+READ = (".json", ".safetensors", ".model")  # the ends of names of files that a part of a model has
 LARGE = 1 << 26  # bytes from which a file that was found intact is remembered across processes
 # Files whose hash this process has verified, each with its size, times and inode.
 _verified: set[tuple] = set()
@@ -79,18 +80,23 @@ def _recorded(folder: epath.Path) -> dict[str, tuple[int | None, str]]:
 def _blobs(folder: epath.Path) -> dict[str, tuple[int | None, str]]:
     """The hashes in a snapshot of the Hub's cache, whose files are links to blobs/HASH.
 
-    HASH is the sha256 of a large file and git's SHA-1 of a small one.
+    HASH is the sha256 of a large file and git's SHA-1 of a small one. In any folder, links that lead to nothing are
+    there too, with an empty hash: a file that is missing for another reason may be optional.
     """
     if "://" in str(folder) or not folder.is_dir():
         return {}
     targets = {file.name: os.readlink(file) for file in pathlib.Path(folder).iterdir() if file.is_symlink()}
     blob = re.compile(r"(?:^|/)blobs/([0-9a-f]{64}|[0-9a-f]{40})$")
-    return {name: (None, match[1]) for name, target in targets.items() if (match := blob.search(target))}
+    found = {name: (None, match[1]) for name, target in targets.items() if (match := blob.search(target))}
+    dangling = [name for name in targets if name.endswith(READ) and not (folder / name).exists()]
+    return {name: (None, "") for name in dangling} | found
 
 
 def _fault(file: epath.Path, size: int | None, expected: str) -> str | None:
     """What is wrong with a file, or None."""
     if not file.exists():
+        if "://" not in str(file) and os.path.islink(file):
+            return f"a link to {os.readlink(file)}, where nothing is; copy what links lead to as well (cp -rL)"
         return "missing: it was written with the folder"
     stat = file.stat()
     length, status = stat.length, None

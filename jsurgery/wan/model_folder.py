@@ -7,9 +7,8 @@ from etils import epath
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object
-from jsurgery.io.safetensors import check_tensors
 from jsurgery.wan import hub
-from jsurgery.wan.checkpoint import read_config
+from jsurgery.wan.checkpoint import check_fits, read_config
 from jsurgery.wan.folder_hashes import check_hashes
 from jsurgery.wan.model_config import ORIGINAL_CLASS_NAME, WanConfig, read_text_encoder_config, read_vae_config
 from jsurgery.wan.pipeline_parts import check_index, check_sizes, check_vocabulary
@@ -66,12 +65,12 @@ def check_pipeline(path: str) -> WanConfig:
     for pipeline in dict.fromkeys((folder, base)):
         check_index(pipeline)
     parts = transformer_folder(folder), base / "vae", base / "text_encoder"
-    for part in dict.fromkeys((folder, base, *parts)):
+    scheduler = [base / "scheduler"] if (base / "scheduler").exists() else []
+    for part in dict.fromkeys((folder, base, *scheduler, *parts)):
         check_hashes(part)
     transformer = read_config(transformer_folder(folder))
     text_encoder = read_text_encoder_config(base / "text_encoder")
     check_sizes(transformer, read_vae_config(base / "vae"), text_encoder, folder)
-    for part in parts:
-        check_tensors(part)
     check_vocabulary(Tokenizer(base / "tokenizer").vocab_size, text_encoder, base)
+    check_fits(parts[0], base)
     return transformer

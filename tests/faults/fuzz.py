@@ -651,7 +651,8 @@ def main() -> None:
         start = time.monotonic()
         counts = fuzz(name, effort)
         runs, seconds = sum(counts.values()), time.monotonic() - start
-        print(f"{name}: {runs} runs in {seconds:.0f} s, {counts.get('taken', 0) / runs:.0%} taken: {counts}", flush=True)
+        share = counts.get("taken", 0) / runs
+        print(f"{name}: {runs} runs in {seconds:.0f} s, {share:.0%} taken: {counts}", flush=True)
 
 
 if __name__ == "__main__":
