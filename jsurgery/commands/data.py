@@ -1,6 +1,6 @@
 """Training data: encode reads videos, synthesize samples them from a teacher."""
 
-from jsurgery.commands.dry_run import add_dry_run, dry_run_encoding, dry_run_sampling
+from jsurgery.commands.dry_run import add_dry_run, dry_run_encoding, dry_run_sampling, tell_cut
 from jsurgery.commands.options import Commands, Options, Overrides, add_processes, join_processes, read_config
 
 
@@ -29,10 +29,12 @@ def run_encode(options: Options, overrides: Overrides) -> None:
     config = read_config(options, overrides)
     if options.dry_run:
         from jsurgery.data.clip_index import check_usable, find_clips
+        from jsurgery.runtime.progress import say
 
         clips = find_clips(options.videos, options.root)
         check_usable(clips, config.data.max_skipped)
         dry_run_encoding(config, options, len(clips))
+        say(f"encode: {len(clips)} clips, of which {sum(bool(clip.problem) for clip in clips)} cannot be used")
         return
     join_processes(options)
     from jsurgery.data.encode import encode_videos
@@ -47,6 +49,7 @@ def run_synthesize(options: Options, overrides: Overrides) -> None:
     prompts = read_prompts(options.prompts_file)
     if options.dry_run:
         dry_run_sampling("synthesize", config, options, len(prompts), config.data.batch)
+        tell_cut(config, prompts)
         return
     join_processes(options)
     from jsurgery.data.synthesize import synthesize_clips

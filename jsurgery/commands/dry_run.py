@@ -1,5 +1,6 @@
 """The flags of --dry_run, which several commands have."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
@@ -43,6 +44,18 @@ def dry_run_sampling(
     name = options.config or "tiny"
     found = limits(options, workdir)
     dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)
+
+
+def tell_cut(config: ConfigDict, prompts: Sequence[str]) -> None:
+    """Says in one line how many of the prompts do not fit the config's length, if it names a model."""
+    if config.model.path:
+        from jsurgery.runtime.progress import say
+        from jsurgery.wan.model_folder import model_path, pipeline_folder
+        from jsurgery.wan.tokenizer import Tokenizer, describe_cut
+
+        tokenizer = Tokenizer(pipeline_folder(model_path(config.model.path)) / "tokenizer")
+        if cut := describe_cut(tokenizer, prompts, config.text_length):
+            say(f"text: {cut}")
 
 
 def dry_run_encoding(config: ConfigDict, options: Options, clips: int) -> None:

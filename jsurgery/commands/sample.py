@@ -1,6 +1,6 @@
 """sample: makes videos from prompts."""
 
-from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling
+from jsurgery.commands.dry_run import add_dry_run, dry_run_sampling, tell_cut
 from jsurgery.commands.options import (
     SAMPLE_FIELDS,
     Commands,
@@ -38,6 +38,7 @@ def run_sample(options: Options, overrides: Overrides) -> None:
     output = options.output or ("out.mp4" if single else "samples")
     if options.dry_run:
         dry_run_sampling("sample", config, options, len(prompts), 1, output)
+        tell_cut(config, prompts)
         return
     for file in sample_videos(config, prompts, output, single):
         print(file, flush=True)

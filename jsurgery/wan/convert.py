@@ -7,7 +7,7 @@ import functools
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ from jsurgery.wan.models import VAE_5B, takes_image
 from jsurgery.wan.pipeline_parts import check_index, write_pipeline_index
 from jsurgery.wan.tensor_prefixes import shortest_prefix
 from jsurgery.wan.text_encoder import TextEncoder
+from jsurgery.wan.tokenizer import Tokenizer
 from jsurgery.wan.vae import WanVae
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -55,12 +56,11 @@ def convert(
         check_index(source)
         source = source / "transformer"
 
+    parts = original_parts(source) if layout == "diffusers" else None
+    write = _open_pipeline(source, *parts, loras) if parts else _open_part(source, layout, loras)
     if not output.is_dir():
         check_writable(output, "--output")
-    if layout == "diffusers" and (parts := original_parts(source)):
-        _pipeline(source, *parts, output, loras)
-        return output
-    _convert_part(source, output, layout, loras)
+    write(output)
     return output
 
 
@@ -72,25 +72,34 @@ def original_parts(source: epath.Path) -> tuple[epath.Path, epath.Path, epath.Pa
     return (vae, text_encoder, tokenizer) if vae and text_encoder and tokenizer else None
 
 
-def _pipeline(
+# The functions below read what tells whether a model can be converted, and return a function that writes it to a path.
+Write = Callable[[epath.Path], None]
+
+
+def _open_pipeline(
     source: epath.Path,
     vae: epath.Path,
     text_encoder: epath.Path,
     tokenizer: epath.Path,
-    output: epath.Path,
     loras: Sequence[LoraSource],
-) -> None:
-    _convert_part(source, output / "transformer", "diffusers", loras)
-    for part, name in ((vae, "vae"), (text_encoder, "text_encoder")):
-        _convert_part(part, output / name, "diffusers")
-    (output / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.copy(output / "tokenizer" / tokenizer.name)
-    write_hashes(output / "tokenizer", {}, tokenizer.name)
-    with_image = takes_image(read_config(output / "transformer").in_channels)
-    write_pipeline_index(output, shift=5.0 if with_image else 3.0, takes_image=with_image)
+) -> Write:
+    parts = {"transformer": _open_part(source, "diffusers", loras)}
+    parts |= {name: _open_part(file, "diffusers") for name, file in (("vae", vae), ("text_encoder", text_encoder))}
+    Tokenizer(tokenizer.parent)
+
+    def write(output: epath.Path) -> None:
+        for name, write_part in parts.items():
+            write_part(output / name)
+        (output / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.copy(output / "tokenizer" / tokenizer.name)
+        write_hashes(output / "tokenizer", {}, tokenizer.name)
+        with_image = takes_image(read_config(output / "transformer").in_channels)
+        write_pipeline_index(output, shift=5.0 if with_image else 3.0, takes_image=with_image)
+
+    return write
 
 
-def _convert_part(source: epath.Path, output: epath.Path, layout: str, loras: Sequence[LoraSource] = ()) -> None:
+def _open_part(source: epath.Path, layout: str, loras: Sequence[LoraSource] = ()) -> Write:
     check_hashes(source)
     tensors = _open_pickle(source) if source.suffix in PICKLES else open_tensors(source)
     if not source.is_dir():
@@ -103,24 +112,23 @@ def _convert_part(source: epath.Path, output: epath.Path, layout: str, loras: Se
                 named = text_encoder_tensors_named(plain, lambda name, known=known: known(name) is not None, source)
                 if loras:
                     raise InputError(f"{source}: not a transformer, which is all that --lora changes")
-                to_diffusers(named, source, output)
-                return
-    _transformer(tensors, source, output, layout, loras)
+                return to_diffusers(named, source)
+    return _transformer(tensors, source, layout, loras)
 
 
 def _transformer(
-    tensors: Mapping[str, LazyTensor], source: epath.Path, output: epath.Path, layout: str, loras: Sequence[LoraSource]
-) -> None:
+    tensors: Mapping[str, LazyTensor], source: epath.Path, layout: str, loras: Sequence[LoraSource]
+) -> Write:
     config, renamed = open_transformer(source, layout, tensors, loras)
     # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
     if loras:
         say_operated(config, *loras)
         more |= {"loras": more.get("loras", []) + describe_loras(loras)}
-    write_transformer(renamed, config, output, layout, more=more)
+    return lambda output: write_transformer(renamed, config, output, layout, more=more)
 
 
-def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+def _text_encoder(tensors: Tensors, source: epath.Path) -> Write:
     shape = lambda name: _shape(tensors, name, source)
     (vocab_size, d_model), (d_ff, _) = shape("token_embedding.weight"), shape("blocks.0.ffn.fc1.weight")
     num_buckets, num_heads = shape("blocks.0.pos_embedding.embedding.weight")
@@ -133,13 +141,11 @@ def _text_encoder(tensors: Tensors, source: epath.Path, output: epath.Path) -> N
         num_layers=1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))),
         relative_attention_num_buckets=num_buckets,
     )
-    encoder = abstract_module(TextEncoder, config)
-    hashes = write_shards(output, "model", _renamed(encoder, original_text_encoder_name, tensors, source))
-    write_json(output / "config.json", config.to_json())
-    write_hashes(output, hashes, "config.json")
+    renamed = _renamed(abstract_module(TextEncoder, config), original_text_encoder_name, tensors, source)
+    return functools.partial(_write_part, "model", renamed, config)
 
 
-def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+def _vae(tensors: Tensors, source: epath.Path) -> Write:
     # The file has no mean and std of the latents, so they are the published ones, and only as many channels fit.
     shortcuts = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", name) for name in tensors)
     fields = {"base_dim": _shape(tensors, "encoder.conv1.weight", source, axes=5)[0]}
@@ -147,20 +153,24 @@ def _vae(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
         decoder_width = _shape(tensors, "decoder.conv1.weight", source, axes=5)[0] // VaeConfig.dim_mult[-1]
         fields = VAE_5B | fields | {"decoder_base_dim": decoder_width}
     config = VaeConfig(**fields)
-    vae = abstract_module(WanVae, config)
     original_name = functools.partial(original_vae_name, shortcuts=shortcuts)
-    hashes = write_shards(output, "diffusion_pytorch_model", _renamed(vae, original_name, tensors, source))
+    renamed = _renamed(abstract_module(WanVae, config), original_name, tensors, source)
+    return functools.partial(_write_part, "diffusion_pytorch_model", renamed, config)
+
+
+def _write_part(stem: str, tensors: Tensors, config: TextEncoderConfig | VaeConfig, output: epath.Path) -> None:
+    hashes = write_shards(output, stem, tensors)
     write_json(output / "config.json", config.to_json())
     write_hashes(output, hashes, "config.json")
 
 
-def _text_encoder_of_transformers(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
-    _text_encoder({original_text_encoder_name(name): tensor for name, tensor in tensors.items()}, source, output)
+def _text_encoder_of_transformers(tensors: Tensors, source: epath.Path) -> Write:
+    return _text_encoder({original_text_encoder_name(name): tensor for name, tensor in tensors.items()}, source)
 
 
-def _vae_of_diffusers(tensors: Tensors, source: epath.Path, output: epath.Path) -> None:
+def _vae_of_diffusers(tensors: Tensors, source: epath.Path) -> Write:
     shortcuts = any(".downsampler." in name for name in tensors)
-    _vae({original_vae_name(name, shortcuts): tensor for name, tensor in tensors.items()}, source, output)
+    return _vae({original_vae_name(name, shortcuts): tensor for name, tensor in tensors.items()}, source)
 
 
 # How the names of a part's tensors begin: the original repository's, and those of transformers and diffusers.

@@ -5,6 +5,7 @@ the phase's largest program needs beside it: an estimate, by formulas that `jsur
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -189,8 +190,14 @@ def gathered_block(network: WanConfig, mesh: Mesh | AbstractMesh, width: int) ->
 
 def vae_weights(config: ConfigDict, vae: VaeConfig) -> int:
     """The bytes of the VAE's weights, which are whole on every device."""
+    return vae_itemsize(config) * vae_parameters(vae)
+
+
+@functools.lru_cache(16)
+def vae_parameters(vae: VaeConfig) -> int:
+    """The number of the VAE's parameters."""
     state = nnx.state(abstract_module(WanVae, vae))
-    return vae_itemsize(config) * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
 def vae_itemsize(config: ConfigDict) -> int:

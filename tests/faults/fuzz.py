@@ -35,7 +35,7 @@ from etils import epath
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jsurgery import config
+from jsurgery import cli, config
 from jsurgery.config import base, check_video, flatten
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
@@ -57,11 +57,15 @@ ODD_FILES = [
 
 @dataclasses.dataclass
 class Reader:
-    """`files` are a valid folder, those in `changed` are fuzzed, and `read` reads the folder."""
+    """`files` are a valid folder, those in `changed` are fuzzed, and `read` reads the folder.
+
+    `drawn` gives {file: content}, for a reader with changes of its own.
+    """
 
     files: dict[str, bytes]
     changed: tuple[str, ...]
     read: Callable[[pathlib.Path], Any]
+    drawn: st.SearchStrategy[dict[str, bytes]] | None = None
 
 
 def changes(valid: bytes) -> st.SearchStrategy[bytes]:
@@ -616,10 +620,13 @@ def endless(strategy: st.SearchStrategy, check: Callable[[Any], str], effort: Ef
 def fuzz(name: str, effort: Effort) -> dict[str, int]:
     from tests.faults import fuzz_commands
 
-    if name == "outputs":
+    if name in ("outputs", "video_rates"):
+        strategy = fuzz_commands.output_names() if name == "outputs" else fuzz_commands.video_rates()
+        check = fuzz_commands.check_output if name == "outputs" else fuzz_commands.check_video_rate
         with tempfile.TemporaryDirectory() as folder:
-            check = lambda drawn: fuzz_commands.check_output(drawn, pathlib.Path(folder))
-            return endless(fuzz_commands.output_names(), check, effort)
+            return endless(strategy, lambda drawn: check(drawn, pathlib.Path(folder)), effort)
+    if name == "clip_folders":
+        return endless(fuzz_commands.clip_folders(), fuzz_commands.check_clips, effort)
     if name == "rates":
         return endless(fuzz_commands.rates(), fuzz_commands.check_rate, effort)
     if name == "config":
@@ -639,13 +646,14 @@ def fuzz(name: str, effort: Effort) -> dict[str, int]:
 def main() -> None:
     from tests.faults import fuzz_commands
 
-    names = [*readers(), *fuzz_commands.READERS, "config", "shapes", "outputs", "rates"]
+    names = [*readers(), *fuzz_commands.READERS, "config", "shapes", "outputs", "rates", "video_rates", "clip_folders"]
     parser = argparse.ArgumentParser(description="Readers on files that were changed at random.")
     parser.add_argument("reader", choices=[*names, "all"])
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=10.0)
     length.add_argument("--examples", type=int)
     options = parser.parse_args()
+    cli.make_parser = functools.cache(cli.make_parser)  # a fifth of what a refused command takes
     effort = Effort(options.minutes) if options.examples is None else Effort(examples=options.examples)
     for name in names if options.reader == "all" else [options.reader]:
         start = time.monotonic()

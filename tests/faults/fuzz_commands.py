@@ -8,21 +8,29 @@ import contextlib
 import functools
 import io
 import json
+import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
+import safetensors.numpy
 from hypothesis import strategies as st
 
 from jsurgery import cli, sample
 from jsurgery.data.video_writer import gif_frames, read_settings, write_video
 from jsurgery.errors import InputError
-from tests.faults.fuzz import Reader, as_json, changed_json, changes, files_of
+from jsurgery.io.files import decode_text
+from tests.faults.fuzz import Reader, as_json, changed_bytes, changed_json, changes, files_of
 
 SIZE = ("--frames=5", "--height=32", "--width=48", "--steps=2")
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "text_encoder/model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
 ADDED_FIELDS = (
     "clip_output", "_name_or_path", "transformer_2", "boundary_ratio", "expand_timesteps", "image_encoder", "dtype",
@@ -32,18 +40,42 @@ UNUSED: list[Any] = [None, False, [], "", [None, None]]  # values that say that 
 ADDED_VALUES = 4 * UNUSED + [True, 2, "zero", {"a": 1}, ["x", "Y"]]
 VBENCH_FLAGS = ("info", "prompts", "augmented")
 PREFIXES = ("", "model.", "module.", "_orig_mod.", "diffusion_model.", "model.diffusion_model.", "module.ema.", "x")
+NUMBERS = (np.nan, np.inf, -np.inf, 3e38, 1e30, 65504.0, 1e-40, 0.0, -1.0, 0.5)  # of single weights
+FOREIGN = (
+    b"GGUF\x03\0\0\0" + b"\0" * 500, b"ggjt" + b"\0" * 50, b"\x80\x02}q\0." + b"\0" * 50, b"PK\x03\x04" + b"\0" * 50,
+    b"\x1f\x8b\x08" + b"\0" * 50, b"\x89HDF\r\n\x1a\n" + b"\0" * 50, b"\x93NUMPY" + b"\0" * 50, b"7z\xbc\xaf\x27\x1c",
+    b"<html>", b"Entry not found", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"",
+)  # fmt: skip
+# Ends of names that formats of quantised weights and LoRAs add, and harmless wrappers within names.
+SUFFIXES = (
+    ".lora_down.weight",
+    ".lora_A.weight",
+    ".scale_weight",
+    ".weight_scale_inv",
+    ".int8_weight",
+    ".qweight",
+    ".SCB",
+)
+WRAPPERS = ("", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+CLIP_NAMES = (
+    "a.mp4", "B.MOV", "._a.mp4", ".hidden/c.mkv", "d e/é.webm", "__MACOSX/f.mp4", ".ipynb_checkpoints/a-checkpoint.mp4",
+    "g.gif", "h.ts", "i.txt", "j.flv", "k", "#l%20?.mp4", "m.mp4.part", "-n.avi", "videos/o.m4v",
+)  # fmt: skip
+TAKEN = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
 
 
-def command(*arguments: str) -> None:
-    """Runs a command. Raises InputError with its message if it refuses, and AssertionError for more than one line."""
-    error = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+def command(*arguments: str) -> str:
+    """Runs a command and returns what it printed. Raises InputError with its message if it refuses, and AssertionError
+    for any other end."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         code = cli.main(arguments)
     if code:
         assert code == 2, error.getvalue()
         message = error.getvalue().splitlines()[-1]
         assert message.startswith("jsurgery: "), message
         raise InputError(message)
+    return out.getvalue() + error.getvalue()
 
 
 def pipeline_files() -> dict[str, bytes]:
@@ -78,12 +110,153 @@ def names_reader() -> Reader:
     return Reader(files, (TRANSFORMER,), read)
 
 
+def numbers_reader() -> Reader:
+    """`sample` of a video from weights with a few odd numbers: a video, or a refusal that names what is not finite."""
+    files, weights = pipeline_files(), (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS)
+
+    def read(folder: pathlib.Path) -> None:
+        output = folder.parent / "o.png"
+        try:
+            command("sample", f"--model={folder}", "--prompt=a", f"--output={output}", *SIZE[1:], "--frames=1")
+            assert read_settings(output)["prompt"] == "a"
+        except InputError as refusal:
+            assert "finite" in str(refusal), refusal
+            assert not output.exists()
+            raise
+        output.unlink()
+
+    def odd_numbers(drawn: tuple[str, list[tuple[int, float]]]) -> dict[str, bytes]:
+        changed = dict.fromkeys(weights, b"") | {name: files[name] for name in weights}
+        content = bytearray(files[drawn[0]])
+        start = 8 + int.from_bytes(content[:8], "little")
+        for place, number in drawn[1]:
+            at = start + 4 * (place % ((len(content) - start) // 4))
+            content[at : at + 4] = np.float32(number).tobytes()
+        return changed | {drawn[0]: bytes(content)}
+
+    places = st.lists(st.tuples(st.integers(0, 1 << 24), st.sampled_from(NUMBERS)), max_size=3)
+    drawn = st.tuples(st.sampled_from(weights), places).map(odd_numbers)
+    return Reader(files, weights, read, drawn)
+
+
+def formats_reader() -> Reader:
+    """What `sample` says of weights in other formats: their first bytes, or names as quantised files have them."""
+    files = pipeline_files()
+    valid = files[TRANSFORMER]
+
+    @st.composite
+    def named(draw: st.DrawFn) -> bytes:
+        suffix, wrapper = draw(st.sampled_from([None] * 4 + list(SUFFIXES))), draw(st.sampled_from(WRAPPERS))
+        size = int.from_bytes(valid[:8], "little")
+        header = json.loads(valid[8 : 8 + size])
+        chosen = draw(st.sets(st.sampled_from(sorted(header.keys() - {"__metadata__"})), min_size=1, max_size=5))
+        for name in chosen:
+            place = header.pop(name)
+            renamed = name.replace("blocks.0.", "blocks.0." + wrapper)
+            header[renamed if suffix is None else re.sub(r"\.(weight|bias)$", "", renamed) + suffix] = place
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + valid[8 + size :]
+
+    drawn = (named() | named() | st.sampled_from(FOREIGN)).map(lambda content: {TRANSFORMER: content})
+    return Reader(files, (TRANSFORMER,), try_sampling, drawn)
+
+
+def prompts_reader() -> Reader:
+    """`sample --dry_run` of a file of prompts: it counts those that have more tokens than fit."""
+    files = pipeline_files() | {"p.txt": b"a red circle\n"}
+
+    def read(folder: pathlib.Path) -> None:
+        fields = ("--config.text_length=12", f"--model={folder}", f"--prompts_file={folder}/p.txt")
+        said = command("sample", *fields, "--dry_run", *SIZE)
+        if cut := re.search(r"(\d+) of (\d+) prompts are cut", said):
+            lines = decode_text((folder / "p.txt").read_bytes()).split("\n")
+            assert 1 <= int(cut[1]) <= int(cut[2]) == sum(bool(line.strip()) for line in lines), said
+
+    words = st.text(max_size=60) | st.sampled_from(
+        ["a red circle", "x " * 40, "&lt;b&gt;", "\u2028", "é漢" * 9, "</s>"]
+    )
+    codes = st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"])
+    lines = st.tuples(st.lists(words, max_size=4), st.sampled_from(["\n", "\r\n"]), codes)
+    text = lines.map(lambda drawn: drawn[1].join(drawn[0]).encode(drawn[2], errors="replace"))
+    return Reader(
+        files, ("p.txt",), read, (text | changed_bytes(files["p.txt"])).map(lambda content: {"p.txt": content})
+    )
+
+
+@functools.cache
+def single_files() -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of a VAE, a text encoder and a transformer under their original names: those that `convert` takes."""
+    from flax import nnx
+
+    from jsurgery.wan.checkpoint_layouts import original_text_encoder_name, original_vae_name, transformer_tensors
+    from jsurgery.wan.model_config import VaeConfig
+    from jsurgery.wan.text_encoder import TextEncoder
+    from jsurgery.wan.torch_layout import mirrored_tensors
+    from jsurgery.wan.transformer import WanTransformer
+    from jsurgery.wan.vae import WanVae
+    from tests.conftest import TINY_TEXT_ENCODER, TINY_TRANSFORMER, random_module
+
+    rng = np.random.default_rng(0)
+    vae = random_module(lambda: WanVae(VaeConfig(base_dim=4), rngs=nnx.Rngs(0)), rng)
+    encoder = random_module(lambda: TextEncoder(TINY_TEXT_ENCODER, rngs=nnx.Rngs(0)), rng)
+    transformer = random_module(lambda: WanTransformer(TINY_TRANSFORMER, rngs=nnx.Rngs(0)), rng)
+    return {
+        "vae": {original_vae_name(name): tensor for name, tensor in mirrored_tensors(vae).items()},
+        "text_encoder": {original_text_encoder_name(name): t for name, t in mirrored_tensors(encoder).items()},
+        "transformer": transformer_tensors(transformer, "original"),
+    }
+
+
+def try_converting(folder: pathlib.Path, name: str = "m.safetensors") -> None:
+    """`convert`, which leaves a whole result or none."""
+    try:
+        command("convert", f"--model={folder / name}", f"--output={folder}/out")
+    except InputError:
+        assert not [file for file in (folder / "out").rglob("*") if file.is_file()], "a refused model left files"
+        raise
+    finally:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+
+
+def single_file_reader(part: str) -> Reader:
+    """`convert` of one file of a VAE or text encoder, as other programs name its tensors."""
+    files = {"m.safetensors": safetensors.numpy.save(single_files()[part])}
+    return Reader(files, ("m.safetensors",), try_converting)
+
+
+def original_folder_reader() -> Reader:
+    """`convert` of the original repository's folder, of which a file was changed or is packed differently."""
+    import torch
+
+    packed: dict[str, list[bytes]] = {}
+    for part, name in (("vae", "Wan2.1_VAE.pth"), ("text_encoder", "models_t5_x.pth")):
+        state = {key: torch.tensor(tensor) for key, tensor in single_files()[part].items()}
+        for content in (state, {"state_dict": {f"module.{key}": t for key, t in state.items()}, "step": 1}):
+            for zipped in (True, False):
+                stream = io.BytesIO()
+                torch.save(content, stream, _use_new_zipfile_serialization=zipped)
+                packed.setdefault(name, []).append(stream.getvalue())
+    fields = {"_class_name": "WanModel", "model_type": "t2v", "num_heads": 2, "eps": 1e-6, "dim": 24, "text_len": 512}
+    files = {
+        "config.json": as_json(fields),
+        "diffusion_pytorch_model.safetensors": safetensors.numpy.save(single_files()["transformer"]),
+        "google/umt5-xxl/spiece.model": files_of("tokenizer")["spiece.model"],
+    } | {name: contents[0] for name, contents in packed.items()}
+    valid = {name: st.just(content) for name, content in files.items()}
+    of = {name: gentle_changes(content) for name, content in files.items() if name.endswith(("json", "safetensors"))}
+    of |= {name: st.sampled_from(contents) | changed_bytes(contents[0]) for name, contents in packed.items()}
+    drawn = st.sampled_from(sorted(of)).flatmap(lambda name: st.fixed_dictionaries(valid | {name: of[name]}))
+    return Reader(files, tuple(files), lambda folder: try_converting(folder, ""), drawn)
+
+
 def index_reader(kind: str) -> Reader:
     """`encode --dry_run` of an index, which reads every row."""
     rows = [{"path": f"{name}.mp4", "cap": caption} for name, caption in (("a", "one"), ("b", "two"), ("c", "é"))]
     content = {
         "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "json": json.dumps({"data": rows}),
         "csv": 'path,caption\na.mp4,"one, two"\nb.mp4,two\nc.mp4,three\n',
+        "tsv": "path\tcaption\na.mp4\tone, two\nb.mp4\ttwo\nc.mp4\tthree\n",
     }[kind]
     read = lambda folder: command(
         "encode", "--config=tiny", f"--videos={folder}/i.{kind}", "--workdir=run", "--dry_run"
@@ -105,9 +278,17 @@ READERS: dict[str, Callable[[], Reader]] = {
     "sample_parts": lambda: pipeline_reader("transformer/config.json", "vae/config.json", "text_encoder/config.json"),
     "sample_scheduler": lambda: pipeline_reader(SCHEDULER),
     "sample_weights": lambda: pipeline_reader(TRANSFORMER),
+    "sample_numbers": numbers_reader,
+    "sample_formats": formats_reader,
+    "sample_prompts": prompts_reader,
     "convert_names": names_reader,
+    "convert_vae": lambda: single_file_reader("vae"),
+    "convert_text_encoder": lambda: single_file_reader("text_encoder"),
+    "convert_folder": original_folder_reader,
     "encode_jsonl": lambda: index_reader("jsonl"),
+    "encode_json": lambda: index_reader("json"),
     "encode_csv": lambda: index_reader("csv"),
+    "encode_tsv": lambda: index_reader("tsv"),
     "evaluate_vbench": vbench_reader,
 }
 
@@ -152,6 +333,8 @@ def rewritten_text(draw: st.DrawFn, valid: str) -> bytes:
 
 def contents(reader: Reader) -> st.SearchStrategy[dict[str, bytes]]:
     """{file: content} of the fuzzed files: of several, most are unchanged; most changes are gentle."""
+    if reader.drawn is not None:
+        return reader.drawn
     gentle = lambda file: gentle_changes(reader.files[file])
     of = lambda file: gentle(file) | gentle(file) | changes(reader.files[file])
     valid = {file: st.just(reader.files[file]) for file in reader.changed}
@@ -159,11 +342,12 @@ def contents(reader: Reader) -> st.SearchStrategy[dict[str, bytes]]:
     return one | st.fixed_dictionaries({file: gentle(file) for file in reader.changed})
 
 
-def output_names() -> st.SearchStrategy[str]:
-    """Names of files for --output: any characters but a slash and NUL, of any length, with a suffix or without."""
+def output_names() -> st.SearchStrategy[tuple[str, str]]:
+    """(a flag, a name for its file): any characters but a slash and NUL, of any length, with a suffix or without."""
     letters = st.characters(blacklist_characters="/\0", blacklist_categories=())
     plain = st.text(letters, min_size=1, max_size=40) | st.sampled_from(["12:30", "-x", "~", "100%d", "a b", "n" * 251])
-    return st.tuples(plain, st.sampled_from([".mp4", ".gif", ".png", ".mp4", ".gif", ".png", "", ".webm"])).map("".join)
+    suffixes = st.sampled_from([".mp4", ".gif", ".png", ".mp4", ".gif", ".png", "", ".webm"])
+    return st.tuples(st.sampled_from(["--output", "--json"]), st.tuples(plain, suffixes).map("".join))
 
 
 @functools.cache
@@ -171,24 +355,35 @@ def one_frame() -> np.ndarray:
     return np.zeros((1, 16, 16, 3), np.uint8)
 
 
-def check_output(name: str, folder: pathlib.Path) -> str:
-    """`sample` with a video of one frame: the file has the name that was asked for, or the command refuses it."""
+@contextlib.contextmanager
+def quick_sampling(frames: int = 1) -> Iterator[None]:
+    """Inside the block, `sample` writes black frames and loads no model."""
 
     def make_videos(config: Any, requests: Any) -> Any:
         for request in requests:
-            write_video(request.file, one_frame(), 16, {"prompt": request.prompt})
+            write_video(request.file, one_frame().repeat(frames, 0), config.video.fps, {"prompt": request.prompt})
             yield request.file
 
     making, sample.make_videos = sample.make_videos, make_videos
-    output = folder / name
     try:
-        command("sample", "--prompt=x", f"--output={output}", *SIZE)
+        yield
+    finally:
+        sample.make_videos = making
+
+
+def check_output(drawn: tuple[str, str], folder: pathlib.Path) -> str:
+    """The file of `sample --output` or of `cost --json` has the name that was asked for, or the command refuses it."""
+    flag, name = drawn
+    output = folder / name
+    arguments = ("sample", "--prompt=x", *SIZE) if flag == "--output" else ("cost", "--config=tiny")
+    try:
+        with quick_sampling():
+            command(*arguments, f"{flag}={output}")
     except InputError:
         assert not list(folder.iterdir()), f"{name!r} was refused, and something was written"
         return "refused"
-    finally:
-        sample.make_videos = making
-    assert [file.name for file in folder.iterdir()] == [name] and read_settings(output) == {"prompt": "x"}
+    assert [file.name for file in folder.iterdir()] == [name]
+    assert read_settings(output) == {"prompt": "x"} if flag == "--output" else json.loads(output.read_bytes())
     output.unlink()
     return "taken"
 
@@ -206,3 +401,73 @@ def check_rate(drawn: tuple[int, float]) -> str:
     assert abs(sum(durations) - 1000 * frames / fps) <= 25
     assert len(chosen) == frames or fps > 100 / 3
     return "taken"
+
+
+def video_rates() -> st.SearchStrategy[tuple[int, str]]:
+    return st.tuples(st.integers(1, 12), st.integers(-2, 240).map(str) | st.sampled_from(["23.976", "x", "1e3", "30"]))
+
+
+def check_video_rate(drawn: tuple[int, str], folder: pathlib.Path) -> str:
+    """An mp4 of `sample` has all its frames at the rate that was asked for, and says its colours."""
+    frames, fps = drawn
+    output = folder / "o.mp4"
+    try:
+        with quick_sampling(frames):
+            command("sample", "--prompt=x", f"--output={output}", f"--config.video.fps={fps}", *SIZE)
+    except InputError:
+        assert not output.exists()
+        return "refused"
+    with av.open(str(output)) as container:
+        stream = container.streams.video[0]
+        times = [frame.pts * frame.time_base for frame in container.decode(stream)]
+        assert times == [Fraction(number) / Fraction(fps) for number in range(frames)], times
+        assert stream.codec_context.colorspace == stream.codec_context.color_primaries == 1  # BT.709
+    output.unlink()
+    return "taken"
+
+
+def clip_folders() -> st.SearchStrategy[tuple[list[str], set[str], str | None]]:
+    """(files of a folder, those of them that have a caption, a list of captions beside them or None)."""
+    names = st.sets(st.sampled_from(CLIP_NAMES), min_size=1, max_size=6).map(sorted)
+    lists = st.sampled_from([None, None, None, "metadata.csv", "metadata.jsonl", "videos.txt", "loop"])
+    return st.tuples(names, st.sets(st.sampled_from(CLIP_NAMES)), lists)
+
+
+def check_clips(drawn: tuple[list[str], set[str], str | None]) -> str:
+    """`encode --dry_run` of a folder counts the clips whose names are those of videos, and no hidden ones."""
+    names, captioned, listed = drawn
+    with tempfile.TemporaryDirectory() as parent:
+        folder = pathlib.Path(parent)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"")
+            if name in captioned:
+                (folder / name).with_suffix(".txt").write_text("a caption")
+        if listed == "loop":
+            (folder / "again").symlink_to(folder)
+        elif listed is not None:
+            write_captions(folder, listed, names)
+        seen = [name for name in names if not any(part[0] in "._" for part in name.split("/"))]
+        videos = [name for name in seen if os.path.splitext(name)[1].lower() in TAKEN]
+        own = [name for name in videos if name in captioned]
+        if not own and listed not in (None, "loop"):
+            videos = own = names  # all that the list names
+        try:
+            said = command("encode", "--config=tiny", f"--videos={folder}", "--workdir=run", "--dry_run")
+        except InputError as refusal:
+            assert len(own) < 0.5 * len(videos) or not videos, refusal
+            return "refused"
+    assert f"encode: {len(videos)} clips, of which {len(videos) - len(own)} cannot be used" in said, said
+    return "taken"
+
+
+def write_captions(folder: pathlib.Path, listed: str, names: Iterable[str]) -> None:
+    """Writes the captions of a folder's clips as people keep them."""
+    if listed == "videos.txt":
+        (folder / listed).write_text("".join(f"{name}\n" for name in names))
+        (folder / "prompts.txt").write_text("".join("a caption\n" for _ in names))
+    elif listed == "metadata.csv":
+        (folder / listed).write_text("file_name,text\n" + "".join(f"{name},a caption\n" for name in names))
+    else:
+        rows = [json.dumps({"file_name": name, "text": "a caption"}) for name in names]
+        (folder / listed).write_text("\n".join(rows))
