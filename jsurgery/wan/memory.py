@@ -65,8 +65,11 @@ def device_bytes(shapes: Any, shardings: Any) -> int:
 
 def abstract_transformer(config: ConfigDict, network: WanConfig, *, inference: bool) -> WanTransformer:
     """The transformer with shapes for parameters, as `load_transformer` makes it."""
-    dtype = jnp.dtype(config.model.dtype)
-    model = abstract_module(WanTransformer, network, dtype=dtype, remat=config.model.remat)
+    return _abstract_transformer(network, config.model.dtype, inference, remat=config.model.remat)
+
+
+def _abstract_transformer(network: WanConfig, dtype: str, inference: bool, **options: str) -> WanTransformer:
+    model = abstract_module(WanTransformer, network, dtype=jnp.dtype(dtype), **options)
     if inference:
         model.store_in_compute_dtype()
     return model
@@ -74,7 +77,12 @@ def abstract_transformer(config: ConfigDict, network: WanConfig, *, inference: b
 
 def weights(config: ConfigDict, network: WanConfig, mesh: Mesh | AbstractMesh, *, inference: bool) -> int:
     """The bytes of a transformer's weights on a device."""
-    state = nnx.state(abstract_transformer(config, network, inference=inference))
+    return _weights(network, config.model.dtype, mesh, inference)
+
+
+@functools.lru_cache
+def _weights(network: WanConfig, dtype: str, mesh: Mesh | AbstractMesh, inference: bool) -> int:
+    state = nnx.state(_abstract_transformer(network, dtype, inference))
     return device_bytes(state, parameter_shardings(mesh, state))
 
 
