@@ -1,7 +1,7 @@
 """The command line.
 
 Exit codes: 0 success, 1 a bug, 2 bad input or diverged training, 3 does not fit in memory, 4 a measured difference
-exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM.
+exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM, 141 nobody reads the output any more (`| head`).
 """
 
 import argparse
@@ -11,6 +11,7 @@ import glob
 import io
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ from jsurgery.load_config import known_fields, unknown_field
 
 FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export, completion)
 EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
+READER_GONE = 141  # as a shell says of a program that SIGPIPE ended
 ARENA_MAX = -8  # the parameter M_ARENA_MAX of mallopt
 # Device files of TPUs (by their own driver, or by VFIO), and of GPUs by NVIDIA, in WSL, and by AMD.
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
@@ -65,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         options.command(options, overrides)
         tell_next(options, overrides)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        return READER_GONE
     except tuple(EXIT_CODES) as error:
         return complain(error, EXIT_CODES[type(error)])
     except KeyboardInterrupt:
@@ -121,6 +128,17 @@ def complain(message: object, code: int) -> int:
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).split()))
     print(f"jsurgery: {line}", file=sys.stderr)
     return code
+
+
+def reader_is_gone() -> bool:
+    """Whether the program that standard output goes to has ended. What is left to write then goes nowhere."""
+    polled = select.poll()
+    polled.register(sys.stdout.fileno(), 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in polled.poll(0)):
+        return False
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return True
 
 
 def limit_memory_pools() -> None:

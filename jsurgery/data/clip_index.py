@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -89,8 +90,15 @@ def _rows_of_folder(folder: epath.Path) -> tuple[epath.Path, list[Row]] | None:
     return videos, [{"path": name, "caption": text} for name, text in zip(names, texts, strict=True)]
 
 
+def _absolute(path: epath.Path) -> epath.Path:
+    """The path without links and `..`. epath's `resolve` would take a path on gs:// for a local one."""
+    if str(path).startswith("gs://"):
+        return epath.Path("gs://" + posixpath.normpath(str(path).removeprefix("gs://")))
+    return path.resolve()
+
+
 def _indexed_clips(index: epath.Path, rows: Sequence[Row], root: str | None) -> list[Clip]:
-    folder = (index.parent if root is None else epath.Path(root)).resolve()
+    folder = _absolute(index.parent if root is None else epath.Path(root))
     return [_indexed_clip(index, number, row, folder) for number, row in enumerate(rows, 1)]
 
 
@@ -158,8 +166,7 @@ def _indexed_clip(index: epath.Path, number: int, row: Row, folder: epath.Path) 
     if "://" in name and not name.startswith("gs://"):
         return _clip(name, caption, "an address, not a file")
     try:
-        path = epath.Path(name) if name.startswith("gs://") else folder / name
-        path = path.resolve()
+        path = _absolute(epath.Path(name) if name.startswith("gs://") else folder / name)
         name.encode()
     except (ValueError, OSError, RuntimeError) as error:  # null bytes, lone surrogates, circular links
         return _clip(folder / repr(name), caption, f"no path: {error}")

@@ -115,7 +115,7 @@ def numbers_reader() -> Reader:
     files, weights = pipeline_files(), (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS)
 
     def read(folder: pathlib.Path) -> None:
-        output = folder.parent / "o.png"
+        output = folder / "o.png"
         try:
             command("sample", f"--model={folder}", "--prompt=a", f"--output={output}", *SIZE[1:], "--frames=1")
             assert read_settings(output)["prompt"] == "a"

@@ -11,6 +11,7 @@ from etils.epath import backend as backends
 from ml_collections import ConfigDict
 
 from jsurgery.data import sprites
+from jsurgery.data.clip_index import find_clips
 from jsurgery.data.shards import Records, shard_path, write_shard
 from jsurgery.data.video_writer import read_settings, write_video
 from jsurgery.errors import InputError
@@ -171,3 +172,41 @@ def test_a_model_folder_is_hashed_once_while_its_files_keep_their_time(store, ti
     store.times = {key: 1_700_000_001} if times else {}
     with pytest.raises(InputError, match="safetensors: damaged, or changed since it was written: its hash differs"):
         check_hashes(folder)
+
+
+INDEXES = {
+    "csv": "path,caption\na.mp4,one\ngs://bucket/clips/b/c.mp4,two\ngs://other/d.mp4,three\n../e.mp4,four\n",
+    "tsv": "path\tcaption\na.mp4\tone\ngs://bucket/clips/b/c.mp4\ttwo\ngs://other/d.mp4\tthree\n../e.mp4\tfour\n",
+    "jsonl": "".join(
+        json.dumps({"path": path, "caption": caption}) + "\n"
+        for path, caption in (("a.mp4", "one"), ("gs://bucket/clips/b/c.mp4", "two"), ("gs://other/d.mp4", "three"))
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", INDEXES)
+@pytest.mark.parametrize("where", ["gs", "local"])
+def test_an_index_of_clips_in_a_bucket(store, tmp_path, suffix, where):
+    """Rows lead to files below the index's folder, or below --root, in the bucket, and nowhere else."""
+    index, root = f"gs://bucket/clips/index.{suffix}", None
+    if where == "local":
+        index, root = str(tmp_path / f"index.{suffix}"), "gs://bucket/clips"
+    epath.Path(index).write_text(INDEXES[suffix])
+    clips = find_clips(index, root)
+    assert [clip.path for clip in clips[:2]] == ["gs://bucket/clips/a.mp4", "gs://bucket/clips/b/c.mp4"]
+    assert [clip.caption for clip in clips[:2]] == ["one", "two"] and not clips[0].problem and not clips[1].problem
+    assert all("outside of gs://bucket/clips" in clip.problem for clip in clips[2:]) and len(clips) > 2
+
+
+def test_clips_of_a_folder_in_a_bucket(store):
+    for name in ("a.mp4", "b/c.MOV", "._a.mp4", "d.gif"):
+        store.objects[f"bucket/clips/{name}"] = b"a video"
+    store.objects["bucket/clips/a.txt"] = b"one"
+    clips = find_clips("gs://bucket/clips")
+    assert [(clip.path, clip.caption) for clip in clips] == [
+        ("gs://bucket/clips/a.mp4", "one"),
+        ("gs://bucket/clips/b/c.MOV", ""),
+    ]
+    del store.objects["bucket/clips/a.txt"]
+    store.objects["bucket/clips/metadata.csv"] = b"file_name,text\na.mp4,one\nb/c.MOV,two\n"
+    assert [clip.caption for clip in find_clips("gs://bucket/clips")] == ["one", "two"]
