@@ -46,7 +46,8 @@ def encode_sprites(
             ]
             shape = video.frames, video.height, video.width
             clip = sprites.to_float(np.stack([sprites.render(scene, *shape) for scene in scenes]))
-            for scene, latents in zip(scenes, vae.encode_in_chunks(clip).astype(np.float16), strict=True):
+            for scene, latents in zip(scenes, vae.encode_in_chunks(clip), strict=True):
+                latents = in_half(latents, f"latents of {scene.caption!r}")
                 yield {"latents": latents, "caption": text_array(scene.caption)}
                 progress.show(indices[start] + 1)
 

@@ -198,9 +198,7 @@ def evaluate(
 
     def work() -> None:
         missing = unfinished(config, requests[number::count])
-        for parent in {request.file.parent for request in requests}:
-            names = [request.file.name for request in requests if request.file.parent == parent]
-            check_writable(parent / max(names, key=lambda name: len(name.encode())), "--output")
+        check_names([request.file for request in missing])
         if listed and number == 0:
             write_json(epath.Path(folder / "full_info.json"), listed)
         for file in make_videos(config, missing):
@@ -222,6 +220,29 @@ def evaluate(
         if subprocess.run(line).returncode:
             raise InputError(f"{shlex.join(line)}: failed; the videos are kept: run the same command again")
     report_results([str(folder / "results")], config.model.path)
+
+
+def check_names(files: Sequence[epath.Path]) -> None:
+    """Raises InputError where the file system of the videos cannot have a file of each name, as those of desktops may.
+
+    Some take no colon or question mark, and some no two names that differ in the case of letters alone.
+    """
+    folded: dict[str, str] = {}
+    for file in files:
+        check_writable(file, "--output")
+        other = folded.setdefault(str(file).casefold(), str(file))
+        if other != str(file) and ignores_case(file.parent):
+            raise InputError(f"--output: {file} and {other} are one file on this disk, where case does not count")
+
+
+def ignores_case(folder: epath.Path) -> bool:
+    """Whether the file system takes names that differ in the case of letters alone for one."""
+    probe = folder / ".Probe"
+    probe.write_bytes(b"")
+    try:
+        return (folder / ".pROBE").exists()
+    finally:
+        probe.unlink()
 
 
 def commands(suite: Suite, prompts: Sequence[Prompt], output: str) -> list[list[str]]:

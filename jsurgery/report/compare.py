@@ -8,7 +8,7 @@ from etils import epath
 
 from jsurgery.config import flatten
 from jsurgery.errors import InputError
-from jsurgery.io.files import replacing
+from jsurgery.io.files import check_writable, replacing
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.flop_savings import cost_table
 from jsurgery.report.page import MODELS, clip_numbers, describe, versions
@@ -30,12 +30,9 @@ def write_comparison(workdirs: Sequence[epath.PathLike], page: epath.PathLike) -
         raise InputError(f"--compare: expected two runs or more, found {len(workdirs)}")
     runs = dict(zip(names(workdirs), map(read_run, workdirs), strict=True))
     page = epath.Path(page)
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(page) as temporary:
-            temporary.write_text(render_comparison(runs))
-    except OSError as error:
-        raise InputError(f"--output={page}: {error.strerror}") from None
+    check_writable(page, "--output")
+    with replacing(page) as temporary:
+        temporary.write_text(render_comparison(runs))
     return page
 
 

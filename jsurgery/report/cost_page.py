@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from jsurgery.io.files import replacing
 from jsurgery.io.results import si_prefix
 from jsurgery.rates import rate_name
 from jsurgery.report.charts import POINTS, Chart, line_chart
@@ -224,5 +225,6 @@ def write_page(
     """lead: what the page is. found: `headlines`."""
     page = render("cost.html.jinja", title=title, lead=lead, found=found, sections=sections)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page)
+    with replacing(path) as temporary:
+        temporary.write_text(page)
     return path

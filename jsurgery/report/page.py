@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import flatten
-from jsurgery.io.files import replacing
+from jsurgery.io.files import check_writable, replacing
 from jsurgery.rates import Rate, rate_key, rate_name
 from jsurgery.report.attention_diagram import attention_diagram
 from jsurgery.report.charts import Chart, line_chart
@@ -52,15 +52,16 @@ def write_report(config: ConfigDict | None, workdir: epath.PathLike, *, coming: 
 
     The page names missing files and shows the rest. It loads nothing from outside, which its content security policy
     enforces, and stays under 15 MB. Also writes `comparison.gif`.
-    Raises InputError if the folder does not exist.
+    Raises InputError if the folder does not exist, or if the page cannot be written there.
 
     config: the run's own; by default the config that is saved in `workdir`.
     coming: the stages that a running surgery has yet to run. The page then lists them instead of missing files, reloads
         itself, and has no clips, because these take longest to write.
     """
     run = read_run(workdir, config)
-    text = render_run(run, coming)
     page = run.workdir / "report.html"
+    check_writable(page, "--workdir")
+    text = render_run(run, coming)
     with replacing(page) as temporary:
         temporary.write_text(text)
     if run.config is not None and not coming:

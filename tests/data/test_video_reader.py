@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from jsurgery.data.clip_index import find_clips
+from jsurgery.data.prompts import read_prompts
 from jsurgery.data.video_reader import (
     Bucket,
     Clip,
@@ -404,6 +405,78 @@ def test_an_hdr_clip_is_skipped_with_the_reason(tmp_path, curve, problem):
         return
     with pytest.raises(Skipped, match=problem):
         read()
+
+
+def test_the_picture_of_a_cover_is_not_the_video(tmp_path):
+    """It may be the first stream of a file."""
+    frames = np.repeat(noise(1, 32, 48), 5, 0)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        cover, video = container.add_stream("mjpeg", rate=1), container.add_stream("ffv1", rate=8)
+        for stream, pixel_format in ((cover, "yuvj420p"), (video, "bgr0")):
+            stream.height, stream.width, stream.pix_fmt = 32, 48, pixel_format
+        cover.disposition = av.stream.Disposition.attached_pic
+        for stream, pictures in ((cover, [np.full((32, 48, 3), 255, np.uint8)]), (video, frames)):
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    limits = ClipLimits([Bucket(5, 32, 48)], 8, 0.4, 1.5)
+    np.testing.assert_array_equal(read_clip(Clip(str(tmp_path / "a.mkv"), "x"), limits), frames)
+
+
+@pytest.mark.parametrize(("alpha", "problem"), [(255, None), (0, "transparent")])
+def test_a_transparent_clip_is_skipped(tmp_path, alpha, problem):
+    frames = noise(5, 32, 48)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "rgba"
+        for pixels in frames:
+            with_alpha = np.dstack([pixels, np.full((32, 48), 255, np.uint8)])
+            with_alpha[:16, :, 3] = alpha
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(with_alpha, format="rgba")))
+        container.mux(stream.encode())
+    limits, clip = ClipLimits([Bucket(5, 32, 48)], 8, 0.4, 1.5), Clip(str(tmp_path / "a.mov"), "x")
+    if problem is None:
+        np.testing.assert_array_equal(read_clip(clip, limits), frames)
+    else:
+        with pytest.raises(Skipped, match=problem):
+            read_clip(clip, limits)
+
+
+@pytest.mark.parametrize(
+    ("listed", "content"),
+    [
+        ("metadata.csv", "file_name,text\na.mp4,one\nb.mp4,two\n"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "one"}\n{"file_name": "b.mp4", "text": "two"}\n'),
+        ("prompt.txt", "one\ntwo\n"),
+    ],
+)
+def test_captions_of_a_folder_in_a_list_of_their_own(tmp_path, listed, content):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / listed).write_text(content)
+    if listed == "prompt.txt":
+        (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\n")
+    expected = [Clip(str(tmp_path / f"{name}.mp4"), caption) for name, caption in (("a", "one"), ("b", "two"))]
+    assert find_clips(str(tmp_path)) == expected
+    (tmp_path / "a.txt").write_text("its own")  # captions beside the videos are those that count
+    assert [clip.caption for clip in find_clips(str(tmp_path))] == ["its own", ""]
+    if listed == "prompt.txt":
+        (tmp_path / "a.txt").unlink()
+        (tmp_path / listed).write_text("one\n")
+        with pytest.raises(InputError, match="videos.txt: 2 lines, but prompt.txt has 1"):
+            find_clips(str(tmp_path))
+
+
+def test_a_json_index_may_be_one_list_in_an_object(tmp_path):
+    rows = [{"video_path": "a.mp4", "caption": "one", "height": 480}]
+    (tmp_path / "i.json").write_text(json.dumps({"data": rows}))
+    assert find_clips(str(tmp_path / "i.json")) == [Clip(str(tmp_path / "a.mp4"), "one")]
+
+
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_as_editors_of_windows_write_them(tmp_path, code):
+    (tmp_path / "p.txt").write_bytes("a red circle\r\n\r\né漢\r\n".encode(code))
+    assert read_prompts(str(tmp_path / "p.txt")) == ["a red circle", "é漢"]
 
 
 def test_an_empty_folder_and_a_missing_file_are_refused(tmp_path):

@@ -20,6 +20,7 @@ from jsurgery.errors import InputError
 from jsurgery.io.safetensors import check_tensors, read_tensors
 from jsurgery.load_config import load_config
 from jsurgery.run import Run
+from jsurgery.wan.convert import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = {
@@ -31,8 +32,10 @@ SMALL = {
     "plan.budget": "1R8",
 }
 T_CONFIG, VAE_CONFIG = "transformer/config.json", "vae/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 MODEL = "--config.model.path=model"  # a copy of `tiny_pipeline`, which `{model}` stands for
+SAMPLE = "sample --prompt=x --model=model"
 PAGE, POINTER = b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
 
 
@@ -104,9 +107,10 @@ def tensors(*names: str, dtype: str = "U8") -> bytes:
     return struct.pack("<Q", len(header)) + header + b"\0" * len(names)
 
 
-def original_folder(folder: pathlib.Path) -> None:
+def original_folder(folder: pathlib.Path, transformer: bool = True) -> None:
     """The names of the files of the original repository."""
-    for name in ("config.json", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model"):
+    names = ("config.json", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl/spiece.model")
+    for name in names[not transformer :]:
         written(f"m/{name}", b"{}")(folder)
 
 
@@ -132,8 +136,46 @@ def begin_trace(**overrides: str) -> Callable[[pathlib.Path], object]:
     return prepare
 
 
+def two_runs(folder: pathlib.Path) -> None:
+    """Workdirs `a` and `b` of runs that have begun."""
+    for name in "ab":
+        written(f"{name}/config.json", {})(folder)
+
+
 def write_marker(content: object) -> Callable[[pathlib.Path], object]:
     return written("run/trace/stage.json", content)
+
+
+def linked_to_nothing(name: str) -> Callable[[pathlib.Path], object]:
+    """A file of the model in `model/` as a copy of the Hub's cache has it if it keeps links: it leads nowhere."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        file = folder / "model" / name
+        for hashes in (file.parent / "hashes.json", folder / "model" / "hashes.json"):
+            hashes.unlink(missing_ok=True)
+        file.unlink()
+        file.symlink_to("../../blobs/" + 64 * "a")
+
+    return prepare
+
+
+def without_tensor(name: str) -> Callable[[bytes], bytes]:
+    """Removes a tensor from a safetensors file; its numbers become those of a tensor with another name."""
+
+    def change(content: bytes) -> bytes:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        header["x"] = header.pop(name)
+        text = json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+    return change
+
+
+def damaged_original_folder(folder: pathlib.Path) -> None:
+    """The original repository's folder, whose VAE is damaged and whose transformer is sound."""
+    convert(str(folder / "model"), folder / "m", "original")
+    original_folder(folder, transformer=False)
 
 
 def write_pickle(folder: pathlib.Path) -> None:
@@ -241,10 +283,18 @@ MODELS = [
     Bad("convert --model=weights.pth --output=out", ("weights.pth", "refused", "os.system"), write_pickle),
     Bad("convert --model=weights.pth --output=out", ("weights.pth", "truncated or damaged"), write_broken_zip),
     Bad("convert --model=model --output=model", ("--output=model", "already")),
+    Bad("convert --model=m --output=model/o", ("Wan2.1_VAE.pth", "not a file of torch.save"), damaged_original_folder),
+    Bad(
+        SAMPLE,
+        ("1 tensors do not fit", "missing proj_out.bias"),
+        changed(TRANSFORMER, without_tensor("proj_out.bias"), hashes=False),
+    ),
+    Bad(SAMPLE, (TRANSFORMER, "a link to ../../blobs/aa", "cp -rL"), linked_to_nothing(TRANSFORMER)),
+    Bad(SAMPLE, (T_CONFIG, "a link to ../../blobs/aa"), linked_to_nothing(T_CONFIG)),
+    Bad(SAMPLE, (SCHEDULER, "a link to ../../blobs/aa"), linked_to_nothing(SCHEDULER)),
     Bad("push --model=nowhere --repo=a/b", ("--model=nowhere", "no such folder")),
     Bad("push --model=model --repo=a/b", ("pickles", "x.bin"), written("model/x.bin", b"\x80")),
 ]
-SAMPLE = "sample --prompt=x --model=model"
 MODEL_INDEX, OURS = "model_index.json", "text-to-video Wan2.1"
 EXPERT = ["diffusers", "WanTransformer3DModel"]
 # Parts of other pipelines of the Wan family, and parts whose sizes do not fit each other.
@@ -301,6 +351,9 @@ FORMATS = [
             (tensors("blocks.0.ffn.0.weight", "blocks.0.ffn.0.scale_weight", "scaled_fp8"), ("fp8_scaled", BFLOAT16)),
             (tensors("a.weight", "a.weight.quant_state.bitsandbytes__nf4"), ("bitsandbytes", "NF4", BFLOAT16)),
             (tensors("a.qweight", "a.qzeros"), ("GPTQ", BFLOAT16)),
+            (tensors("a.weight", "a.weight_scale_inv"), ("fp8_scaled", BFLOAT16)),
+            (tensors("blocks.0._checkpoint_wrapped_module.ffn.0.int8_weight"), ("int8", BFLOAT16)),
+            (tensors("a.weight._data", "a.weight._scale"), ("quanto", BFLOAT16)),
             (tensors("a.weight", dtype="F8_E4M3"), ("F8_E4M3", BFLOAT16)),
         )
     ),
@@ -389,9 +442,17 @@ FILES = [
     Bad("evaluate vbench --prompts=p.txt --output=p.txt/o", ("p.txt", "Not a directory"), written("p.txt", "x")),
     Bad(f"cost --config=tiny --json={'a' * 256}", ("--json=", "at most 255 bytes")),
     Bad("cost --config=tiny --json=/proc/c.json", ("--json=/proc/c.json", "No such file")),
+    Bad("cost --config=tiny --json=pipe", ("--json=pipe", "a device or a pipe"), lambda f: os.mkfifo(f / "pipe")),
+    Bad("sample --prompt=x --output=/dev/o.mp4", ("--output=/dev/o.mp4", "a device or a pipe")),
+    Bad("report --compare a b --output=/proc/c.html", ("--output=/proc/c.html", "No such file"), two_runs),
     Bad("sample --prompt=x --frames=4", ("config.video.frames", "4k + 1")),
     Bad(f"encode --videos=nowhere --workdir=run {MODEL}", ("--videos=nowhere", "no such")),
     Bad(f"encode --videos=clips --workdir=run {MODEL}", ("clips", "found none"), lambda f: (f / "clips").mkdir()),
+    Bad(
+        f"encode --videos=clips --workdir=run {MODEL}",
+        ("1 of 1 clips cannot be used", "a.mp4 (no caption)", "metadata.csv"),
+        written("clips/a.mp4", b"a video"),
+    ),
     Bad(f"encode --videos=c.xlsx --workdir=run {MODEL}", ("c.xlsx", ".jsonl"), written("c.xlsx", b"PK")),
     Bad(f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "path", "found id"), written("c.csv", "id\na.mp4\n")),
     Bad(f"encode --videos=c.csv --workdir=run {MODEL}", ("c.csv", "caption"), written("c.csv", "file\na.mp4\n")),

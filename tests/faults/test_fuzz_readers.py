@@ -11,6 +11,7 @@ from tests.faults import fuzz, fuzz_commands
 
 # Half a second for each reader. Some load a model, and get fewer examples.
 EXAMPLES = dict.fromkeys(("transformer", "hybrid", "vae", "text_encoder"), 15) | {"tokenizer": 40}
+FEW = {"sample_numbers": 12, "convert_folder": 15}
 briefly = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -42,7 +43,7 @@ def test_what_people_give_to_a_command_is_read_or_refused(name, tmp_path, monkey
     assert fuzz.outcome(reader, folder) == "taken"
     counts = {"taken": 0, "refused": 0}
 
-    @settings(briefly, max_examples=25)
+    @settings(briefly, max_examples=FEW.get(name, 25))
     @given(fuzz_commands.contents(reader))
     def run_example(changed):
         counts[fuzz.try_contents(reader, folder, changed)] += 1
@@ -56,6 +57,19 @@ def test_what_people_give_to_a_command_is_read_or_refused(name, tmp_path, monkey
 def test_outputs_of_any_name_are_written_or_refused(name):
     with tempfile.TemporaryDirectory() as folder:
         fuzz_commands.check_output(name, pathlib.Path(folder))
+
+
+@settings(briefly, max_examples=15)
+@given(fuzz_commands.video_rates())
+def test_an_mp4_has_the_rate_that_is_asked_for(drawn):
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz_commands.check_video_rate(drawn, pathlib.Path(folder))
+
+
+@settings(briefly, max_examples=25)
+@given(fuzz_commands.clip_folders())
+def test_the_clips_of_a_folder_are_counted(drawn):
+    fuzz_commands.check_clips(drawn)
 
 
 @settings(briefly, max_examples=100)

@@ -1,5 +1,7 @@
 """The lock of a stage's folder: a second run is refused and names the first; the lock of a killed run is free."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -95,3 +97,16 @@ print(entered)
     workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     counts = [int(process.communicate(timeout=120)[0]) for process in workers]
     assert [process.returncode for process in workers] == [0] * 4 and min(counts) > 0
+
+
+def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch, capsys):
+    """NFS without its daemon and Lustre mounted without `flock` answer so."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    runs = []
+    StageFolder(tmp_path, "stage", ConfigDict({"seed": 0}), ["seed"]).run(lambda: runs.append(1))
+    line = capsys.readouterr().err
+    assert runs == [1] and "has no locks" in line and len(line.splitlines()) == 1
