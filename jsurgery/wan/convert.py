@@ -4,7 +4,6 @@ The original repository publishes its VAE and text encoder as pickles. torch rea
 """
 
 import functools
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from flax import nnx
 
 from jsurgery.errors import InputError
 from jsurgery.io.files import check_writable, damaged, read_object, write_json
+from jsurgery.io.foreign_tensors import foreign_format
 from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
 from jsurgery.wan import hub, torch_layout
 from jsurgery.wan.abstract_module import abstract_module
@@ -225,14 +225,24 @@ def _open_pickle(file: epath.Path) -> dict[str, LazyTensor]:
         raise InputError(f"{file}: reading a pickle takes torch; `pip install torch`") from None
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class: the unpickler takes what a damaged file says for instructions
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(f"{file}: refused: it names {match[1]}, which a file of tensors does not") from None
         raise InputError(f"{file}: not a file of torch.save: its {size} bytes are truncated or damaged") from None
     loaded = _state_dict(loaded)
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
+    named = lambda name, tensor: isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    if not isinstance(loaded, dict) or not all(named(*item) for item in loaded.items()):
         names = f" of {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else ""
         raise InputError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}{names[:200]}")
+
+    if kind := foreign_format(loaded):
+        raise InputError(f"{file}: holds {kind}")
+    plain = {torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int32, torch.int16,
+             torch.int8, torch.uint8, torch.bool}  # fmt: skip
+    for name, tensor in loaded.items():
+        if tensor.dtype not in plain or tensor.layout is not torch.strided:
+            found = f"{tensor.dtype} ({tensor.layout})".replace("torch.", "")
+            raise InputError(f"{file}: {name}: holds numbers of type {found}; take the file in bfloat16 or float16")
 
     def lazy(tensor: torch.Tensor) -> LazyTensor:
         if tensor.dtype == torch.bfloat16:  # torch cannot convert it to NumPy

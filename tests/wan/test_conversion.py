@@ -325,6 +325,22 @@ def test_a_pickle_with_more_than_tensors_is_converted(tmp_path, tiny_pipeline):
         convert(str(tmp_path / "b.pt"), tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "found"),
+    [
+        ({"conv1.weight": torch.zeros(3).to(torch.float8_e4m3fn)}, "conv1.weight: holds numbers of type float8_e4m3fn"),
+        ({"conv1.weight": torch.zeros(3, 3).to_sparse()}, "float32 .sparse_coo."),
+        ({"blocks.0.self_attn.q.lora_down.weight": torch.zeros(3)}, "holds a LoRA"),
+        ({"a.weight": torch.zeros(3), "a.weight_scale_inv": torch.zeros(1)}, "fp8_scaled"),
+        ({0: torch.zeros(3)}, "expected a dictionary of tensors"),
+    ],
+)
+def test_a_pickle_of_another_format_is_named(tmp_path, tensors, found):
+    torch.save(tensors, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=f"m.pt: .*{found}"):
+        convert(str(tmp_path / "m.pt"), tmp_path / "out")
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("payload-ran",)
@@ -351,6 +367,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, monkeypatch, zipped):
         (lambda sound: sound[:-40], "truncated"),
         (lambda sound: sound[:200], "truncated"),
         (lambda sound: b"\x80\x02garbage", "truncated or damaged"),
+        (lambda sound: b"\x80\x02.", "truncated or damaged"),  # found by fuzzing: no UnpicklingError, but an IndexError
     ],
 )
 def test_a_damaged_pth_is_refused(tmp_path, content, cause):
