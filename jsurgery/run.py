@@ -18,7 +18,7 @@ from jsurgery.errors import InputError
 from jsurgery.estimate.nearest_machine import placed_or_nearest
 from jsurgery.evaluate.surgery_models import evaluate
 from jsurgery.io.fields import describe_changes
-from jsurgery.io.files import write_json
+from jsurgery.io.files import matching, write_json
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.report.first_frame import write_first_frame
 from jsurgery.report.page import write_report
@@ -289,7 +289,7 @@ class Run:
         Raises InputError if no job has distilled some block.
         """
         whole, blocks = self.stages["distill"], self.model_config.num_layers
-        jobs = [job_folder(self.config, path.name, self.stages) for path in sorted(whole.folder.glob("blocks_*"))]
+        jobs = [job_folder(self.config, path.name, self.stages) for path in matching(whole.folder, "blocks_*")]
         finished = [job.folder for job in jobs if job.done()]
         if jobs and not whole.done():
             job_of_block(finished, blocks)

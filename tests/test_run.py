@@ -22,12 +22,13 @@ SIZES = {
     "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.validation_clips": 8, "evaluate.videos": 1, "log_every": 1,
     "profile": 1,
 }  # fmt: skip
+ODD = "a b#c%20d?é'[1]:x"  # the name of a workdir, as people have them: no library may read more into it
 STAGES = ("trace", "distill", "plan", "hybrid", "latents", "finetune", "evaluation", "report")
 
 
 @pytest.fixture(scope="module")
 def surgery(tiny_pipeline, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run")
+    workdir = tmp_path_factory.mktemp("run") / ODD
     arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
     arguments += [f"--config.model.path={tiny_pipeline}", "--config=tiny", f"--workdir={workdir}"]
     assert main(["surgery", *arguments]) == 0

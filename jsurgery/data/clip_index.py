@@ -191,8 +191,8 @@ def _read_rows(index: epath.Path) -> list[Row]:
         if rows and not any(usable):
             first = next((row for row in rows if isinstance(row, dict)), rows[0])
             found = ", ".join(map(str, first)) if isinstance(first, dict) else f"row 1: {first}"
-            expected = f"a column with {what} ({', '.join(columns)})"
-            raise InputError(f"{index}: expected {expected}, found {found[:200] or 'no columns'}")
+            found = found[:200] or "no columns"
+            raise InputError(f"{index}: expected a column with {what} ({', '.join(columns)}), found {found}")
     return rows
 
 

@@ -27,7 +27,7 @@ from jsurgery.data.video_reader import (
     read_clip,
 )
 from jsurgery.errors import InputError
-from jsurgery.io.files import replacing, write_json
+from jsurgery.io.files import matching, replacing, write_json
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime import processes
 from jsurgery.runtime.lock import locked
@@ -195,7 +195,7 @@ def check_skipped(folder: epath.Path, shards: Sequence[int], limit: float) -> No
 
 def write_skipped(folder: epath.Path) -> int:
     """Gathers `skipped.jsonl` from the reports; returns how many clips it lists."""
-    reports = [json.loads(path.read_text()) for path in sorted((folder / "reports").glob("*.json"))]
+    reports = [json.loads(path.read_text()) for path in matching(folder / "reports", "*.json")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for report in reports for row in report["skipped"]]
     with replacing(folder / "skipped.jsonl", f"skipped.tmp{jax.process_index()}") as temporary:
         temporary.write_text("".join(lines))

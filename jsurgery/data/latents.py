@@ -10,7 +10,7 @@ from etils import epath
 from jsurgery.data import sprites
 from jsurgery.data.shards import Record, Records, array_text, shard_path, text_array, write_shard
 from jsurgery.errors import InputError
-from jsurgery.io.files import read_object
+from jsurgery.io.files import matching, read_object
 from jsurgery.io.hashes import folder_fingerprint
 from jsurgery.runtime.finite import in_half
 from jsurgery.runtime.progress import Progress
@@ -123,7 +123,9 @@ def batches(
 def bucket_records(folder: epath.PathLike) -> list[Records]:
     """The records of each bucket: of the folders in `folder` that hold shards, or of `folder` itself."""
     folder = epath.Path(folder)
-    return [Records(bucket) for bucket in sorted({path.parent for path in folder.glob("*/*.array_record")}) or [folder]]
+    return [
+        Records(bucket) for bucket in sorted({path.parent for path in matching(folder, "*/*.array_record")}) or [folder]
+    ]
 
 
 def captions_to_embed(folder: epath.PathLike) -> list[str]:

@@ -14,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import replacing_locally
+from jsurgery.io.files import matching, replacing_locally
 
 Record = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Records:
     """A source for grain: random access to the records of a folder's shards, in the order of the shards' names."""
 
     def __init__(self, folder: epath.PathLike):
-        paths = sorted(str(path) for path in epath.Path(folder).glob("*.array_record"))
+        paths = [str(path) for path in matching(epath.Path(folder), "*.array_record")]
         if not paths:
             raise InputError(f"{folder}: expected ArrayRecord shards (*.array_record), found none")
         self.source = grain.sources.ArrayRecordDataSource(paths)

@@ -1,6 +1,7 @@
 """Reads files, with a message of one line for a bad one, and writes files completely or not at all."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -89,6 +90,14 @@ def decode_text(content: bytes, errors: str = "strict") -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="strict" if errors == "strict" else "replace")
     return content.decode("utf-8-sig", errors=errors)
+
+
+def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
+    """The files and folders in `folder` whose names match the pattern, sorted.
+
+    epath's own `glob` takes brackets, stars and question marks in the folder's path for a pattern as well.
+    """
+    return sorted(epath.Path(glob.escape(str(folder))).glob(pattern))
 
 
 def shortened(value: Any, length: int = 80) -> str:

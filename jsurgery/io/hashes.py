@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from jsurgery.io.files import AnyPath, replacing
+from jsurgery.io.files import AnyPath, matching, replacing
 
 MANIFEST = "manifest.json"  # of a saved training state; see `jsurgery.runtime.checkpoints`
 HASHES = "hashes.json"  # of a model folder; see `jsurgery.wan.folder_hashes`
@@ -118,7 +118,7 @@ def folder_fingerprint(folder: epath.Path) -> str:
     The folder's hashes.json does not count.
     """
     digest = hashlib.sha256()
-    paths = (path for level in ("*", "*/*") for path in folder.glob(level) if path.name != HASHES)
+    paths = (path for level in ("*", "*/*") for path in matching(folder, level) if path.name != HASHES)
     for file in sorted(path for path in paths if not path.is_dir()):
         size = file.stat().length
         digest.update(f"{file.relative_to(folder)} {size}".encode())

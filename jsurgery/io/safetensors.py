@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import damaged, read_object, replacing, write_json
+from jsurgery.io.files import damaged, matching, read_object, replacing, write_json
 from jsurgery.io.foreign_tensors import foreign_format
 from jsurgery.io.hashes import HASHES, size_and_sha256
 
@@ -64,18 +64,18 @@ def open_tensors(path: epath.PathLike) -> dict[str, LazyTensor]:
     if not path.is_dir():
         return _open_file(path)
 
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    indices = matching(path, "*.safetensors.index.json")
     if len(indices) > 1:
         raise InputError(f"{path}: expected one index of shards, found {', '.join(i.name for i in indices)}")
     if indices:
         return _open_shards(indices[0])
 
     tensors: dict[str, LazyTensor] = {}
-    files = sorted(path.glob("*.safetensors"))
+    files = matching(path, "*.safetensors")
     if not files:
-        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt", "*.ckpt") for file in path.glob(end))
+        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt", "*.ckpt") for file in matching(path, end))
         hint = f", but {', '.join(pickles)}; pickles are not read, `jsurgery convert` turns one into safetensors"
-        if quantised := sorted(file.name for file in path.glob("*.gguf")):
+        if quantised := [file.name for file in matching(path, "*.gguf")]:
             hint = f", but {', '.join(quantised)}; GGUF is not read, take the model's .safetensors in bfloat16"
         hint = hint if pickles or quantised else ""
         raise InputError(f"{path}: no .safetensors file in this folder{hint}")
@@ -142,7 +142,7 @@ def write_shards(
     for name in names:
         _temporary(folder / name).replace(folder / name)
     ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
-    for file in folder.glob("*.safetensors"):
+    for file in matching(folder, "*.safetensors"):
         if ours.fullmatch(file.name) and file.name not in names:
             file.unlink()
     if count > 1:

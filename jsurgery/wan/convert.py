@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import check_writable, damaged, read_object, write_json
+from jsurgery.io.files import check_writable, damaged, matching, read_object, write_json
 from jsurgery.io.foreign_tensors import foreign_format
 from jsurgery.io.safetensors import LazyTensor, Tensors, open_tensors, write_shards
 from jsurgery.wan import hub, torch_layout
@@ -67,7 +67,7 @@ def convert(
 def original_parts(source: epath.Path) -> tuple[epath.Path, epath.Path, epath.Path] | None:
     """The files of the VAE, the text encoder and the tokenizer of an original repository's folder; None without all."""
     patterns = "*VAE*.pth", "models_t5*.pth", "google/*/spiece.model"
-    found = [sorted(source.glob(pattern)) if source.is_dir() else [] for pattern in patterns]
+    found = [matching(source, pattern) if source.is_dir() else [] for pattern in patterns]
     vae, text_encoder, tokenizer = (files[0] if files else None for files in found)
     return (vae, text_encoder, tokenizer) if vae and text_encoder and tokenizer else None
 

@@ -6,7 +6,7 @@ import pathlib
 from etils import epath
 
 from jsurgery.errors import InputError
-from jsurgery.io.files import read_object
+from jsurgery.io.files import matching, read_object
 from jsurgery.wan import hub
 from jsurgery.wan.checkpoint import check_fits, read_config
 from jsurgery.wan.folder_hashes import check_hashes
@@ -45,7 +45,7 @@ def pipeline_folder(path: epath.Path) -> epath.Path:
     base = read_object(file).get("base_pipeline") if file.exists() else None
     if base is not None and not isinstance(base, str):
         raise InputError(f"{file}: base_pipeline: expected a folder, a bundled name or a repository, found {base!r}")
-    if not base and path.is_dir() and any(path.glob("models_t5*.pth")):
+    if not base and path.is_dir() and matching(path, "models_t5*.pth"):
         convert = f"`jsurgery convert --model={path} --output={path}-Diffusers`"
         raise InputError(f"{path}: the original repository's folder; {convert} makes the pipeline folder that is read")
     if not base and file.exists() and read_object(file).get("_class_name") == ORIGINAL_CLASS_NAME:
