@@ -74,7 +74,7 @@ def test_running_again_skips_all_stages(surgery, capsys):
     assert output.out.strip() == str(workdir / "report.html")
     *_, done, look, then = output.err.splitlines()
     assert done.startswith("done: 2 of 2 attention layers rebuilt") and "score" in done
-    assert str(workdir / "report.html") in look and f"sample --model={workdir / 'model'}" in then
+    assert str(workdir / "report.html") in look and f"sample --model={shlex.quote(str(workdir / 'model'))}" in then
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "config.json"}
     assert {path for path in before if before[path] != after.get(path)} <= {workdir}
 

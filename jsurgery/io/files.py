@@ -131,7 +131,8 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
         if path.is_dir():
             raise InputError(f"{flag}={path}: expected a file, found a folder")
         # Renaming onto a device, as root, would put a file in its place, for all programs of the machine.
-        if (path.exists() and not path.is_file()) or os.path.realpath(path.parent) == "/dev":
+        other = "://" not in str(path) and os.path.exists(path) and not os.path.isfile(path)  # epath says all are files
+        if other or os.path.realpath(path.parent) == "/dev":
             raise InputError(f"{flag}={path}: expected the name of a file, found a device or a pipe")
         probe = path.with_name(temporary_name(path.name, ".probe"))
         probe.write_bytes(b"")

@@ -23,7 +23,7 @@ from jsurgery.io.safetensors import SHARD_BYTES, LazyTensor, Tensors, open_tenso
 from jsurgery.runtime.mesh import parameter_shardings
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
-from jsurgery.wan.folder_hashes import check_hashes, write_hashes
+from jsurgery.wan.folder_hashes import check_hashes, dangling_link, write_hashes
 from jsurgery.wan.lora import with_loras
 from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import (
@@ -58,6 +58,8 @@ def read_config(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None =
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a transformer")
     file = (path if path.is_dir() else path.parent) / "config.json"
+    if fault := dangling_link(file):
+        raise InputError(f"{file}: {fault}")
     fields = read_object(file) if file.exists() else {}
     class_name = fields.get("_class_name")
     if class_name in (CLASS_NAME, HYBRID_CLASS_NAME):

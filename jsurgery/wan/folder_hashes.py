@@ -92,12 +92,17 @@ def _blobs(folder: epath.Path) -> dict[str, tuple[int | None, str]]:
     return {name: (None, "") for name in dangling} | found
 
 
+def dangling_link(file: epath.Path) -> str | None:
+    """What is wrong with a file that is not there if a link of its name leads to nothing; else None."""
+    if "://" in str(file) or not os.path.islink(file) or file.exists():
+        return None
+    return f"a link to {os.readlink(file)}, where nothing is; copy what links lead to as well (cp -rL)"
+
+
 def _fault(file: epath.Path, size: int | None, expected: str) -> str | None:
     """What is wrong with a file, or None."""
     if not file.exists():
-        if "://" not in str(file) and os.path.islink(file):
-            return f"a link to {os.readlink(file)}, where nothing is; copy what links lead to as well (cp -rL)"
-        return "missing: it was written with the folder"
+        return dangling_link(file) or "missing: it was written with the folder"
     stat = file.stat()
     length, status = stat.length, None
     if size is not None and length != size:
