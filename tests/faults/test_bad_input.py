@@ -16,11 +16,14 @@ from collections.abc import Callable
 import pytest
 
 from jsurgery import cli
-from jsurgery.errors import InputError
+from jsurgery.errors import DoesNotFit, InputError
 from jsurgery.io.safetensors import check_tensors, read_tensors
 from jsurgery.load_config import load_config
 from jsurgery.run import Run
+from jsurgery.runtime.mesh import abstract_mesh
 from jsurgery.wan.convert import convert
+from jsurgery.wan.memory import on_sampling_mesh, sampling_phases
+from jsurgery.wan.models import find_sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = {
@@ -286,7 +289,7 @@ MODELS = [
     Bad("convert --model=m --output=model/o", ("Wan2.1_VAE.pth", "not a file of torch.save"), damaged_original_folder),
     Bad(
         SAMPLE,
-        ("1 tensors do not fit", "missing proj_out.bias"),
+        ("2 tensors do not fit", "missing proj_out.bias", "unexpected x"),
         changed(TRANSFORMER, without_tensor("proj_out.bias"), hashes=False),
     ),
     Bad(SAMPLE, (TRANSFORMER, "a link to ../../blobs/aa", "cp -rL"), linked_to_nothing(TRANSFORMER)),
@@ -351,7 +354,7 @@ FORMATS = [
             (tensors("blocks.0.ffn.0.weight", "blocks.0.ffn.0.scale_weight", "scaled_fp8"), ("fp8_scaled", BFLOAT16)),
             (tensors("a.weight", "a.weight.quant_state.bitsandbytes__nf4"), ("bitsandbytes", "NF4", BFLOAT16)),
             (tensors("a.qweight", "a.qzeros"), ("GPTQ", BFLOAT16)),
-            (tensors("a.weight", "a.weight_scale_inv"), ("fp8_scaled", BFLOAT16)),
+            (tensors("a.weight", "a.weight_scale_inv"), ("fp8_scaled", "weight_scale_inv", BFLOAT16)),
             (tensors("blocks.0._checkpoint_wrapped_module.ffn.0.int8_weight"), ("int8", BFLOAT16)),
             (tensors("a.weight._data", "a.weight._scale"), ("quanto", BFLOAT16)),
             (tensors("a.weight", dtype="F8_E4M3"), ("F8_E4M3", BFLOAT16)),
@@ -591,3 +594,16 @@ def test_the_quick_check_and_the_full_read_refuse_the_same_files(tmp_path, tiny_
             read(file)
     file.write_bytes(valid)
     check_tensors(file)
+
+
+def test_a_decode_too_large_for_the_device_is_said_before_sampling():
+    """Sampling alone would fit. Nothing is loaded for this: it is arithmetic."""
+    size = {"video.height": "1440", "video.width": "2560"}
+    config = load_config("wan_1_3b", size)
+    sizes, mesh = find_sizes(config, "wan_1_3b"), abstract_mesh(config.mesh)
+    bytes_of = {phase.name: phase.bytes for phase in sampling_phases(config, sizes, mesh, 1, 1)}
+    enough = bytes_of["decoding"] * 100 // 95 + 1
+    assert bytes_of["sampling"] < bytes_of["decoding"] / 2
+    on_sampling_mesh("sample", config, sizes, 1, 1, enough)
+    with pytest.raises(DoesNotFit, match=r"sample: expected at most .* a device, found"):
+        on_sampling_mesh("sample", config, sizes, 1, 1, enough // 2)
