@@ -197,18 +197,19 @@ def merged(tensor: LazyTensor, change: TensorChange, dtype: Any = None) -> LazyT
     rounded = np.dtype(dtype or tensor.dtype)
 
     def fetch() -> np.ndarray:
-        values = np.array(tensor, rounded)
+        source = np.asarray(tensor)
+        values = np.empty(source.shape, rounded)
         flat = values.reshape(len(values), -1)
         pairs = [(matrix(up, 1), matrix(down, 0), factor) for up, down, factor in change.pairs]
         differences = [(np.asarray(part).reshape(flat.shape), factor) for part, factor in change.differences]
         for start in range(0, len(flat), ROWS):
             rows = slice(start, start + ROWS)
-            total = flat[rows].astype(np.float64)
+            total = source.reshape(flat.shape)[rows].astype(np.float64)
             for up, down, factor in pairs:
                 total += factor * (up[rows] @ down)
             for part, factor in differences:
                 total += factor * part[rows].astype(np.float64)
-            flat[rows] = total.astype(values.dtype)
+            flat[rows] = total.astype(rounded)
         return values
 
     return LazyTensor(tensor.shape, rounded, fetch)
