@@ -95,7 +95,7 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
         diagram=attention_diagram(config, run.model, plan["rates"]) if subject and plan else None,
         made=made(run.made_by),
         project=PROJECT,
-        scores=scores(run.evaluation) if run.evaluation else None,
+        scores=scores(run.evaluation, finetuned_from(config)) if run.evaluation else None,
         quality=quality(run.evaluation) if run.evaluation else None,
         clips=clips(run) if not coming else None,
         fidelity=fidelity(run.fidelity, stages(config)) if run.fidelity else None,
@@ -188,6 +188,19 @@ def stages(config: ConfigDict | None) -> dict[str, tuple[str, str]]:
             f"{start}, trained as a whole" + (f" for {steps:,} steps" if steps is not None else ""),
         ),
     }
+
+
+def finetuned_from(config: ConfigDict | None) -> str:
+    """The name of the model with which fine-tuning began."""
+    if config is None:
+        return "distilled"
+    return (
+        "teacher"
+        if config.finetune.subject == "teacher"
+        else "distilled"
+        if config.finetune.distilled
+        else "not_distilled"
+    )
 
 
 def heat_map(errors: dict[str, Any], chosen: Sequence[Rate] | None) -> dict[str, Any]:

@@ -20,7 +20,6 @@ DIMENSIONS = {
     "motion": "things move as far as the prompt calls for",
     "total": "all of them together",
 }
-STEPS = (("not_distilled", "distilled"), ("distilled", "finetuned"))  # what distillation and fine-tuning each did
 MARGIN = 0.04  # of the axis of scores, beyond 0 and 1
 
 
@@ -47,8 +46,11 @@ def clip_scores(model: dict[str, Any]) -> np.ndarray | None:
     return on_scale(np.mean(list(model["per_clip"].values()), axis=0), total)
 
 
-def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of scores: a row for each dimension, a cell for each model, None if it was not measured."""
+def scores(evaluation: dict[str, Any], finetuned_from: str = "distilled") -> dict[str, Any]:
+    """The table of scores: a row for each dimension, a cell for each model, None if it was not measured.
+
+    steps: what distillation and fine-tuning each did (`compared`); `finetuned_from` is the model that was fine-tuned.
+    """
     models = evaluation["models"]
     measured = [model["score"] for model in models.values() if "score" in model]
     names = list(measured[0]) if measured else []
@@ -69,7 +71,7 @@ def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
         "losses": losses if any(loss is not None for loss in losses) else None,
         "distances": [bootstrap_interval(model["latent_rmse"]) for model in models.values()],
         "prompts": len(evaluation["prompts"]),
-        "steps": compared(evaluation, STEPS),
+        "steps": compared(evaluation, (("not_distilled", "distilled"), (finetuned_from, "finetuned"))),
     }
 
 
@@ -119,7 +121,7 @@ def quality(evaluation: dict[str, Any]) -> dict[str, Any] | None:
     if last is None or "teacher" not in models:
         return None
     teacher, final = models["teacher"], models[last]
-    result = {"model": last, "distance": bootstrap_interval(final["latent_rmse"]), "prompts": len(final["latent_rmse"])}
+    result = {"model": last, "distance": bootstrap_interval(final["latent_rmse"])}
     if last != "not_distilled" and "not_distilled" in models:
         result["undistilled_distance"] = bootstrap_interval(models["not_distilled"]["latent_rmse"])
     totals = [scaled(model.get("score", {}).get("total")) for model in (teacher, final)]
