@@ -40,6 +40,7 @@ from jsurgery.config import base, check_video, flatten
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
 from jsurgery.rates import check_rates
+from jsurgery.runtime.compile_cache import default_folder
 
 PATIENCE = 30
 SECRET = "outside.safetensors"  # a file outside of the folder, which no reader may open
@@ -170,7 +171,18 @@ def watch(folder: pathlib.Path) -> Iterator[None]:
         for alarm, handler in before.items():
             signal.signal(alarm, handler)
     ours = str(pathlib.Path(__file__).parents[2])
-    code = (sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), ours, "/proc", "/sys", "/dev", str(folder))
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default_folder()))
+    code = (
+        sys.prefix,
+        sys.base_prefix,
+        os.path.dirname(os.__file__),
+        ours,
+        "/proc",
+        "/sys",
+        "/dev",
+        str(folder),
+        compiled,
+    )
     for path in map(os.path.abspath, opened):
         assert path.startswith(code), f"opened {path}"
 
