@@ -87,7 +87,12 @@ def with_own_sampler(name: str, overrides: Mapping[str, str]) -> ConfigDict:
     """
     of_model = {field: text for field, text in overrides.items() if field.startswith("model.")}
     model = load_config(name, of_model).model
-    told = tell_model(model.path, model.kind) if model.path else None
+    try:
+        told = tell_model(model.path, model.kind) if model.path else None
+    except InputError:
+        if model.kind:
+            raise
+        told = None  # the run's own checks say what is wrong with the model
     if told is None or not told.model.few_steps:
         return load_config(name, dict(overrides))
     say_model(model.path, told)
