@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import check_text, recorded_section
+from jsurgery.data.image_reader import GivenImage, read_image
+from jsurgery.data.sprites import to_float
 from jsurgery.data.video_writer import SUFFIXES, check_suffix, read_settings, write_video
 from jsurgery.errors import InputError
 from jsurgery.io.fields import describe_changes
@@ -18,10 +21,12 @@ from jsurgery.load_config import load_config
 from jsurgery.runtime.mesh import batch_shards, check_heads, make_mesh
 from jsurgery.runtime.mesh_choice import sampling_batch
 from jsurgery.runtime.progress import Progress, say
+from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.lora import check_loras, describe_loras, loras_of
 from jsurgery.wan.memory import on_sampling_mesh
 from jsurgery.wan.model_folder import check_pipeline, model_path, pipeline_folder, transformer_folder
 from jsurgery.wan.model_sizes import find_sizes
+from jsurgery.wan.models import takes_image
 from jsurgery.wan.pipeline import batched, configured_pipeline
 from jsurgery.wan.schedulers import say_replaced, scheduler_settings
 from jsurgery.wan.tell_model import makers_settings, say_model, tell_model
@@ -57,27 +62,47 @@ class VideoRequest:
     seed: int
     number: int
     label: str = "sample"  # of the progress line
+    image: GivenImage | None = None  # the first frame
 
 
-def sample_videos(config: ConfigDict, prompts: Sequence[str], output: str, single: bool) -> Iterator[epath.Path]:
+def sample_videos(
+    config: ConfigDict, prompts: Sequence[str], output: str, single: bool, image: str | None = None
+) -> Iterator[epath.Path]:
     """Makes the video of every prompt and yields its file: `output` itself, or `output`/0000.mp4 and so on.
 
-    Existing numbered files are kept. Everything that can be checked without the weights is checked first.
+    With the file of an `image`, all videos begin with it. Existing numbered files are kept. Everything that can be
+    checked without the weights is checked first.
     Raises InputError if an existing file was made with other settings.
     """
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("--prompt: expected a text, found an empty one")
     for prompt in prompts:
         check_text("--prompt", prompt)
+    given = None if image is None else first_frame(config, image)
     folder = epath.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
     requests = [
-        VideoRequest(file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}")
+        VideoRequest(
+            file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}", given
+        )
         for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
     missing = unfinished(config, requests, again=single)
     prepare_output(folder, single)
     yield from make_videos(config, missing)
+
+
+def first_frame(config: ConfigDict, file: str) -> GivenImage:
+    """The image in a file, in the size of `config.video`. Reads no weights.
+
+    Raises InputError for a file that is no image, and for a model that makes videos from text alone.
+    """
+    path, video = config.model.path, config.video
+    network = read_config(transformer_folder(model_path(path)))
+    if not takes_image(network.in_channels):
+        raise InputError(f"--image={file}: {path} makes videos from text alone; expected a Wan2.2 TI2V 5B")
+    check_size(network, video.frames, video.height, video.width)
+    return read_image(file, video.height, video.width)
 
 
 def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool = False) -> list[VideoRequest]:
@@ -110,14 +135,18 @@ def make_videos(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterato
     pipeline = configured_pipeline(config, mesh)
     words = [request.prompt for request in requests] + [config.sampler.negative_prompt]
     pipeline.embedder.unpadded(words, config.text_length)
+    images = {request.image.sha256: request.image for request in requests if request.image is not None}
+    first_frames = {name: pipeline.encode(to_float(image.pixels)[None, None]) for name, image in images.items()}
     whole = Progress("videos", len(requests))
     for first, batch in batched(requests, batch_shards(mesh)):
         label = batch[0].label if len(batch) == 1 else f"{batch[0].label} to {batch[-1].label}"
         progress = Progress(label, config.sampler.steps)
+        given = [first_frames[request.image.sha256] for request in batch if request.image is not None]
         latents, _ = pipeline.sample(
             [request.prompt for request in batch],
             config,
             sources=[(request.seed, request.number) for request in batch],
+            given=np.concatenate(given) if given else None,
             on_step=progress.show,
         )
         progress.show(config.sampler.steps, last=True)
@@ -150,6 +179,7 @@ def settings(config: ConfigDict, request: VideoRequest, identity: str) -> dict[s
         "dtype": config.model.dtype,
         "model": model_path(config.model.path).name,
         "transformer": identity,
+        **({} if request.image is None else {"image": request.image.sha256}),
     } | ({"loras": loras} if loras else {})
 
 

@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RENDERED = re.compile(r"docs/notebooks/\d")  # their cells are run by test_notebooks.py
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+WAN = ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers")
 
 # Commands that need a network, an hour, a TPU's compiler or another package: here they are only parsed. The file beside
 # each runs the same command on something small.
@@ -115,7 +115,7 @@ def way(line: Line) -> str:
     arguments = line.arguments or []
     if command_of(arguments) in ELSEWHERE:
         return "elsewhere"
-    dry = any(word.startswith("--config=wan") or WAN in word for word in arguments)
+    dry = any(word.startswith("--config=wan") or any(name in word for name in WAN) for word in arguments)
     dry = dry or "vbench" in arguments or any(word in argument for word in LONG for argument in arguments)
     return "dry run" if dry and arguments[0] not in ("bench", "cost") else "run"
 
@@ -125,14 +125,18 @@ def dry(arguments: list[str]) -> list[str]:
     words = []
     for word in arguments:
         flag = word.partition("=")[0]
-        if word == f"--config.model.path={WAN}" or flag in ("--json", "--dry_run"):
+        if flag in ("--json", "--dry_run", "--image"):
+            continue
+        if any(word == f"--config.model.path={name}" for name in WAN):
             continue
         if flag in ("--config.prompts", "--prompts_file"):
             word = f"{flag}=prompts.txt"
         elif flag == "--workdir":
             word = f"{flag}=runs/elsewhere"
         word = re.sub(r"^(--config\.plan\.budget)=[\d.]+$", r"\1=3R2", word)
-        words.append(word.replace(WAN, "tiny_wan"))
+        for name in WAN:
+            word = word.replace(name, "tiny_wan")
+        words.append(word)
     return [*words, "--dry_run", "--disk=1000", "--json=dry.json"]
 
 

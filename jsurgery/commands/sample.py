@@ -23,6 +23,8 @@ def add(commands: Commands) -> None:
         "--output",
         help="A file: .mp4, .gif or .png (default: out.mp4). With --prompts_file a folder of mp4 (default: samples).",
     )
+    text = "The first frame of the videos, for a model that takes one (Wan2.2 TI2V 5B); cropped to their aspect."
+    command.add_argument("--image", metavar="FILE", help=text)
     add_fields(command, SAMPLE_FIELDS)
     add_lora(command)
     add_dry_run(command)
@@ -31,14 +33,16 @@ def add(commands: Commands) -> None:
 def run_sample(options: Options, overrides: Overrides) -> None:
     config = read_sampling_config(options, overrides)
     from jsurgery.data.prompts import read_prompts
-    from jsurgery.sample import sample_videos
+    from jsurgery.sample import first_frame, sample_videos
 
     single = options.prompts_file is None
     prompts = [options.prompt] if single else read_prompts(options.prompts_file)
     output = options.output or ("out.mp4" if single else "samples")
     if options.dry_run:
+        if options.image is not None and config.model.path:
+            first_frame(config, options.image)
         dry_run_sampling("sample", config, options, len(prompts), 1, output)
         tell_cut(config, prompts)
         return
-    for file in sample_videos(config, prompts, output, single):
+    for file in sample_videos(config, prompts, output, single, options.image):
         print(file, flush=True)

@@ -42,24 +42,39 @@ def guide(velocity: jax.Array, guidance: float, *, in_pairs: bool) -> jax.Array:
     return guided(conditional, unconditional, guidance)
 
 
+def with_given_frames(x: jax.Array, given: jax.Array | None) -> jax.Array:
+    """The latents x [B, T, H, W, C], which begin with the given ones [B, K, H, W, C]; x itself without any."""
+    return x if given is None else jnp.concatenate([given.astype(x.dtype), x[:, given.shape[1] :]], axis=1)
+
+
 def guided_velocity(
-    transformer: WanTransformer, text: jax.Array, negative_text: jax.Array | None, guidance: float, batched: bool
+    transformer: WanTransformer,
+    text: jax.Array,
+    negative_text: jax.Array | None,
+    guidance: float,
+    batched: bool,
+    given: jax.Array | None = None,
 ) -> Velocity:
     """A function (x, timesteps) -> float32 velocity for text [B, L, D], guided away from `negative_text` [1, L, D].
 
     With `batched` both branches run as one batch of 2 B, otherwise one after the other. Without a negative text there
-    is no guidance.
+    is no guidance. The transformer sees the latents `given` [B, K, H, W, C] in place of the first K frames of x, and
+    what it leaves there means nothing.
     """
+    options = {} if given is None else {"given_frames": given.shape[1]}
     if negative_text is None:
-        return lambda x, timesteps: transformer(x, timesteps, text).astype(jnp.float32)
+        forward = lambda x, timesteps: transformer(with_given_frames(x, given), timesteps, text, **options)
+        return lambda x, timesteps: forward(x, timesteps).astype(jnp.float32)
     negative_text = jnp.broadcast_to(negative_text, text.shape)
 
     def velocity(x, timesteps):
+        x = with_given_frames(x, given)
         if batched:
             both = guidance_batch(x, timesteps, text, negative_text, in_pairs=False)
-            velocities = transformer(both["latents"], both["timestep"], both["text"])
+            velocities = transformer(both["latents"], both["timestep"], both["text"], **options)
             return guide(velocities.astype(jnp.float32), guidance, in_pairs=False)
-        conditional, unconditional = (transformer(x, timesteps, branch) for branch in (text, negative_text))
+        branches = (transformer(x, timesteps, branch, **options) for branch in (text, negative_text))
+        conditional, unconditional = branches
         return guided(conditional.astype(jnp.float32), unconditional.astype(jnp.float32), guidance)
 
     return velocity
@@ -79,11 +94,12 @@ def blocks_not_finite(transformer: WanTransformer, x: jax.Array, timesteps_B: ja
 
 # jax.jit, since nnx.jit would return the model too: a copy of its weights at every call.
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))
-def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool):
-    """The solver's state after one step from `state`, by a row of its schedule; compiled.
+def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool, given=None):
+    """The solver's state after one step from `state`, by a row of its schedule; compiled. See `guided_velocity`.
 
     With a mesh, the state is whole on every device, as it is before the first step: one program serves all steps.
     """
-    state = solver_step(guided_velocity(transformer, text, negative_text, guidance, batched), state, row, key)
+    velocity = guided_velocity(transformer, text, negative_text, guidance, batched, given)
+    state = solver_step(velocity, state, row, key)
     mesh = transformer.device_mesh
     return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding(mesh))

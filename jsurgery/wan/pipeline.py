@@ -18,7 +18,7 @@ from jsurgery.runtime.finite import all_finite, describe_weights
 from jsurgery.runtime.garbage import free_dropped_models
 from jsurgery.runtime.mesh import batch_shards, replicate, to_host
 from jsurgery.wan.checkpoint import load_transformer, load_vae
-from jsurgery.wan.guidance import blocks_not_finite, sampling_step
+from jsurgery.wan.guidance import blocks_not_finite, sampling_step, with_given_frames
 from jsurgery.wan.lora import check_loras, loras_of
 from jsurgery.wan.lora_file import LoraSource
 
@@ -78,7 +78,8 @@ class Pipeline:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(T, H, W, C) of the latents of a video of `frames` x `height` x `width` pixels."""
-        return *latent_grid(frames, height, width), self.transformer.config.in_channels
+        network = self.transformer.config
+        return *latent_grid(frames, height, width, network.strides), network.in_channels
 
     @property
     def slots(self) -> int:
@@ -100,6 +101,7 @@ class Pipeline:
         seed: int = 0,
         first: int = 0,
         sources: Sequence[tuple[int, int]] | None = None,
+        given: np.ndarray | None = None,
         record: Sequence[int] = (),
         on_step: Callable[[int], None] = lambda done: None,
     ) -> tuple[jax.Array, np.ndarray | None]:
@@ -108,6 +110,7 @@ class Pipeline:
         A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
         With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add. A batch that
         the mesh does not divide is filled up. `on_step` is called after every step with the number of steps done.
+        With the latents `given` [B, K, H, W, C], those of an image, the videos begin with them.
         Returns the latents [B, T, H, W, C], and the latents before each of the K steps `record`, [K, B, ...] on the
         host, or None without such steps.
         """
@@ -121,19 +124,22 @@ class Pipeline:
         steps = schedule(sampler.solver, sampler.steps, sampler.shift, sampler.timesteps)
         keys = step_keys(steps, keys[0] if sources is None else jnp.stack([keys[row] for row in rows]))
         state, trajectory = initial_state(noise), []
+        begin = None if given is None else jnp.asarray(given[np.array(rows)], jnp.float32)
         if self.transformer.device_mesh is not None:
             state = replicate(self.transformer.device_mesh, state)
+            begin = begin if begin is None else replicate(self.transformer.device_mesh, begin)
         for i in range(sampler.steps):
             trajectory += [to_host(state.x)[:count]] if i in record else []
             inputs = text, negative_text, state, steps.row(i), None if keys is None else keys[i]
-            following = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched)
+            following = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched, begin)
             if not all_finite(following.x):  # waits for the step
                 raise InputError(
                     f"sampling: step {i + 1} of {sampler.steps}: {self._cause(inputs)}; nothing is written of it"
                 )
             state = following
             on_step(i + 1)
-        return state.x[:count] if len(rows) > count else state.x, np.stack(trajectory) if trajectory else None
+        latents = with_given_frames(state.x, begin)
+        return latents[:count] if len(rows) > count else latents, np.stack(trajectory) if trajectory else None
 
     def _cause(self, inputs: tuple[Any, ...]) -> str:
         """Why a sampling step with these inputs left latents that are not finite."""

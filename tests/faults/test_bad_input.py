@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,7 +14,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jsurgery import cli
 from jsurgery.errors import DoesNotFit, InputError
@@ -23,7 +26,8 @@ from jsurgery.run import Run
 from jsurgery.runtime.mesh import abstract_mesh
 from jsurgery.wan.convert import convert
 from jsurgery.wan.memory import on_sampling_mesh, sampling_phases
-from jsurgery.wan.models import find_sizes
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.model_sizes import find_sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = {
@@ -90,6 +94,25 @@ def changed(name: str, change: Callable[[bytes], bytes], *, hashes: bool = True)
 def edited(name: str, **fields: object) -> Callable[[pathlib.Path], object]:
     """Changes fields of a config.json of the model in `model/` and removes the hashes, which would differ."""
     return changed(name, lambda content: json.dumps(json.loads(content) | fields).encode(), hashes=False)
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def configs_of_2_2(image: bytes | None = None, channels: int = 48) -> Callable[[pathlib.Path], object]:
+    """Writes `i.png`, and to `m/` the config of a Wan2.2 5B, by its channels: no weights, which nothing may miss."""
+
+    def prepare(folder: pathlib.Path) -> None:
+        network = WanConfig(num_attention_heads=1, attention_head_dim=12, in_channels=channels, out_channels=channels)
+        written("m/transformer/config.json", network.to_json())(folder)
+        (folder / "m" / "vae").mkdir()
+        if image is not None:
+            (folder / "i.png").write_bytes(image)
+
+    return prepare
 
 
 def without_index(name: str) -> Callable[[pathlib.Path], object]:
@@ -483,7 +506,16 @@ WORKDIRS = [
     Bad(surgery().replace("--workdir=run", "--workdir=/proc/run"), ("/proc/run", "No such file")),
     Bad("synthesize --prompts_file=p.txt --workdir=/proc/run", ("/proc/run",), written("p.txt", "a cat\n")),
 ]
-TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FORMATS, *LORAS, *FILES, *WORKDIRS]
+IMAGE = "sample --prompt=x --model=m --width=64 --height=32 --frames=5 --image=i.png"
+IMAGES = [
+    Bad(IMAGE, ("--image=i.png", "no such file"), configs_of_2_2()),
+    Bad(IMAGE, ("--image=i.png", "expected an image"), configs_of_2_2(PAGE)),
+    Bad(IMAGE, ("--image=i.png", "expected an image", "truncated"), configs_of_2_2(png()[:-30])),
+    Bad(f"{IMAGE} --dry_run", ("--image=i.png", "expected an image"), configs_of_2_2(b"")),
+    Bad(IMAGE.replace("=32", "=48"), ("height", "a multiple of 32, found 48"), configs_of_2_2(png())),
+    Bad(IMAGE, ("--image=i.png", "m makes videos from text alone", "Wan2.2 TI2V 5B"), configs_of_2_2(png(), 16)),
+]
+TABLE = [*FLAGS, *FIELDS, *MESHES, *MODELS, *PARTS, *FORMATS, *LORAS, *FILES, *WORKDIRS, *IMAGES]
 # Also run in a process of their own, as a user would: one of each kind.
 PROCESSES = [FLAGS[1], FIELDS[0], MESHES[0], MODELS[2], FILES[2], WORKDIRS[1]]
 
