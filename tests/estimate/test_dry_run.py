@@ -9,7 +9,7 @@ import pytest
 from jsurgery.cli import main
 from jsurgery.load_config import load_config
 from jsurgery.wan.cost import core_flops, workload
-from jsurgery.wan.models import PUBLISHED
+from jsurgery.wan.model_sizes import PUBLISHED
 
 # Wan2.1 1.3B: parameters, and those of the feature maps of a block at a rate (12 heads, two layers of width 256).
 PARAMETERS = 1_418_996_800
