@@ -83,7 +83,7 @@ def read_clip(clip: Clip, limits: ClipLimits) -> np.ndarray:
             epath.Path(clip.path).open("rb") as file,
             av.open(file, options={"protocol_whitelist": "none"}) as container,
         ):
-            stream = container.streams.best("video")  # not simply the first, which may be the picture of a cover
+            stream: Any = container.streams.best("video")  # not simply the first, which may be the picture of a cover
             if stream is None:
                 raise Skipped("no video stream")
             if stream.codec_context.color_trc in HDR_CURVES:

@@ -87,9 +87,9 @@ def _blobs(folder: epath.Path) -> dict[str, tuple[int | None, str]]:
         return {}
     targets = {file.name: os.readlink(file) for file in pathlib.Path(folder).iterdir() if file.is_symlink()}
     blob = re.compile(r"(?:^|/)blobs/([0-9a-f]{64}|[0-9a-f]{40})$")
-    found = {name: (None, match[1]) for name, target in targets.items() if (match := blob.search(target))}
     dangling = [name for name in targets if name.endswith(READ) and not (folder / name).exists()]
-    return {name: (None, "") for name in dangling} | found
+    found: dict[str, tuple[int | None, str]] = dict.fromkeys(dangling, (None, ""))
+    return found | {name: (None, match[1]) for name, target in targets.items() if (match := blob.search(target))}
 
 
 def dangling_link(file: epath.Path) -> str | None:

@@ -146,7 +146,7 @@ def formats_reader() -> Reader:
 
     @st.composite
     def named(draw: st.DrawFn) -> bytes:
-        suffix, wrapper = draw(st.sampled_from([None] * 4 + list(SUFFIXES))), draw(st.sampled_from(WRAPPERS))
+        suffix, wrapper = draw(st.sampled_from([None] * 8 + list(SUFFIXES))), draw(st.sampled_from(WRAPPERS))
         size = int.from_bytes(valid[:8], "little")
         header = json.loads(valid[8 : 8 + size])
         chosen = draw(st.sets(st.sampled_from(sorted(header.keys() - {"__metadata__"})), min_size=1, max_size=5))
@@ -157,7 +157,7 @@ def formats_reader() -> Reader:
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + valid[8 + size :]
 
-    drawn = (named() | named() | st.sampled_from(FOREIGN)).map(lambda content: {TRANSFORMER: content})
+    drawn = (named() | named() | named() | st.sampled_from(FOREIGN)).map(lambda content: {TRANSFORMER: content})
     return Reader(files, (TRANSFORMER,), try_sampling, drawn)
 
 
