@@ -7,6 +7,7 @@ import functools
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -148,7 +149,7 @@ def _text_encoder(tensors: Tensors, source: epath.Path) -> Write:
 def _vae(tensors: Tensors, source: epath.Path) -> Write:
     # The file has no mean and std of the latents, so they are the published ones, and only as many channels fit.
     shortcuts = any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", name) for name in tensors)
-    fields = {"base_dim": _shape(tensors, "encoder.conv1.weight", source, axes=5)[0]}
+    fields: dict[str, Any] = {"base_dim": _shape(tensors, "encoder.conv1.weight", source, axes=5)[0]}
     if shortcuts:
         decoder_width = _shape(tensors, "decoder.conv1.weight", source, axes=5)[0] // VaeConfig.dim_mult[-1]
         fields = VAE_5B | fields | {"decoder_base_dim": decoder_width}

@@ -60,6 +60,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array, cache: FrameCache | None = None) -> jax.Array:
         x = _frame_by_frame(self._at_full_rate, x, cache)
+        first_temporal: Any
         first_temporal, *others = self.down_blocks[self.first_temporal :]
         x = first_temporal.downsampled(*x, cache) if isinstance(x, tuple) else first_temporal(x, cache)
         for block in others:
