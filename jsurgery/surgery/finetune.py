@@ -174,7 +174,8 @@ def split_trained(student: WanTransformer, lora_rank: int) -> tuple[nnx.GraphDef
     """(graph, trained parameters, frozen ones); without a rank all are trained, and the last is None."""
     if not lora_rank:
         return *nnx.split(student), None
-    return nnx.split(student, trained_with_low_rank, ...)
+    graph, trained, frozen, *_ = nnx.split(student, trained_with_low_rank, ...)
+    return graph, trained, frozen
 
 
 @jax.jit
