@@ -110,8 +110,8 @@ def write(result: Mapping[str, Any], workdir: epath.Path) -> str:
     write_json(workdir / f"{name}.json", result)
     (workdir / f"{name}.md").write_text(text)
     caption = " ".join([result["text"], *result.get("notes", [])])
-    sections: list[dict[str, Any]] = [{"title": "Figure", "text": caption, "charts": charts(result)}]
+    sections: list[dict[str, Any]] = [{"title": "Figure", "text": "", "charts": charts(result)}]
     for title, head, body in grids(result):
         sections.append({"title": "Table", "text": title, "table": {"head": head, "rows": body}})
-    write_page(workdir / f"{name}.html", result["title"], sections)
+    write_page(workdir / f"{name}.html", result["title"], caption, [], sections)
     return text

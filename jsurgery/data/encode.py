@@ -231,11 +231,12 @@ class ClipEncoder:
         """
         if not self.draws:
             return self.vae.encode_in_chunks(video_BxFxHxWx3)
-        grid = latent_grid(*video_BxFxHxWx3.shape[1:4], self.vae.config.strides)
+        _, frames, height, width, _ = video_BxFxHxWx3.shape
+        grid = latent_grid(frames, height, width, self.vae.config.strides)
         shape = (*grid, self.vae.config.z_dim)
         noise = np.stack([np.random.default_rng([self.seed, n]).standard_normal(shape, np.float32) for n in numbers])
-        frames = [slice(max(0, 4 * t - 3), 4 * t + 1) for t in range(grid[0])]
-        chunks = [(video_BxFxHxWx3[:, at], noise[:, t : t + 1]) for t, at in enumerate(frames)]
+        pieces = [slice(max(0, 4 * t - 3), 4 * t + 1) for t in range(grid[0])]
+        chunks = [(video_BxFxHxWx3[:, at], noise[:, t : t + 1]) for t, at in enumerate(pieces)]
         return self.vae.in_chunks(_sample_chunk, chunks)
 
 

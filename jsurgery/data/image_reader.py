@@ -41,7 +41,7 @@ def read_image(file: str, height: int, width: int) -> GivenImage:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--image={file}: expected an image, such as a PNG or JPEG file ({reason[:200]})") from None
-    left, top, right, bottom = crop_box(*pixels.shape[:2], height, width)
+    left, top, right, bottom = crop_box(pixels.shape[0], pixels.shape[1], height, width)
     kept_width, kept_height = round(right - left), round(bottom - top)
     if (kept_height, kept_width) != pixels.shape[:2]:
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"

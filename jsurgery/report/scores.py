@@ -102,13 +102,12 @@ def compared(evaluation: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> li
     for before, after in pairs:
         if before not in models or after not in models:
             continue
-        scored = clip_scores(models[before]), clip_scores(models[after])
-        measure, values = "score", scored
-        if scored[0] is None or scored[1] is None:
-            measure, values = "distance", tuple(np.array(models[name]["latent_rmse"]) for name in (before, after))
+        old, new, measure = clip_scores(models[before]), clip_scores(models[after]), "score"
+        if old is None or new is None:
+            measure, old, new = "distance", *(np.array(models[name]["latent_rmse"]) for name in (before, after))
         if measure == "distance" and before == "teacher":
             continue
-        change = paired_difference([values[1]], [values[0]])
+        change = paired_difference([new], [old])
         noise = change["low"] <= 0 <= change["high"]
         changes.append({"before": before, "after": after, "measure": measure, "noise": noise, **change})
     return changes
