@@ -211,6 +211,7 @@ LATER_FIELDS: dict[str, Any] = {
     "model.kind": "",
     "model.lora": (),
     "model.lora_scale": (),
+    "model.vae_dtype": "float32",
     "sampler.timesteps": (),
 }
 # Fields whose default is an empty list -> the type of what it may hold.

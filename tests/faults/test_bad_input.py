@@ -329,7 +329,6 @@ PARTS = [
     Bad(surgery(model="model"), ("transformer_2", "Wan2.2 A14B"), edited(MODEL_INDEX, transformer_2=EXPERT)),
     Bad(SAMPLE, ("transformer_2", "Wan2.2 A14B"), without_index("transformer_2")),
     Bad(SAMPLE, ("boundary_ratio", "Wan2.2 A14B"), edited(MODEL_INDEX, boundary_ratio=0.875)),
-    Bad(SAMPLE, ("expand_timesteps", "Wan2.2 TI2V 5B"), edited(MODEL_INDEX, expand_timesteps=True)),
     Bad(SAMPLE, ("image_encoder", "image to video"), edited(MODEL_INDEX, image_encoder=["t", "CLIPVisionModel"])),
     Bad(SAMPLE, ("audio_encoder", "does not know"), edited(MODEL_INDEX, audio_encoder=["t", "Wav2Vec2Model"])),
     *(
@@ -341,10 +340,10 @@ PARTS = [
         Bad(SAMPLE, ("_class_name", task), edited(T_CONFIG, _class_name=f"Wan{name}Transformer3DModel"))
         for name, task in (("VACE", "which is VACE"), ("Animate", "which is Wan Animate"), ("S2V", "which is speech"))
     ),
-    Bad(SAMPLE, ("model_type", "'ti2v'", "5B"), edited(T_CONFIG, _class_name="WanModel", model_type="ti2v")),
+    Bad(SAMPLE, ("model_type", "'t2v'", "'ti2v'"), edited(T_CONFIG, _class_name="WanModel", model_type="ti2v")),
     Bad(SAMPLE, ("takes 36 channels", "image to video", "VAE has 4"), edited(T_CONFIG, in_channels=36)),
     Bad(f"encode --videos=c --workdir=run {MODEL}", ("takes 36", "VAE has 4"), edited(T_CONFIG, in_channels=36)),
-    Bad("cost --config.model.path=model", ("takes 48", "5B", "has 4"), edited(T_CONFIG, in_channels=48)),
+    Bad("cost --config.model.path=model", ("takes 48", "has 4"), edited(T_CONFIG, in_channels=48)),
     Bad(SAMPLE, ("takes 4 channels and leaves 8",), edited(T_CONFIG, out_channels=8)),
     Bad(SAMPLE, ("VAE has 2",), edited(VAE_CONFIG, z_dim=2, latents_mean=[0, 0], latents_std=[1, 1])),
     Bad(SAMPLE, ("text of width 32", "encoder's is 16"), edited(T_CONFIG, text_dim=32)),
