@@ -116,7 +116,7 @@ def test_the_model_is_not_loaded_if_all_videos_exist(tmp_path, tiny_pipeline, pr
     prompts_file.write_text(PROMPTS[0])
     command = ["sample", f"--model={tiny_pipeline}", f"--prompts_file={prompts_file}", *SIZE, f"--output={tmp_path}"]
     assert main(command) == 0
-    monkeypatch.setattr(sample, "load_pipeline", None)
+    monkeypatch.setattr(sample, "configured_pipeline", None)
     assert main(command) == 0
     assert "1 of 1" in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_the_model_is_not_loaded_if_all_videos_exist(tmp_path, tiny_pipeline, pr
 )
 def test_bad_arguments_are_refused_early(tmp_path, tiny_pipeline, monkeypatch, capsys, arguments, parts):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "load_pipeline", None)
+    monkeypatch.setattr(sample, "configured_pipeline", None)
     assert main(["sample", f"--model={tiny_pipeline}", "--prompt=a red circle", *arguments]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
@@ -165,7 +165,7 @@ def test_bad_arguments_are_refused_early(tmp_path, tiny_pipeline, monkeypatch, c
 )
 def test_bad_files_of_prompts_are_refused_early(tmp_path, tiny_pipeline, monkeypatch, capsys, content, output, parts):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "load_pipeline", None)
+    monkeypatch.setattr(sample, "configured_pipeline", None)
     if content is not None:
         (tmp_path / "prompts.txt").write_bytes(content)
     before = sorted(tmp_path.iterdir())

@@ -120,7 +120,7 @@ def test_a_stopped_shard_goes_on_after_its_last_batch(command, tiny_pipeline, tm
 
 def test_shards_are_divided_among_hosts(command, tiny_pipeline, tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(synthesize, "load_pipeline", lambda *_: mock.MagicMock())
+    monkeypatch.setattr(synthesize, "configured_pipeline", lambda *_: mock.MagicMock())
     record = lambda config, pipeline, prompts, *_: [{"caption": text_array(prompt)} for prompt in prompts]
     monkeypatch.setattr(synthesize, "records", record)
     captions = lambda records: [array_text(record["caption"]) for record in records]

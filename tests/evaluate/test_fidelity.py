@@ -125,7 +125,7 @@ def test_lpips_and_clip_scores_are_reported_when_their_networks_are_given(monkey
     ],
 )
 def test_bad_arguments_are_refused_before_loading(tmp_path, tiny_pipeline, run, capsys, monkeypatch, arguments, parts):
-    monkeypatch.setattr(fidelity, "load_pipeline", None)
+    monkeypatch.setattr(fidelity, "configured_pipeline", None)
     assert run(f"--model={tiny_pipeline}", *arguments)[0] == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
