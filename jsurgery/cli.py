@@ -5,9 +5,6 @@ exceeds its bound, 130 and 143 stopped by SIGINT and SIGTERM, 141 nobody reads t
 """
 
 import argparse
-import contextlib
-import ctypes
-import glob
 import io
 import logging
 import os
@@ -44,13 +41,12 @@ from jsurgery.errors import (
 )
 from jsurgery.io.files import resolve_arguments
 from jsurgery.load_config import known_fields, unknown_field
+from jsurgery.runtime.accelerators import leave_absent_accelerators_alone
+from jsurgery.runtime.memory_pools import limit_memory_pools
 
 FAMILIES = (surgery, report, estimate, ablate, sample, evaluate, data, model, bench, export, completion)
 EXIT_CODES = {InputError: 2, Diverged: 2, DoesNotFit: 3, ParityError: 4, Interrupted: 130, Terminated: 143}
 READER_GONE = 141  # as a shell says of a program that SIGPIPE ended
-ARENA_MAX = -8  # the parameter M_ARENA_MAX of mallopt
-# Device files of TPUs (by their own driver, or by VFIO), and of GPUs by NVIDIA, in WSL, and by AMD.
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,29 +135,6 @@ def reader_is_gone() -> bool:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return True
-
-
-def limit_memory_pools() -> None:
-    """Limits glibc to two memory pools.
-
-    By default it makes a pool for each thread. Every save of a checkpoint starts new threads, and the memory that they
-    freed would stay in their pools.
-    """
-    if "MALLOC_ARENA_MAX" not in os.environ:
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-            ctypes.CDLL(None).mallopt(ARENA_MAX, 2)
-
-
-def leave_absent_accelerators_alone() -> None:
-    """Tells JAX to compute on the CPU where Linux has no device file of an accelerator, unless JAX_PLATFORMS is set.
-
-    Otherwise JAX tries the TPU wherever libtpu is installed, which compiles for TPUs that are elsewhere, and libtpu
-    complains at length about the missing chips.
-    """
-    if sys.platform != "linux" or "JAX_PLATFORMS" in os.environ:
-        return
-    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
-        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jsurgery import cli
 from jsurgery.commands import mistakes, next_steps, overview
 from jsurgery.errors import InputError
 from jsurgery.estimate.quiet_libtpu import quiet_libtpu
+from jsurgery.runtime import accelerators
 
 SMALLEST = {  # the least flags of each command
     "report": "--workdir=w", "report --compare": "--compare a b", "sample": "--prompt=x", "cost": "", "models": "",
@@ -166,9 +167,9 @@ def test_commands_start_no_tpu_where_there_is_none(monkeypatch):
     code = "from jsurgery import cli; cli.main(['completion', 'bash']); import jax; print(jax.devices()[0].platform)"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    absent = not any(glob.glob(pattern) for pattern in cli.ACCELERATORS)
+    absent = not any(glob.glob(pattern) for pattern in accelerators.ACCELERATORS)
     assert done.stdout.splitlines()[-1] == "cpu" and not done.stderr if absent else done.stdout
 
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")  # what the user says is left as it is
-    cli.leave_absent_accelerators_alone()
+    accelerators.leave_absent_accelerators_alone()
     assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"

@@ -50,7 +50,7 @@ _TRANSFORMER_HARMLESS = {
     "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "base_pipeline", "torch_dtype",
     "dtype", "loras", "sampler",
 }  # fmt: skip
-_VAE_HARMLESS = {"dropout", "clip_output", "torch_dtype", "dtype"}
+_VAE_HARMLESS = {"dropout", "torch_dtype", "dtype"}
 _TEXT_ENCODER_HARMLESS = {
     "dense_act_fn", "is_gated_act", "num_decoder_layers", "dropout_rate", "initializer_factor", "use_cache",
     "classifier_dropout", "scalable_attention", "output_past", "torch_dtype", "dtype", "transformers_version",

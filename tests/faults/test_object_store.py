@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -64,6 +65,15 @@ def fsspec_keys(folder: epath.Path) -> list[str]:
     return list(store.objects)
 
 
+def without_times(content: bytes) -> Any:
+    """A file's content; of a stage's marker without what tells how it was made, and so how long it took."""
+    if b'"made_by"' not in content:
+        return content
+    marker = json.loads(content)
+    marker.pop("made_by")
+    return marker
+
+
 def test_a_run_killed_before_any_change_resumes_to_the_same_result(store):
     launch()
     expected, changes = dict(store.objects), store.changes
@@ -83,7 +93,7 @@ def test_a_run_killed_before_any_change_resumes_to_the_same_result(store):
         assert found.keys() == expected.keys(), number
         name = "bucket/run/training/result.json"
         assert json.loads(found.pop(name)) == json.loads(expected[name])
-        assert all(expected[key] == content for key, content in found.items()), number
+        assert all(without_times(expected[key]) == without_times(content) for key, content in found.items()), number
         resumed += store.changes - at_restart < changes
     assert resumed > changes / 4, "expected more runs to resume from earlier files"
 
