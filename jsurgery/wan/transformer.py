@@ -6,7 +6,7 @@ Attribute names follow the diffusers checkpoint where possible; `checkpoint_layo
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jsurgery.attention.hybrid import attend, token_order
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, check_heads, shard_module, sharding
+from jsurgery.wan.given_tokens import GivenTokens
+from jsurgery.wan.linear import Linear
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.rope import apply_rope, rope_tables
 from pallas_kernels.api import hybrid_attention
@@ -31,36 +33,6 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
     "blocks": jax.checkpoint,
     "matmuls": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
-
-
-class Linear(nnx.Linear):
-    """A linear layer that, on one device, flattens its batch axes and accumulates in float32.
-
-    On CPU, flat axes make the backward pass twice as fast, and float32 sums make bfloat16 twice as fast. Over a mesh
-    neither pays: a flat axis cannot be split by examples and by tokens, so that every example's tokens would be
-    gathered, and float32 sums would be exchanged at twice the width of bfloat16.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, dtype: Any = None, rngs: nnx.Rngs):
-        super().__init__(in_features, out_features, dtype=dtype, rngs=rngs)
-        self.set_mesh(None)
-
-    def set_mesh(self, mesh: Mesh | None) -> None:
-        """Chooses the form for a mesh, or for one device where `mesh` is None."""
-        self.flat = mesh is None
-        self.preferred_element_type = jnp.float32 if self.flat else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        if not self.flat:
-            return self.with_low_rank(super().__call__(x), x)
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.with_low_rank(super().__call__(rows).astype(x.dtype), rows)
-        return y.reshape(*x.shape[:-1], -1)
-
-    def with_low_rank(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """The layer's output with its low-rank change, if it has one (see `low_rank`)."""
-        change = getattr(self, "low_rank", None)
-        return y if change is None else y + change(x, y.dtype)
 
 
 def rms_norm(x_BxNxD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
@@ -110,27 +82,6 @@ class Attention(nnx.Module):
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention to every key: [B, N, H, D]."""
     return hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1])
-
-
-class GivenTokens(NamedTuple):
-    """The tokens of given frames, which hold no noise and have timestep 0 whatever the timestep of the others.
-
-    A token has one of two timesteps, so that shifts, scales and gates are two rows and a mask. As arrays [N, 6, D] they
-    would take more memory than the tokens themselves.
-
-    Attributes:
-      mask: bool [1, N, 1], true at given tokens.
-      time: the embedding [1, D] of timestep 0.
-      modulation: [1, 6, D], of timestep 0.
-    """
-
-    mask: jax.Array
-    time: jax.Array
-    modulation: jax.Array
-
-    def choose(self, given_1x1xD: jax.Array, others_Bx1xD: jax.Array) -> jax.Array:
-        """[B, N, D], computed where it is used: each token's row."""
-        return jnp.where(self.mask, given_1x1xD, others_Bx1xD)
 
 
 class Block(nnx.Module):

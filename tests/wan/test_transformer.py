@@ -14,7 +14,8 @@ from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
-from jsurgery.wan.transformer import GivenTokens, full_attention
+from jsurgery.wan.given_tokens import GivenTokens
+from jsurgery.wan.transformer import full_attention
 
 SIZES = {
     "small": {
