@@ -16,6 +16,7 @@ from jax import lax
 # The number of scores, or of features, in a head's tile; and the fewest tokens of a tile, however many keys there are.
 TILE = 2**19
 MIN_TOKENS = 256
+CACHE = 4 * TILE  # numbers of all heads that a CPU's cache holds: a loop over heads is slower then
 
 dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -27,7 +28,7 @@ HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_MAP = (2,), (None,), (1,), (
 def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs, numbers: int):
     """Runs `function` over the given axes of each input's leaves, which become the first axes of the results.
 
-    On CPU it is a loop in float32, unless all `numbers`, the scores or features that it computes, fit a tile. Then, and
+    On CPU it is a loop in float32, unless all `numbers`, the scores or features that it computes, fit the cache. Then, and
     elsewhere, it is a batched call. `axes` has a tuple for each input, all of one length.
     """
     batched, depth = function, len(axes[0])
@@ -57,7 +58,7 @@ def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs, nu
         outs = batched(*jax.tree.map(_float32, inputs))
         return jax.tree.map(lambda x, e: x.astype(e.dtype), outs, expected)
 
-    return lax.platform_dependent(*inputs, cpu=together if numbers <= 4 * TILE else looped, default=batched)
+    return lax.platform_dependent(*inputs, cpu=together if numbers <= CACHE else looped, default=batched)
 
 
 def _float32(x: jax.Array) -> jax.Array:

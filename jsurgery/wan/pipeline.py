@@ -127,7 +127,7 @@ class Pipeline:
         begin = None if given is None else jnp.asarray(given[np.array(rows)], jnp.float32)
         if self.transformer.device_mesh is not None:
             state = replicate(self.transformer.device_mesh, state)
-            begin = begin if begin is None else replicate(self.transformer.device_mesh, begin)
+            begin = None if begin is None else replicate(self.transformer.device_mesh, begin)
         for i in range(sampler.steps):
             trajectory += [to_host(state.x)[:count]] if i in record else []
             inputs = text, negative_text, state, steps.row(i), None if keys is None else keys[i]
