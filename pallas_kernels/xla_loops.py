@@ -28,7 +28,7 @@ HEAD_OF_TOKENS, HEAD_OF_MASK, HEAD_OF_ROWS, HEAD_OF_MAP = (2,), (None,), (1,), (
 def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs, numbers: int):
     """Runs `function` over the given axes of each input's leaves, which become the first axes of the results.
 
-    On CPU it is a loop in float32, unless all `numbers`, the scores or features that it computes, fit the cache. Then, and
+    On CPU it is a loop in float32, unless all `numbers`, its scores or features, fit the cache. Then, and
     elsewhere, it is a batched call. `axes` has a tuple for each input, all of one length.
     """
     batched, depth = function, len(axes[0])
