@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_said_in_one_line(tmp_path, capsys, flags, config, 
 def test_a_numeric_budget_takes_its_share_of_the_attention(tmp_path, capsys):
     flops = {}
     for budget in ("1.0", "0.7", "15R2", "0.3"):
-        code, found = dry_run(tmp_path, f"--config.plan.budget={budget}")
+        code, found = dry_run(tmp_path, "--disk=100", f"--config.plan.budget={budget}")
         assert code == 0
         flops[budget] = next(row["flops_per_step"] for row in found["hours"] if row["stage"] == "finetune")
     config = load_config("wan_1_3b_lowres", {})
