@@ -5,8 +5,8 @@ from typing import Any
 from markupsafe import Markup
 from ml_collections import ConfigDict
 
-from jsurgery.attention.token_order import TokenOrder
-from jsurgery.rates import Rate, rate_key
+from jsurgery.attention.hybrid import token_order
+from jsurgery.rates import Rate, rate_chain, rate_key
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.video_size import latent_grid
 
@@ -25,7 +25,7 @@ def attention_diagram(config: ConfigDict, model: WanConfig, rates: list[Rate]) -
     rate = max(sorted(set(rebuilt), key=rate_key), key=rebuilt.count)
     video = config.video
     frames, rows, columns = model.token_grid(latent_grid(video.frames, video.height, video.width))
-    order = TokenOrder(frames * rows * columns, (rate,), config.hybrid.lattice, rows * columns)
+    order = token_order((frames, rows, columns), rate_chain((rate,)), config.hybrid.lattice)
     kept = order.num_softmax(rate)
     softmax_tokens = set(order.permutation[:kept].tolist())
     shown = [
