@@ -25,6 +25,10 @@ from jsurgery.wan.models import READ, REFUSED, Model
 from jsurgery.wan.tell_model import default_settings
 
 
+# How a model is fine-tuned where there is little memory: one example at a time, and few numbers learn.
+LORA = {"lora_rank": 8, "accumulate": 16}
+
+
 def show_models(topology: str, report: str | None) -> None:
     """Prints the table for the devices of a topology, or of this machine where it is empty; `report` gets it as JSON.
 
@@ -35,9 +39,10 @@ def show_models(topology: str, report: str | None) -> None:
     rows = [model_row(model, machine) for model in READ]
     memory = "" if machine.memory is None else f", {machine.memory / GIB:.0f} GiB each"
     print(f"{machine.name}, {machine.count} devices{memory}: arithmetic alone, in the shipped config of each model\n")
-    header = ["model", "--kind", "parameters", "blocks x width", "sampled with", "sample", "surgery"]
+    header = ["model", "--kind", "parameters", "blocks x width", "sampled with", "sample", "surgery", "… with a LoRA"]
     print(markdown_table(header, [cells(row) for row in rows]))
-    print("\nNot read:\n")
+    fields = f"finetune.lora_rank={LORA['lora_rank']} and finetune.accumulate={LORA['accumulate']}"
+    print(f"\n… with a LoRA: fine-tuning with {fields}.\n\nNot read:\n")
     print(markdown_table(["model", "--kind", "what it is"], [[row.name, row.kind, row.task] for row in REFUSED]))
     if report is not None:
         refused = [{"model": row.name, "kind": row.kind, "task": row.task} for row in REFUSED]
@@ -56,7 +61,7 @@ def with_host_memory(machine: Machine) -> Machine:
 
 
 def model_row(model: Model, machine: Machine) -> dict[str, Any]:
-    """A model's row, for JSON. `sample` and `surgery` are the bytes a device, and whether they fit."""
+    """A model's row, for JSON. `sample`, `surgery` and `lora` are the bytes a device, and whether they fit."""
     sizes, config = sizes_and_config(model, machine.name)
     network = sizes.transformer
     return {
@@ -71,7 +76,14 @@ def model_row(model: Model, machine: Machine) -> dict[str, Any]:
         "defaults": dict(model.defaults) or {f"sampler.{name}": config.sampler[name] for name in ("steps", "guidance")},
         "sample": bytes_of(lambda: sampling_bytes(config, sizes, machine), machine),
         "surgery": bytes_of(lambda: surgery_bytes(config, sizes, machine), machine),
+        "lora": bytes_of(lambda: surgery_bytes(with_lora(config), sizes, machine), machine),
     }
+
+
+def with_lora(config: ConfigDict) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.finetune.update(LORA | {"batch": LORA["accumulate"]})
+    return changed
 
 
 def sizes_and_config(model: Model, topology: str) -> tuple[ModelSizes, ConfigDict]:
@@ -123,4 +135,5 @@ def cells(row: dict[str, Any]) -> list[str]:
     size = "any" if row["any_size"] else f"{row['blocks']} x {row['width']}"
     count = "any" if row["any_size"] else f"{row['parameters'] / 1e9:.3g} B"
     fits = lambda found: f"{found['bytes'] / GIB:.1f} GiB" if "bytes" in found else "does not fit"
-    return [row["model"], row["kind"], count, size, ", ".join(words), fits(row["sample"]), fits(row["surgery"])]
+    memory = [fits(row[command]) for command in ("sample", "surgery", "lora")]
+    return [row["model"], row["kind"], count, size, ", ".join(words), *memory]

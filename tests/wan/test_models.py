@@ -99,6 +99,7 @@ def test_the_table_is_printed_with_what_fits(tmp_path, capsys):
     rows = {row["kind"]: row for row in found["models"]}
     assert found["memory"] == 24 * 2**30 and rows["wan2.1-1.3b"]["parameters"] == 1_418_996_800
     assert rows["wan2.1-1.3b"]["sample"]["fits"] and not rows["wan2.1-1.3b"]["surgery"]["fits"]
+    assert rows["wan2.1-1.3b"]["lora"]["fits"] and "finetune.lora_rank=8" in text
     assert not rows["wan2.1-14b"]["sample"]["fits"]
     assert rows["wan2.1-1.3b"]["sample"]["bytes"] <= 0.95 * found["memory"]
     assert main(["models", "--topology=v9"]) == 2
