@@ -171,7 +171,7 @@ def watch(folder: pathlib.Path) -> Iterator[None]:
         for alarm, handler in before.items():
             signal.signal(alarm, handler)
     ours = str(pathlib.Path(__file__).parents[2])
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default_folder()))
+    compiled = str(default_folder())
     code = (
         sys.prefix,
         sys.base_prefix,
@@ -181,7 +181,8 @@ def watch(folder: pathlib.Path) -> Iterator[None]:
         "/sys",
         "/dev",
         str(folder),
-        compiled,
+        compiled,  # and the folder of the tests beside it, whose name is longer
+        os.environ.get("JAX_COMPILATION_CACHE_DIR", compiled),
     )
     for path in map(os.path.abspath, opened):
         assert path.startswith(code), f"opened {path}"
