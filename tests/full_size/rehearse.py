@@ -4,7 +4,8 @@ The transformer, text encoder and VAE have their true shapes; the video has 5 fr
 the resident memory (VmHWM) of each command are printed. A command that fails, or takes more than 16 GiB, ends the
 rehearsal. At the end all stages run again, and each but the report must be up to date.
 
-Fine-tuning runs on two blocks of true width: for all 30, weights, gradients and AdamW's moments take 22.7 GB.
+Fine-tuning runs on two blocks of true width: for all 30, weights, gradients and AdamW's moments take 22.7 GB. Wan2.2
+TI2V 5B samples with all of its 30 blocks.
 
     python -m tests.full_size.rehearse FOLDER [--only NAME [NAME ...]]
 """
@@ -68,6 +69,10 @@ def others(folder: pathlib.Path) -> dict[str, list[str]]:
     return {
         "sample": [*sample, model, f"--output={folder / 'teacher.mp4'}"],
         "sample, operated": [*sample, f"--model={folder / 'traced' / 'hybrid'}", f"--output={folder / 'hybrid.mp4'}"],
+        "sample, Wan2.2 5B": [
+            *("sample", "--config=wan2_2_5b", f"--prompt={PROMPTS[0]}", *sizes, "--config.trace.keep_steps=3"),
+            *(f"--model={folder / 'wan2_2'}", f"--output={folder / 'wan2_2.mp4'}"),
+        ],
         "convert": ["convert", model, f"--output={folder / 'original'}", "--layout=original"],
         "convert, back": ["convert", f"--model={folder / 'original'}", f"--output={folder / 'back'}"],
         "verify": ["verify", model],
@@ -125,6 +130,8 @@ def rehearse(folder: pathlib.Path, only: set[str]) -> None:
     write = ["tests.full_size.write_folder"]
     commands = {"write the model": [*write, str(folder / "wan")]}
     commands |= {"write two blocks": [*write, str(folder / "wan_two_blocks"), "--blocks=2"]}
+    shared = f"--text_encoder_of={folder / 'wan'}"
+    commands |= {"write Wan2.2 5B": [*write, str(folder / "wan2_2"), "--kind=wan2.2-5b", shared]}
     commands |= {name: ["jsurgery", *command] for name, command in (stages(folder) | others(folder)).items()}
     if missing := [name for name in EXPORT if importlib.util.find_spec(name) is None]:
         del commands["export, one block"]

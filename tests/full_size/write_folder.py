@@ -1,14 +1,17 @@
-"""Writes a pipeline folder with the shapes and layout of Wan2.1-T2V-1.3B-Diffusers and random weights.
+"""Writes a pipeline folder with the shapes and layout of a published model, Wan2.1 1.3B by default, and random weights.
 
-    python -m tests.full_size.write_folder FOLDER [--blocks=N]
+    python -m tests.full_size.write_folder FOLDER [--kind=wan2.2-5b] [--blocks=N] [--text_encoder_of=OTHER_FOLDER]
 
 Tensors are made one at a time while they are written. With `--blocks` the transformer has fewer blocks of true width.
+All models have the same text encoder: that of another folder is linked to.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import pathlib
+import shutil
 import zlib
 from collections.abc import Mapping
 
@@ -23,7 +26,9 @@ from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import write_transformer
 from jsurgery.wan.checkpoint_layouts import lazy_transformer_tensors
 from jsurgery.wan.folder_hashes import write_hashes
-from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
+from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
+from jsurgery.wan.model_sizes import network_of
+from jsurgery.wan.models import BY_KIND, Model, takes_image
 from jsurgery.wan.pipeline_parts import write_pipeline_index
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import train_tokenizer
@@ -63,15 +68,19 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTenso
     return {name: random_tensor(name, shape) for name, shape in shapes.items()}
 
 
-def write_folder(folder: epath.Path, blocks: int | None = None) -> None:
+def write_folder(folder: epath.Path, model: Model, blocks: int | None, text_encoder_of: pathlib.Path | None) -> None:
     """Writes all parts. An interrupted call is repeated from the start of the part that was not finished."""
-    network = dataclasses.replace(WanConfig(), num_layers=blocks or WanConfig().num_layers)
+    network = network_of(model)
+    network = dataclasses.replace(network, num_layers=blocks or network.num_layers)
+    with_image = takes_image(network.in_channels)
+    if text_encoder_of is not None and not (folder / "text_encoder").exists():
+        shutil.copytree(text_encoder_of / "text_encoder", folder / "text_encoder", copy_function=os.link)
     if not (folder / "transformer" / "hashes.json").exists():
-        model = abstract_module(WanTransformer, network)
-        shapes = {name: tensor.shape for name, tensor in lazy_transformer_tensors(model).items()}
+        transformer = abstract_module(WanTransformer, network)
+        shapes = {name: tensor.shape for name, tensor in lazy_transformer_tensors(transformer).items()}
         write_transformer(random_tensors(shapes), network, folder / "transformer", "diffusers")
     for part, stem, config, kind in (
-        ("vae", "diffusion_pytorch_model", VaeConfig(), WanVae),
+        ("vae", "diffusion_pytorch_model", VaeConfig(**model.vae), WanVae),
         ("text_encoder", "model", TextEncoderConfig(), TextEncoder),
     ):
         if not (folder / part / "hashes.json").exists():
@@ -80,12 +89,15 @@ def write_folder(folder: epath.Path, blocks: int | None = None) -> None:
             write_hashes(folder / part, hashes, "config.json")
     if not (folder / "model_index.json").exists():
         train_tokenizer(sprites.all_captions(), folder / "tokenizer")
-        write_pipeline_index(folder, shift=3.0)
+        write_pipeline_index(folder, shift=5.0 if with_image else 3.0, takes_image=with_image)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--kind", choices=sorted(BY_KIND), default="wan2.1-1.3b")
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--text_encoder_of", type=pathlib.Path)
     arguments = parser.parse_args()
-    write_folder(epath.Path(arguments.folder), arguments.blocks)
+    model = BY_KIND[arguments.kind]
+    write_folder(epath.Path(arguments.folder), model, arguments.blocks, arguments.text_encoder_of)
