@@ -15,6 +15,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--output", required=True, help="A new folder, or for comfyui a new .safetensors file.")
     command.add_argument("--layout", choices=LAYOUTS, default="diffusers", help="The new layout (default: diffusers).")
     add_lora(command)
+    text = "Which model comes out, of `jsurgery models`, such as lightx2v-14b: a few-step model keeps its own sampler."
+    command.add_argument("--kind", default="", help=text)
 
     text = "Upload a model folder to the Hugging Face Hub, with a model card."
     command = commands.add("push", run_push, text, config=None)
@@ -35,7 +37,7 @@ def run_convert(options: Options, overrides: Overrides) -> None:
     takes_no_config(options, overrides)
     from jsurgery.wan.convert import convert
 
-    print(convert(options.model, options.output, options.layout, given_loras(options)))
+    print(convert(options.model, options.output, options.layout, given_loras(options), options.kind))
 
 
 def run_push(options: Options, overrides: Overrides) -> None:

@@ -24,7 +24,6 @@ from jsurgery.wan.model_sizes import ModelSizes, find_sizes, network_of
 from jsurgery.wan.models import READ, REFUSED, Model
 from jsurgery.wan.tell_model import default_settings
 
-
 # How a model is fine-tuned where there is little memory: one example at a time, and few numbers learn.
 LORA = {"lora_rank": 8, "accumulate": 16}
 

@@ -3,6 +3,7 @@
 The original repository publishes its VAE and text encoder as pickles. torch reads them, restricted to tensors.
 """
 
+import dataclasses
 import functools
 import re
 import zipfile
@@ -28,6 +29,7 @@ from jsurgery.wan.lora_file import LoraSource
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig
 from jsurgery.wan.models import VAE_5B, takes_image
 from jsurgery.wan.pipeline_parts import check_index, write_pipeline_index
+from jsurgery.wan.tell_model import kind_that_fits, sampler_of
 from jsurgery.wan.tensor_prefixes import shortest_prefix
 from jsurgery.wan.text_encoder import TextEncoder
 from jsurgery.wan.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def convert(
-    model: str, output: epath.PathLike, layout: str = "diffusers", loras: Sequence[LoraSource] = ()
+    model: str, output: epath.PathLike, layout: str = "diffusers", loras: Sequence[LoraSource] = (), kind: str = ""
 ) -> epath.Path:
     """Writes the transformer at `model` in another layout ("diffusers", "original", "comfyui") and returns `output`.
 
@@ -45,6 +47,7 @@ def convert(
     or text encoder, named as in the original repository, diffusers or transformers (ComfyUI has these names too), which
     becomes a folder; or the folder of the original repository, which becomes a pipeline folder. Files may be
     safetensors or pickles of tensors. `loras` are merged into a transformer's weights, and its config.json lists them.
+    `kind` says which row of `wan/models.py` comes out: its own sampler, if it has one, goes into config.json.
     Raises InputError for a model that cannot be converted, and for an output that exists already.
     """
     source, output = epath.Path(hub.local_path(model)), epath.Path(output)
@@ -57,8 +60,11 @@ def convert(
         check_index(source)
         source = source / "transformer"
 
+    if kind and layout != "diffusers":
+        raise InputError(f"--kind={kind}: expected --layout=diffusers, whose config.json says how to sample")
     parts = original_parts(source) if layout == "diffusers" else None
-    write = _open_pipeline(source, *parts, loras) if parts else _open_part(source, layout, loras)
+    changes = Changes(tuple(loras), kind)
+    write = _open_pipeline(source, *parts, changes) if parts else _open_part(source, layout, changes)
     if not output.is_dir():
         check_writable(output, "--output")
     write(output)
@@ -73,6 +79,20 @@ def original_parts(source: epath.Path) -> tuple[epath.Path, epath.Path, epath.Pa
     return (vae, text_encoder, tokenizer) if vae and text_encoder and tokenizer else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """What becomes of a transformer besides its layout: LoRAs to merge, and the kind of model that comes out."""
+
+    loras: tuple[LoraSource, ...] = ()
+    kind: str = ""
+
+    def check_none(self, source: epath.Path) -> None:
+        """Raises InputError if there are any, since `source` is no transformer."""
+        if self.loras or self.kind:
+            flag = "--lora changes" if self.loras else "--kind is about"
+            raise InputError(f"{source}: not a transformer, which is all that {flag}")
+
+
 # The functions below read what tells whether a model can be converted, and return a function that writes it to a path.
 Write = Callable[[epath.Path], None]
 
@@ -82,9 +102,9 @@ def _open_pipeline(
     vae: epath.Path,
     text_encoder: epath.Path,
     tokenizer: epath.Path,
-    loras: Sequence[LoraSource],
+    changes: Changes,
 ) -> Write:
-    parts = {"transformer": _open_part(source, "diffusers", loras)}
+    parts = {"transformer": _open_part(source, "diffusers", changes)}
     parts |= {name: _open_part(file, "diffusers") for name, file in (("vae", vae), ("text_encoder", text_encoder))}
     Tokenizer(tokenizer.parent)
 
@@ -100,7 +120,7 @@ def _open_pipeline(
     return write
 
 
-def _open_part(source: epath.Path, layout: str, loras: Sequence[LoraSource] = ()) -> Write:
+def _open_part(source: epath.Path, layout: str, changes: Changes = Changes()) -> Write:
     check_hashes(source)
     tensors = _open_pickle(source) if source.suffix in PICKLES else open_tensors(source)
     if not source.is_dir():
@@ -111,21 +131,20 @@ def _open_part(source: epath.Path, layout: str, loras: Sequence[LoraSource] = ()
                 if layout != "diffusers":
                     raise InputError(f"{source}: not a transformer, which is all that --layout={layout} is for")
                 named = text_encoder_tensors_named(plain, lambda name, known=known: known(name) is not None, source)
-                if loras:
-                    raise InputError(f"{source}: not a transformer, which is all that --lora changes")
+                changes.check_none(source)
                 return to_diffusers(named, source)
-    return _transformer(tensors, source, layout, loras)
+    return _transformer(tensors, source, layout, changes)
 
 
-def _transformer(
-    tensors: Mapping[str, LazyTensor], source: epath.Path, layout: str, loras: Sequence[LoraSource]
-) -> Write:
-    config, renamed = open_transformer(source, layout, tensors, loras)
+def _transformer(tensors: Mapping[str, LazyTensor], source: epath.Path, layout: str, changes: Changes) -> Write:
+    config, renamed = open_transformer(source, layout, tensors, changes.loras)
     # A hybrid's config also says where its VAE and text encoder are.
     more = read_object(source / "config.json") if config.hybrid else {}
-    if loras:
-        say_operated(config, *loras)
-        more |= {"loras": more.get("loras", []) + describe_loras(loras)}
+    if changes.loras:
+        say_operated(config, *changes.loras)
+        more |= {"loras": more.get("loras", []) + describe_loras(changes.loras)}
+    if changes.kind:
+        more |= sampler_of(kind_that_fits(changes.kind, config, str(source)))
     return lambda output: write_transformer(renamed, config, output, layout, more=more)
 
 

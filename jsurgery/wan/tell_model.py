@@ -79,6 +79,13 @@ def own_sampler(config: ConfigDict) -> dict[str, Any]:
     return {KEPT_SAMPLER: {name: config.sampler[name] for name in SAMPLER_FIELDS}}
 
 
+def sampler_of(model: Model) -> dict[str, Any]:
+    """The same of a few-step model's makers, for the config.json of its transformer; empty for any other model."""
+    named = {field.removeprefix("sampler."): value for field, value in model.defaults.items()}
+    kept = {name: value for name, value in named.items() if name in SAMPLER_FIELDS}
+    return {KEPT_SAMPLER: kept} if model.few_steps else {}
+
+
 def with_own_sampler(name: str, overrides: Mapping[str, str]) -> ConfigDict:
     """The config `name` for the surgery of `config.model.path`, whose own sampler comes before the config's if it takes
     few steps: it is traced, fine-tuned and evaluated at its own timesteps, without guidance.

@@ -77,6 +77,25 @@ def test_its_sampler_stays_in_the_operated_folder(tmp_path, few_steps, tiny_pipe
             tell_model(str(tmp_path / "hybrid"))
 
 
+def test_convert_keeps_the_sampler_of_a_kind(tmp_path, tiny_pipeline, capsys):
+    convert = lambda *flags: main(["convert", f"--model={tiny_pipeline}", *flags])
+    for name, flags in (("few", ["--kind=consistency"]), ("plain", [])):
+        shutil.copytree(tiny_pipeline, tmp_path / name, ignore=shutil.ignore_patterns("transformer"))
+        assert convert(f"--output={tmp_path / name / 'transformer'}", *flags) == 0
+    assert tell_model(str(tmp_path / "few")).by == "its config.json"
+    kept = sampling_config(None, {"model.path": str(tmp_path / "few")}).sampler
+    assert (kept.solver, kept.steps, kept.guidance) == ("lcm", 4, 1.0)
+    assert not tell_model(str(tmp_path / "plain")).model.few_steps
+    capsys.readouterr()
+    for flags, message in (
+        (["--kind=lightx2v-14b"], "--kind=lightx2v-14b"),
+        (["--kind=lightx2w-14b"], "did you mean lightx2v-14b?"),
+        (["--kind=consistency", "--layout=original"], "expected --layout=diffusers"),
+    ):
+        assert convert(f"--output={tmp_path / 'bad'}", *flags) == 2 and not (tmp_path / "bad").exists()
+        assert message in capsys.readouterr().err
+
+
 def test_it_is_fine_tuned_at_its_own_timesteps(few_steps):
     import jax
 

@@ -48,6 +48,8 @@ def test_image_to_video_with_the_operated_model(workdir):
         command = ["sample", f"--model={workdir / 'run' / 'model'}", "--prompt=x", f"--output={clip}"]
         assert main([*command, "--frames=5", "--height=128", "--width=96", f"--image={workdir / f'{name}.png'}"]) == 0
         with av.open(str(clip)) as container:
-            frames[name] = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], dtype=int)
+            frames[name] = np.stack(
+                [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)], dtype=int
+            )
     assert frames["a"].shape == (5, 128, 96, 3)
     assert all(np.abs(frames["a"] - frames["b"]).mean(axis=(1, 2, 3)) > 1), "the image reaches every frame"
