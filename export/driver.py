@@ -127,7 +127,10 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    pipeline = Pipeline(options.folder, options.precision)
+    try:
+        pipeline = Pipeline(options.folder, options.precision)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     shape = pipeline.manifest["tensors"]["latents"]["shape"]
     try:
         video = pipeline(options.prompt, np.random.default_rng(options.seed).standard_normal(shape))

@@ -387,4 +387,4 @@ class Run:
         """Writes config.json to the workdir, or to the folder of a job, since other jobs may share the workdir."""
         folder = job.folder if job else self.workdir
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dict(flatten(self.config)))
+        write_json(folder / "config.json", dict(flatten(self.original_config)))  # without the mesh of a stage

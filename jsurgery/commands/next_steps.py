@@ -9,7 +9,7 @@ from typing import Any
 from jsurgery.commands.options import Options, Overrides
 
 # Name of a command -> (its result, what comes next). `same` stands for the flags that all stages of a run share,
-# `config` for --config; any other name for the value of that flag.
+# `config` for --config, `first` for the first of --precision; any other name for the value of that flag.
 STEPS = {
     "trace": ("{workdir}/trace", "jsurgery distill {same}"),
     "distill": ("{workdir}/distill, its errors in errors.json", "jsurgery plan {same}"),
@@ -48,7 +48,11 @@ STEPS = {
         "send it to participants, then jsurgery evaluate study-results ANSWERS --key={output}/study.key.json",
     ),
     "evaluate study-results": ("{json}", "jsurgery push --model=RUN/model --repo=ORG/NAME"),
-    "export": ("{workdir}/export", "python {workdir}/export/driver.py {workdir}/export --prompt='…' --output=out.gif"),
+    "export": (
+        "{workdir}/export",
+        "python {workdir}/export/driver.py {workdir}/export --precision={first} --prompt='…' --output=out.gif",
+    ),
+    "export --parts": ("{workdir}/export", "the same without --parts, which driver.py needs"),
 }  # fmt: skip
 
 
@@ -66,7 +70,8 @@ def next_line(options: Options, overrides: Overrides) -> str | None:
     given = vars(options)
     if given.get("dry_run"):
         return "done: nothing has run; next: the same command without --dry_run"
-    name = "report --compare" if given.get("compare") else options.name
+    variants = (f"{options.name} --{flag}" for flag in ("compare", "parts") if given.get(flag))
+    name = next((name for name in variants if name in STEPS), options.name)
     if name not in STEPS:
         return None
     result, following = (text.format_map(words(given, overrides)) for text in STEPS[name])
@@ -80,7 +85,9 @@ def words(given: dict[str, Any], overrides: Overrides) -> dict[str, str]:
     config = f"--config={values['config']}" if given.get("config") else ""
     fields = [shlex.quote(f"--config.{field}={text}") for field, text in overrides.items()]
     same = " ".join(filter(None, [config, f"--workdir={values.get('workdir')}", *fields]))
-    return values | {"config": config, "same": same}
+    precisions = given.get("precision") or "float32"
+    first = precisions.split(",")[0] if isinstance(precisions, str) else precisions[0]
+    return values | {"config": config, "same": same, "first": first}
 
 
 def default_output(given: dict[str, Any]) -> str:
