@@ -26,6 +26,7 @@ from jsurgery.commands import (
     sample,
     surgery,
 )
+from jsurgery.commands.dry_run import scope
 from jsurgery.commands.mistakes import unknown_flag
 from jsurgery.commands.next_steps import tell_next
 from jsurgery.commands.options import Commands, Parser
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape" if "utf" in sys.stdout.encoding else "backslashreplace")
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
-        options.command(options, overrides)
+        with scope(options):
+            options.command(options, overrides)
         tell_next(options, overrides)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -22,6 +22,7 @@ SMALLEST = {  # the least flags of each command
     "bench attention": "", "ablate": "--table=loss --workdir=w", "evaluate vbench": "--prompts=p --output=o",
     "evaluate vbench-results": "r.json", "evaluate fidelity": "--teacher=t --model m --prompts_file=p --workdir=w",
     "evaluate study": "--a=x --b=y", "evaluate study-results": "a.json", "export": "--workdir=w",
+    "export --parts": "--workdir=w --parts=head",
 } | dict.fromkeys(("trace", "distill", "plan", "operate", "finetune", "evaluate"), "--workdir='my run'")  # fmt: skip
 
 
@@ -90,9 +91,9 @@ def test_help_texts_are_sentences():
 
 def test_every_command_tells_where_its_result_is_and_a_next_command_that_parses():
     assert set(SMALLEST) == set(next_steps.STEPS)
-    assert set(next_steps.STEPS) == {*command_names(), "report --compare"} - {"surgery", "completion"}
+    assert set(next_steps.STEPS) == {*command_names(), "report --compare", "export --parts"} - {"surgery", "completion"}
     for name, flags in SMALLEST.items():
-        words = [*name.replace(" --compare", "").split(), *shlex.split(flags), "--config.seed=1"]
+        words = [*name.partition(" --")[0].split(), *shlex.split(flags), "--config.seed=1"]
         line = next_steps.next_line(*cli.parse(words))
         result, _, following = line.removeprefix("done: ").partition("; next: ")
         assert result and following and "{" not in line and "None" not in line, line

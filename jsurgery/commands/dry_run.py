@@ -1,5 +1,6 @@
 """The flags of --dry_run, which several commands have."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,15 @@ def add_dry_run(command: Parser, *, json: bool = True) -> None:
     command.add_argument("--kept", type=float, metavar="GB", help=text)
     if json:
         command.add_argument("--json", metavar="FILE", help="For --dry_run: also write the result to this file.")
+
+
+def scope(options: Options) -> contextlib.AbstractContextManager[None]:
+    """What a command runs in: a dry run downloads no weights."""
+    if not getattr(options, "dry_run", False):
+        return contextlib.nullcontext()
+    from jsurgery.wan.hub import leaving_weights
+
+    return leaving_weights()
 
 
 def limits(options: Options, workdir: str | None = None) -> "Limits":

@@ -45,7 +45,7 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
 
     config = keep_compiled(with_own_sampler(options.config, overrides))
     if options.dry_run:
-        run_dry(config, options)
+        run_dry(config, options, "prompts" in overrides)
         return
     join_processes(options)
     from jsurgery.report.summary import tell_result
@@ -69,14 +69,20 @@ def run_surgery(options: Options, overrides: Overrides) -> None:
             print_front(config, run)
 
 
-def run_dry(config: ConfigDict, options: Options) -> None:
-    """Tells what the stages of a command would take. With a model's folder, first makes the command's own checks."""
+def run_dry(config: ConfigDict, options: Options, prompts_given: bool) -> None:
+    """Tells what the stages of a command would take. With a model on this machine, first makes the command's own
+    checks."""
+    from jsurgery.data.prompts import load_prompts
     from jsurgery.estimate.dry_run import dry_run
     from jsurgery.run import Run
     from jsurgery.surgery.stages import COMMANDS, STAGES
+    from jsurgery.wan.hub import lacks_weights
+    from jsurgery.wan.model_folder import model_path
 
-    if config.model.path:
+    if config.model.path and not lacks_weights(model_path(config.model.path)):
         Run(config, options.workdir)
+    elif prompts_given:
+        load_prompts(config, config.trace.prompts + config.evaluate.prompts)
     commands = COMMANDS if options.name == "surgery" else (options.name,)
     stages = [stage.name for stage in STAGES if stage.command in commands]
     dry_run(config, options.config, split_topology(options.config)[1], stages, limits(options))

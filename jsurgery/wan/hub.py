@@ -1,7 +1,9 @@
 """Downloads models of the Hugging Face Hub, only when the user names one, and turns its client's errors into ours."""
 
 import contextlib
+import contextvars
 import functools
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 
@@ -12,6 +14,24 @@ from jsurgery.errors import InputError
 # Weights (never pickles), configs and tokenizers.
 FILES = ["*.safetensors", "*.json", "*.model"]
 CONFIGS = ["*.json"]
+WITHOUT_WEIGHTS = ["*.json", "*.model"]
+
+_leave_weights = contextvars.ContextVar("leave_weights", default=False)
+
+
+@contextlib.contextmanager
+def leaving_weights() -> Iterator[None]:
+    """Within it a repository's weights are not downloaded, for a dry run: configs and tokenizer are."""
+    token = _leave_weights.set(True)
+    try:
+        yield
+    finally:
+        _leave_weights.reset(token)
+
+
+def lacks_weights(folder: epath.Path) -> bool:
+    """Whether a snapshot has no weights, since they were left where they are."""
+    return _leave_weights.get() and not any(pathlib.Path(folder).rglob("*.safetensors"))
 
 
 def repository(path: str) -> tuple[str, str | None] | None:
@@ -24,8 +44,8 @@ def local_path(path: str, check: Callable[[epath.Path], None] | None = None) -> 
     """The snapshot of a repository ORG/NAME or ORG/NAME@REVISION; any other path, and one that exists, as it is.
 
     A complete snapshot in the Hub's cache is used without a network. `check` is called with a snapshot that has the
-    configs alone, before the weights are downloaded. Raises InputError when there is no such repository or revision, or
-    when the Hub cannot be reached.
+    configs alone, before the weights are downloaded; see `leaving_weights`. Raises InputError when there is no such
+    repository or revision, or when the Hub cannot be reached.
     """
     named = repository(path)
     if named is None:
@@ -38,7 +58,7 @@ def local_path(path: str, check: Callable[[epath.Path], None] | None = None) -> 
         download = functools.partial(huggingface_hub.snapshot_download, named[0], revision=named[1])
         if check is not None:
             check(epath.Path(download(allow_patterns=CONFIGS)))
-        return download(allow_patterns=FILES)
+        return download(allow_patterns=WITHOUT_WEIGHTS if _leave_weights.get() else FILES)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import huggingface_hub
 import pytest
@@ -9,8 +10,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from jsurgery import cli
 from jsurgery.errors import InputError
-from jsurgery.wan.hub import CONFIGS, FILES, local_path
-from jsurgery.wan.model_folder import model_path
+from jsurgery.wan.hub import CONFIGS, FILES, WITHOUT_WEIGHTS, local_path
+from jsurgery.wan.model_folder import check_pipeline, model_path
 
 
 @pytest.fixture
@@ -55,6 +56,27 @@ def test_a_repository_of_another_task_is_refused_before_its_weights(tmp_path, mo
     (snapshot / "model_index.json").write_text(json.dumps(experts | {"transformer_2": [None, None]}))
     assert str(model_path("Wan-AI/Wan2.1-T2V-14B-Diffusers")) == str(snapshot)
     assert patterns == [CONFIGS, CONFIGS, FILES]
+
+
+def test_a_dry_run_downloads_no_weights(tmp_path, monkeypatch, capsys, tiny_pipeline):
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "snapshot"
+    kept = shutil.ignore_patterns("*.safetensors", "hashes.json")
+    shutil.copytree(tiny_pipeline, snapshot, ignore=kept)
+    patterns = []
+    download = lambda _, allow_patterns, **__: patterns.append(allow_patterns) or str(snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    flags = ["--config.model.path=org/name", "--dry_run", "--disk=100", "--config.plan.budget=1R8"]
+    surgery = ["surgery", "--config=tiny", "--workdir=run", *flags]
+    assert cli.main(surgery) == 0 and "fine-tuning" in capsys.readouterr().out
+    assert cli.main(["sample", "--model=org/name", "--prompt=x", "--dry_run"]) == 0
+    assert patterns and all(each in (CONFIGS, WITHOUT_WEIGHTS) for each in patterns)
+    assert not any("safetensors" in pattern for each in patterns for pattern in each)
+    assert cli.main([*surgery, "--config.prompts=/no/prompts.txt"]) == 2
+    assert "/no/prompts.txt: no such file" in capsys.readouterr().err
+    with pytest.raises(InputError, match="safetensors"):  # outside of a dry run they are asked for, and missed
+        check_pipeline("org/name")
+    assert patterns[-1] == FILES
 
 
 def test_a_path_is_not_downloaded(tmp_path, monkeypatch, requested):
