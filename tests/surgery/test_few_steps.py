@@ -58,7 +58,7 @@ def test_its_sampler_stays_in_the_operated_folder(tmp_path, few_steps, tiny_pipe
     assert (config.trace.solver, config.finetune.teacher_weight, config.video.fps) == ("lcm", 1.0, 8)
     given = with_own_sampler("tiny", overrides | {"sampler.steps": "6", "finetune.teacher_weight": "0.5"})
     assert (given.sampler.steps, given.trace.keep_steps, given.finetune.teacher_weight) == (6, 6, 0.5)
-    plain = with_own_sampler("tiny", SMALL | {"model.path": str(tiny_pipeline)})
+    plain = with_own_sampler("tiny", SMALL | {"model.path": str(tiny_pipeline), "finetune.teacher_weight": "0"})
     assert (plain.sampler.solver, plain.sampler.guidance, plain.finetune.teacher_weight) == ("unipc", 5.0, 0.0)
     assert "sampler" not in Run(plain, str(tmp_path / "plain")).notes
 
