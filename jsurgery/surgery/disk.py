@@ -86,7 +86,7 @@ def check_disk(
     if free is not None and total > free:
         raise InputError(
             f"--workdir={workdir}: expected {total / GB:.1f} GB of free disk, found {free / GB:.1f} GB "
-            "(config.checkpoint.keep and config.distill.mode=sampling take less)"
+            "(config.checkpoint.keep=1 and config.distill.mode=sampling take least; a dry run takes --disk=GB)"
         )
     if kept is not None and results > kept * GB:
         raise InputError(f"--kept={kept:g}: the results take {results / GB:.1f} GB")
