@@ -131,9 +131,9 @@ def step_time(run: RunFiles, tables: Sequence[dict[str, Any]]) -> dict[str, Any]
     """The measured seconds of a sampling step of one clip, and what the last model saves of the teacher's.
 
     None if the teacher's or the last model's were not measured, or not on one machine and in batches of one size.
-    models: name -> median (`mean`) and quartiles. noise: whether the quartiles of the two overlap, or the rebuilt models,
-    which compute alike, differ as much among themselves. attention: the share of the attention cores in the teacher's
-    FLOPs, None if those are not known.
+    models: name -> median (`mean`) and quartiles. noise: whether the quartiles of the two overlap, or the rebuilt
+    models, which compute alike, differ as much among themselves. attention: the share of the attention cores in the
+    teacher's FLOPs, None if those are not known.
     """
     last = list(run.evaluation["models"])[-1] if run.evaluation else "teacher"
     settings = {(measured["machine"], measured["clips"]) for measured in run.speed.values()}
