@@ -3,8 +3,9 @@
     jsurgery surgery --config=tiny --workdir=runs/demo
 
 The budget is the cost of two of the six blocks with linear attention; the planner may choose other rates for it. At
-three blocks, half of them, the tiny model loses what can be seen (`tiny_evidence` measures that). Results are about a tiny model on procedural clips, not about Wan2.1 1.3B. Prompts, clips and steps are
-few, for a demonstration; `tiny_evidence` has enough for a table.
+three blocks, half of them, the tiny model loses what can be seen (`tiny_evidence` measures that). Results are about a
+tiny model on procedural clips, not about Wan2.1 1.3B. Prompts, clips and steps are few, for a demonstration;
+`tiny_evidence` has enough for a table.
 """
 
 from jsurgery.config import base
