@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jsurgery import solve_block_rates
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.load_config import load_config
-from jsurgery.rates import Rate, rate_name
+from jsurgery.rates import Rate
 from jsurgery.wan.checkpoint import read_config
 from jsurgery.wan.cost import Workload, block_flops, core_flops, workload
 from jsurgery.wan.model_folder import model_path

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from jsurgery.attention.rope import rope_tables
 from jsurgery.diffusion import initial_noise, schedule
 from jsurgery.io.files import save_array
 from jsurgery.io.results import relative_error
@@ -22,7 +23,6 @@ from jsurgery.surgery.trace import TraceSteps
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import load_text_encoder, load_transformer, load_vae, open_transformer
 from jsurgery.wan.checkpoint_layouts import load_transformer_tensors
-from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.text_encoder import encode_prompts
 from jsurgery.wan.tokenizer import Tokenizer
 from jsurgery.wan.transformer import WanTransformer, layer_norm
@@ -114,7 +114,7 @@ class JaxParts:
             if plain:
                 attend = functools.partial(self.attend, rate=rate, maps=maps or (None, None))
                 return module(x, text, modulation, rope, attend, self.attend)
-            attend = lambda q, k, v: model.attend(q, k, v, maps, rate, order, stabilizer)
+            attend = lambda q, k, v: model.attend(q, k, v, maps, rate, self.layout.grid, order, stabilizer)
             return module(x, text, modulation, rope, attend)
 
         return block

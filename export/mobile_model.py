@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jsurgery.attention.rope import rope_tables
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.rope import rope_tables
 from pallas_kernels.reference import EPSILON
 
 from . import torch_attention, torch_model

@@ -34,6 +34,7 @@ from jsurgery.wan.video_size import check_size
 
 from .artefacts import Artefact
 from .formats import PACKAGES, PRECISIONS
+from .kinds import check_kinds
 from .parity import check_parity, missing_samples, parity_rows
 from .parts import FORMAT_VERSION, ExportJob
 from .worker import LOG
@@ -183,6 +184,7 @@ def make_job(
     if not file.exists():
         raise InputError(f"{file}: no such file; export reads the diffusers layout, see `jsurgery convert`")
     network = WanConfig.from_json(json.loads(file.read_text()), source=str(file))
+    check_kinds(network, str(file))
     check_size(network, config.video.frames, config.video.height, config.video.width)
     left_out, encoder, decoder = {}, False, True
     try:

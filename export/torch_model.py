@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from jsurgery.attention.rope import rope_tables
 from jsurgery.errors import InputError
 from jsurgery.rates import Rate
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.rope import rope_tables
 
+from .kinds import check_kinds
 from .torch_attention import TorchFeatureMap, apply_rope, block_length, hybrid_attention
 from .torch_files import open_tensors, read_json
 
@@ -302,6 +303,7 @@ def load(
     """
     folder = pathlib.Path(path)
     config = WanConfig.from_json(read_json(folder / "config.json"), source=str(folder / "config.json"))
+    check_kinds(config, str(folder / "config.json"))
     stored = open_tensors(folder)
     with torch.device("meta"):
         model = HybridWanTransformer3DModel(config)

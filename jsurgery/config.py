@@ -12,7 +12,6 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from jsurgery.errors import InputError
-from jsurgery.rates import check_rates
 
 
 def base() -> ConfigDict:
@@ -54,7 +53,7 @@ def base() -> ConfigDict:
     c.sampler.negative_prompt = ""  # what guidance leads away from
 
     c.hybrid = ConfigDict()
-    c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass
+    c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass; "C3O1" is a chunked hybrid
     c.hybrid.stabilizer = "lse"  # "max" is the paper's
     c.hybrid.lattice = "strided"  # every R-th token; "staggered" moves them a column a frame, "staggered_rows" a row
     c.hybrid.linear_branch = True  # False: softmax over the kept tokens alone, a control
@@ -246,21 +245,7 @@ def validate(config: ConfigDict) -> None:
         raise InputError(f"config.train.vae_crop: expected frames, height and width, found {crop}")
     check_video(*crop, prefix="config.train.vae_crop: ", multiple=8)
     check_video(config.video.frames, config.video.height, config.video.width, prefix="config.video.")
-    check_rates("config.hybrid.rates", config.hybrid.rates)
-    check_rates("config.plan.rates", config.plan.rates)
-    if 1 in config.hybrid.rates:
-        raise InputError(
-            "config.hybrid.rates: 1 is full softmax, which has nothing to distil; leave it to config.plan.rates"
-        )
-    if "linear" in config.plan.rates and not config.hybrid.linear_branch:
-        raise InputError("config.plan.rates: 'linear' needs config.hybrid.linear_branch=True")
-    if config.plan.errors == "velocity" and not config.distill.velocity_steps:
-        raise InputError(
-            "config.distill.velocity_steps: expected at least 1, as config.plan.errors is 'velocity'; found 0"
-        )
-    for rate in config.plan.rates:
-        if rate != 1 and rate not in config.hybrid.rates:
-            raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")
+    check_kinds(config)
     if config.hybrid.activation == "hedgehog":
         for field in ("degree", "layers"):
             if config.hybrid[field] != 1:
@@ -289,6 +274,37 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"config.trace.holdout: {config.trace.holdout} of {config.trace.prompts} prompts leaves none to train on"
         )
+
+
+def check_kinds(config: ConfigDict) -> None:
+    """Raises InputError for candidates that no family knows, or that the other fields do not allow."""
+    from jsurgery.attention.kinds.registry import (  # imports JAX, which commands' help does not need
+        check_rates,
+        kind_of,
+    )
+
+    check_rates("config.hybrid.rates", config.hybrid.rates)
+    check_rates("config.plan.rates", config.plan.rates)
+    if 1 in config.hybrid.rates:
+        raise InputError(
+            "config.hybrid.rates: 1 is full softmax, which has nothing to distil; leave it to config.plan.rates"
+        )
+    for rate in config.plan.rates:
+        if not (config.hybrid.linear_branch or kind_of(rate).has_softmax):
+            raise InputError(f"config.plan.rates: {rate!r} needs config.hybrid.linear_branch=True")
+    if config.plan.errors == "velocity" and not config.distill.velocity_steps:
+        raise InputError(
+            "config.distill.velocity_steps: expected at least 1, as config.plan.errors is 'velocity'; found 0"
+        )
+    for rate in config.plan.rates:
+        if rate != 1 and rate not in config.hybrid.rates:
+            raise InputError(f"config.plan.rates: rate {rate} is not among config.hybrid.rates {config.hybrid.rates}")
+    for rate in config.hybrid.rates:
+        if config.distill.loss not in (losses := kind_of(rate).losses):
+            raise InputError(
+                f"config.distill.loss: {rate!r} in config.hybrid.rates can be distilled by {' or '.join(losses)}, "
+                f"found {config.distill.loss!r}"
+            )
 
 
 def check_timesteps(timesteps: Sequence[float], steps: int) -> None:

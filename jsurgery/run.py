@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import block_numbers, flatten
 from jsurgery.data.latents import check_latents, encode_sprites
@@ -39,7 +40,7 @@ from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.disk import check_disk, disk_of_stages, written_bytes
 from jsurgery.surgery.distillation.distill import distill
 from jsurgery.surgery.distillation.jobs import job_name, job_of_block, merge
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps
+from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.distillation.while_sampling import own_clips
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import copy_model, operate, save_model, save_operated
@@ -107,7 +108,7 @@ class Run:
         check_budget(config, self.model_config)
         check_rank(self.model_config, config.finetune.lora_rank)
         mesh = abstract_mesh(config.mesh)
-        check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange)
+        check_heads(mesh, self.model_config.num_attention_heads, config.mesh.exchange, config.hybrid.rates)
         if is_given(config.mesh):
             for batch in (config.distill.batch, config.finetune.batch // config.finetune.accumulate):
                 check_batch(mesh, batch)

@@ -114,7 +114,8 @@ def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool
     check_loras(model, loras_of(config))
     check_size(model, config.video.frames, config.video.height, config.video.width)
     config = on_mesh(config, len(requests))
-    check_heads(make_mesh(config.mesh, jax.local_devices()), model.num_attention_heads, config.mesh.exchange)
+    mesh = make_mesh(config.mesh, jax.local_devices())
+    check_heads(mesh, model.num_attention_heads, config.mesh.exchange, model.rates)
     if again:
         return list(requests)
     identity = transformer_identity(config)

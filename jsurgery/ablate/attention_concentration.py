@@ -13,9 +13,10 @@ import numpy as np
 
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.evaluate.statistics import mean_and_std
-from jsurgery.rates import rate_chain, rate_name
+from jsurgery.rates import rate_chain
 from jsurgery.runtime.progress import Progress
 from jsurgery.wan.transformer import WanTransformer
 

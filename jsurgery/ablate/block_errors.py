@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from jsurgery.ablate.seed_run import SeedRun
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.evaluate.statistics import mean_and_std
-from jsurgery.rates import rate_name
 
 
 def block_errors(seeds: Sequence[SeedRun]) -> dict[str, Any]:

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 
 from jsurgery.ablate.seed_run import Model, Operation, SeedRun, velocity
+from jsurgery.attention.kinds.registry import parse_block_budget, rate_name
+from jsurgery.attention.map_sizes import map_parameters
 from jsurgery.evaluate.sprites_reference import Reference
 from jsurgery.evaluate.sprites_score import DIMENSIONS
 from jsurgery.evaluate.surgery_models import measure_models
 from jsurgery.io.files import read_json, write_json
-from jsurgery.rates import parse_block_budget, rate_name
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.plan_forward import softmax_shares
-from jsurgery.wan.cost import core_flops, map_parameters, workload
+from jsurgery.wan.cost import core_flops, workload
 from jsurgery.wan.transformer import WanTransformer
 
 Items = dict[str, list[float]]  # measure -> its value for each prompt or block
@@ -116,7 +117,8 @@ def teacher_share(operation: Operation) -> Items:
     """The attention mass that the teacher gives the softmax keys of the arm's rate, by block."""
     block_budget = parse_block_budget(operation.config.plan.budget)
     assert block_budget is not None
-    column = operation.errors["rates"].index(block_budget[1])
+    ((_, rate),) = block_budget
+    column = operation.errors["rates"].index(rate)
     return {"teacher_share": [row[column] for row in operation.errors["teacher_softmax_share"]]}
 
 

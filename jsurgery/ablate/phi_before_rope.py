@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsurgery.ablate.seed_run import SeedRun
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.evaluate.statistics import mean_and_std, paired_difference
-from jsurgery.rates import rate_name
 
 SIDES = {"after": "after RoPE", "before": "before RoPE"}
 

@@ -18,11 +18,11 @@ from scipy.stats import rankdata
 
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.ablate.tables import BUDGETS, scaled
-from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.feature_maps import FeatureMapConfig, FeatureMapPair
 from jsurgery.errors import InputError
 from jsurgery.evaluate.statistics import RESAMPLES, mean_and_std
 from jsurgery.runtime.progress import Progress
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair, load_maps, read_errors
+from jsurgery.surgery.distillation.saved_maps import load_maps, read_errors
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import BlockCosts, block_costs, budget_cost

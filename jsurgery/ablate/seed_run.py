@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 from jsurgery.ablate.measurement_file import MeasurementFile
 from jsurgery.ablate.tables import STEPS, Arm, scaled
 from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.attention.kinds.registry import parse_block_budget
 from jsurgery.config import validate
 from jsurgery.errors import Diverged, InputError
 from jsurgery.io.fields import as_recorded
 from jsurgery.io.files import write_json
-from jsurgery.rates import parse_block_budget
 from jsurgery.run import Run
 from jsurgery.runtime.stage_folder import StageFolder
 from jsurgery.surgery.distillation.distill import distill
@@ -248,8 +248,8 @@ def arm_config(config: ConfigDict, arm: Arm, layers: int) -> ConfigDict:
     budget = scaled(arm.blocks, layers)
     block_budget = parse_block_budget(budget)
     assert block_budget is not None
-    numeric = (rate for rate in config.hybrid.rates if rate != "linear")
-    rates = (1, *numeric) if arm.selection == "heterogeneous" else (1, block_budget[1])
+    numeric = (rate for rate in config.hybrid.rates if isinstance(rate, int))
+    rates = (1, *numeric) if arm.selection == "heterogeneous" else (1, *(rate for _, rate in block_budget))
     planning = {"plan.budget": budget, "plan.selection": arm.selection, "plan.rates": rates}
     return changed(config, {**arm.changes, **planning})
 

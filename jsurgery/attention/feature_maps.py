@@ -13,6 +13,8 @@ from pallas_kernels.feature_map import HedgehogMap, PolynomialMap, init_hedgehog
 HEDGEHOG = HedgehogMap.activation
 
 LearnedMap = PolynomialMap | HedgehogMap
+# The maps of queries and of keys. In distillation leaves are [blocks, kinds, heads, ...], of the distilled blocks.
+FeatureMapPair = tuple[LearnedMap, LearnedMap]
 
 # How files name the map of a block's queries and the map of its keys.
 QUERY_MAP, KEY_MAP = "phi_q", "phi_k"

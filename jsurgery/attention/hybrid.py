@@ -1,26 +1,30 @@
-"""Hybrid attention in a network: the rate of every block, and how its softmax and linear branches are built."""
+"""What surgery changes in a network: the kind of every block's attention, and how its branches are built."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Self
 
-import jax
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig, LearnedMap
+from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig
+from jsurgery.attention.kinds.base import Kind
+from jsurgery.attention.kinds.registry import check_rate, check_rates, kind_of
 from jsurgery.attention.token_order import LATTICES, TokenOrder
 from jsurgery.errors import InputError
 from jsurgery.io.fields import check_fields
-from jsurgery.rates import Rate, check_rates, rate_chain
-from pallas_kernels.api import STABILIZERS, hybrid_attention
+from jsurgery.rates import Rate, rate_chain
+from pallas_kernels.api import STABILIZERS
 from pallas_kernels.feature_map import ACTIVATIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 1: numbers and "linear" alone; 2: any kind
 
 
 @dataclasses.dataclass(frozen=True)
 class HybridConfig:
-    """What surgery changes in a network: one rate per block, and how the hybrid blocks are built."""
+    """What surgery changes in a network: one kind per block, and how the hybrid blocks are built.
+
+    A kind is given by its rate, that is, by its spelling: 1 (softmax), 2, "linear", "C3O1".
+    """
 
     rates: tuple[Rate, ...]
     chain: tuple[int, ...] = (1, 2, 4, 8)  # the rates whose softmax tokens are nested zones of the token order
@@ -51,8 +55,9 @@ class HybridConfig:
         if not isinstance(fields, dict):
             raise InputError(f"{source}: hybrid: expected what surgery changed, as an object; found {fields!r}")
         fields = dict(fields)
-        if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
-            raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {FORMAT_VERSION}, found {version}")
+        if (version := fields.pop("format_version", None)) not in FORMAT_VERSIONS:
+            known = " and ".join(map(str, FORMAT_VERSIONS))
+            raise InputError(f"{source}: hybrid.format_version: this jsurgery reads {known}, found {version}")
         try:
             phi = FeatureMapConfig(**fields.pop("feature_map"))
             config = cls(rates=tuple(fields.pop("rates")), chain=tuple(fields.pop("chain")), feature_map=phi, **fields)
@@ -68,11 +73,33 @@ class HybridConfig:
         ):
             if choice not in choices:
                 raise InputError(f"{source}: hybrid: {name}: expected one of {', '.join(choices)}, found {choice!r}")
-        allowed = (1, *config.chain, *(["linear"] if config.linear_branch else []))
-        if unknown := [rate for rate in config.rates if rate not in allowed]:
-            names = ", ".join(map(str, dict.fromkeys(allowed)))
-            raise InputError(f"{source}: hybrid.rates: expected rates of {names}, found {unknown[0]!r}")
+        for rate in config.rates:
+            config._check_rate(source, rate, version)
         return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The "hybrid" part of config.json, in the oldest format that can hold it, which an older jsurgery reads."""
+        version = max((kind.format_version for kind in self.kinds), default=1)
+        return {"format_version": version, **dataclasses.asdict(self)}
+
+    def _check_rate(self, source: str, rate: Any, version: int) -> None:
+        """Raises InputError unless a block of this model may have the rate, in a file of this format."""
+        field = f"{source}: hybrid.rates"
+        numbers = (1, *self.chain)
+        if isinstance(rate, int) and rate not in numbers:
+            names = ", ".join(map(str, dict.fromkeys(numbers)))
+            raise InputError(f"{field}: expected rates of {names}, found {rate!r}")
+        check_rate(field, rate)
+        kind = kind_of(rate)
+        if not (kind.has_softmax or self.linear_branch):
+            raise InputError(f"{field}: expected rates with softmax, as linear_branch is false; found {rate!r}")
+        if kind.format_version > version:
+            raise InputError(f"{field}: format {version} knows numbers and 'linear', found {rate!r}")
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of every block."""
+        return tuple(map(kind_of, self.rates))
 
     @property
     def converted(self) -> tuple[int, ...]:
@@ -81,7 +108,7 @@ class HybridConfig:
 
     def token_order(self, grid: tuple[int, int, int], shards: int = 1) -> TokenOrder | None:
         """The prefix order of a (time, height, width) token grid; None if no block needs one."""
-        if not self.converted:
+        if not any(kind.needs_prefix for kind in self.kinds):
             return None
         return token_order(grid, self.chain, self.lattice, shards)
 
@@ -91,20 +118,3 @@ def token_order(grid: tuple[int, int, int], chain: Sequence[int], lattice: str, 
     frames, height, width = grid
     size = height * width
     return TokenOrder(frames * size, tuple(chain), lattice, size, shards, tokens_per_row=width)
-
-
-def attend(
-    q_BxNxHxD: jax.Array,
-    k_BxNxHxD: jax.Array,
-    v_BxNxHxD: jax.Array,
-    query_map: LearnedMap | None,
-    key_map: LearnedMap | None,
-    *,
-    num_softmax: int,
-    stabilizer: str,
-) -> jax.Array:
-    """Eq. 5 on tokens in prefix order. Without maps, softmax attention to the first `num_softmax` keys alone."""
-    if key_map is None:
-        k_BxNxHxD, v_BxNxHxD = k_BxNxHxD[:, :num_softmax], v_BxNxHxD[:, :num_softmax]
-    options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
-    return hybrid_attention(q_BxNxHxD, k_BxNxHxD, v_BxNxHxD, query_map, key_map, **options)

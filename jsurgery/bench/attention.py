@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from jsurgery.attention.kinds.registry import parse_block_budget, plan_of_budget, rate_name
 from jsurgery.bench.attention_programs import (
     TEXT_LENGTH,
     AttentionShape,
@@ -27,7 +28,7 @@ from jsurgery.bench.timing import alternate
 from jsurgery.errors import InputError
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, processor, versions, xla_threads
-from jsurgery.rates import Rate, parse_block_budget, rate_name
+from jsurgery.rates import Rate
 from jsurgery.runtime.progress import say
 from jsurgery.wan.model_config import WanConfig
 from pallas_kernels import stock
@@ -119,7 +120,7 @@ def check_plans(plans: tuple[str, ...], network: WanConfig) -> None:
     """Raises InputError for a plan that is no name like "15R2" or has more blocks than the network."""
     for plan in plans:
         named = parse_block_budget(plan)
-        if named is None or named[0] > network.num_layers:
+        if named is None or plan_of_budget(named, network.num_layers) is None:
             raise InputError(f"--plans: expected like 15R2, at most {network.num_layers} blocks, found {plan!r}")
 
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.bench.attention import PASSES, STOCK
 from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, of_rows, step
 from jsurgery.errors import InputError
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report
-from jsurgery.rates import Rate, rate_name
+from jsurgery.rates import Rate
 from jsurgery.runtime.progress import say
 from pallas_kernels import stock
 

@@ -11,13 +11,14 @@ from flax import nnx
 
 from jsurgery.attention.feature_maps import FeatureMapConfig, init_feature_maps
 from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.attention.kinds.registry import parse_block_budget
 from jsurgery.io.results import xla_threads
-from jsurgery.rates import Rate, parse_block_budget
+from jsurgery.rates import Rate
 from jsurgery.surgery.operate import operate
 from jsurgery.wan.cost import Workload, core_flops, model_flops
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
-from jsurgery.wan.video_size import latent_grid, num_tokens
+from jsurgery.wan.video_size import latent_grid
 from pallas_kernels.feature_map import init_polynomial_map
 
 PHI = FeatureMapConfig()
@@ -142,8 +143,8 @@ def forward(
     """
     network, model, rates = softmax.config, softmax, (1,) * softmax.config.num_layers
     if (named := parse_block_budget(plan)) is not None:
-        count, rate = named
-        rates = (*rates[count:], *(rate,) * count)
+        converted = [rate for count, rate in named for _ in range(count)]
+        count, rates = len(converted), (*rates[len(converted) :], *converted)
         shape = count, network.num_attention_heads, network.attention_head_dim
         query_maps, key_maps = (init_feature_maps(key, *shape, PHI) for key in jax.random.split(jax.random.key(1)))
         hybrid = HybridConfig(rates, stabilizer=stabilizer, feature_map=PHI)
@@ -153,7 +154,7 @@ def forward(
     text = jax.random.normal(keys[1], (1, text_length, network.text_dim), softmax.dtype)
     graph, params = nnx.split(model)
     run = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
-    work = Workload(network, num_tokens(*video, network), text_length, PHI)
+    work = Workload(network, 0, text_length, PHI).of_video(*video)
     flops = model_flops(work, rates)
     bound = model_flops(work, (1,) * network.num_layers) / flops
     inputs = params, latents, jnp.full((1,), 500.0), text

@@ -45,7 +45,7 @@ def synthesize_clips(config: ConfigDict, prompts: Sequence[str], workdir: epath.
     batch = sampling_batch(len(prompts), jax.local_device_count(), config.data.batch)
     placed = on_sampling_mesh("synthesize", config, find_sizes(config, ""), batch)
     mesh = make_mesh(placed.mesh, jax.local_devices())
-    check_heads(mesh, model.num_attention_heads, config.mesh.exchange)
+    check_heads(mesh, model.num_attention_heads, config.mesh.exchange, model.rates)
     prompts_hash = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
     identity = with_lora_hashes(folder_fingerprint(model_path(config.model.path)), loras_of(config))
     stage = StageFolder(workdir, "synthesized", config, FIELDS, prompts=prompts_hash, teacher=identity)

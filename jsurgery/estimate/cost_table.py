@@ -8,12 +8,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig
+from jsurgery.attention.kinds.registry import (
+    check_rate,
+    kind_of,
+    parse_block_budget,
+    plan_of_budget,
+    rate_key,
+    rate_name,
+)
+from jsurgery.attention.map_sizes import map_parameters
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.estimate.paper_claims import paper_claims, percent
 from jsurgery.io.files import read_object
 from jsurgery.io.results import si_prefix
-from jsurgery.rates import Rate, parse_block_budget, rate_key, rate_name
+from jsurgery.rates import Rate
 from jsurgery.wan.cost import (
     PARTS,
     BlockCost,
@@ -24,7 +33,6 @@ from jsurgery.wan.cost import (
     block_flops,
     block_parameters,
     embeddings_cost,
-    map_parameters,
     model_bytes,
     model_flops,
     parameters,
@@ -36,7 +44,6 @@ from jsurgery.wan.cost import (
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_sizes import ModelSizes, find_sizes
 from jsurgery.wan.vae_cost import vae_cost
-from jsurgery.wan.video_size import num_tokens
 
 RATES: tuple[Rate, ...] = (1, 2, 4, 8, "linear")
 DURATIONS = (81, 101, 121, 141)  # frames, of the paper's Fig. 2
@@ -60,24 +67,23 @@ def count_cost(config: ConfigDict, config_name: str, plan: str | None, feature_m
 
 
 def read_rates(plan: str | None, model: WanConfig) -> list[Rate] | None:
-    """One rate for each block, or None without a plan. "15R2" converts the first 15: all blocks cost the same."""
+    """One kind for each block, or None without a plan. "15R2" converts the first 15: all blocks cost the same."""
     if plan is None:
         return list(model.hybrid.rates) if model.hybrid else None
     if named := parse_block_budget(plan):
-        count, rate = named
-        if count > model.num_layers:
+        if (rates := plan_of_budget(named, model.num_layers)) is None:
+            count = sum(count for count, _ in named)
             raise InputError(f"--plan={plan}: converts {count} blocks, the model has {model.num_layers}")
-        if rate == 0:
-            raise InputError(f"--plan={plan}: expected a rate of at least 1 or 'linear', found 0")
-        return [rate] * count + [1] * (model.num_layers - count)
+        return list(rates)
     if not epath.Path(plan).is_file():
-        raise InputError(f"--plan={plan}: expected a name like '15R2' or a plan.json, found no such file")
+        raise InputError(
+            f"--plan={plan}: expected a name like '15R2' or a plan.json, found no kind of this name and no such file"
+        )
     rates = read_object(plan).get("rates")
     if not isinstance(rates, list) or len(rates) != model.num_layers:
         raise InputError(f"{plan}: rates: expected one for each of the model's {model.num_layers} blocks")
     for block, rate in enumerate(rates):
-        if rate != "linear" and (type(rate) is not int or rate < 1):
-            raise InputError(f"{plan}: rates[{block}]: expected an integer from 1 or 'linear', found {rate!r}")
+        check_rate(f"{plan}: rates[{block}]", rate)
     return rates
 
 
@@ -85,8 +91,8 @@ def all_costs(config: ConfigDict, subject: ModelSizes, work: Workload, plan: Seq
     """Everything that the command prints, in FLOPs, bytes and parameters. Rates are keys, as text."""
     video, sampler, model = config.video, config.sampler, dataclasses.replace(subject.transformer, hybrid=None)
     size = VALUE_BYTES[config.model.dtype]
-    blocks, shown = model.num_layers, list(RATES if work.feature_map else RATES[:-1])
-    shown += [rate for rate in dict.fromkeys(plan or ()) if rate not in shown]
+    blocks, shown = model.num_layers, [rate for rate in RATES if work.feature_map or kind_of(rate).has_softmax]
+    shown += [rate for rate in dict.fromkeys((*config.plan.rates, *(plan or ()))) if rate not in shown]
     shown.sort(key=rate_key)
     encode, decode = vae_cost(subject.vae, video.frames, video.height, video.width)
     text = text_encoder_cost(subject.text_encoder, config.text_length)
@@ -157,10 +163,10 @@ def durations(work: Workload, rates: Iterable[Rate]) -> list[dict[str, Any]]:
     """FLOPs of one block by duration, at the size of Fig. 2: of the attention core, with projections, of the block."""
     rows = []
     for frames in DURATIONS:
-        tokens = num_tokens(frames, *FIG_2_SIZE, work.config)
-        row: dict[str, Any] = {"frames": frames, "tokens": tokens, "core": {}, "attention": {}, "block": {}}
+        video = work.of_video(frames, *FIG_2_SIZE)
+        row: dict[str, Any] = {"frames": frames, "tokens": video.tokens, "core": {}, "attention": {}, "block": {}}
         for rate in rates:
-            flops = block_flops(dataclasses.replace(work, tokens=tokens), rate)
+            flops = block_flops(video, rate)
             row["core"][str(rate)] = flops.core
             row["attention"][str(rate)] = flops.core + flops.projections
             row["block"][str(rate)] = flops.total
@@ -193,7 +199,7 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     for rate, cost in result["block"].items():
         cells = "".join(f"{cost['flops'][name] / scale:17,.1f}" for name in PARTS)
-        label = rate_name(int(rate) if rate.isdecimal() else rate)
+        label = rate_name(rate)
         lines.append(f"{label:24}{cells}{cost['bytes']['total'] / bytes_scale:12,.2f}")
 
     rows = {"embeddings and head": "embeddings_and_head", "transformer, one pass": "forward"}

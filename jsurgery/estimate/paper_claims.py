@@ -5,7 +5,6 @@ from typing import Any
 from jsurgery.rates import Rate
 from jsurgery.wan.cost import Workload, block_flops, feature_map_cost, savings, share
 from jsurgery.wan.model_sizes import PUBLISHED
-from jsurgery.wan.video_size import num_tokens
 
 # Table 7 as printed: degree, layers, millions of parameters, GFLOP of a feature map.
 TABLE_7 = ((2, 2, 1.2, 30), (3, 2, 2.4, 60), (4, 2, 3.9, 70), (6, 3, 15.4, 387))
@@ -14,7 +13,8 @@ TABLE_7 = ((2, 2, 1.2, 30), (3, 2, 2.4, 60), (4, 2, 3.9, 70), (6, 3, 15.4, 387))
 def paper_claims() -> list[dict[str, Any]]:
     """One row for each claim, for Wan2.1 1.3B: {"claim", "printed": in the paper, "counted": by us, "note"}."""
     wan = PUBLISHED["Wan2.1 1.3B"]
-    low, high, long = (Workload(wan, num_tokens(*size)) for size in ((81, 320, 480), (81, 480, 832), (121, 320, 480)))
+    videos = (81, 320, 480), (81, 480, 832), (121, 320, 480)
+    low, high, long = (Workload(wan, 0).of_video(*video) for video in videos)
     rows = []
 
     def claim(text: str, printed: str, counted: str, note: str = "") -> None:

@@ -6,7 +6,9 @@ from markupsafe import Markup
 from ml_collections import ConfigDict
 
 from jsurgery.attention.hybrid import token_order
-from jsurgery.rates import Rate, rate_chain, rate_key
+from jsurgery.attention.kinds.base import AttentionSize, Kind
+from jsurgery.attention.kinds.registry import kind_of, rate_key
+from jsurgery.rates import Rate, rate_chain
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.video_size import latent_grid
 
@@ -15,9 +17,10 @@ SIDE = 120  # of a drawing, in its own units; the page scales it
 
 
 def attention_diagram(config: ConfigDict, model: WanConfig, rates: list[Rate]) -> dict[str, Any] | None:
-    """Three drawings (SVG) and their numbers, for the rate that most of a plan's rebuilt blocks have.
+    """Drawings (SVG) and their numbers, for the kind that most of a plan's rebuilt blocks have.
 
-    None if the plan rebuilds no block.
+    `frame` is None for a kind that keeps no tokens but frames. None if the plan rebuilds no block, or if the kind does
+    not tell which keys a query looks at.
     """
     rebuilt = [rate for rate in rates if rate != 1]
     if not rebuilt:
@@ -25,6 +28,8 @@ def attention_diagram(config: ConfigDict, model: WanConfig, rates: list[Rate]) -
     rate = max(sorted(set(rebuilt), key=rate_key), key=rebuilt.count)
     video = config.video
     frames, rows, columns = model.token_grid(latent_grid(video.frames, video.height, video.width))
+    if not kind_of(rate).needs_prefix:
+        return by_frames(kind_of(rate), frames, rows * columns)
     order = token_order((frames, rows, columns), rate_chain((rate,)), config.hybrid.lattice)
     kept = order.num_softmax(rate)
     softmax_tokens = set(order.permutation[:kept].tolist())
@@ -39,6 +44,27 @@ def attention_diagram(config: ConfigDict, model: WanConfig, rates: list[Rate]) -
         "frame": grid(shown),
         "teacher": square(1.0),
         "hybrid": square(kept / order.num_tokens),
+    }
+
+
+def by_frames(kind: Kind, frames: int, tokens_per_frame: int) -> dict[str, Any] | None:
+    """The drawings of a kind that tells which keys each run of queries looks at; None if it does not."""
+    areas, tokens = kind.areas(frames, tokens_per_frame), frames * tokens_per_frame
+    if areas is None:
+        return None
+    scale, shapes = SIDE / tokens, []
+    for queries, keys, keeps in areas:
+        sides = scale * (keys[1] - keys[0]), scale * (queries[1] - queries[0])
+        shapes.append(box(scale * keys[0], scale * queries[0], *sides, "kept" if keeps else "summed"))
+    counts = kind.counts(AttentionSize(tokens, frames, 1, 1, None))
+    return {
+        "rate": kind.rate,
+        "tokens": tokens,
+        "kept": counts.softmax_pairs // tokens,
+        "frame": None,
+        "description": kind.description,
+        "teacher": square(1.0),
+        "hybrid": drawing(shapes),
     }
 
 

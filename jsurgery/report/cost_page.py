@@ -5,9 +5,9 @@ from typing import Any
 
 from etils import epath
 
+from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.io.files import replacing
 from jsurgery.io.results import si_prefix
-from jsurgery.rates import rate_name
 from jsurgery.report.charts import POINTS, Chart, line_chart
 from jsurgery.report.templates import percent, render
 from jsurgery.wan.cost import PARTS

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jsurgery.attention.kinds.registry import rate_key
 from jsurgery.io.results import si_prefix
-from jsurgery.rates import Rate, rate_key
+from jsurgery.rates import Rate
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.wan.cost import Workload, block_flops, core_flops, model_flops
 from jsurgery.wan.model_sizes import PUBLISHED
-from jsurgery.wan.video_size import num_tokens
 
 FULL_SIZE = {
     "frames": 81,
@@ -30,8 +30,7 @@ def costs(work: Workload, rates: Sequence[Rate], config: ConfigDict) -> list[dic
     The second is left out if this model is Wan2.1 1.3B at full size.
     """
     subjects = [(work, config.video.to_dict(), False)]
-    tokens = num_tokens(FULL_SIZE["frames"], FULL_SIZE["height"], FULL_SIZE["width"])
-    full = Workload(PUBLISHED["Wan2.1 1.3B"], tokens, feature_map=work.feature_map)
+    full = Workload(PUBLISHED["Wan2.1 1.3B"], 0, feature_map=work.feature_map).of_video(**FULL_SIZE)
     if (full.config, full.tokens) != (dataclasses.replace(work.config, hybrid=None), work.tokens):
         subjects.append((full, FULL_SIZE, True))
     return [
@@ -69,8 +68,7 @@ def cost_table(work: Workload, rates: Sequence[Rate]) -> dict[str, Any]:
 def duration_charts(work: Workload, rates: Sequence[Rate], size: dict[str, int]) -> list[Chart | None]:
     """FLOPs of one forward pass over frames, of the teacher and of a mix of rates: attention cores, then all parts."""
     frames = sorted({4 * round(size["frames"] * length / 4) + 1 for length in LENGTHS})
-    tokens = [num_tokens(count, size["height"], size["width"], work.config) for count in frames]
-    works = [dataclasses.replace(work, tokens=count) for count in tokens]
+    works = [work.of_video(count, size["height"], size["width"]) for count in frames]
     blocks = work.config.num_layers
 
     def cores(work: Workload, rates: Sequence[Rate]) -> float:

@@ -11,6 +11,7 @@ from etils import epath
 
 from jsurgery.attention.feature_maps import HEDGEHOG
 from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.attention.kinds.registry import kind_of, rate_key
 from jsurgery.evaluate.statistics import bootstrap_interval
 from jsurgery.io.results import format_ranges, markdown_table
 from jsurgery.rates import Rate
@@ -80,12 +81,14 @@ def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
         (
             str(rate),
             format_ranges(blocks[rate], dash="–", separator=", "),
-            "softmax" if rate == 1 else "linear" if rate == "linear" else "hybrid",
+            kind_of(rate).family,
         )
-        for rate in sorted(blocks, key=lambda rate: (rate == "linear", rate))
+        for rate in sorted(blocks, key=rate_key)
     ]
     yield "## Plan"
     yield markdown_table(("rate", "blocks", "self-attention"), rows)
+    for name, description in other_kinds(hybrid.rates).items():
+        yield f"{name}: {description}."
     yield f"Token lattice: {hybrid.lattice}; stabiliser: {hybrid.stabilizer}; feature maps: {feature_maps(hybrid)}."
     plan = read_json(folder.parent / "plan" / "plan.json")
     if plan and tuple(plan["rates"]) == hybrid.rates:
@@ -93,6 +96,12 @@ def _plan(folder: epath.Path, network: WanConfig) -> Iterable[str]:
             f"Budget {plan['budget']} ({plan['selection']}): {100 * plan['share_of_teacher']:.1f} % of the original's "
             "FLOPs in attention cores, by the cost model."
         )
+
+
+def other_kinds(rates: Iterable[Rate]) -> dict[str, str]:
+    """{name: description} of the kinds among `rates` that are neither softmax nor R-hybrids nor linear."""
+    kinds = (kind_of(rate) for rate in sorted(set(rates), key=rate_key))
+    return {kind.name: kind.description for kind in kinds if kind.format_version > 1}
 
 
 def feature_maps(hybrid: HybridConfig) -> str:

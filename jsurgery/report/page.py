@@ -13,15 +13,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.attention.kinds.registry import rate_key, rate_name
 from jsurgery.config import flatten
 from jsurgery.io.files import check_writable, replacing
-from jsurgery.rates import Rate, rate_key, rate_name
+from jsurgery.rates import Rate
 from jsurgery.report.attention_diagram import attention_diagram
 from jsurgery.report.charts import Chart, line_chart
 from jsurgery.report.comparison_gif import write_comparison_gif
 from jsurgery.report.fidelity import fidelity
 from jsurgery.report.first_frame import read_first_frame
 from jsurgery.report.flop_savings import costs
+from jsurgery.report.model_card import other_kinds
 from jsurgery.report.pareto_slider import trade_off
 from jsurgery.report.run_files import RunFiles, read_run
 from jsurgery.report.scores import clip_scores, quality, scores
@@ -86,6 +88,7 @@ def render_run(run: RunFiles, coming: Sequence[str] = ()) -> str:
         stages=stages(config),
         plan=plan,
         depth=depths(rates),
+        other_kinds=other_kinds(rates),
         depth_of={rate_name(rate): depth for rate, depth in depths(rates).items()},
         front=front[0] if front else None,
         front_chart=front[1] if front else None,

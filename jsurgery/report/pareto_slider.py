@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from jsurgery.attention.kinds.registry import rate_key, rate_name
 from jsurgery.errors import InputError
-from jsurgery.rates import Rate, rate_key, rate_name
+from jsurgery.rates import Rate
 from jsurgery.report.charts import Chart
 from jsurgery.report.cost_page import front_chart
 from jsurgery.report.run_files import RunFiles

@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from jsurgery.rates import Rate, rate_key, rate_name
+from jsurgery.attention.kinds.registry import rate_key, rate_name
+from jsurgery.rates import Rate
 
 HERE = pathlib.Path(__file__).parent
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"

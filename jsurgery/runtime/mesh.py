@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from jsurgery.attention.kinds.registry import kind_of
 from jsurgery.errors import DoesNotFit
+from jsurgery.rates import Rate
 from jsurgery.runtime import processes
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -160,15 +162,21 @@ def check_batch(mesh: Mesh | AbstractMesh, batch: int) -> None:
         raise DoesNotFit(f"config.mesh: expected a batch that {sizes} divides, found {batch} examples")
 
 
-def check_heads(mesh: Mesh | AbstractMesh, heads: int, exchange: str) -> None:
+def check_heads(mesh: Mesh | AbstractMesh, heads: int, exchange: str, rates: Iterable[Rate] = ()) -> None:
     """Raises DoesNotFit if the heads do not divide evenly over the mesh: over its tensor axis, and with the exchange
-    "all_to_all" over its context axis too."""
+    "all_to_all" or with kinds among `rates` that exchange sequence for heads over its context axis too."""
     tensor, context = mesh.shape[LOGICAL["heads"]], mesh.shape[LOGICAL["sequence"]]
     parts, name = tensor, f"tensor {tensor}"
-    if exchange == "all_to_all":
-        parts, name = tensor * context, f"tensor {tensor} x context {context} (all_to_all)"
+    reason = "all_to_all" if exchange == "all_to_all" else ", ".join(dict.fromkeys(map(str, by_heads(rates))))
+    if reason and context > 1:
+        parts, name = tensor * context, f"tensor {tensor} x context {context} ({reason})"
     if heads % parts:
         raise DoesNotFit(f"config.mesh: expected {name} to divide the {heads} heads of the model")
+
+
+def by_heads(rates: Iterable[Rate]) -> list[Rate]:
+    """Those whose blocks exchange sequence for heads over a mesh."""
+    return [rate for rate in rates if kind_of(rate).by_heads]
 
 
 def local_rows(mesh: Mesh, batch: int) -> Sequence[int]:

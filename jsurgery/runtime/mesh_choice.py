@@ -1,7 +1,7 @@
 """The mesh of a stage whose config names none: all devices, on axes chosen by the batch and by the memory it takes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from jsurgery.errors import DoesNotFit
-from jsurgery.runtime.mesh import AXES, abstract_mesh, is_given, make_mesh, mesh_sizes
+from jsurgery.rates import Rate
+from jsurgery.runtime.mesh import AXES, abstract_mesh, by_heads, is_given, make_mesh, mesh_sizes
 from jsurgery.runtime.progress import say
 
 GIB = 2**30
@@ -25,6 +26,7 @@ def choose_mesh(
     devices: Sequence[Any] | int,
     capacity: int | None,
     tell: Callable[[str], None] = say,
+    rates: Iterable[Rate] = (),
 ) -> ConfigDict:
     """The config with sizes for all axes of its mesh: those that it names, or the first of `mesh_choices` that fits.
 
@@ -36,6 +38,7 @@ def choose_mesh(
         devices: the devices of the mesh, or their number where only arithmetic is wanted.
         capacity: the memory of a device in bytes; None if it is not known. Everything fits then.
         tell: gets a line with the choice if there are several devices.
+        rates: the kinds that the stage computes; some exchange sequence for heads, which a choice must then divide.
 
     Raises DoesNotFit, with the numbers, if the mesh that is named or each of the choices needs more than `capacity`.
     """
@@ -46,7 +49,10 @@ def choose_mesh(
         return chosen
     count = devices if isinstance(devices, int) else len(devices)
     needs = []
+    exchanging = by_heads(rates)
     for sizes in mesh_choices(count, batch, heads):
+        if exchanging and heads % (sizes["context"] * sizes["tensor"]):
+            continue
         chosen = with_mesh(config, sizes)
         needed = bytes_on(chosen)
         needs.append((needed, describe_mesh(sizes)))
@@ -57,6 +63,10 @@ def choose_mesh(
         if count > 1:
             tell(f"{stage}: {describe_mesh(sizes)} of {count} devices{amount(needed, capacity)}")
         return chosen
+    if not needs:
+        name = ", ".join(dict.fromkeys(map(str, exchanging)))
+        expected = f"a batch and the {heads} heads of {name} to share {count} devices evenly"
+        raise DoesNotFit(f"{stage}: expected {expected}, found a batch of {batch}; name a mesh by config.mesh")
     needed, sizes = min(needs)
     check_memory(stage, needed, capacity, f"at best, on {count} devices: {sizes}")
     raise DoesNotFit(f"{stage}: {count} devices make up no mesh for a batch of {batch}; name one by config.mesh")

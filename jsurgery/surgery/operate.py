@@ -7,10 +7,9 @@ from typing import Any
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.feature_maps import FeatureMapParams
+from jsurgery.attention.feature_maps import FeatureMapPair, FeatureMapParams
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.abstract_module import abstract_module
 from jsurgery.wan.checkpoint import open_transformer, save_transformer, write_transformer

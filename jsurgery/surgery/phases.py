@@ -11,9 +11,10 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from jsurgery.attention.kinds.registry import kind_of, parse_block_budget, plan_of_budget
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
-from jsurgery.rates import Rate, parse_block_budget
+from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.surgery.distillation.update import initial_maps
@@ -63,21 +64,23 @@ def on_mesh(
         capacity = device_memory(jax.local_devices()[0])  # another process's devices do not tell
     peak = lambda mesh: max(phase.bytes for phase in phases_of(stage, config, sizes, mesh))
     heads = sizes.transformer.num_attention_heads
+    rates = () if stage == "trace" else config.hybrid.rates
+    options |= {"rates": sizes.transformer.rates if stage == "sample" else rates}
     return choose_mesh(stage, config, stage_batch(stage, config), heads, peak, devices, capacity, **options)
 
 
 def planned_rates(config: ConfigDict, blocks: int) -> tuple[Rate, ...]:
-    """The rates of a plan for a budget like "15R2": the first 15 blocks at rate 2. Its cost is that of any such plan.
+    """The kinds of a plan for a budget like "15R2": the first 15 blocks at rate 2. Its cost is that of any such plan.
 
     Raises InputError for a budget that is no such name or converts more blocks than there are.
     """
     named = parse_block_budget(str(config.plan.budget))
     if named is None:
         raise InputError(f"config.plan.budget: to compile, expected a name like '15R2', found {config.plan.budget!r}")
-    count, rate = named
-    if count > blocks:
+    if (plan := plan_of_budget(named, blocks)) is None:
+        count = sum(count for count, _ in named)
         raise InputError(f"config.plan.budget: {config.plan.budget} converts {count} blocks, the model has {blocks}")
-    return (rate,) * count + (1,) * (blocks - count)
+    return plan
 
 
 def planned_forward(config: ConfigDict, work: Workload) -> tuple[float, float]:
@@ -121,7 +124,7 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
         velocities = velocities_per_step(config.sampler.guidance)
         states = 4 * settings.trajectories * settings.batch
         held |= {"trajectories": states * memory.latents_bytes(config, network)}
-    branches = len({1, *config.hybrid.rates} - {"linear"})
+    branches = sum(kind_of(rate).has_softmax for rate in {1, *config.hybrid.rates})
 
     def working(batch: int) -> int:
         """A forward of the teacher, with the softmax branch of every rate and full softmax in float32."""

@@ -1,4 +1,4 @@
-"""plan: chooses the rate of every block from the errors, the costs and a budget (the paper's eq. 9)."""
+"""plan: chooses the kind of every block from the errors, the costs and a budget (the paper's eq. 9)."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.attention.kinds.registry import check_rate, check_rates, parse_block_budget
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_json, read_object, shortened, write_json
-from jsurgery.rates import Rate, check_rates, parse_block_budget
+from jsurgery.rates import Rate
 from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve
 from jsurgery.wan.cost import core_flops, workload
@@ -50,7 +51,7 @@ def block_costs(config: ConfigDict, model: WanConfig) -> BlockCosts:
     if config.plan.costs:
         return read_costs(config.plan.costs, model.num_layers)
     work, block_budget = workload(config, model), parse_block_budget(str(config.plan.budget))
-    needed: list[Rate] = [1, *config.plan.rates, *([block_budget[1]] if block_budget else [])]
+    needed: list[Rate] = [1, *config.plan.rates, *((rate for _, rate in block_budget) if block_budget else ())]
     rates = tuple(dict.fromkeys(needed))
     return BlockCosts("FLOP", rates, np.tile([float(core_flops(work, rate)) for rate in rates], (model.num_layers, 1)))
 
@@ -111,29 +112,31 @@ def budget_cost(budget: str | float, costs: BlockCosts) -> float:
     """The cost that a budget allows, in the costs' unit: "15R2", a share of the teacher's cost up to 1, or the cost.
 
     "15R2" is what 15 blocks at rate 2 and the others at softmax cost: with costs that differ by block, on average.
+    "8R2+4C3O1" is what 8 blocks at rate 2, 4 of the kind C3O1 and the others at softmax cost.
     """
     blocks = len(costs.blocks)
     if isinstance(budget, str):
         block_budget = parse_block_budget(budget)
         if block_budget is None:
             raise InputError(f"config.plan.budget: expected a number or a name like '15R2', found {budget!r}")
-        count, rate = block_budget
-        if count > blocks:
-            raise InputError(f"config.plan.budget: {budget} converts {count} blocks, the model has {blocks}")
-        return ((blocks - count) * costs.teacher + count * math.fsum(costs.at(rate))) / blocks
+        total = sum(count for count, _ in block_budget)
+        if total > blocks:
+            raise InputError(f"config.plan.budget: {budget} converts {total} blocks, the model has {blocks}")
+        converted = math.fsum(count * math.fsum(costs.at(rate)) for count, rate in block_budget)
+        return ((blocks - total) * costs.teacher + converted) / blocks
     if budget <= 0:
         raise InputError(f"config.plan.budget: expected a positive number, found {budget}")
     return budget * costs.teacher if budget <= 1 else float(budget)
 
 
 def one_rate(config: ConfigDict) -> tuple[int, Rate]:
-    """The number of blocks and their rate in a homogeneous plan, the paper's baseline: (15, 2) for "15R2"."""
+    """The number of blocks and their kind in a homogeneous plan, the paper's baseline: (15, 2) for "15R2"."""
     budget, rates = config.plan.budget, tuple(config.plan.rates)
     block_budget = parse_block_budget(budget) if isinstance(budget, str) else None
-    if block_budget is None or block_budget[1] not in rates:
+    if block_budget is None or len(block_budget) != 1 or block_budget[0][1] not in rates:
         expected = f"homogeneous plans take a name like '15R2' with a rate of {rates}"
         raise InputError(f"config.plan.budget: {expected}, found {budget!r}")
-    return block_budget
+    return block_budget[0]
 
 
 def check_budget(config: ConfigDict, model: WanConfig) -> None:
@@ -141,7 +144,7 @@ def check_budget(config: ConfigDict, model: WanConfig) -> None:
     if config.plan.selection == "homogeneous":
         one_rate(config)
     block_budget, rates = parse_block_budget(str(config.plan.budget)), {*config.plan.rates, *config.hybrid.rates}
-    if block_budget is not None and block_budget[1] not in rates:
+    if block_budget is not None and not {rate for _, rate in block_budget} <= rates:
         known = ", ".join(map(str, sorted(rates, key=str)))
         raise InputError(f"config.plan.budget: expected one of the rates {known}, found {config.plan.budget!r}")
     costs = block_costs(config, model)
@@ -293,8 +296,8 @@ def read_plan(folder: epath.Path) -> dict[str, Any]:
     rates = content.get("rates")
     if not isinstance(rates, list) or not rates:
         raise InputError(f"{path}: rates: expected one for each block, found {shortened(rates)}")
-    if odd := [rate for rate in rates if rate != "linear" and (type(rate) is not int or rate < 1)]:
-        raise InputError(f"{path}: rates: expected integers from 1 or 'linear', found {shortened(odd[0])}")
+    for rate in rates:
+        check_rate(f"{path}: rates", rate)
     for name in PLAN_NUMBERS:
         value = content.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:

@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.attention.hybrid import token_order
 from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import to_host
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.wan.transformer import WanTransformer
 
@@ -38,12 +38,12 @@ def plan_forward(
 
         def attention(q, k, v, maps_R):
             pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[spec.rates.index(rate)], maps_R)
-            y = model.attend(q, k, v, pair, rate, order, spec.stabilizer)
+            y = model.attend(q, k, v, pair, rate, grid, order, spec.stabilizer)
             if not shares:
                 return y, None
             softmax_key_N = jnp.arange(k.shape[1]) < order.num_softmax(rate)
             ones = jnp.broadcast_to(softmax_key_N[None, :, None, None], v.shape).astype(v.dtype)
-            return y, model.attend(q, k, ones, pair, rate, order, spec.stabilizer)[..., 0].mean()
+            return y, model.attend(q, k, ones, pair, rate, grid, order, spec.stabilizer)[..., 0].mean()
 
         return attention
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.rates import Rate, rate_key
+from jsurgery.attention.kinds.registry import kind_of, rate_key
+from jsurgery.rates import Rate
 from jsurgery.surgery.knapsack import COST_TOLERANCE, solve
 from jsurgery.surgery.plan import PlanningProblem, budget_cost, one_rate, read_plan, read_problem
 from jsurgery.wan.model_config import WanConfig
@@ -70,7 +71,7 @@ def one_side(
         for number in (count - sign * step for step in range(1, EACH_SIDE + 1)):
             if 0 <= number <= len(chosen):
                 rates = problem.homogeneous(number, rate)
-                yield f"{number}R{rate}", costs.of(rates) / costs.teacher, rates
+                yield f"{number}{kind_of(rate).plan_name}", costs.of(rates) / costs.teacher, rates
         return
     cheapest = problem.candidate_costs.min(axis=1).sum()
     budget = budget_cost(config.plan.budget, costs)
@@ -100,10 +101,8 @@ def strip(rates: Sequence[Rate], shown: set[Rate]) -> str:
 
 
 def cell(rate: Rate) -> str:
-    return {1: "S", "linear": "L"}.get(rate, str(rate))
+    return kind_of(rate).cell
 
 
 def legend(shown: set[Rate]) -> str:
-    meanings: dict[Rate, str] = {1: "S full softmax", "linear": "L linear, no token keeps softmax"}
-    rates = sorted(shown, key=rate_key)
-    return "; ".join(meanings.get(rate, f"{rate} one token in {rate} keeps softmax") for rate in rates)
+    return "; ".join(f"{cell(rate)} {kind_of(rate).description}" for rate in sorted(shown, key=rate_key))

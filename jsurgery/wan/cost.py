@@ -6,16 +6,18 @@ without the projections. All counts are for batch 1 and one forward pass. `vae_c
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import HEDGEHOG, FeatureMapConfig
-from jsurgery.errors import InputError
+from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.kinds.base import AttentionSize
+from jsurgery.attention.kinds.registry import kind_of
+from jsurgery.attention.map_sizes import map_parameters
 from jsurgery.rates import Rate
 from jsurgery.wan.model_config import TextEncoderConfig, WanConfig
-from jsurgery.wan.video_size import num_tokens
+from jsurgery.wan.video_size import latent_grid, num_tokens
 
 # The fields of a BlockCost, and its total.
 PARTS = ("core", "projections", "cross_attention", "ffn", "total")
@@ -26,16 +28,32 @@ class Workload:
     """A network and the video that it computes.
 
     Attributes:
-      config: the network's sizes; its own rates, if it has any, are ignored.
+      config: the network's sizes; its own kinds, if it has any, are ignored.
       tokens: N, the video's tokens (`num_tokens`).
       text_len: text tokens, padding included.
       feature_map: phi of hybrid blocks; None where they have no linear branch.
+      frames: the latent frames that the tokens make up. Softmax, R-hybrids and linear attention do not depend on it.
     """
 
     config: WanConfig
     tokens: int
     text_len: int = 512
     feature_map: FeatureMapConfig | None = field(default_factory=FeatureMapConfig)
+    frames: int = 1
+
+    def of_video(self, frames: int, height: int, width: int) -> "Workload":
+        """The same network on a video of this size in pixels."""
+        tokens = num_tokens(frames, height, width, self.config)
+        latents = latent_grid(frames, height, width, self.config.strides)
+        return replace(self, tokens=tokens, frames=self.config.token_grid(latents)[0])
+
+    @property
+    def attention(self) -> AttentionSize:
+        """The size of one block's attention."""
+        config = self.config
+        return AttentionSize(
+            self.tokens, self.frames, config.num_attention_heads, config.attention_head_dim, self.feature_map
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +94,7 @@ def workload(config: ConfigDict, model: WanConfig) -> Workload:
     """The workload of one forward pass of `model` on a video of the size in `config.video`."""
     video = config.video
     phi = FeatureMapConfig.of(config) if config.hybrid.linear_branch else None
-    tokens = num_tokens(video.frames, video.height, video.width, model)
-    return Workload(model, tokens, config.text_length, phi)
+    return Workload(model, 0, config.text_length, phi).of_video(video.frames, video.height, video.width)
 
 
 def model_flops(workload: Workload, rates: Iterable[Rate]) -> int:
@@ -97,33 +114,22 @@ def block_flops(workload: Workload, rate: Rate) -> BlockCost:
 
 
 def core_flops(workload: Workload, rate: Rate) -> int:
-    """FLOPs of one block's self-attention (eq. 5) at a rate, 1 (softmax), 2, 4, ... or "linear", without projections.
+    """FLOPs of one block's self-attention of a kind, 1 (softmax), 2, "linear", "C3O1", without projections.
 
-    Softmax runs over ceil(N / rate) keys. phi_q runs on all N tokens and phi_k on the linear tokens, both counted
-    without biases. The state sum phi_k^T v and the normaliser sum phi_k are summed over the linear tokens; every token
-    reads both.
+    See `Kind.flops`. At rate R softmax runs over ceil(N / R) keys, and the others are linear.
     """
-    tokens, config = workload.tokens, workload.config
-    linear = tokens - _softmax_tokens(tokens, rate)
-    flops = 4 * tokens * (tokens - linear) * config.dim
-    if linear and workload.feature_map:
-        features = config.num_attention_heads * num_features(workload.feature_map, config.attention_head_dim)
-        phi = 2 * _feature_map_weights(workload.feature_map, config.num_attention_heads, config.attention_head_dim)
-        state = 2 * features * config.attention_head_dim
-        flops += tokens * (phi + state + 2 * features) + linear * (phi + state + features)
-    return flops
+    return kind_of(rate).flops(workload.attention)
 
 
 def distillation_flops(workload: Workload, rates: Iterable[Rate]) -> int:
-    """FLOPs of one distillation step on one example, with every block at all these rates.
+    """FLOPs of one distillation step on one example, with every block of all these kinds.
 
-    The teacher runs once. The linear branch of each rate runs forward, and backward at twice the FLOPs. The softmax
-    branch is the teacher's own and has no gradient.
+    The teacher runs once. The linear branch of each kind runs forward, and backward at twice the FLOPs. The softmax
+    branch of an R-hybrid is the teacher's own; that of another kind runs forward. None has a gradient.
     """
-    tokens, config = workload.tokens, workload.config
-    softmax = lambda rate: 4 * tokens * _softmax_tokens(tokens, rate) * config.dim
-    branches = sum(core_flops(workload, rate) - softmax(rate) for rate in rates)
-    return model_flops(workload, (1,) * config.num_layers) + 3 * config.num_layers * branches
+    config = workload.config
+    branches = sum(kind_of(rate).distillation_flops(workload.attention) for rate in rates)
+    return model_flops(workload, (1,) * config.num_layers) + config.num_layers * branches
 
 
 def model_bytes(workload: Workload, rates: Iterable[Rate], bytes_per_value: int = 2) -> int:
@@ -138,13 +144,9 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
     Scores, features and all elementwise work stay on the chip. The linear branch's state is written and read once.
     """
     config, tokens, text_len = workload.config, workload.tokens, workload.text_len
-    dim, head_dim = config.dim, config.attention_head_dim
-    core = 4 * tokens * dim
-    if _softmax_tokens(tokens, rate) < tokens and workload.feature_map:
-        heads, features = config.num_attention_heads, num_features(workload.feature_map, head_dim)
-        core += 2 * _feature_map_weights(workload.feature_map, heads, head_dim) + 2 * heads * features * (head_dim + 1)
+    dim = config.dim
     values = BlockCost(
-        core=core,
+        core=kind_of(rate).core_values(workload.attention),
         projections=4 * dim**2 + 6 * tokens * dim,
         cross_attention=4 * dim**2 + (6 * tokens + 5 * text_len) * dim,
         ffn=2 * dim * config.ffn_dim + 2 * tokens * (dim + config.ffn_dim),
@@ -155,17 +157,15 @@ def block_bytes(workload: Workload, rate: Rate, bytes_per_value: int = 2) -> Blo
 def distillation_bytes(workload: Workload, rates: Sequence[Rate]) -> int:
     """The least memory traffic of one distillation step with the loss "value" on one example, every block at all rates.
 
-    Beside the teacher's: the softmax branch of every rate and full softmax, in float32, are written once. At each rate
-    the state's forward and its backward read the linear keys and values, and the error's pass reads the queries, the
-    softmax branch and full softmax. Scores and features stay on the chip.
+    Beside the teacher's: the softmax branch of every R-hybrid and full softmax, in float32, are written once, and each
+    kind moves its `Kind.distillation_values`. Scores and features stay on the chip.
     """
-    config, tokens = workload.config, workload.tokens
-    softmax_keys = [_softmax_tokens(tokens, rate) for rate in rates]
-    zones = len({*softmax_keys, tokens} - {0})
-    halves, singles = 0, zones * tokens  # values of 16 and of 32 bits, a channel
-    for keys in softmax_keys:
-        halves += 4 * (tokens - keys) + tokens
-        singles += (2 if keys else 1) * tokens
+    config, size, kinds = workload.config, workload.attention, [kind_of(rate) for rate in rates]
+    zones = {kind.prefix_keys(size) for kind in kinds} | {size.tokens}
+    halves, singles = 0, len(zones - {0, None}) * size.tokens  # values of 16 and of 32 bits, a channel
+    for kind in kinds:
+        of_kind = kind.distillation_values(size)
+        halves, singles = halves + of_kind[0], singles + of_kind[1]
     teacher = model_bytes(workload, (1,) * config.num_layers)
     return teacher + config.num_layers * config.dim * (2 * halves + 4 * singles)
 
@@ -207,11 +207,8 @@ def block_parameters(config: WanConfig) -> int:
 
 def added_parameters(config: WanConfig, feature_map: FeatureMapConfig | None, rates: Iterable[Rate]) -> int:
     """Parameters that surgery adds: two maps for each converted block, each with one calibrated scale per head."""
-    if feature_map is None:
-        return 0
-    heads = config.num_attention_heads
-    per_map = map_parameters(feature_map, heads, config.attention_head_dim) + heads
-    return 2 * sum(rate != 1 for rate in rates) * per_map
+    size = AttentionSize(1, 1, config.num_attention_heads, config.attention_head_dim, feature_map)
+    return sum(kind_of(rate).parameters(size) for rate in rates)
 
 
 def embeddings_cost(workload: Workload, bytes_per_value: int = 2) -> Cost:
@@ -240,18 +237,6 @@ def feature_map_cost(degree: int, layers: int, heads: int, head_dim: int, tokens
     return FeatureMapCost(parameters, 2 * parameters * tokens)
 
 
-def map_parameters(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
-    """Parameters of one map's kernels and biases, without the calibrated scale of each head."""
-    width, layers = _feature_map_shape(feature_map, head_dim)
-    biases = 0 if feature_map.activation == HEDGEHOG else heads * layers * width
-    return _feature_map_weights(feature_map, heads, head_dim) + biases
-
-
-def num_features(feature_map: FeatureMapConfig, head_dim: int) -> int:
-    """Features per head of a map's output."""
-    return head_dim * (2 if feature_map.activation == HEDGEHOG else feature_map.degree)
-
-
 def text_encoder_cost(config: TextEncoderConfig, tokens: int, bytes_per_value: int = 4) -> Cost:
     """The cost of one prompt of `tokens` tokens, padding included. The lookup of embeddings moves no bytes here."""
     inner, lookup = config.num_heads * config.d_kv, Cost(config.vocab_size * config.d_model)
@@ -273,25 +258,3 @@ def attention_cost(batch: int, tokens: int, dim: int, bytes_per_value: int) -> C
 def _linear(rows: int, inputs: int, outputs: int, bytes_per_value: int, bias: bool = True) -> Cost:
     moved = bytes_per_value * (inputs * outputs + rows * (inputs + outputs))
     return Cost(inputs * outputs + bias * outputs, 2 * rows * inputs * outputs, moved)
-
-
-def _softmax_tokens(tokens: int, rate: Rate) -> int:
-    """How many of the keys keep softmax."""
-    if rate == "linear":
-        return 0
-    if isinstance(rate, str) or rate < 1:
-        raise InputError(f"rate: expected an integer of at least 1 or 'linear', found {rate!r}")
-    return -(-tokens // rate)
-
-
-def _feature_map_shape(feature_map: FeatureMapConfig, head_dim: int) -> tuple[int, int]:
-    """Width and number of a map's layers, per head."""
-    if feature_map.activation == HEDGEHOG:
-        return head_dim, 1
-    return num_features(feature_map, head_dim), feature_map.layers
-
-
-def _feature_map_weights(feature_map: FeatureMapConfig, heads: int, head_dim: int) -> int:
-    """Parameters of one map's kernels."""
-    width, layers = _feature_map_shape(feature_map, head_dim)
-    return heads * (head_dim * width + (layers - 1) * width**2)

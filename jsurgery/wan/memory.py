@@ -273,4 +273,5 @@ def on_sampling_mesh(
         capacity = device_memory(devices[0])
     peak = lambda mesh: max(phase.bytes for phase in sampling_phases(config, sizes, mesh, batch, batch))
     heads = sizes.transformer.num_attention_heads
+    options |= {"rates": sizes.transformer.rates}
     return choose_mesh(command, config, batch, heads, peak, devices, capacity, **options)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from etils import epath
 
-from jsurgery.attention.hybrid import FORMAT_VERSION, HybridConfig
+from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.io.fields import check_fields, check_known
 from jsurgery.io.files import read_object
@@ -126,10 +126,10 @@ class WanConfig:
         """The content of config.json. A hybrid's class name differs, so that stock diffusers refuses to load it."""
         fields = dataclasses.asdict(self) | {"qk_norm": "rms_norm_across_heads", "image_dim": None}
         fields |= {"added_kv_proj_dim": None, "pos_embed_seq_len": None}
-        hybrid = fields.pop("hybrid")
-        if hybrid is None:
+        del fields["hybrid"]
+        if self.hybrid is None:
             return {"_class_name": CLASS_NAME, **fields}
-        return {"_class_name": HYBRID_CLASS_NAME, **fields, "hybrid": {"format_version": FORMAT_VERSION, **hybrid}}
+        return {"_class_name": HYBRID_CLASS_NAME, **fields, "hybrid": self.hybrid.to_json()}
 
     @property
     def dim(self) -> int:

@@ -16,16 +16,18 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jsurgery.attention.feature_maps import FeatureMapParams, init_feature_maps
-from jsurgery.attention.hybrid import attend, token_order
+from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.kinds.base import TokenPlace
+from jsurgery.attention.kinds.registry import kind_of
+from jsurgery.attention.rope import apply_rope, rope_tables
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, check_heads, shard_module, sharding
 from jsurgery.wan.given_tokens import GivenTokens
 from jsurgery.wan.linear import Linear
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.rope import apply_rope, rope_tables
 from pallas_kernels.api import hybrid_attention
-from pallas_kernels.sharded import sharded_cross_attention, sharded_self_attention
+from pallas_kernels.sharded import sharded_cross_attention
 
 # `config.model.remat`: what the backward pass recomputes of a block.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -197,17 +199,18 @@ class WanTransformer(nnx.Module):
         return self.apply_blocks(*inputs, attention, layers, order=order, given_frames=given_frames)[0]
 
     def planned_attention(self, grid: tuple[int, int, int]) -> tuple[Callable, Any, TokenOrder | None]:
-        """(self_attention, layers, order) for `apply_blocks`, with every block at its rate."""
+        """(self_attention, layers, order) for `apply_blocks`, with every block of its kind."""
         hybrid, shards = self.config.hybrid, self.shards
         order = hybrid.token_order(grid, shards) if hybrid else None
-        if hybrid is None or order is None:
-            order = token_order(grid, (1,), "strided", shards) if shards > 1 else None
-            return lambda q, k, v, _: (self.attend(q, k, v, None, 1, order), None), None, order
+        if order is None and shards > 1:
+            order = token_order(grid, (1,), "strided", shards)
+        if hybrid is None or not hybrid.converted:
+            return lambda q, k, v, _: (self.attend(q, k, v, None, 1, grid, order), None), None, order
         kinds = sorted(set(self.config.rates), key=str)
 
         def planned(q, k, v, layer):
             kind, maps = layer
-            at = lambda rate: lambda q, k, v, maps: self.attend(q, k, v, maps, rate, order, hybrid.stabilizer)
+            at = lambda rate: lambda q, k, v, maps: self.attend(q, k, v, maps, rate, grid, order, hybrid.stabilizer)
             branches = [at(rate) for rate in kinds]
             return lax.switch(kind, branches, q, k, v, maps), None
 
@@ -245,7 +248,7 @@ class WanTransformer(nnx.Module):
         `exchange` is how attention reaches the keys in other shards of the sequence: "gather" or "all_to_all". Raises
         DoesNotFit when the mesh does not divide the heads.
         """
-        check_heads(mesh, self.config.num_attention_heads, exchange)
+        check_heads(mesh, self.config.num_attention_heads, exchange, self.config.rates)
         self.device_mesh, self.mesh, self.exchange = mesh, (mesh if mesh.size > 1 else None), exchange
         for _, module in nnx.iter_modules(self):
             if isinstance(module, Linear):
@@ -267,17 +270,24 @@ class WanTransformer(nnx.Module):
         """The number of pieces of the token sequence: one per device along the mesh's context axis."""
         return 1 if self.mesh is None else self.mesh.shape[LOGICAL["sequence"]]
 
-    def attend(self, q, k, v, maps, rate: Rate, order: TokenOrder | None, stabilizer: str = "lse") -> jax.Array:
-        """A block's self-attention at `rate`, on one device or over the mesh. Tokens lie in `order`."""
-        num_softmax = k.shape[1] if order is None else order.num_softmax(rate)
-        options = {"num_softmax": num_softmax, "stabilizer": stabilizer}
-        maps = (None, None) if rate == 1 or maps is None else maps
-        if self.attention_mesh is None:
-            return attend(q, k, v, *maps, **options)
-        if order is not None and order.valid is not None:
-            options["key_valid"] = jnp.asarray(order.valid)
-        tokens = self._sharding(len(q), "sequence", "heads")
-        return sharded_self_attention(q, k, v, *maps, **options, sharding=tokens, exchange=self.exchange)
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        maps: Any,
+        rate: Rate,
+        grid: tuple[int, int, int],
+        order: TokenOrder | None,
+        stabilizer: str = "lse",
+    ) -> jax.Array:
+        """A block's self-attention of the kind `rate`, on one device or over the mesh.
+
+        The tokens of `grid` lie in `order`; None: in natural order.
+        """
+        spread = None if self.attention_mesh is None else self._sharding(len(q), "sequence", "heads")
+        place = TokenPlace(grid, order, stabilizer, spread, self.exchange)
+        return kind_of(rate).attend(q, k, v, maps, place)
 
     def apply_blocks(
         self,

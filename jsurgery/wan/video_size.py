@@ -3,9 +3,9 @@
 The VAE turns pixels into latents (`strides`), the transformer turns patches of latents into tokens.
 """
 
+from jsurgery.attention.rope import check_grid
 from jsurgery.errors import InputError
 from jsurgery.wan.model_config import WanConfig
-from jsurgery.wan.rope import check_grid
 
 WAN_2_1 = WanConfig()
 

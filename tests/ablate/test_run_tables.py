@@ -16,14 +16,15 @@ from jsurgery.ablate.predicted_errors import PREDICTORS, objective, predicted
 from jsurgery.ablate.seed_run import SeedRun, velocity
 from jsurgery.ablate.tables import ARM_TABLES, Arm
 from jsurgery.attention.hybrid import HybridConfig, token_order
+from jsurgery.attention.kinds.prefix_losses import AttentionInputs
+from jsurgery.attention.rope import apply_rope, rope_tables
+from jsurgery.attention.token_shards import TokenShards
 from jsurgery.cli import main
 from jsurgery.load_config import load_config
-from jsurgery.surgery.distillation.losses import AttentionInputs, TokenShards
 from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.finetune import finetune
 from jsurgery.surgery.operate import operate
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
-from jsurgery.wan.rope import apply_rope, rope_tables
 from pallas_kernels.api import hybrid_attention
 from pallas_kernels.feature_map import HedgehogMap
 from pallas_kernels.reference import softmax_share

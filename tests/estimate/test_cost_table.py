@@ -125,7 +125,7 @@ def test_the_page_has_all_charts_and_loads_no_other_file(tmp_path):
         (["--config=tiny", "--config.model.path="], "config.model.path: (empty): expected a model folder"),
         (["--config=wan_1_3b", "--frames=80"], "config.video.frames: expected 4k + 1, found 80"),
         (["--config=wan_1_3b", "--plan=31R2"], "--plan=31R2: converts 31 blocks, the model has 30"),
-        (["--config=wan_1_3b", "--plan=3R0"], "--plan=3R0: expected a rate"),
+        (["--config=wan_1_3b", "--plan=3R0"], "--plan=3R0: expected a name"),
         (["--config=wan_1_3b", "--plan=none.json"], "--plan=none.json: expected a name like '15R2' or a plan.json"),
         (["--config=wan_1_3b", "--json=nowhere/cost.json"], "--json=nowhere/cost.json: expected a file"),
     ],
@@ -139,7 +139,7 @@ def test_a_bad_plan_file_is_refused(tmp_path, capsys):
     path = tmp_path / "plan.json"
     for content, message in (
         ({"rates": [1, 2]}, "rates: expected one for each of the model's 30 blocks"),
-        ({"rates": [1] * 29 + [0]}, "rates[29]: expected an integer from 1 or 'linear', found 0"),
+        ({"rates": [1] * 29 + [0]}, "rates[29]: expected integers from 1 or 'linear' or names"),
         ([], "expected a JSON object, found []"),
     ):
         path.write_text(json.dumps(content))

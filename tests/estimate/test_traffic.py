@@ -12,11 +12,12 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
+from jsurgery.attention.kinds.prefix_losses import AttentionInputs, nested_softmax, value_loss
 from jsurgery.attention.token_order import TokenOrder
+from jsurgery.attention.token_shards import TokenShards
 from jsurgery.estimate.chips import CHIPS
 from jsurgery.estimate.compile_ahead import chip_and_devices
 from jsurgery.estimate.traffic import ProgramWork, bound_by, program_work
-from jsurgery.surgery.distillation.losses import AttentionInputs, TokenShards, nested_softmax, value_loss
 from jsurgery.wan.cost import Workload, core_flops, distillation_bytes, distillation_flops, model_bytes, model_flops
 from jsurgery.wan.model_config import WanConfig
 from pallas_kernels import init_polynomial_map, tpu

@@ -266,7 +266,7 @@ def test_missing_wrong_and_unexpected_tensors_are_named(saved, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "hybrid.format_version: this jsurgery reads 1, found 99"),
+        ({"format_version": 99}, "hybrid.format_version: this jsurgery reads 1 and 2, found 99"),
         ({"rates": [2, 1]}, "hybrid.rates has 2 entries, num_layers is 3"),
         ({"rates": [2, 1, 3]}, "hybrid.rates: expected rates of 1, 2, 4, linear, found 3"),
         ({"lattice": "hexagonal"}, "lattice: expected one of strided, staggered, staggered_rows, found 'hexagonal'"),

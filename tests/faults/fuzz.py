@@ -36,10 +36,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from jsurgery import cli, config
+from jsurgery.attention.kinds.registry import check_rates
 from jsurgery.config import base, check_video, flatten
 from jsurgery.errors import InputError
 from jsurgery.load_config import load_config
-from jsurgery.rates import check_rates
 from jsurgery.runtime.compile_cache import default_folder
 
 PATIENCE = 30
@@ -546,7 +546,7 @@ def configs() -> st.SearchStrategy[dict[str, str]]:
 def check_config(overrides: dict[str, str]) -> str:
     """Loads the config and, if it is valid, does what a run derives from its config alone."""
     from jsurgery.attention.hybrid import HybridConfig
-    from jsurgery.rates import parse_block_budget
+    from jsurgery.attention.kinds.registry import parse_block_budget
     from jsurgery.surgery.plan import check_budget
     from jsurgery.wan.model_config import WanConfig
 

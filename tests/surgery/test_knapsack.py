@@ -68,10 +68,11 @@ def test_control_small_instances_include_ties_and_infeasible_budgets():
     assert (counts == 1).sum() >= 50
 
 
+@pytest.mark.parametrize("rates", [5, 12])
 @pytest.mark.parametrize("seed", range(20))
-def test_solution_equals_integer_programming(seed):
+def test_solution_equals_integer_programming(seed, rates):
     rng = np.random.default_rng(1000 + seed)
-    blocks, rates = rng.integers(30, 41), 5
+    blocks = rng.integers(30, 41)
     errors, costs = rng.random((2, blocks, rates))
     if seed % 2:  # as in a real model, where higher cost means a smaller error
         errors, costs = np.sort(errors, axis=1), -np.sort(-costs, axis=1)

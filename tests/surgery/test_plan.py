@@ -78,7 +78,7 @@ def test_budgets_as_a_share_and_as_a_number_of_flops():
         ("15Q2", "a name like '15R2', found '15Q2'"),
         ("15R2x", "found '15R2x'"),
         ("31R2", "converts 31 blocks, the model has 30"),
-        ("5R0", "found 0"),
+        ("5R0", "found '5R0'"),
         (0, "positive number, found 0"),
         (-0.5, "found -0.5"),
     ],

@@ -21,7 +21,7 @@ from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.wan.cost import Workload, distillation_flops, model_flops
 from jsurgery.wan.transformer import WanTransformer
-from jsurgery.wan.video_size import latent_grid, num_tokens
+from jsurgery.wan.video_size import latent_grid
 
 STABILIZER = "lse"
 LONG = 5.0  # seconds: a row whose run takes longer is measured once
@@ -170,7 +170,7 @@ def distillation(row: Row, scale: Scale) -> dict[str, Any]:
         state, loss = step(state, params, batch)
         losses.append(np.asarray(loss))
 
-    work = Workload(network, num_tokens(*row.video, network), config.text_length, PHI)
+    work = Workload(network, 0, config.text_length, PHI).of_video(*row.video)
     flops = distillation_flops(work, config.hybrid.rates)
     bound = model_flops(work, (1,) * network.num_layers) / flops
     contender = {"name": row.name, "flops": flops, "bound": bound, "memory_bytes": None, "run": run}

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
+from jsurgery.attention.map_sizes import num_features
 from jsurgery.bench.attention import FORWARDS
 from jsurgery.bench.attention_programs import PHI, AttentionShape, arguments, at_rate, compiled
 from jsurgery.bench.gpu_evidence.measuring import STABILIZER, measured
 from jsurgery.bench.gpu_evidence.rows import Row, Scale
-from jsurgery.wan.cost import num_features
 from pallas_kernels import gpu, hybrid_attention, xla
 
 ZONE_RATES = (8, 4, 2, 1)  # whose softmax keys are the prefixes of `softmax_zones`, as in distillation of all rates

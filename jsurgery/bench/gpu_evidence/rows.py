@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from jsurgery.rates import Rate, rate_name
+from jsurgery.attention.kinds.registry import rate_name
+from jsurgery.rates import Rate
 
 PASSES = ("forward", "forward + backward")
 KERNELS, ATTENTION, PARTS, FORWARD, DISTILLATION = (

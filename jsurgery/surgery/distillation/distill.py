@@ -9,14 +9,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.io.files import write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.loop import run_steps
-from jsurgery.runtime.mesh import make_mesh, put_state, to_host
+from jsurgery.runtime.mesh import check_heads, make_mesh, put_state, to_host
 from jsurgery.runtime.resumable_sums import ResumableSums
 from jsurgery.surgery.distillation.held_out import SUMS, HeldOut, held_out_errors
 from jsurgery.surgery.distillation.replay import Replay
-from jsurgery.surgery.distillation.saved_maps import INITIAL, TRAINED, FeatureMapPair, save_maps
+from jsurgery.surgery.distillation.saved_maps import INITIAL, TRAINED, save_maps
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer
 from jsurgery.surgery.distillation.while_sampling import WhileSampling
@@ -44,6 +45,7 @@ def distill(
     settings, spec = config.distill, dataclasses.replace(DistillSpec.of(config), rope=rope)
     blocks = spec.blocks or range(teacher.config.num_layers)
     mesh = make_mesh(config.mesh)
+    check_heads(mesh, teacher.config.num_attention_heads, config.mesh.exchange, spec.rates)
     teacher.shard(mesh, config.mesh.exchange)
     held_out = HeldOut(config, mesh, traces)
     if settings.mode == "sampling":

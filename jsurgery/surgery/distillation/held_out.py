@@ -9,10 +9,10 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.errors import InputError
 from jsurgery.runtime.mesh import batch_shards, global_batch, local_rows, to_host
 from jsurgery.runtime.resumable_sums import ResumableSums
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, measure_heads
 from jsurgery.surgery.plan_forward import plan_velocity, velocity_errors
 from jsurgery.surgery.trace import TraceSteps

@@ -13,18 +13,17 @@ from jsurgery.attention.feature_maps import (
     KEY_MAP,
     QUERY_MAP,
     FeatureMapConfig,
-    LearnedMap,
+    FeatureMapPair,
     build_feature_map,
     named_leaves,
 )
+from jsurgery.attention.kinds.registry import check_rates
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, shortened
 from jsurgery.io.safetensors import read_tensors, write_tensors
-from jsurgery.rates import Rate, check_rates
+from jsurgery.rates import Rate
 
 INITIAL, TRAINED = "initial.safetensors", "feature_maps.safetensors"
-# The maps of queries and of keys; leaves [blocks, rates, heads, ...], of the blocks in `config.distill.blocks`.
-FeatureMapPair = tuple[LearnedMap, LearnedMap]
 
 
 def save_maps(path: epath.Path, maps: FeatureMapPair, rates: Sequence[Rate], blocks: Sequence[int]) -> list[Any]:

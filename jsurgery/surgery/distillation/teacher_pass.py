@@ -1,6 +1,6 @@
 """One forward of the teacher that distils the feature maps of all heads, blocks and rates at once.
 
-In every block, one pass over the keys gives the softmax branch of every rate and the teacher's own output. The
+In every block, one pass over the keys gives the softmax branch of every R-hybrid and the teacher's own output. The
 gradients of the feature maps are computed right there from the block's queries, keys and values, so that nothing but
 gradients leaves a block.
 """
@@ -15,19 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.kinds.base import TeacherBlock
+from jsurgery.attention.kinds.prefix_losses import nested_softmax
+from jsurgery.attention.kinds.registry import kind_of
+from jsurgery.attention.rope import rope_tables
+from jsurgery.attention.token_shards import TokenShards
 from jsurgery.config import block_numbers
 from jsurgery.rates import Rate, rate_chain
 from jsurgery.runtime.mesh import LOGICAL, batch_shards, sharding
-from jsurgery.surgery.distillation.losses import (
-    LOSSES,
-    AttentionInputs,
-    TokenShards,
-    attention_statistics,
-    nested_softmax,
-)
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
-from jsurgery.wan.rope import rope_tables
 from jsurgery.wan.transformer import WanTransformer
 
 
@@ -58,10 +55,11 @@ def visit_blocks(
     visit,
     all_blocks: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Runs the teacher over a batch and `visit(maps, AttentionInputs)` at every rate in the spec's blocks.
+    """Runs the teacher over a batch and `visit(maps, at)` for every candidate kind in the spec's blocks.
 
-    Returns (velocity, records). Without `all_blocks` the forward stops after the last distilled block, and the velocity
-    is then not the teacher's. `visit` returns leaves [heads, ...], and records have leaves [blocks, rates, heads, ...].
+    `at` is what the kind observes of the block (`Kind.observe`), and `at.rate` the kind's spelling. Returns (velocity,
+    records). Without `all_blocks` the forward stops after the last distilled block, and the velocity is then not the
+    teacher's. `visit` returns leaves [heads, ...], and records have leaves [blocks, rates, heads, ...].
     On a mesh each device calls `visit` with its piece of the batch, and records are the sums over all devices.
     """
     mesh, axis = teacher.attention_mesh, LOGICAL["sequence"]
@@ -76,11 +74,12 @@ def visit_blocks(
         chosen, maps_RxH = layer
         inverse_rope = (tokens.own(angles[0]), tokens.own(angles[1])) if spec.rope == "before" else None
         branches, full = nested_softmax(q, k, v, tokens, spec.rates)
+        block = TeacherBlock(q, k, v, grid, tokens, spec.stabilizer, branches, full, inverse_rope)
         records = []
         for index, rate in enumerate(spec.rates):
             maps_H = jax.tree.map(lambda leaf, index=index: leaf[index], maps_RxH)
-            at = AttentionInputs(rate, q, k, v, branches.get(rate), full, tokens, spec.stabilizer, inverse_rope)
-            records.append(compute_or_zeros(chosen, functools.partial(visit, maps_H, at)))
+            work = lambda maps_H=maps_H, rate=rate: visit(maps_H, kind_of(rate).observe(block))
+            records.append(compute_or_zeros(chosen, work))
         return full.output.astype(v.dtype), jax.tree.map(lambda *leaves: jnp.stack(leaves), *records)
 
     def over_devices(q, k, v, layer):
@@ -117,8 +116,8 @@ def compute_or_zeros(chosen: jax.Array | None, work: Callable[[], Any]) -> Any:
 def measure_heads(
     teacher, batch, candidates: Sequence[FeatureMapPair], spec: DistillSpec
 ) -> Sequence[dict[str, jax.Array]]:
-    """The `attention_statistics` of all heads with each of several sets of maps, leaves [blocks, rates, heads]."""
-    visit = lambda candidates, at: [attention_statistics(maps, at) for maps in candidates]
+    """`Kind.statistics` of all heads with each of several sets of maps, leaves [blocks, rates, heads]."""
+    visit = lambda candidates, at: [kind_of(at.rate).statistics(maps, at) for maps in candidates]
     return visit_blocks(teacher, batch, candidates, spec, visit)[1]
 
 
@@ -130,9 +129,9 @@ def loss_gradients(
     Each map's gradient comes from its own block, rate and head alone.
     """
 
-    def visit(maps, at: AttentionInputs):
+    def visit(maps, at: Any):
         def loss(maps):
-            losses_H = LOSSES[spec.loss](maps, at)
+            losses_H = kind_of(at.rate).loss(spec.loss, maps, at)
             return losses_H.sum(), losses_H
 
         gradients, losses_H = jax.grad(loss, has_aux=True)(maps)

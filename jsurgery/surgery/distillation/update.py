@@ -10,10 +10,9 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import FeatureMapConfig, init_feature_maps
+from jsurgery.attention.feature_maps import FeatureMapConfig, FeatureMapPair, init_feature_maps
 from jsurgery.config import block_numbers
 from jsurgery.runtime.guard import keep_if_finite
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, loss_gradients
 from jsurgery.wan.transformer import WanTransformer
 

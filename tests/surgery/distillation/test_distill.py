@@ -15,7 +15,10 @@ from etils import epath
 from flax import nnx
 
 from jsurgery.attention.hybrid import HybridConfig, token_order
+from jsurgery.attention.kinds import prefix_losses as losses
+from jsurgery.attention.kinds.prefix_losses import AttentionInputs, attention_loss, nested_softmax
 from jsurgery.attention.token_order import TokenOrder
+from jsurgery.attention.token_shards import TokenShards
 from jsurgery.config import base
 from jsurgery.data.shards import shard_path, text_array, write_shard
 from jsurgery.errors import Terminated
@@ -23,10 +26,9 @@ from jsurgery.io.safetensors import read_tensors
 from jsurgery.runtime.mesh import make_mesh
 from jsurgery.runtime.metrics import read_metrics
 from jsurgery.surgery import plan_forward
-from jsurgery.surgery.distillation import held_out, losses
+from jsurgery.surgery.distillation import held_out
 from jsurgery.surgery.distillation.distill import calibrate, distill
 from jsurgery.surgery.distillation.jobs import merge
-from jsurgery.surgery.distillation.losses import AttentionInputs, TokenShards, attention_loss, nested_softmax
 from jsurgery.surgery.distillation.saved_maps import load_maps
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps

@@ -9,9 +9,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from flax import nnx
 
+from jsurgery.attention.rope import apply_rope, rope_tables
 from jsurgery.errors import InputError
 from jsurgery.wan.checkpoint import load_transformer
-from jsurgery.wan.rope import apply_rope, rope_tables
 from pallas_kernels.api import hybrid_attention
 
 

@@ -1,104 +1,32 @@
-"""Losses and statistics of one block's attention, computed from the queries, keys and values that pass through it."""
+"""How softmax, R-hybrids and linear attention are distilled, whose softmax keys are a prefix of the token order.
+
+The losses and statistics of one block, computed from the queries, keys and values that pass through it.
+"""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jsurgery.attention.token_order import TokenOrder
+from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.rope import apply_rope
+from jsurgery.attention.token_shards import SoftmaxBranch, TokenShards
 from jsurgery.rates import Rate
-from jsurgery.surgery.distillation.saved_maps import FeatureMapPair
-from jsurgery.wan.rope import apply_rope
 from pallas_kernels import EPSILON, hybrid_error, linear_state, softmax_zones
 
 QUERIES_AT_ONCE = 512  # in the attention loss
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SoftmaxBranch:
-    """Softmax over a set of keys: output [B, N, H, D], log-sum-exp and largest score [B, N, H], float32."""
-
-    output: jax.Array
-    lse: jax.Array
-    largest: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenShards:
-    """How tokens in the order `order` are sharded: along the mesh axis `axis`, or not at all if it is None.
-
-    q, k and v are the tokens of one device. Sums over them are partial, and `total` adds up the partial sums of all
-    devices. The batch is divided into `batch_pieces`.
-    """
-
-    order: TokenOrder
-    axis: str | None = None
-    batch_pieces: int = 1
-
-    @property
-    def pieces(self) -> int:
-        """The number of devices that the tokens are on."""
-        return 1 if self.axis is None else self.order.shards
-
-    @property
-    def valid(self) -> jax.Array | None:
-        """bool [N], False at the padding of this device's tokens."""
-        if self.axis is None or self.order.valid is None:
-            return None
-        return jnp.asarray(self.order.valid).reshape(self.order.shards, -1)[jax.lax.axis_index(self.axis)]
-
-    def own(self, x_PxF: np.ndarray) -> jax.Array:
-        """This device's tokens [N, F] of an array over all tokens."""
-        if self.axis is None:
-            return jnp.asarray(x_PxF)
-        return jnp.asarray(x_PxF).reshape(self.order.shards, -1, x_PxF.shape[-1])[jax.lax.axis_index(self.axis)]
-
-    def valid_rows(self, batch: int) -> jax.Array | None:
-        """`valid`, for every example: [B, N]."""
-        return None if self.valid is None else jnp.broadcast_to(self.valid, (batch, len(self.valid)))
-
-    def masked(self, x_BxNx: jax.Array) -> jax.Array:
-        """x [B, N, ...] with zeros at padding."""
-        valid = self.valid
-        return x_BxNx if valid is None else jnp.where(valid.reshape(1, -1, *[1] * (x_BxNx.ndim - 2)), x_BxNx, 0)
-
-    def total(self, x: Any) -> Any:
-        return x if self.axis is None else jax.lax.psum(x, self.axis)
-
-    def gathered(self, x_BxNx: jax.Array, sizes: Sequence[int]) -> jax.Array:
-        """The tokens of all devices, zone by zone. On every device, zone z is the tokens sizes[z - 1] to sizes[z]."""
-        if self.axis is None:
-            return x_BxNx
-        zones = [x_BxNx[:, start:stop] for start, stop in zip((0, *sizes), sizes, strict=False) if start < stop]
-        return jnp.concatenate([jax.lax.all_gather(zone, self.axis, axis=1, tiled=True) for zone in zones], axis=1)
-
-    def gathered_valid(self, sizes: Sequence[int]) -> np.ndarray | None:
-        """bool [M], False at the padding of `gathered`."""
-        if self.axis is None or self.order.valid is None:
-            return None
-        valid = self.order.valid.reshape(self.order.shards, -1)
-        return np.concatenate(
-            [valid[:, start:stop].reshape(-1) for start, stop in zip((0, *sizes), sizes, strict=False)]
-        )
-
-    def mean(self, x_BxNxH: jax.Array) -> jax.Array:
-        """[H]: this device's contribution to the mean over the batch and all tokens."""
-        return self.masked(x_BxNxH).sum(axis=(0, 1)) / (x_BxNxH.shape[0] * self.batch_pieces * self.order.num_tokens)
-
-
 def nested_softmax(
     q: jax.Array, k: jax.Array, v: jax.Array, tokens: TokenShards, rates: Sequence[Rate]
 ) -> tuple[dict[Rate, SoftmaxBranch], SoftmaxBranch]:
-    """The softmax branch of every rate but "linear", and full softmax, from one pass over the keys.
+    """The softmax branch of every rate that is a number, and full softmax, from one pass over the keys.
 
     q, k, v [B, N, H, D] are this device's tokens. Keys and values are gathered: that moves less than the partial
     results of every zone would.
     """
-    wanted = {rate: tokens.order.num_softmax(rate) for rate in rates if rate != "linear"}
+    wanted = {rate: tokens.order.num_softmax(rate) for rate in rates if isinstance(rate, int)}
     sizes = sorted({*wanted.values(), k.shape[1]})
     keys, values, valid = tokens.gathered(k, sizes), tokens.gathered(v, sizes), tokens.gathered_valid(sizes)
     key_valid = None if valid is None else jnp.broadcast_to(valid, keys.shape[:2])

@@ -1,0 +1,162 @@
+"""Distillation of chunked hybrids: losses, gradients and statistics from all pairs of tokens; meshes."""
+
+import jax
+import numpy as np
+import pytest
+
+from jsurgery.config import base
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
+from jsurgery.surgery.distillation.update import initial_maps
+from pallas_kernels.api import hybrid_attention
+from tests import equation_5
+from tests.wan.second_model import chunks
+
+RATES = ("C2O1", 2, "B2O0", "linear")
+CHUNKED = {0: (2, 1, True), 2: (2, 0, False)}  # index in RATES: Tc, To, causal
+FRAMES, PER_FRAME = 5, 6
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(1)
+    shapes = {"latents": (2, FRAMES, 4, 6, 3), "text": (2, 4, 6)}
+    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return found | {"timestep": np.float32([900, 300])}
+
+
+@pytest.fixture(scope="module")
+def maps(teacher):
+    config, rng = base(), np.random.default_rng(2)
+    config.hybrid.rates = RATES
+    return jax.tree.map(
+        lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), initial_maps(config, teacher)
+    )
+
+
+@pytest.fixture(scope="module")
+def activations(teacher, batch):
+    """q, k, v [blocks, B, N, H, D] in the teacher, in raster order."""
+
+    @jax.jit
+    def run(batch):
+        softmax = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), (q, k, v))
+        return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], softmax, None, order=None)[1]
+
+    return jax.device_get(run(batch))
+
+
+def masks(size):
+    pairs = np.array([[chunks(query, key, *size) for key in range(FRAMES)] for query in range(FRAMES)])
+    pairs = pairs.repeat(PER_FRAME, 0).repeat(PER_FRAME, 1)
+    return pairs[..., 0], pairs[..., 1]
+
+
+def relative_error(actual, expected):
+    actual, expected = (np.concatenate([np.float64(leaf).ravel() for leaf in leaves]) for leaves in (actual, expected))
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("stabilizer", ["max", "lse"])
+def test_losses_gradients_and_statistics_are_those_of_all_pairs(teacher, batch, maps, activations, stabilizer):
+    spec = DistillSpec(RATES, (1, 2), "strided", stabilizer, "value")
+    losses, gradients = losses_and_gradients(teacher, batch, maps, spec)
+    (statistics,) = measure_heads(teacher, batch, (maps,), spec)
+    every = np.ones((FRAMES * PER_FRAME,) * 2, bool)
+    for block in range(2):
+        q, k, v = (x[block] for x in activations)
+        full = equation_5.values((q, k, v, None, None), masks=(every, ~every)).y
+        scores = np.einsum("bnhd,bmhd->bnhm", np.float64(q), np.float64(k)) / np.sqrt(q.shape[-1])
+        for index, size in CHUNKED.items():
+            in_S, in_L = masks(size)
+            pair = jax.tree.map(lambda leaf, at=(block, index): leaf[at], maps)
+            found = equation_5.values((q, k, v, *pair), masks=(in_S, in_L), stabilizer=stabilizer)
+            error = np.abs(found.y - full)
+            assert losses[block, index] == pytest.approx(error.mean(), rel=1e-4)
+            # The sum of the heads' own losses has the gradient of each.
+            cotangent = np.sign(found.y - full) * full.shape[2] / full.size
+            options = {"masks": (in_S, in_L), "stabilizer": stabilizer}
+            _, (*_, of_query_map, of_key_map) = equation_5.values_and_gradients((q, k, v, *pair), cotangent, **options)
+            actual = jax.tree.leaves(jax.tree.map(lambda leaf, at=(block, index): leaf[at], gradients))
+            assert relative_error(actual, jax.tree.leaves((of_query_map, of_key_map))) < 1e-4
+
+            mass = lambda keys, of=np.exp(scores - found.c[..., None]): (of * keys[:, None]).sum(-1)  # noqa: B008
+            n_S, n_L = mass(in_S), mass(in_L)
+            expected = {
+                "error": error.sum((0, 1, 3)),
+                "size": np.abs(full).sum((0, 1, 3)),
+                "share": found.softmax_share.mean((0, 1)),
+                "teacher_share": (n_S / mass(every)).mean((0, 1)),
+                "teacher_mass": n_L.mean((0, 1)),
+                "mass": (n_S * (1 / found.softmax_share - 1)).mean((0, 1)),
+            }
+            for name, values in expected.items():
+                np.testing.assert_allclose(statistics[name][block, index], values, rtol=1e-4, err_msg=name)
+
+
+def test_candidates_do_not_change_each_other(teacher, batch, maps):
+    """R-hybrids are distilled beside chunks as they are alone: to the bit."""
+    mixed, _ = losses_and_gradients(teacher, batch, maps, DistillSpec(RATES, (1, 2), "strided", "lse", "value"))
+    alone = DistillSpec((2, "linear"), (1, 2), "strided", "lse", "value")
+    kept = np.array([1, 3])
+    losses, _ = losses_and_gradients(teacher, batch, jax.tree.map(lambda leaf: leaf[:, kept], maps), alone)
+    np.testing.assert_array_equal(mixed[:, kept], losses)
+
+
+CHECK = """
+import json
+import jax, numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from jsurgery.attention.hybrid import HybridConfig
+from jsurgery.config import base
+from jsurgery.runtime.mesh import AXES, make_mesh
+from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
+from jsurgery.surgery.distillation.update import initial_maps
+from jsurgery.wan.model_config import WanConfig
+from jsurgery.wan.transformer import WanTransformer
+
+rates = ("C2O1", 2, "B1O1")
+sizes = dict(num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+             ffn_dim=32)
+rng = np.random.default_rng(0)
+batch = jax.tree.map(np.float32, {
+    "latents": rng.normal(size=(2, 3, 10, 6, 4)),  # 45 tokens, which no axis divides
+    "timestep": rng.uniform(0, 1000, size=2), "text": rng.normal(size=(2, 7, 16)),
+})
+config = base()
+config.hybrid.rates = rates
+
+def build(hybrid):
+    built = WanTransformer(WanConfig(**sizes, num_layers=3, hybrid=hybrid), rngs=nnx.Rngs(0))
+    noise = np.random.default_rng(1)
+    nnx.update(built, jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), nnx.state(built)))
+    return built
+
+def found(mesh):
+    teacher, hybrid = build(None), build(HybridConfig(rates, stabilizer="max"))
+    alone = build(HybridConfig(("C2O1",) * 3))
+    maps = jax.tree.map(lambda x: x + 0.2, initial_maps(config, teacher))
+    if mesh is not None:
+        for model in (teacher, hybrid, alone):
+            model.shard(mesh)
+    spec = DistillSpec(rates, (1, 2), "strided", "max", "value")
+    values = [losses_and_gradients(teacher, batch, maps, spec), measure_heads(teacher, batch, (maps,), spec)]
+    objective = lambda model: (model(batch["latents"], batch["timestep"], batch["text"]) ** 2).sum()
+    graph, params = nnx.split(hybrid)
+    values.append(jax.jit(jax.value_and_grad(lambda params: objective(nnx.merge(graph, params))))(params))
+    values.append(nnx.jit(objective)(alone))
+    return jax.device_get(jax.tree.leaves(values))
+
+expected = found(None)
+least = 1e-3 * max(np.linalg.norm(leaf) for leaf in expected)
+mesh = make_mesh(ConfigDict(dict(zip(AXES, (1, 1, 2, 2)))))
+errors = [float(np.linalg.norm(a - b) / max(np.linalg.norm(b), least * (b.ndim > 2))) for a, b in
+          zip(found(mesh), expected) if b.any()]
+print(json.dumps([len(errors), max(errors)]))
+"""
+
+
+def test_a_mesh_computes_what_one_device_does(on_fake_devices):
+    """Tokens and heads on two devices each, which exchange sequence for heads; in prefix order, and without."""
+    ((count, error),) = on_fake_devices(CHECK)
+    assert count > 50 and error < 1e-5

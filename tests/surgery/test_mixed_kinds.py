@@ -1,0 +1,66 @@
+"""A whole surgery whose candidates are of several families, on a random model; what comes after it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jsurgery.cli import main
+from jsurgery.wan.checkpoint import load_transformer
+
+RATES = (2, 8, "linear", "C1O1", "B2O0")
+SIZES = {
+    "video.frames": 9, "video.height": 64, "video.width": 48, "sampler.steps": 2, "trace.prompts": 3,
+    "trace.holdout": 1, "trace.keep_steps": 2, "trace.batch": 3, "hybrid.rates": RATES, "distill.steps": 2,
+    "distill.velocity_steps": 1, "plan.rates": ("C1O1", "B2O0"), "plan.budget": "1C1O1+1B2O0", "finetune.steps": 1,
+    "finetune.batch": 2, "data.clips": 2, "evaluate.prompts": 1, "evaluate.validation_clips": 2, "evaluate.videos": 1,
+    "log_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def surgery(tiny_pipeline, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("mixed")
+    arguments = [f"--config.{field}={value}" for field, value in SIZES.items()]
+    arguments += [f"--config.model.path={tiny_pipeline}", "--config=tiny", f"--workdir={workdir}"]
+    assert main(["surgery", *arguments]) == 0
+    return workdir, arguments
+
+
+def test_every_stage_knows_every_kind(surgery):
+    workdir, _ = surgery
+    read = lambda name: json.loads((workdir / name).read_text())
+    errors = read("distill/errors.json")
+    assert errors["rates"] == list(RATES)
+    for name in ("errors", "initial_errors", "velocity_errors"):
+        assert np.shape(errors[name]) == (2, len(RATES)) and np.all(np.array(errors[name]) > 0)
+    plan = read("plan/plan.json")
+    assert set(plan["rates"]) <= {"C1O1", "B2O0"} and plan["cost_flops"] <= plan["budget_flops"]
+    assert (
+        read("model/transformer/config.json" if (workdir / "model/transformer").exists() else "model/config.json")[
+            "hybrid"
+        ]["format_version"]
+        == 2
+    )
+    assert load_transformer(workdir / "model").config.rates == tuple(plan["rates"])
+    evaluation = read("evaluation/evaluation.json")["models"]
+    assert all(np.isfinite(of["latent_rmse"]).all() for of in evaluation.values())
+    report = (workdir / "report.html").read_text()
+    assert "softmax within chunks of" in report and plan["rates"][0] in report
+
+
+def test_plan_and_cost_name_the_kinds(surgery, capsys):
+    _, arguments = surgery
+    assert main(["plan", *arguments]) == 0
+    assert "softmax within chunks of" in capsys.readouterr().out
+    assert main(["cost", *arguments[:-1], "--plan=1R2+1C1O1"]) == 0
+    assert "C1O1" in capsys.readouterr().out
+
+
+def test_export_refuses_the_kinds_by_name(surgery, capsys):
+    workdir, arguments = surgery
+    sizes = [argument for argument in arguments if argument.startswith("--config.video")]
+    assert main(["export", f"--workdir={workdir}", *sizes]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "export knows softmax, R-hybrids and linear blocks, found" in line
+    assert not (workdir / "export").exists()
