@@ -15,7 +15,7 @@ from jsurgery.attention.kinds.registry import kind_of, parse_block_budget, plan_
 from jsurgery.diffusion import velocities_per_step
 from jsurgery.errors import InputError
 from jsurgery.rates import Rate
-from jsurgery.runtime.mesh import LOGICAL, batch_shards, parameter_shardings
+from jsurgery.runtime.mesh import LOGICAL, batch_shards, by_heads, parameter_shardings
 from jsurgery.runtime.mesh_choice import choose_mesh, device_memory
 from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.surgery.plan import block_costs, budget_cost
@@ -127,9 +127,11 @@ def distill_phases(config: ConfigDict, sizes: ModelSizes, mesh: AnyMesh) -> list
     branches = sum(kind_of(rate).has_softmax for rate in {1, *config.hybrid.rates})
 
     def working(batch: int) -> int:
-        """A forward of the teacher, with the softmax branch of every rate and full softmax in float32."""
+        """A forward of the teacher, with the softmax branch of every rate and full softmax in float32. Kinds that
+        exchange sequence for heads also have q, k and v in 16 bits and full softmax in another order."""
         tokens = memory.tokens_on_device(config, network, mesh, batch)
-        branches_bytes = 4 * branches * tokens * network.dim // mesh.shape[LOGICAL["heads"]]
+        channels = 4 * branches + (10 if by_heads(config.hybrid.rates) else 0)
+        branches_bytes = channels * tokens * network.dim // mesh.shape[LOGICAL["heads"]]
         return memory.forward_bytes(config, network, mesh, batch) + branches_bytes
 
     phases = [Phase("distillation", held, working(velocities * settings.batch) + 2 * one_copy, "distill")]

@@ -58,7 +58,7 @@ def test_a_kind_is_one_class_and_one_registration(random_transformer, tmp_path, 
     monkeypatch.setattr(registry, "FAMILIES", [*registry.FAMILIES])
     monkeypatch.setattr(registry, "kind_or_none", functools.lru_cache(registry.kind_or_none.__wrapped__))
     registry.register(SlidingWindow)
-    hybrid, (latents, timesteps, text) = HybridConfig(("W1", 2)), inputs((4, 3, 3))
+    hybrid, (latents, timesteps, text) = HybridConfig(("W1", 2)), inputs((3, 3, 3))
     model = random_transformer(WanConfig(**SIZES, num_layers=2, hybrid=hybrid))
     save_transformer(model, tmp_path)
     velocity = run(*nnx.split(load_transformer(tmp_path)), latents, timesteps, text)

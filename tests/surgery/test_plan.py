@@ -65,6 +65,8 @@ def test_budgets_of_the_paper_in_flops():
     assert budget_flops("15R2") / 1e12 == pytest.approx(15 * 0.975 + 15 * 0.547, rel=1e-3)
     assert budget_flops("30Rlinear") / 1e12 == pytest.approx(30 * 0.079, rel=1e-2)
     assert budget_flops("0R8") == budget_flops(1) == 30 * core_flops(work, 1)
+    mixed = 8 * core_flops(work, 2) + 4 * core_flops(work, "C3O1") + 18 * core_flops(work, 1)
+    assert budget_flops("8R2+4C3O1") == pytest.approx(mixed)
 
 
 def test_budgets_as_a_share_and_as_a_number_of_flops():
@@ -78,6 +80,8 @@ def test_budgets_as_a_share_and_as_a_number_of_flops():
         ("15Q2", "a name like '15R2', found '15Q2'"),
         ("15R2x", "found '15R2x'"),
         ("31R2", "converts 31 blocks, the model has 30"),
+        ("20R2+11C3O1", "converts 31 blocks, the model has 30"),
+        ("15C3", "found '15C3'"),
         ("5R0", "found '5R0'"),
         (0, "positive number, found 0"),
         (-0.5, "found -0.5"),
@@ -103,7 +107,7 @@ def test_the_rate_of_a_budget_must_be_supported():
 
 
 def test_homogeneous_plans_need_a_budget_with_a_rate():
-    for budget in (0.6, "15R16"):
+    for budget in (0.6, "15R16", "15R2+1R4"):
         with pytest.raises(InputError, match="homogeneous plans take a name"):
             check_budget(config_with(budget=budget, selection="homogeneous"), WAN_1_3B)
     check_budget(config_with(selection="homogeneous"), WAN_1_3B)

@@ -9,6 +9,7 @@ from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_g
 from jsurgery.surgery.distillation.update import initial_maps
 from pallas_kernels.api import hybrid_attention
 from tests import equation_5
+from tests.conftest import FULL_GRID
 from tests.wan.second_model import chunks
 
 RATES = ("C2O1", 2, "B2O0", "linear")
@@ -56,7 +57,7 @@ def relative_error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("stabilizer", ["max", "lse"])
+@pytest.mark.parametrize("stabilizer", ["max", "lse"] if FULL_GRID else ["max"])
 def test_losses_gradients_and_statistics_are_those_of_all_pairs(teacher, batch, maps, activations, stabilizer):
     spec = DistillSpec(RATES, (1, 2), "strided", stabilizer, "value")
     losses, gradients = losses_and_gradients(teacher, batch, maps, spec)
@@ -115,7 +116,7 @@ from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
-rates = ("C2O1", 2, "B1O1")
+rates = ("C2O1", 2)
 sizes = dict(num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
              ffn_dim=32)
 rng = np.random.default_rng(0)
@@ -127,14 +128,15 @@ config = base()
 config.hybrid.rates = rates
 
 def build(hybrid):
-    built = WanTransformer(WanConfig(**sizes, num_layers=3, hybrid=hybrid), rngs=nnx.Rngs(0))
+    layers = len(hybrid.rates) if hybrid else 1
+    built = WanTransformer(WanConfig(**sizes, num_layers=layers, hybrid=hybrid), rngs=nnx.Rngs(0))
     noise = np.random.default_rng(1)
     nnx.update(built, jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), nnx.state(built)))
     return built
 
 def found(mesh):
     teacher, hybrid = build(None), build(HybridConfig(rates, stabilizer="max"))
-    alone = build(HybridConfig(("C2O1",) * 3))
+    alone = build(HybridConfig(("B2O1",)))
     maps = jax.tree.map(lambda x: x + 0.2, initial_maps(config, teacher))
     if mesh is not None:
         for model in (teacher, hybrid, alone):
@@ -159,4 +161,4 @@ print(json.dumps([len(errors), max(errors)]))
 def test_a_mesh_computes_what_one_device_does(on_fake_devices):
     """Tokens and heads on two devices each, which exchange sequence for heads; in prefix order, and without."""
     ((count, error),) = on_fake_devices(CHECK)
-    assert count > 50 and error < 1e-5
+    assert count > 30 and error < 1e-5
