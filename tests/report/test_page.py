@@ -265,6 +265,16 @@ def test_the_diagram_draws_the_tokens_that_keep_softmax(config, rates, rate, kep
     assert attention_diagram(config, MODEL, [1] * 6) is None
 
 
+def test_the_diagram_of_chunks_draws_what_each_chunk_sees(config):
+    """Five frames in chunks of two: side 120, 24 for each frame."""
+    found = attention_diagram(config, MODEL, ["C2O1", "C2O1", 8, 1, 1, 1])
+    assert (found["rate"], found["frame"], found["kept"]) == ("C2O1", None, 600 * (2 * 2 + 2 * 3 + 1 * 2) // 25)
+    box = r'class="(\w+)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"'
+    boxes = {(kind, *(float(side) / 24 for side in sides)) for kind, *sides in re.findall(box, found["hybrid"])}
+    kept = {("kept", 0, 0, 2, 2), ("kept", 1, 2, 3, 2), ("kept", 3, 4, 2, 1)}
+    assert boxes == kept | {("summed", 0, 2, 1, 2), ("summed", 0, 4, 3, 1)}
+
+
 @pytest.mark.parametrize(
     "rates, sentence",
     [  # the published savings of 15R2 and 20R8, for 30 blocks at 480 x 832, 81 frames

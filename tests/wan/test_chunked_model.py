@@ -11,8 +11,10 @@ from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.attention.kinds.base import AttentionSize
 from jsurgery.attention.kinds.chunked import Chunked
 from jsurgery.attention.kinds.registry import kind_of
+from jsurgery.config import base
 from jsurgery.errors import DoesNotFit
 from jsurgery.runtime.mesh import abstract_mesh
+from jsurgery.runtime.mesh_choice import choose_mesh
 from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
 from jsurgery.wan.cost import Workload, block_bytes, core_flops
@@ -128,3 +130,13 @@ def test_heads_that_a_mesh_does_not_divide_are_refused(build):
     model.set_mesh(mesh(2))
     with pytest.raises(DoesNotFit, match=r"expected tensor 1 x context 4 \(C2O1\) to divide the 2 heads of the model"):
         model.set_mesh(mesh(4))
+
+
+def test_meshes_that_are_chosen_divide_the_heads():
+    choose = lambda batch, rates: (
+        choose_mesh("distill", base(), batch, 12, lambda mesh: 0, 8, None, tell=lambda line: None, rates=rates).mesh
+    )
+    assert choose(1, (2, "linear")).context == 8
+    assert (choose(2, (2, "C3O1")).data, choose(2, (2, "C3O1")).context) == (2, 4)
+    with pytest.raises(DoesNotFit, match="expected a batch and the 12 heads of C3O1 to share 8 devices evenly"):
+        choose(1, (2, "C3O1"))
