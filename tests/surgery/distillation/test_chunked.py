@@ -12,8 +12,8 @@ from tests import equation_5
 from tests.conftest import FULL_GRID
 from tests.wan.second_model import chunks
 
-RATES = ("C2O1", 2, "B2O0", "linear")
-CHUNKED = {0: (2, 1, True), 2: (2, 0, False)}  # index in RATES: Tc, To, causal
+RATES = ("C2O1", 2, "B3O0")
+CHUNKED = {0: (2, 1, True), 2: (3, 0, False)}  # index in RATES: Tc, To, causal
 FRAMES, PER_FRAME = 5, 6
 
 
@@ -94,15 +94,6 @@ def test_losses_gradients_and_statistics_are_those_of_all_pairs(teacher, batch, 
                 np.testing.assert_allclose(statistics[name][block, index], values, rtol=1e-4, err_msg=name)
 
 
-def test_candidates_do_not_change_each_other(teacher, batch, maps):
-    """R-hybrids are distilled beside chunks as they are alone: to the bit."""
-    mixed, _ = losses_and_gradients(teacher, batch, maps, DistillSpec(RATES, (1, 2), "strided", "lse", "value"))
-    alone = DistillSpec((2, "linear"), (1, 2), "strided", "lse", "value")
-    kept = np.array([1, 3])
-    losses, _ = losses_and_gradients(teacher, batch, jax.tree.map(lambda leaf: leaf[:, kept], maps), alone)
-    np.testing.assert_array_equal(mixed[:, kept], losses)
-
-
 CHECK = """
 import json
 import jax, numpy as np
@@ -136,29 +127,29 @@ def build(hybrid):
 
 def found(mesh):
     teacher, hybrid = build(None), build(HybridConfig(rates, stabilizer="max"))
-    alone = build(HybridConfig(("B2O1",)))
     maps = jax.tree.map(lambda x: x + 0.2, initial_maps(config, teacher))
     if mesh is not None:
-        for model in (teacher, hybrid, alone):
-            model.shard(mesh)
+        teacher.shard(mesh)
+        hybrid.shard(mesh)
     spec = DistillSpec(rates, (1, 2), "strided", "max", "value")
     values = [losses_and_gradients(teacher, batch, maps, spec), measure_heads(teacher, batch, (maps,), spec)]
     objective = lambda model: (model(batch["latents"], batch["timestep"], batch["text"]) ** 2).sum()
     graph, params = nnx.split(hybrid)
     values.append(jax.jit(jax.value_and_grad(lambda params: objective(nnx.merge(graph, params))))(params))
-    values.append(nnx.jit(objective)(alone))
-    return jax.device_get(jax.tree.leaves(values))
+    (losses, of_maps), (value, of_params) = values[0], values[2]
+    return [jax.device_get(jax.tree.leaves(part)) for part in (losses, of_maps, values[1], value, of_params)]
 
-expected = found(None)
-least = 1e-3 * max(np.linalg.norm(leaf) for leaf in expected)
 mesh = make_mesh(ConfigDict(dict(zip(AXES, (1, 1, 2, 2)))))
-errors = [float(np.linalg.norm(a - b) / max(np.linalg.norm(b), least * (b.ndim > 2))) for a, b in
-          zip(found(mesh), expected) if b.any()]
-print(json.dumps([len(errors), max(errors)]))
+errors = []
+for part, expected in zip(found(mesh), found(None)):
+    # A gradient whose terms nearly cancel has the absolute error of its terms.
+    least = 1e-3 * np.sqrt(sum(np.sum(leaf**2) for leaf in expected))
+    errors.append(max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), least)) for a, b in zip(part, expected)))
+print(json.dumps(errors))
 """
 
 
 def test_a_mesh_computes_what_one_device_does(on_fake_devices):
-    """Tokens and heads on two devices each, which exchange sequence for heads; in prefix order, and without."""
-    ((count, error),) = on_fake_devices(CHECK)
-    assert count > 30 and error < 1e-5
+    """Tokens and heads on two devices each, which exchange sequence for heads."""
+    (errors,) = on_fake_devices(CHECK)
+    assert len(errors) == 5 and max(errors) < 1e-5, errors
