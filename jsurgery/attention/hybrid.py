@@ -87,7 +87,8 @@ class HybridConfig:
         field = f"{source}: hybrid.rates"
         numbers = (1, *self.chain)
         if isinstance(rate, int) and rate not in numbers:
-            names = ", ".join(map(str, dict.fromkeys(numbers)))
+            allowed = (*numbers, *(["linear"] if self.linear_branch else []))
+            names = ", ".join(map(str, dict.fromkeys(allowed)))
             raise InputError(f"{field}: expected rates of {names}, found {rate!r}")
         check_rate(field, rate)
         kind = kind_of(rate)

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from jsurgery.attention.feature_maps import FeatureMapPair
-from jsurgery.attention.kinds.base import AttentionSize, Counts, Kind, Range, TeacherBlock, TokenPlace
+from jsurgery.attention.kinds.base import AttentionSize, Counts, Range, TeacherBlock, TokenPlace
+from jsurgery.attention.kinds.raster import RasterKind
 from jsurgery.attention.rope import apply_rope
 from jsurgery.attention.token_shards import SoftmaxBranch, TokenShards
 from pallas_kernels import (
@@ -29,8 +28,8 @@ from pallas_kernels import (
 )
 
 
-class QueryBlockKind(Kind):
-    """A kind that is given by `blocks`. It gets its tokens in whatever order the network has, and permutes them."""
+class QueryBlockKind(RasterKind):
+    """A kind that is given by `blocks`."""
 
     @abc.abstractmethod
     def blocks(self, frames: int, tokens_per_frame: int) -> list[QueryBlock]:
@@ -39,45 +38,12 @@ class QueryBlockKind(Kind):
     def attend_in_raster_order(
         self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
     ) -> jax.Array:
-        """The attention [B, N, H, D] of all tokens in raster order, on one device."""
         frames, height, width = place.grid
         blocks = self.blocks(frames, height * width)
         if maps is None:
             blocks = [block._replace(linear=()) for block in blocks]
         query_map, key_map = maps or (None, None)
         return attention_by_query_blocks(q, k, v, query_map, key_map, blocks=blocks, stabilizer=place.stabilizer)
-
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
-    ) -> jax.Array:
-        order = place.order
-
-        def whole(q, k, v, maps):
-            """Attention on a device that holds all tokens of its heads."""
-            if order is not None:
-                q, k, v = (x[:, order.inverse] for x in (q, k, v))
-            y = self.attend_in_raster_order(q, k, v, maps, place)
-            return y if order is None else y[:, order.permutation]
-
-        if place.sharding is None:
-            return whole(q, k, v, maps)
-        mesh = place.sharding.mesh
-        batch, axis, heads = (*place.sharding.spec, None, None, None)[:3]
-        spread = axis is not None and mesh.shape[axis] > 1
-
-        def local(q, k, v, maps):
-            if not spread:
-                return whole(q, k, v, maps)
-            exchange = lambda x: lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
-            q, k, v = map(exchange, (q, k, v))
-            count = q.shape[2]
-            own = lambda leaf: lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * count, count)
-            y = whole(q, k, v, jax.tree.map(own, maps))
-            return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
-
-        tokens = P(batch, axis, heads)
-        specs = {"in_specs": (tokens, tokens, tokens, P(heads)), "out_specs": tokens}
-        return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(q, k, v, maps)
 
     def counts(self, size: AttentionSize) -> Counts:
         blocks = self.blocks(size.frames, size.tokens // size.frames)
@@ -97,10 +63,6 @@ class QueryBlockKind(Kind):
             found.append((block.queries, block.softmax, True))
             found += [(block.queries, keys, False) for keys in block.linear]
         return found
-
-    def core_values(self, size: AttentionSize) -> int:
-        """As of any kind, and the permutation of q, k, v and y, which are read and written once more."""
-        return super().core_values(size) + 8 * size.tokens * size.heads * size.head_dim
 
     def observe(self, block: TeacherBlock) -> "ObservedBlocks":
         frames, height, width = block.grid

@@ -1,0 +1,56 @@
+"""Kinds that compute on all tokens of a head in raster order, whatever the order of the network is."""
+
+import abc
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.kinds.base import AttentionSize, Kind, TokenPlace
+
+
+class RasterKind(Kind):
+    """A kind that permutes q, k, v and y inside its attention, and over a mesh exchanges sequence for heads."""
+
+    @abc.abstractmethod
+    def attend_in_raster_order(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
+    ) -> jax.Array:
+        """The attention [B, N, H, D] of all tokens of some heads, in raster order on one device; `maps` are theirs."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
+    ) -> jax.Array:
+        order = place.order
+
+        def whole(q, k, v, maps):
+            """Attention on a device that holds all tokens of its heads."""
+            if order is not None:
+                q, k, v = (x[:, order.inverse] for x in (q, k, v))
+            y = self.attend_in_raster_order(q, k, v, maps, place)
+            return y if order is None else y[:, order.permutation]
+
+        if place.sharding is None:
+            return whole(q, k, v, maps)
+        mesh = place.sharding.mesh
+        batch, axis, heads = (*place.sharding.spec, None, None, None)[:3]
+        spread = axis is not None and mesh.shape[axis] > 1
+
+        def local(q, k, v, maps):
+            if not spread:
+                return whole(q, k, v, maps)
+            exchange = lambda x: lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+            q, k, v = map(exchange, (q, k, v))
+            count = q.shape[2]
+            own = lambda leaf: lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * count, count)
+            y = whole(q, k, v, jax.tree.map(own, maps))
+            return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
+
+        tokens = P(batch, axis, heads)
+        specs = {"in_specs": (tokens, tokens, tokens, P(heads)), "out_specs": tokens}
+        return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(q, k, v, maps)
+
+    def core_values(self, size: AttentionSize) -> int:
+        """As of any kind, and the permutation of q, k, v and y, which are read and written once more."""
+        return super().core_values(size) + 8 * size.tokens * size.heads * size.head_dim
