@@ -1,6 +1,7 @@
 """Hybrid softmax-linear attention for JAX. `pallas_kernels.api` describes it; nothing here depends on jsurgery."""
 
 from pallas_kernels.api import attend_with_state, hybrid_attention, hybrid_error, linear_state, softmax_zones
+from pallas_kernels.chunked import chunk_step, chunked_attention
 from pallas_kernels.feature_map import (
     ACTIVATIONS,
     FeatureMap,
@@ -23,6 +24,8 @@ __all__ = [
     "QueryBlock",
     "attend_with_state",
     "attention_by_query_blocks",
+    "chunk_step",
+    "chunked_attention",
     "hybrid_attention",
     "hybrid_error",
     "init_hedgehog_map",

@@ -69,7 +69,7 @@ def hybrid_attention(
     platform, whole = _place()
     names = _candidates(platform, whole, q.dtype) if implementation is None else (implementation,)
     options = {"num_softmax": num_softmax, "key_valid": key_valid, "stabilizer": stabilizer}
-    return _first(names, "hybrid_attention", q, k, v, query_map, key_map, **options)
+    return call_first(names, "hybrid_attention", q, k, v, query_map, key_map, **options)
 
 
 def linear_state(
@@ -89,7 +89,7 @@ def linear_state(
     "stock" is not tried.
     """
     options = {"start": start, "key_valid": key_valid, "token_gradients": token_gradients}
-    return _first(_with_state(k.dtype), "linear_state", k, v, key_map, **options)
+    return call_first(kernels_for(k.dtype), "linear_state", k, v, key_map, **options)
 
 
 def attend_with_state(
@@ -104,7 +104,7 @@ def attend_with_state(
 ) -> jax.Array:
     """`hybrid_attention` with softmax keys and values [B, S, H, D] and the `linear_state` of all linear keys."""
     options = {"key_valid": key_valid, "stabilizer": stabilizer}
-    return _first(_with_state(q.dtype), "attend_with_state", q, k, v, query_map, state, **options)
+    return call_first(kernels_for(q.dtype), "attend_with_state", q, k, v, query_map, state, **options)
 
 
 def softmax_zones(
@@ -135,8 +135,8 @@ def softmax_zones(
     """
     if list(bounds) != sorted(set(bounds)) or not bounds or not 0 < bounds[0] <= bounds[-1] <= k.shape[1]:
         raise ValueError(f"bounds must ascend from at least 1 to at most {k.shape[1]}, found {tuple(bounds)}")
-    names = _with_state(q.dtype) if implementation is None else (implementation,)
-    return _first(names, "softmax_zones", q, k, v, tuple(bounds), key_valid=key_valid)
+    names = kernels_for(q.dtype) if implementation is None else (implementation,)
+    return call_first(names, "softmax_zones", q, k, v, tuple(bounds), key_valid=key_valid)
 
 
 def hybrid_error(
@@ -170,12 +170,12 @@ def hybrid_error(
     Raises:
         NotImplementedError: arguments that the implementation does not support.
     """
-    names = _with_state(q.dtype) if implementation is None else (implementation,)
+    names = kernels_for(q.dtype) if implementation is None else (implementation,)
     names = tuple(name for name in names if name != "gpu")  # XLA's products and chunks do on GPUs
-    return _first(names, "hybrid_error", q, query_map, state, softmax, target, query_valid=query_valid)
+    return call_first(names, "hybrid_error", q, query_map, state, softmax, target, query_valid=query_valid)
 
 
-def _with_state(dtype: Any) -> tuple[str, ...]:
+def kernels_for(dtype: Any) -> tuple[str, ...]:
     """The implementations of all but `hybrid_attention` to try, in this order."""
     return tuple(name for name in _candidates(*_place(), dtype) if name != "stock")
 
@@ -199,7 +199,7 @@ def _candidates(platform: str, whole: bool, dtype: Any) -> tuple[str, ...]:
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
 
 
-def _first(names: tuple[str, ...], function: str, *arguments: Any, **options: Any) -> Any:
+def call_first(names: tuple[str, ...], function: str, *arguments: Any, **options: Any) -> Any:
     """Calls `function` of the first implementation that supports the arguments.
 
     If none does, the NotImplementedError of the last implementation is raised. Where only "xla" is left, the log says

@@ -51,6 +51,40 @@ def softmax_share(
     return (n_S / (n_S + n_L)).swapaxes(1, 2)
 
 
+def chunked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_map: FeatureMap | None,
+    key_map: FeatureMap | None,
+    *,
+    chunk: int,
+    overlap: int,
+    causal: bool,
+    key_valid: jax.Array | None = None,
+    stabilizer: str = "max",
+) -> jax.Array:
+    """See `pallas_kernels.chunked_attention`: every pair of tokens, with masks that say which branch it is in."""
+    token = jnp.arange(q.shape[1])
+    first_N = token // chunk * chunk
+    from_N, to_N = jnp.maximum(first_N - overlap, 0)[:, None], (first_N + chunk)[:, None]
+    in_S_NxN = (token[None] >= from_N) & (token[None] < to_N)
+    in_L_NxN = token[None] < from_N if causal else ~in_S_NxN
+    valid_BxN = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
+    among = lambda mask_NxN: mask_NxN[None, None] & valid_BxN[:, None, None]
+    f32 = jnp.float32
+    s_BxHxNxN = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
+    s_BxHxNxN = jnp.where(among(in_S_NxN), s_BxHxNxN, -jnp.inf)
+    stabilize = jnp.max if stabilizer == "max" else jax.nn.logsumexp
+    weights_BxHxNxN = jnp.exp(s_BxHxNxN - stabilize(s_BxHxNxN, axis=-1, keepdims=True))
+    if query_map is not None and key_map is not None:
+        products_BxHxNxN = jnp.einsum("bnhf,bmhf->bhnm", query_map(q).astype(f32), key_map(k).astype(f32))
+        weights_BxHxNxN += jnp.where(among(in_L_NxN), products_BxHxNxN, 0.0)
+    y_BxHxNxD = jnp.einsum("bhnm,bmhd->bhnd", weights_BxHxNxN, v.astype(f32))
+    y_BxHxNxD /= weights_BxHxNxN.sum(axis=-1, keepdims=True)
+    return y_BxHxNxD.swapaxes(1, 2).astype(v.dtype)
+
+
 def _branches(
     q: jax.Array,
     k: jax.Array,

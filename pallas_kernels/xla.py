@@ -6,11 +6,13 @@ Each branch has its own backward pass, which keeps inputs, outputs and log-sum-e
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chunk_windows import Kernels, attend_to_chunks
 from pallas_kernels.feature_map import FeatureMap
 from pallas_kernels.reference import EPSILON, Zones
 from pallas_kernels.xla_error import errors_and_mass
@@ -105,3 +107,8 @@ def hybrid_error(
     """See `pallas_kernels.hybrid_error`."""
     errors_H, n_L_HxNxB = errors_and_mass(query_map, state, q, softmax, target, query_valid)
     return errors_H, n_L_HxNxB.transpose(2, 1, 0)
+
+
+def chunked_attention(*arguments: Any, **options: Any) -> jax.Array:
+    """See `pallas_kernels.chunked_attention`."""
+    return attend_to_chunks(Kernels(hybrid_attention, linear_state, attend_with_state), *arguments, **options)
