@@ -51,6 +51,7 @@ def base() -> ConfigDict:
     c.sampler.guidance = 5.0  # 1: the prompt alone, one velocity a step
     c.sampler.guidance_batched = True  # False: the two velocities one after the other, in half the memory
     c.sampler.negative_prompt = ""  # what guidance leads away from
+    c.sampler.noise = "video"  # how noise is drawn: for a video at once, or for each latent "frame", as streams need it
 
     c.hybrid = ConfigDict()
     c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass; "C3O1" is a chunked hybrid
@@ -172,6 +173,7 @@ CHOICES = {
     "mesh.exchange": ("gather", "all_to_all"),
     "model.remat": ("none", "blocks", "matmuls"),
     "sampler.solver": ("euler", "euler_ancestral", "unipc", "lcm"),
+    "sampler.noise": ("video", "frame"),
     "trace.solver": ("euler", "euler_ancestral", "lcm"),
     "hybrid.stabilizer": ("max", "lse"),
     "hybrid.lattice": ("strided", "staggered", "staggered_rows"),
@@ -212,6 +214,7 @@ LATER_FIELDS: dict[str, Any] = {
     "model.lora_scale": (),
     "model.vae_dtype": "float32",
     "sampler.timesteps": (),
+    "sampler.noise": "video",
 }
 # Fields whose default is an empty list -> the type of what it may hold.
 ITEMS: dict[str, type] = {"sampler.timesteps": float, "model.lora": str, "model.lora_scale": float}

@@ -17,6 +17,7 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 LEAST_SIGMA = 0.001  # the lowest noise level of the 1000 training timesteps
+INITIAL = 2**32 - 1  # folded into a video's key for its frames' initial noise; its steps have numbers from 0 on
 
 
 def shift_sigma(sigma: Array, shift: float) -> Array:
@@ -187,10 +188,17 @@ def initial_state(noise: jax.Array) -> State:
     return State(noise, zeros, zeros, zeros)
 
 
-def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array | None = None) -> State:
+def solver_step(
+    velocity: Velocity,
+    state: State,
+    row: Schedule,
+    key: jax.Array | None = None,
+    first_frame: int | jax.Array | None = None,
+) -> State:
     """The state after one step, by a row of a schedule.
 
     `key` draws fresh noise: one key for the batch, or [B], one for each of its rows; None for a solver without noise.
+    With the number of x's `first_frame` in its video, it draws every frame by itself, of keys [B].
     """
     data = state.x - row.sigma * velocity(state.x, jnp.full(state.x.shape[0], row.timestep))
     terms = (state.x, state.previous_x, state.older_data, state.last_data, data)
@@ -198,6 +206,8 @@ def solver_step(velocity: Velocity, state: State, row: Schedule, key: jax.Array 
     x = row.predictor[0] * corrected + row.predictor[1] * state.last_data + row.predictor[2] * data
     if key is not None:
         draw = lambda key, x: jax.random.normal(key, x.shape, x.dtype)
+        if first_frame is not None:
+            draw = lambda key, x: noise_by_frame(key, first_frame, x.shape, x.dtype)
         x += row.renoise * (jax.vmap(draw) if key.ndim else draw)(key, x)
     return State(x, corrected, state.last_data, data)
 
@@ -240,7 +250,29 @@ def evenly_spaced_steps(steps: int, keep: int) -> np.ndarray:
     return np.round(np.linspace(0, steps - 1, keep)).astype(int) if keep > 1 else np.array([0])
 
 
-def initial_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> jax.Array:
-    """Unit normal noise [B, *shape]. Row b depends on the seed and on `numbers[b]`, the prompt's number, alone."""
+def initial_noise(
+    seed: int, numbers: Sequence[int], shape: tuple[int, ...], frames: tuple[int, int] | None = None
+) -> jax.Array:
+    """Unit normal noise [B, *shape]. Row b depends on the seed and on `numbers[b]`, the prompt's number, alone.
+
+    Args:
+        seed, numbers: what the noise depends on.
+        shape: (T, H, W, C), of the latents of a video.
+        frames: the first of the video's latent frames that is drawn, and one past the last, as T of `shape`; every
+            frame is drawn by itself. None: a video is drawn at once, which gives other noise.
+    """
     key = jax.random.key(seed)
-    return jnp.stack([jax.random.normal(jax.random.fold_in(key, number), shape) for number in numbers])
+    keys = [jax.random.fold_in(key, number) for number in numbers]
+    if frames is None:
+        return jnp.stack([jax.random.normal(each, shape) for each in keys])
+    first, end = frames
+    draw = lambda each: noise_by_frame(jax.random.fold_in(each, INITIAL), first, (end - first, *shape[1:]))
+    return jnp.stack([draw(each) for each in keys])
+
+
+def noise_by_frame(
+    key: jax.Array, first: int | jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> jax.Array:
+    """Unit normal noise of `shape` = (T, ...), of frames from number `first` on. A frame depends on key and number."""
+    draw = lambda number: jax.random.normal(jax.random.fold_in(key, number), shape[1:], dtype)
+    return jax.vmap(draw)(first + jnp.arange(shape[0]))

@@ -13,12 +13,14 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from jsurgery.diffusion import (
     add_noise,
     guided,
+    initial_noise,
     initial_state,
     noise_levels,
     sample,
     sampling_sigmas,
     schedule,
     solver_step,
+    step_keys,
 )
 
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -233,3 +235,21 @@ def test_fresh_noise_has_the_scale_of_the_schedule():
     drawn = solver_step(lambda x, timesteps: x, state, row, jax.random.key(0)).x
     np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, row.renoise], atol=0.01)
     assert row.renoise > 0.3
+
+
+def test_noise_of_a_frame_does_not_depend_on_the_others():
+    """Of frames 3 and 4 of a video of 6: the initial noise, and the fresh noise of every step."""
+    shape, rows = (6, 8, 8, 4), schedule("lcm", 3, 3.0)
+    whole, part = (initial_noise(1, [5, 6], shape, frames) for frames in ((0, 6), (3, 5)))
+    assert np.array_equal(whole[:, 3:5], part) and whole.shape == (2, *shape)
+    keys = step_keys(rows, jnp.stack([jax.random.key(5), jax.random.key(6)]))
+    fresh = lambda x, i, first: solver_step(lambda x, _: 0 * x, initial_state(0 * x), rows.row(i), keys[i], first).x
+    steps = [fresh(whole, i, 0) for i in range(2)]
+    for i, drawn in enumerate(steps):
+        assert np.array_equal(drawn[:, 3:5], fresh(part, i, 3))
+        assert drawn.std() == pytest.approx(rows.renoise[i], rel=0.05)
+
+    frames = np.concatenate([np.asarray(each).reshape(12, -1) for each in (whole, *steps)])  # 2 videos, 3 draws
+    assert whole.std() == pytest.approx(1, rel=0.05)
+    assert np.abs(np.corrcoef(frames) - np.eye(36)).max() < 0.3, "two frames have the same noise"
+    assert not np.array_equal(initial_noise(1, [5], shape), initial_noise(1, [5], shape, (0, 6)))

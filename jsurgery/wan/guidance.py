@@ -94,12 +94,24 @@ def blocks_not_finite(transformer: WanTransformer, x: jax.Array, timesteps_B: ja
 
 # jax.jit, since nnx.jit would return the model too: a copy of its weights at every call.
 @functools.partial(jax.jit, static_argnames=("guidance", "batched"))
-def sampling_step(transformer, text, negative_text, state: State, row, key, guidance: float, batched: bool, given=None):
+def sampling_step(
+    transformer,
+    text,
+    negative_text,
+    state: State,
+    row,
+    key,
+    guidance: float,
+    batched: bool,
+    given=None,
+    first_frame: int | None = None,
+):
     """The solver's state after one step from `state`, by a row of its schedule; compiled. See `guided_velocity`.
 
     With a mesh, the state is whole on every device, as it is before the first step: one program serves all steps.
+    `first_frame` is that of `solver_step`.
     """
     velocity = guided_velocity(transformer, text, negative_text, guidance, batched, given)
-    state = solver_step(velocity, state, row, key)
+    state = solver_step(velocity, state, row, key, first_frame)
     mesh = transformer.device_mesh
     return state if mesh is None else jax.lax.with_sharding_constraint(state, sharding(mesh))

@@ -108,8 +108,9 @@ class Pipeline:
         """Samples latents of prompts by `config.sampler` and `config.video`.
 
         A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
-        With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add. A batch that
-        the mesh does not divide is filled up. `on_step` is called after every step with the number of steps done.
+        With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add; where noise is
+        drawn frame by frame, it always does. A batch that the mesh does not divide is filled up. `on_step` is called
+        after every step with the number of steps done.
         With the latents `given` [B, K, H, W, C], those of an image, the videos begin with them.
         Returns the latents [B, T, H, W, C], and the latents before each of the K steps `record`, [K, B, ...] on the
         host, or None without such steps.
@@ -122,7 +123,10 @@ class Pipeline:
         )
         keys = [jax.random.fold_in(jax.random.key(seed), number) for seed, number in numbered]
         steps = schedule(sampler.solver, sampler.steps, sampler.shift, sampler.timesteps)
-        keys = step_keys(steps, keys[0] if sources is None else jnp.stack([keys[row] for row in rows]))
+        by_frame = sampler.noise == "frame"
+        one_key = sources is None and not by_frame
+        keys = step_keys(steps, keys[0] if one_key else jnp.stack([keys[row] for row in rows]))
+        first_frame = 0 if by_frame else None
         state, trajectory = initial_state(noise), []
         begin = None if given is None else jnp.asarray(given[np.array(rows)], jnp.float32)
         if self.transformer.device_mesh is not None:
@@ -131,7 +135,8 @@ class Pipeline:
         for i in range(sampler.steps):
             trajectory += [to_host(state.x)[:count]] if i in record else []
             inputs = text, negative_text, state, steps.row(i), None if keys is None else keys[i]
-            following = sampling_step(self.transformer, *inputs, sampler.guidance, sampler.guidance_batched, begin)
+            rule = sampler.guidance, sampler.guidance_batched, begin, first_frame
+            following = sampling_step(self.transformer, *inputs, *rule)
             if not all_finite(following.x):  # waits for the step
                 raise InputError(
                     f"sampling: step {i + 1} of {sampler.steps}: {self._cause(inputs)}; nothing is written of it"
@@ -160,7 +165,8 @@ class Pipeline:
         """Text, negative text (None at guidance 1, which does not read it), and the noise of each (seed, number)."""
         video, sampler = config.video, config.sampler
         shape = self.latent_shape(video.frames, video.height, video.width)
-        noise = jnp.concatenate([initial_noise(seed, [number], shape) for seed, number in sources])
+        frames = (0, shape[0]) if sampler.noise == "frame" else None
+        noise = jnp.concatenate([initial_noise(seed, [number], shape, frames) for seed, number in sources])
         text = self.embed(prompts, config.text_length)
         negative_text = None if sampler.guidance == 1 else self.embed([sampler.negative_prompt], config.text_length)
         return text, negative_text, noise

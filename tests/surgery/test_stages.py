@@ -53,7 +53,7 @@ def test_every_field_is_recorded_by_a_stage_or_listed_as_not_recorded():
     config = base()
     config.distill.mode, config.distill.error_steps, config.finetune.lora_rank = "sampling", 1, 8
     config.model.kind, config.model.lora, config.model.lora_scale = "consistency", ("a.safetensors",), (0.5,)
-    config.sampler.timesteps, config.model.vae_dtype = (1000.0,), "bfloat16"
+    config.sampler.timesteps, config.sampler.noise, config.model.vae_dtype = (1000.0,), "frame", "bfloat16"
     recorded = {field for stage in STAGES for field in recorded_fields(config, stage.fields, stage.without)}
     not_recorded = {
         field

@@ -99,7 +99,9 @@ class Trajectories:
     def begin(self, number: int) -> State:
         """The noise of a batch, replicated on every device, as the state of a trajectory is between its steps."""
         times, prompts = np.divmod(number * self.batch + np.arange(self.batch), self.prompts)
-        noise = initial_noise(self.config.seed, (prompts + times * self.config.trace.prompts).tolist(), self.shape)
+        numbers = (prompts + times * self.config.trace.prompts).tolist()
+        frames = (0, self.shape[0]) if self.config.sampler.noise == "frame" else None
+        noise = initial_noise(self.config.seed, numbers, self.shape, frames)
         return put_state(self.mesh, jax.tree.map(np.asarray, initial_state(noise)))
 
     def step(self, number: int, position: int) -> tuple[Schedule, jax.Array | None]:
