@@ -18,16 +18,20 @@ def axis_widths(head_dim: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def rope_tables(grid: tuple[int, int, int], head_dim: int, max_len: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(
+    grid: tuple[int, int, int], head_dim: int, max_len: int = 1024, first: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, two float32 arrays [N, head_dim / 2] for the tokens of `grid` in natural (row-major) order.
 
-    The angles are computed in float64, as in the original model. Raises InputError if an axis is longer than `max_len`.
+    The angles are computed in float64, as in the original model. The grid's frames are those of a video from number
+    `first` on. Raises InputError if an axis, up to the grid's end, is longer than `max_len`.
     """
-    check_grid(grid, max_len)
+    check_grid((first + grid[0], *grid[1:]), max_len)
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
         frequencies = THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-        angle = np.arange(length, dtype=np.float64)[:, None] * frequencies
+        start = first if axis == 0 else 0
+        angle = np.arange(start, start + length, dtype=np.float64)[:, None] * frequencies
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
         angles.append(np.broadcast_to(angle.reshape(shape), (*grid, width // 2)))

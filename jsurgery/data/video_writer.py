@@ -1,9 +1,11 @@
 """Videos as files: mp4 (H.264), gif, or a png sheet of frames."""
 
+import contextlib
 import itertools
 import json
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +18,7 @@ from jsurgery.io.files import replacing_locally, temporary_name
 SHEET_FRAMES = 9
 LEAST_HUNDREDTHS = 2  # of a second, which a frame of a GIF lasts
 BT709, LIMITED = 1, 1  # FFmpeg's numbers of the matrix, the primaries and the curve, and of the range 16 to 235
+CRF = "16"  # of x264, for all mp4 files
 SUFFIXES = (".mp4", ".gif", ".png")
 
 
@@ -95,19 +98,57 @@ def encode_frames(
 
     Players guess the matrix of a stream that does not say it, by its height.
     """
+    stream = _add_stream(container, codec, video_FxHxWx3.shape[1:3], rate, options)
+    for pixels in video_FxHxWx3:
+        container.mux(stream.encode(_yuv_frame(pixels)))
+    container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def growing_mp4(
+    path: epath.Path, size: tuple[int, int], fps: int, settings: dict[str, Any]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that appends uint8 frames [F, H, W, 3] of `size` (H, W) to an mp4, which gets its name at the end.
+
+    Until then it lies beside it as `temporary_name` says, and can be played at any time: every frame is a fragment of
+    its own, written as it comes, all but the last one. For a path on an object store it lies on this machine.
+    """
     import av
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_locally(path, temporary_name(path.name, path.suffix)) as temporary:
+        options = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+        with temporary.open("wb", buffering=0) as file, av.open(file, "w", format="mp4", options=options) as container:
+            container.metadata["comment"] = json.dumps(settings)
+            # Without looking ahead, or else the encoder keeps the last two seconds.
+            encoding = {"crf": CRF, "tune": "zerolatency"}
+            stream = _add_stream(container, "libx264", size, Fraction(fps), encoding)
+
+            def append(video_FxHxWx3: np.ndarray) -> None:
+                for pixels in video_FxHxWx3:
+                    container.mux(stream.encode(_yuv_frame(pixels)))
+
+            yield append
+            container.mux(stream.encode())
+
+
+def _add_stream(container: Any, codec: str, size: tuple[int, ...], rate: Fraction, options: dict[str, str]) -> Any:
+    """A stream for frames of `_yuv_frame`, which says what its colours are."""
     stream = container.add_stream(codec, rate=rate, options=options)
-    stream.height, stream.width = video_FxHxWx3.shape[1:3]
+    stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = LIMITED
-    for pixels in video_FxHxWx3:
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+    return stream
+
+
+def _yuv_frame(pixels_HxWx3: np.ndarray) -> Any:
+    """A frame of PyAV as yuv420p, with the colours of BT.709."""
+    import av
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HxWx3), format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
 
 
 def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment: str) -> None:
@@ -116,4 +157,4 @@ def _write_mp4(path: pathlib.Path, video_FxHxWx3: np.ndarray, fps: int, comment:
     # A stream, because FFmpeg takes a name with a colon for an address.
     with path.open("wb") as file, av.open(file, "w", format="mp4") as container:
         container.metadata["comment"] = comment
-        encode_frames(container, "libx264", video_FxHxWx3, Fraction(fps), {"crf": "16"})
+        encode_frames(container, "libx264", video_FxHxWx3, Fraction(fps), {"crf": CRF})

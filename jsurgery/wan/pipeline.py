@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -108,9 +108,9 @@ class Pipeline:
         """Samples latents of prompts by `config.sampler` and `config.video`.
 
         A prompt's noise depends on the seed and on the prompt's number (`first`, `first` + 1, ...), not on the batch.
-        With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add; where noise is
-        drawn frame by frame, it always does. A batch that the mesh does not divide is filled up. `on_step` is called
-        after every step with the number of steps done.
+        With `sources`, the (seed, number) of every prompt, so does the fresh noise that some solvers add; noise that is
+        drawn frame by frame always does. A batch that the mesh does not divide is filled up. `on_step` is called after
+        every step with the number of steps done.
         With the latents `given` [B, K, H, W, C], those of an image, the videos begin with them.
         Returns the latents [B, T, H, W, C], and the latents before each of the K steps `record`, [K, B, ...] on the
         host, or None without such steps.
@@ -180,12 +180,21 @@ class Pipeline:
         latents, at_once = np.asarray(latents_BxTxHxWxC), self.vae.clips_at_once
         groups = (latents[start : start + at_once] for start in range(0, len(latents), at_once))
         decoded = (self.vae.decode_in_chunks(group) for group in groups)
-        return np.concatenate([np.round((videos + 1) * 127.5).astype(np.uint8) for videos in decoded])
+        return np.concatenate([as_pixels(videos) for videos in decoded])
+
+    def decode_as_they_come(self, latents_BxTxHxWxC: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """`decode` of one video whose latents come piece by piece: yields frames uint8 [F, H, W, 3] in turn."""
+        return (as_pixels(frames[0]) for frames in self.vae.decode_as_they_come(latents_BxTxHxWxC))
 
     def __call__(self, prompts: str | Sequence[str], config: ConfigDict, *, seed: int = 0) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3] of one prompt or of several."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return self.decode(self.sample(prompts, config, seed=seed)[0])
+
+
+def as_pixels(video: np.ndarray) -> np.ndarray:
+    """uint8 of a video in [-1, 1]."""
+    return np.round((video + 1) * 127.5).astype(np.uint8)
 
 
 def configured_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:

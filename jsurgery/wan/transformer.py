@@ -300,18 +300,19 @@ class WanTransformer(nnx.Module):
         order: TokenOrder | None,
         stop_block: int | None = None,
         given_frames: int = 0,
+        angles: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """The whole network, with the caller's self-attention in every block.
 
         `self_attention(q, k, v, layer) -> (y, record)` is traced once and scanned. `layer` is the block's slice of the
         [L, ...] leaves of `layers`. Inside the blocks, tokens lie in `order`, or in natural order if it is None. Blocks
         from number `stop_block` on are skipped, and their records are zero. The tokens of the first `given_frames`
-        latent frames have timestep 0.
+        latent frames have timestep 0. `angles` are the `rope_tables` of latents that are no video's first frames.
         Returns (velocity [B, T, H, W, C], records stacked [L, ...]).
         """
         config = self.config
         grid = config.token_grid(latents_BxTxHxWxC.shape[1:4])
-        cos, sin = rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
+        cos, sin = angles or rope_tables(grid, config.attention_head_dim, config.rope_max_seq_len)
         x = self.patchify(latents_BxTxHxWxC.astype(self.dtype))
         if order is not None:
             x, cos, sin = x[:, order.permutation], cos[order.permutation], sin[order.permutation]

@@ -8,7 +8,7 @@ request over tiles in space. Attribute names are the parameter names of the refe
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -176,6 +176,25 @@ class WanVae(nnx.Module):
         whole = lambda latents: self.in_chunks(decode_chunk, [(latents[:, frame],) for frame in _chunks(latents, 1)])
         video = in_tiles(whole, np.asarray(latents_BxTxHxWxC), tiling, unit=self.config.strides[1], result_unit=1)
         return np.clip(video, -1, 1, out=video)
+
+    def decode_as_they_come(self, latents_BxTxHxWxC: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """`decode_in_chunks` of a clip whose latents come piece by piece: yields the frames of each latent frame.
+
+        Nothing is kept but what the next frame needs. On several devices, all of them decode the same clip.
+        Raises InputError for frames that are not finite.
+        """
+        graph, state = nnx.split(self)
+        kept, frame = None, 0
+        for piece in latents_BxTxHxWxC:
+            for number in range(piece.shape[1]):
+                y, kept = decode_chunk(graph, state, jnp.asarray(piece[:, number : number + 1]), kept)
+                video = np.array(y, np.float32)
+                if not is_finite(video):
+                    raise InputError(
+                        f"the VAE's decode chunks: frames from {frame} on are not finite: {describe_weights(state)}"
+                    )
+                frame += video.shape[1]
+                yield np.clip(video, -1, 1, out=video)
 
     def spread(self, devices: Sequence[Any]) -> None:
         """From now on the methods `..._in_chunks` give each of these devices a clip of its own.
