@@ -1,7 +1,7 @@
 """The command `sample`: makes a video file from every prompt."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,16 @@ def sample_videos(
     checked without the weights is checked first.
     Raises InputError if an existing file was made with other settings.
     """
+    requests = video_requests(config, prompts, output, single, image)
+    missing = unfinished(config, requests, again=single)
+    prepare_output(epath.Path(output), single)
+    yield from make_videos(config, missing)
+
+
+def video_requests(
+    config: ConfigDict, prompts: Sequence[str], output: str, single: bool, image: str | None = None
+) -> list[VideoRequest]:
+    """The videos that `sample_videos` is to make. Raises InputError for a bad prompt or image."""
     if not all(prompt.strip() for prompt in prompts):
         raise InputError("--prompt: expected a text, found an empty one")
     for prompt in prompts:
@@ -81,15 +91,12 @@ def sample_videos(
     given = None if image is None else first_frame(config, image)
     folder = epath.Path(output)
     files = [folder] if single else [folder / f"{number:04d}.mp4" for number in range(len(prompts))]
-    requests = [
+    return [
         VideoRequest(
             file, prompt, config.seed, number, "sample" if single else f"sample {number + 1}/{len(files)}", given
         )
         for number, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    missing = unfinished(config, requests, again=single)
-    prepare_output(folder, single)
-    yield from make_videos(config, missing)
 
 
 def first_frame(config: ConfigDict, file: str) -> GivenImage:
@@ -105,15 +112,22 @@ def first_frame(config: ConfigDict, file: str) -> GivenImage:
     return read_image(file, video.height, video.width)
 
 
-def unfinished(config: ConfigDict, requests: Sequence[VideoRequest], again: bool = False) -> list[VideoRequest]:
+def unfinished(
+    config: ConfigDict,
+    requests: Sequence[VideoRequest],
+    again: bool = False,
+    place: Callable[[ConfigDict, int], ConfigDict] | None = None,
+) -> list[VideoRequest]:
     """The requests whose file does not exist yet; with `again`, all of them. Reads no weights.
+
+    `place` gives a config for so many videos its mesh, by default `on_mesh`.
 
     Raises InputError for a video that the model cannot make, and for an existing file made with other settings.
     """
     model = check_pipeline(config.model.path)
     check_loras(model, loras_of(config))
     check_size(model, config.video.frames, config.video.height, config.video.width)
-    config = on_mesh(config, len(requests))
+    config = (place or on_mesh)(config, len(requests))
     mesh = make_mesh(config.mesh, jax.local_devices())
     check_heads(mesh, model.num_attention_heads, config.mesh.exchange, model.rates)
     if again:

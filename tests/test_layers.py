@@ -23,6 +23,7 @@ LAYERS = (
     ("jsurgery.wan",),
     ("jsurgery.data",),
     ("jsurgery.sample", "jsurgery.surgery", "jsurgery.train"),
+    ("jsurgery.stream",),
     ("jsurgery", "jsurgery.estimate"),  # the package's public names
     ("jsurgery.evaluate",),
     ("jsurgery.report", "jsurgery.export"),

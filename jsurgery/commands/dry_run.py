@@ -46,14 +46,29 @@ def dry_run_sampling(
 ) -> None:
     """Tells what sampling of `videos`, `batch` at once, would take. With a model's folder, first checks its files."""
     from jsurgery.estimate import dry_run
+
+    check_model(config)
+    name = options.config or "tiny"
+    found = limits(options, workdir)
+    dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)
+
+
+def dry_run_streaming(config: ConfigDict, options: Options, videos: int, workdir: str) -> None:
+    """Tells what `sample --stream` of `videos` would take. With a model's folder, first checks its files."""
+    from jsurgery.estimate import dry_run
+
+    check_model(config)
+    name = options.config or "tiny"
+    dry_run.dry_run_streaming(config, name, split_topology(name)[1], videos, limits(options, workdir))
+
+
+def check_model(config: ConfigDict) -> None:
+    """Checks the files of the folder that the config names, if it does, and that its LoRAs fit."""
     from jsurgery.wan.lora import check_loras, loras_of
     from jsurgery.wan.model_folder import check_pipeline
 
     if config.model.path:
         check_loras(check_pipeline(config.model.path), loras_of(config))
-    name = options.config or "tiny"
-    found = limits(options, workdir)
-    dry_run.dry_run_sampling(command, config, name, split_topology(name)[1], videos, batch, found)
 
 
 def tell_cut(config: ConfigDict, prompts: Sequence[str]) -> None:

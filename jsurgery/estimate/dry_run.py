@@ -5,6 +5,7 @@ hours are `jsurgery roofline`'s. Nothing is measured.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from jsurgery.surgery.plan import check_budget
 from jsurgery.wan import memory
 from jsurgery.wan.memory import Phase, on_sampling_mesh
 from jsurgery.wan.model_sizes import find_sizes
+from jsurgery.wan.streaming_memory import describe_stream, on_streaming_mesh, streaming_phases
 from jsurgery.wan.vae_cost import vae_cost
 
 EFFICIENCY = 0.4  # of the peak rates, for the hours
@@ -104,6 +106,19 @@ def dry_run_sampling(
     work = dataclasses.replace(synthesis(config, sizes.transformer, videos), stage=f"{command}, {videos} videos")
     hours = hour_rows([work], machine)
     tell(machine, phases, hours, [StageDisk(command, unfinished, videos * clip)], [], limits)
+
+
+def dry_run_streaming(config: ConfigDict, config_name: str, topology: str, videos: int, limits: Limits) -> None:
+    """The same for `sample --stream` of `videos`, one after the other."""
+    check_report(limits.report)
+    sizes, machine = find_sizes(config, config_name), machine_of(topology)
+    note = describe_stream(config, sizes.transformer)
+    place = lambda: on_streaming_mesh(config, sizes, machine.count, machine.memory, tell=lambda line: None)
+    phases = phase_rows("sample", place, lambda placed, mesh: streaming_phases(placed, sizes, mesh, videos))
+    work = dataclasses.replace(synthesis(config, sizes.transformer, videos), stage=f"sample, {videos} videos")
+    used = next((math.prod(row["mesh"].values()) for row in phases if "mesh" in row), machine.count)
+    hours = hour_rows([work], dataclasses.replace(machine, count=used))
+    tell(machine, phases, hours, [StageDisk("sample", 0, videos * VIDEO_BYTES)], [note], limits)
 
 
 def dry_run_encoding(config: ConfigDict, config_name: str, topology: str, clips: int, limits: Limits) -> None:

@@ -334,4 +334,4 @@ def stream_latents(
                 weights = describe_weights(nnx.state(transformer))
                 raise InputError(f"sampling: {place}: the latents are not finite: the transformer's {weights}")
             on_step(number, i + 1)
-        yield np.asarray(with_given_frames(state.x, begin))
+        yield np.array(with_given_frames(state.x, begin))  # a copy, which holds no array of the device

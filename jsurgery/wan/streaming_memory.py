@@ -1,4 +1,4 @@
-"""The memory of a stream: what it carries from chunk to chunk, the phases of the command, and the mesh that holds it."""
+"""The memory of a stream: what it carries from chunk to chunk, its phases, and the mesh that holds it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,20 +45,18 @@ def describe_stream(config: ConfigDict, network: WanConfig) -> str:
     )
 
 
-def streaming_phases(
-    config: ConfigDict, sizes: ModelSizes, mesh: Mesh | AbstractMesh, prompts: int, *, told: str = "sample"
-) -> list[Phase]:
+def streaming_phases(config: ConfigDict, sizes: ModelSizes, mesh: Mesh | AbstractMesh, prompts: int) -> list[Phase]:
     """The phases of streaming videos of `prompts`, one after the other. A chunk's frames are decoded after it."""
     network, tensor = sizes.transformer, mesh.shape[LOGICAL["heads"]]
     kinds = streamed_kinds(network, config.model.path)
     chunk = one_chunk(config, network)
-    sampling = sampling_phase(chunk, network, mesh, 1, program=told)
+    sampling = sampling_phase(chunk, network, mesh, 1)
     decoding = decoding_phase(config, sizes, {})
     step = carried_by_step(config, network) // tensor
     held = dict(sampling.held) | {"carried": config.sampler.steps * step, "VAE": vae_weights(config, sizes.vae)}
     held |= decoding.held
     # A step's carried arrays before and after it, and the keys and values of a block's window.
-    forwards, batch = forwards_per_step(config)
+    _, batch = forwards_per_step(config)
     _, height, width = network.token_grid(latent_grid(1, config.video.height, config.video.width, network.strides))
     window = (kinds[0].chunk + max(kind.overlap for kind in kinds)) * height * width
     itemsize = jnp.dtype(config.model.dtype).itemsize
