@@ -64,12 +64,14 @@ def streamed_kinds(network: WanConfig, source: str) -> tuple[Chunked, ...]:
     found: list[Chunked] = []
     for number, rate in enumerate(network.rates):
         kind = kind_of(rate)
-        expected = "--stream needs causal chunks of one length in all blocks, such as 'C3O1'"
-        if not (isinstance(kind, Chunked) and kind.causal):
-            raise InputError(f"{source}: block {number} is {kind.name}; {expected}")
-        if found and kind.chunk != found[0].chunk:
-            raise InputError(f"{source}: block {number} is {kind.name}, block 0 is {found[0].name}; {expected}")
-        found.append(kind)
+        if isinstance(kind, Chunked) and kind.causal and kind.chunk == (found or [kind])[0].chunk:
+            found.append(kind)
+            continue
+        others = f", block 0 is {found[0].name}" if found else ""
+        raise InputError(
+            f"{source}: block {number} is {kind.name}{others}; "
+            "--stream needs causal chunks of one length in all blocks, such as 'C3O1'"
+        )
     return tuple(found)
 
 

@@ -166,8 +166,11 @@ def test_what_does_not_fit_is_refused_by_arithmetic():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        (("C2O1", 1, 2), "m: block 1 is softmax; --stream needs causal chunks of one length in all blocks"),
-        (("C2O1", "C2O0", "B2O1"), "m: block 2 is B2O1; --stream needs"),
+        (
+            ("C2O1", 1, 2),
+            "m: block 1 is softmax, block 0 is C2O1; --stream needs causal chunks of one length in all blocks",
+        ),
+        (("C2O1", "C2O0", "B2O1"), "m: block 2 is B2O1, block 0 is C2O1; --stream needs"),
         (("C2O1", "C3O1"), "m: block 1 is C3O1, block 0 is C2O1; --stream needs"),
         (("linear",), "m: block 0 is linear; --stream needs"),
     ],
