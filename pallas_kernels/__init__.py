@@ -7,12 +7,14 @@ from pallas_kernels.feature_map import (
     FeatureMap,
     HedgehogMap,
     PolynomialMap,
+    SoftmaxMap,
     init_hedgehog_map,
     init_polynomial_map,
 )
 from pallas_kernels.query_blocks import QueryBlock, attention_by_query_blocks
 from pallas_kernels.reference import EPSILON, softmax_share
 from pallas_kernels.sharded import EXCHANGES, sharded_cross_attention, sharded_self_attention
+from pallas_kernels.sparse import sparse_linear_attention
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,6 +24,7 @@ __all__ = [
     "HedgehogMap",
     "PolynomialMap",
     "QueryBlock",
+    "SoftmaxMap",
     "attend_with_state",
     "attention_by_query_blocks",
     "chunk_step",
@@ -35,4 +38,5 @@ __all__ = [
     "sharded_self_attention",
     "softmax_share",
     "softmax_zones",
+    "sparse_linear_attention",
 ]

@@ -131,3 +131,13 @@ class HedgehogMap:
 def init_hedgehog_map(heads: int, width: int) -> HedgehogMap:
     """A HedgehogMap that starts, as in the paper, from the identity."""
     return HedgehogMap(jnp.tile(jnp.eye(width), (heads, 1, 1)), jnp.zeros((heads,), jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftmaxMap:
+    """phi(x) = softmax of x over its channels, in float32: SLA's, with nothing to train."""
+
+    def __call__(self, x_BxNxHxD: jax.Array) -> jax.Array:
+        """Features [B, N, H, D] of heads [B, N, H, D]."""
+        return jax.nn.softmax(x_BxNxHxD.astype(jnp.float32), axis=-1).astype(x_BxNxHxD.dtype)

@@ -13,6 +13,7 @@ Zones = tuple[jax.Array, jax.Array, jax.Array]
 # Added to the denominator of pure linear attention (num_softmax = 0), whose features may all be zero. A hybrid needs
 # nothing of the kind, because its softmax mass n_S is at least 1.
 EPSILON = 1e-6
+SPARSE_EPSILON = 1e-5  # likewise, of the linear branch of sparse attention
 
 
 def hybrid_attention(
@@ -83,6 +84,30 @@ def chunked_attention(
     y_BxHxNxD = jnp.einsum("bhnm,bmhd->bhnd", weights_BxHxNxN, v.astype(f32))
     y_BxHxNxD /= weights_BxHxNxN.sum(axis=-1, keepdims=True)
     return y_BxHxNxD.swapaxes(1, 2).astype(v.dtype)
+
+
+def sparse_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    projection: tuple[jax.Array, jax.Array],
+    lists: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+) -> jax.Array:
+    """See `pallas_kernels.sparse_linear_attention`; `lists` is the routing, [B, H, query blocks, top-k]."""
+    f32, query, key = jnp.float32, jnp.arange(q.shape[1]), jnp.arange(k.shape[1])
+    routed_BxHxIxJ = jax.nn.one_hot(lists, -(-k.shape[1] // block_k), dtype=bool).any(axis=-2)
+    seen_BxHxNxM = routed_BxHxIxJ[:, :, query // block_q][..., key // block_k]
+    s_BxHxNxM = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=f32) * q.shape[-1] ** -0.5
+    weights_BxHxNxM = jax.nn.softmax(jnp.where(seen_BxHxNxM, s_BxHxNxM, -jnp.inf))
+    phi_q, phi_k = (jax.nn.softmax(x.astype(f32)) for x in (q, k))
+    linear_BxHxNxM = jnp.einsum("bnhd,bmhd->bhnm", phi_q, phi_k)
+    linear_BxHxNxM /= SPARSE_EPSILON + linear_BxHxNxM.sum(axis=-1, keepdims=True)
+    kernel, bias = projection
+    sparse, linear = (jnp.einsum("bhnm,bmhd->bnhd", x, v.astype(f32)) for x in (weights_BxHxNxM, linear_BxHxNxM))
+    return (sparse + linear @ kernel.astype(f32) + bias.astype(f32)[None, None, None]).astype(v.dtype)
 
 
 def _branches(

@@ -19,6 +19,7 @@ from pallas_kernels.xla_error import errors_and_mass
 from pallas_kernels.xla_linear import read_out, summarize
 from pallas_kernels.xla_loops import MASK, TOKENS, over
 from pallas_kernels.xla_softmax import num_scores, softmax, zones_head
+from pallas_kernels.xla_sparse import add_linear, block_sparse_softmax
 
 
 def hybrid_attention(
@@ -112,3 +113,17 @@ def hybrid_error(
 def chunked_attention(*arguments: Any, **options: Any) -> jax.Array:
     """See `pallas_kernels.chunked_attention`."""
     return attend_to_chunks(Kernels(hybrid_attention, linear_state, attend_with_state), *arguments, **options)
+
+
+def sparse_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    projection: tuple[jax.Array, jax.Array],
+    lists: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+) -> jax.Array:
+    """See `pallas_kernels.sparse_linear_attention`; `lists` is the routing, [B, H, query blocks, top-k]."""
+    return add_linear(block_sparse_softmax(q, k, v, lists, (block_q, block_k)), q, k, v, projection)

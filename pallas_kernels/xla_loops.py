@@ -65,13 +65,16 @@ def _float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def over_chunks(chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_per_row: int):
+def over_chunks(
+    chunk: Callable, carry, rows: tuple[jax.Array, ...], numbers_per_row: int, fewest_rows: int | None = None
+):
     """`lax.scan` of `chunk` over equal pieces of rows [N, ...], padded with zeros (False) at the end.
 
-    `numbers_per_row` is how many scores or features a row has; it determines the length of a piece.
+    `numbers_per_row` is how many scores or features a row has; it determines the length of a piece, which is at least
+    `fewest_rows`, or else `MIN_TOKENS`.
     """
     length = rows[0].shape[0]
-    chunks = max(1, -(-length // max(MIN_TOKENS, TILE // numbers_per_row)))
+    chunks = max(1, -(-length // max(fewest_rows or MIN_TOKENS, TILE // numbers_per_row)))
     if chunks == 1:
         return chunk(carry, rows)
     size = -(-length // chunks)

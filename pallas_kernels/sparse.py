@@ -1,0 +1,102 @@
+"""Sparse-linear attention: softmax to the key blocks with the best pooled scores, and linear attention to all keys.
+
+This is SLA in the form in which its authors ship it, the basis of TurboDiffusion.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.api import IMPLEMENTATIONS, call_first, kernels_for
+
+
+def sparse_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    projection: tuple[jax.Array, jax.Array],
+    *,
+    share: float,
+    block_q: int,
+    block_k: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention to a share of the key blocks, plus a projection of linear attention to every key.
+
+    With phi the softmax over a head's channels and S_i the keys of the blocks that `routing` gives query i's block,
+
+        y_i = softmax_{j in S_i}(q_i k_j / sqrt(D)) v_j
+              + Proj(phi(q_i) sum_j phi(k_j)^T v_j / (1e-5 + phi(q_i) . sum_j phi(k_j))).
+
+    Gradients are those at a fixed routing, which has none.
+
+    Args:
+        q: queries [B, N, H, D], not yet scaled.
+        k, v: keys and values [B, M, H, D].
+        projection: kernel [D, D] and bias [D] of Proj(x) = x @ kernel + bias, which all heads share; zeros at the
+            start of training.
+        share: of the key blocks that a query block attends to by softmax, rounded down, but at least one block.
+        block_q, block_k: tokens of a block of queries and of keys; the last ones may be shorter.
+        implementation: "xla", "reference" (O(N^2) memory), "tpu" or "gpu"; None chooses as `linear_state` does.
+
+    Returns:
+        [B, N, H, D] in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a share outside of 0 to 1, blocks without tokens, an unknown implementation.
+        NotImplementedError: arguments that the implementation does not support.
+    """
+    _check(q, k, share, block_q, block_k)
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {k.shape}, found {v.shape}")
+    width = q.shape[-1]
+    if [jnp.shape(x) for x in projection] != [(width, width), (width,)]:
+        shapes = " and ".join(str(jnp.shape(x)) for x in projection)
+        raise ValueError(f"projection must be [{width}, {width}] and [{width}], found {shapes}")
+    if implementation is not None and implementation not in (names := [x for x in IMPLEMENTATIONS if x != "stock"]):
+        raise ValueError(f"implementation must be one of {', '.join(names)}, found {implementation!r}")
+    names = kernels_for(q.dtype) if implementation is None else (implementation,)
+    lists = routing(q, k, share, block_q, block_k)
+    blocks = {"block_q": block_q, "block_k": block_k}
+    return call_first(names, "sparse_linear_attention", q, k, v, projection, lists, **blocks)
+
+
+def routing(q: jax.Array, k: jax.Array, share: float, block_q: int, block_k: int) -> jax.Array:
+    """The key blocks that each query block attends to by softmax, int32 [B, H, query blocks, top-k], ascending.
+
+    They have the largest products of pooled queries and pooled keys: means over a block's tokens, in float32, of q and
+    of k minus the mean key. top-k = int(share * key blocks), at least 1.
+
+    Args:
+        q, k: [B, N, H, D] and [B, M, H, D].
+        share, block_q, block_k: as in `sparse_linear_attention`.
+
+    Raises:
+        ValueError: as `sparse_linear_attention` does.
+    """
+    _check(q, k, share, block_q, block_k)
+    q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q, k))
+    pooled_q, pooled_k = _pooled(q, block_q), _pooled(k - k.mean(axis=1, keepdims=True), block_k)
+    scores_BxHxIxJ = jnp.einsum("bihd,bjhd->bhij", pooled_q, pooled_k, precision=jax.lax.Precision.HIGHEST)
+    count = max(1, int(share * pooled_k.shape[1]))
+    return jnp.sort(jax.lax.top_k(scores_BxHxIxJ, count)[1], axis=-1)
+
+
+def _pooled(x_BxNxHxD: jax.Array, block: int) -> jax.Array:
+    """Means over blocks of tokens, of which the last may be shorter."""
+    batch, length, *head = x_BxNxHxD.shape
+    blocks = -(-length // block)
+    padded = jnp.pad(x_BxNxHxD, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
+    counts = jnp.minimum(block, length - block * jnp.arange(blocks))
+    return padded.reshape(batch, blocks, block, *head).sum(axis=2) / counts[None, :, None, None]
+
+
+def _check(q: jax.Array, k: jax.Array, share: float, block_q: int, block_k: int) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, N, H, D], found shape {q.shape}")
+    if k.ndim != 4 or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        batch, _, heads, width = q.shape
+        raise ValueError(f"k must be [{batch}, M, {heads}, {width}] to fit q {q.shape}, found shape {k.shape}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in 0..1, found {share}")
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"block_q and block_k must be at least 1 token, found {block_q} and {block_k}")
