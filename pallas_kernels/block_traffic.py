@@ -29,7 +29,15 @@ def block_traffic(grid: Sequence[int], specs: Sequence[pl.BlockSpec], arrays: Se
 def _copied_elements(spec: pl.BlockSpec, shape: tuple[int, ...], steps: np.ndarray) -> int:
     assert spec.index_map is not None and spec.block_shape is not None
     index = np.stack([np.broadcast_to(np.asarray(i), steps.shape[1:]) for i in spec.index_map(*steps)])
-    sizes: list[Any] = [1 if size is None else size for size in spec.block_shape]
-    inside = [np.minimum(size, length - i * size) for size, length, i in zip(sizes, shape, index, strict=True)]
+    starts, sizes = zip(*map(_start_and_size, spec.block_shape, index), strict=True)
+    inside = [np.minimum(size, length - start) for size, length, start in zip(sizes, shape, starts, strict=True)]
     changes = np.concatenate([[True], (index[:, 1:] != index[:, :-1]).any(axis=0)])
     return int(np.prod(np.stack(inside), axis=0)[changes].sum())
+
+
+def _start_and_size(block: Any, index: np.ndarray) -> tuple[np.ndarray, int]:
+    """Of a block along one axis. The index is that of the block, or of its first element for `pl.Element`."""
+    if isinstance(block, pl.Element):
+        return index, block.block_size
+    size = 1 if block is None else block
+    return index * size, size

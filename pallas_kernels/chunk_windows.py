@@ -45,8 +45,8 @@ def attend_to_chunks(
     overlap = min(overlap, (chunks - 1) * chunk)
     valid = jnp.ones(k.shape[:2], bool) if key_valid is None else key_valid
     needs_mask = overlap > 0 or length % chunk > 0 or key_valid is not None
-    window = lambda x: _windows(x, chunk, overlap, chunks)
-    queries, keys, values = _windows(q, chunk, 0, chunks), window(k), window(v)
+    window = lambda x: windows(x, chunk, overlap, chunks)
+    queries, keys, values = windows(q, chunk, 0, chunks), window(k), window(v)
     window_valid = window(valid) if needs_mask else None
     if not has_linear_keys(length, chunk, overlap, causal):
         count = keys.shape[1]
@@ -86,7 +86,7 @@ def chunk_states(
     back, rest = overlap // chunk + 1, overlap % chunk
     used = chunks - back if causal else chunks
     padding = used * chunk - length
-    pieces = (_padded(x, 0, max(padding, 0))[:, : used * chunk] for x in (k, v, valid))
+    pieces = (padded(x, 0, max(padding, 0))[:, : used * chunk] for x in (k, v, valid))
     pieces = [x.reshape(batch * used, chunk, *x.shape[2:]) for x in pieces]
 
     def states(tokens: slice) -> State:
@@ -95,12 +95,22 @@ def chunk_states(
         return jax.tree.map(lambda x: x.reshape(batch, used, *x.shape[1:]), found)
 
     before_rest = states(slice(chunk - rest))
-    whole = jax.tree.map(jnp.add, before_rest, states(slice(chunk - rest, chunk))) if rest else before_rest
+    rest_alone = states(slice(chunk - rest, chunk)) if rest else None
+    return sums_of_pieces(before_rest, rest_alone, chunks, back, causal)
+
+
+def sums_of_pieces(before_rest: State, rest_alone: State | None, chunks: int, back: int, causal: bool) -> State:
+    """Every chunk's linear state, [B*T, H, ...], from the states of its two pieces, [B, T or fewer, H, ...].
+
+    `rest_alone` is None where an overlap is of whole chunks. At chunk t, the sum is that of the whole chunks before
+    chunk t - back, and of that one what lies before t's window; and if not causal, of all chunks after t.
+    """
+    whole = before_rest if rest_alone is None else jax.tree.map(jnp.add, before_rest, rest_alone)
 
     def total(before_rest: jax.Array, whole: jax.Array) -> jax.Array:
-        # At chunk t: the whole chunks before chunk t - back, and of that one what lies before t's window.
         earlier = _sums_before(whole)[:, : chunks - back] + before_rest[:, : chunks - back]
-        states = jnp.concatenate([jnp.zeros_like(earlier, shape=(batch, back, *earlier.shape[2:])), earlier], axis=1)
+        none = jnp.zeros_like(earlier, shape=(earlier.shape[0], back, *earlier.shape[2:]))
+        states = jnp.concatenate([none, earlier], axis=1)
         if not causal:
             states += _sums_before(whole[:, ::-1])[:, ::-1]
         return states.reshape(-1, *states.shape[2:])
@@ -114,19 +124,19 @@ def _sums_before(x: jax.Array) -> jax.Array:
     return jnp.cumsum(jnp.roll(x, 1, axis=1).at[:, 0].set(0), axis=1)
 
 
-def _windows(x: jax.Array, chunk: int, overlap: int, chunks: int) -> jax.Array:
+def windows(x: jax.Array, chunk: int, overlap: int, chunks: int) -> jax.Array:
     """[B, N, ...] -> [B*T, overlap + chunk, ...]: each chunk after the tokens before it, zeros (False) beyond the ends.
 
     A window is put together from shifted chunks, which are slices: a gather's gradient would be a scatter.
     """
-    padded = _padded(x, overlap, chunks * chunk - x.shape[1])
+    longer = padded(x, overlap, chunks * chunk - x.shape[1])
     parts = []
     for start in range(0, overlap + chunk, chunk):
-        shifted = padded[:, start : start + chunks * chunk]
-        shifted = _padded(shifted, 0, chunks * chunk - shifted.shape[1])
+        shifted = longer[:, start : start + chunks * chunk]
+        shifted = padded(shifted, 0, chunks * chunk - shifted.shape[1])
         parts.append(shifted.reshape(-1, chunk, *x.shape[2:])[:, : overlap + chunk - start])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _padded(x: jax.Array, before: int, after: int) -> jax.Array:
+def padded(x: jax.Array, before: int, after: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2))) if before or after else x

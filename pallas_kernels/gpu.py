@@ -1,7 +1,7 @@
 """Hybrid attention on GPUs: the public functions around the Pallas kernels, which Triton compiles, and gradients.
 
-The kernels themselves are in `gpu_forward`, `gpu_backward` and `gpu_zones`. The backward of the linear branch is a
-chain of matrix products, which XLA runs in chunks.
+The kernels themselves are in `gpu_forward`, `gpu_backward`, `gpu_sparse` and `gpu_zones`. The backward of the linear
+branch is a chain of matrix products, which XLA runs in chunks.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu_zones, tuning, xla
+from pallas_kernels import gpu_sparse, gpu_zones, tuning, xla, xla_sparse
+from pallas_kernels.chunk_windows import Kernels, attend_to_chunks
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.gpu_backward import head_dot, softmax_backward
 from pallas_kernels.gpu_forward import BLOCK_SIZES, WIDTHS, BlockSizes, Options, attend, summarize
@@ -109,6 +110,39 @@ def softmax_zones(
     """See `pallas_kernels.softmax_zones`; it has no gradients here. Arguments and errors: `hybrid_attention`."""
     _check({"q": q, "k": k, "v": v}, {})
     return _zones(_options(k, bounds[-1], "lse", block_sizes, interpret), tuple(bounds), q, k, v, key_valid)
+
+
+def chunked_attention(*arguments: Any, block_sizes: BlockSizes | None = None, interpret: bool = False, **options: Any):
+    """See `pallas_kernels.chunked_attention`. Arguments and errors: `hybrid_attention`."""
+    own: Any = {"block_sizes": block_sizes, "interpret": interpret}
+    functions: Any = (partial(f, **own) for f in (hybrid_attention, linear_state, attend_with_state))
+    return attend_to_chunks(Kernels(*functions), *arguments, **options)
+
+
+def sparse_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    projection: tuple[jax.Array, jax.Array],
+    lists: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `pallas_kernels.sparse_linear_attention`; `lists` is the routing. XLA computes the linear branch.
+
+    Raises:
+        NotImplementedError: blocks that are no power of two from 16 to 128, and widths and dtypes as in
+            `hybrid_attention`.
+    """
+    _check({"q": q, "k": k, "v": v}, {})
+    if not {block_q, block_k} <= {16, 32, 64, 128}:
+        raise NotImplementedError(
+            f"implementation 'gpu': blocks must be of 16, 32, 64 or 128 tokens, found {block_q} and {block_k}"
+        )
+    y: jax.Array = gpu_sparse.sparse_softmax(gpu_sparse.Routed(block_q, block_k, interpret), q, k, v, lists)
+    return xla_sparse.add_linear(y.swapaxes(1, 2).astype(jnp.float32), q, k, v, projection)
 
 
 def _check(arrays: dict[str, jax.Array], maps: dict[str, FeatureMap | None]) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tpu_error, tpu_zones, tuning
+from pallas_kernels import tpu_chunked, tpu_error, tpu_zones
+from pallas_kernels.chunk_windows import Kernels
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.reference import Zones
+from pallas_kernels.tpu_arguments import as_row, check, head_product, polynomial, problem_of, scaled
+from pallas_kernels.tpu_arguments import blocks_for as blocks_for
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
 from pallas_kernels.tpu_forward import attend, summarize
 from pallas_kernels.tpu_problem import BlockSizes, Problem
+from pallas_kernels.tpu_sparse import sparse_linear_attention as sparse_linear_attention
 
 
 def hybrid_attention(
@@ -43,23 +47,13 @@ def hybrid_attention(
             degree and activation, dtypes that are not all bfloat16 or all float32, heads whose width is no multiple of
             64 (when compiled).
     """
-    query_map, key_map = _polynomial("query_map", query_map), _polynomial("key_map", key_map)
-    _check(q, k, v, query_map, key_map, interpret)
+    query_map, key_map = polynomial("query_map", query_map), polynomial("key_map", key_map)
+    check(q, k, v, query_map, key_map, interpret)
     if num_softmax == k.shape[1]:
         query_map = key_map = None
-    problem = _problem(q, k, query_map, num_softmax, key_valid, stabilizer, block_sizes, interpret)
+    problem = problem_of(q, k, query_map, num_softmax, key_valid, stabilizer, block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
-    return problem.unpack(_attention(problem, packed, (query_map, key_map), _row(key_valid)))
-
-
-def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
-    """The sizes that `tuning` has for a chip, or else the best in static estimates for v6e and v5e.
-
-    If all softmax keys are one step of the backward pass, no dq is kept in VMEM, which leaves room for more queries.
-    """
-    defaults = BlockSizes()
-    one_step = {"backward_query": 2048} if num_softmax <= defaults.backward_key else {}
-    return dataclasses.replace(defaults, **(one_step | tuning.lookup(chip, num_keys, num_softmax)))
+    return problem.unpack(_attention(problem, packed, (query_map, key_map), as_row(key_valid)))
 
 
 def linear_state(
@@ -74,11 +68,11 @@ def linear_state(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """S [B, H, F, D] and z [B, H, F]; see `pallas_kernels.linear_state`."""
-    polynomial = _polynomial("key_map", key_map)
-    _check(k, k, v, polynomial, polynomial, interpret)
-    problem = _problem(k, k, polynomial, start, key_valid, "lse", block_sizes, interpret)
+    phi = polynomial("key_map", key_map)
+    check(k, k, v, phi, phi, interpret)
+    problem = problem_of(k, k, phi, start, key_valid, "lse", block_sizes, interpret)
     arrays = tuple(problem.pack(x) for x in (k, v))
-    return _state(problem, token_gradients, arrays, polynomial, _row(key_valid))
+    return _state(problem, token_gradients, arrays, phi, as_row(key_valid))
 
 
 def attend_with_state(
@@ -94,11 +88,11 @@ def attend_with_state(
     interpret: Any = False,
 ) -> jax.Array:
     """Eq. 5 with softmax keys and the state of the linear keys; see `pallas_kernels.attend_with_state`."""
-    polynomial = _polynomial("query_map", query_map)
-    _check(q, k, v, polynomial, polynomial, interpret)
-    problem = _problem(q, k, polynomial, k.shape[1], key_valid, stabilizer, block_sizes, interpret)
+    phi = polynomial("query_map", query_map)
+    check(q, k, v, phi, phi, interpret)
+    problem = problem_of(q, k, phi, k.shape[1], key_valid, stabilizer, block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
-    return problem.unpack(_read(problem, packed, polynomial, state, _row(key_valid)))
+    return problem.unpack(_read(problem, packed, phi, state, as_row(key_valid)))
 
 
 def softmax_zones(
@@ -112,10 +106,10 @@ def softmax_zones(
     interpret: Any = False,
 ) -> Zones:
     """See `pallas_kernels.softmax_zones`; it has no gradients here."""
-    _check(q, k, v, None, None, interpret)
-    problem = _problem(q, k, None, bounds[-1], key_valid, "lse", block_sizes, interpret)
+    check(q, k, v, None, None, interpret)
+    problem = problem_of(q, k, None, bounds[-1], key_valid, "lse", block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
-    return _zones(problem, tuple(bounds), packed, _row(key_valid))
+    return _zones(problem, tuple(bounds), packed, as_row(key_valid))
 
 
 def hybrid_error(
@@ -130,68 +124,23 @@ def hybrid_error(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.hybrid_error`."""
-    polynomial = _polynomial("query_map", query_map)
-    _check(q, q, q, polynomial, polynomial, interpret)
-    problem = _problem(q, q, polynomial, 0, query_valid, "lse", block_sizes, interpret)
+    phi = polynomial("query_map", query_map)
+    check(q, q, q, phi, phi, interpret)
+    problem = problem_of(q, q, phi, 0, query_valid, "lse", block_sizes, interpret)
     branch = None if softmax is None else (problem.pack(softmax[0]), softmax[1])
     constants = problem.pack(q), branch, problem.pack(target)
-    results: Any = _error(problem, polynomial, state, constants, _row(query_valid))
+    results: Any = _error(problem, phi, state, constants, as_row(query_valid))
     errors_H, n_L_BxHxN = results
     return errors_H, n_L_BxHxN.swapaxes(1, 2)
 
 
-def _problem(q, k, phi, num_softmax, key_valid, stabilizer, block_sizes, interpret) -> Problem:
-    batch, num_queries, heads, width = q.shape
-    num_keys = k.shape[1]
-    if block_sizes is None:
-        block_sizes = blocks_for(tuning.current_chip(), num_keys, num_softmax)
-    return Problem(
-        batch=batch,
-        num_queries=num_queries,
-        num_keys=num_keys,
-        num_softmax=num_softmax,
-        heads=heads,
-        width=width,
-        dtype=q.dtype,
-        stabilizer=stabilizer,
-        masked=key_valid is not None,
-        degree=phi.degree if phi else 1,
-        activation=phi.activation if phi else "relu",
-        blocks=block_sizes.fit(num_queries, num_keys, num_softmax),
-        interpret=interpret,
-    )
-
-
-def _row(key_valid: jax.Array | None) -> jax.Array | None:
-    """key_valid as the kernels take it: float32 [B, 1, M]."""
-    return None if key_valid is None else key_valid[:, None].astype(jnp.float32)
-
-
-def _polynomial(name: str, phi: FeatureMap | None) -> PolynomialMap | None:
-    if phi is None or isinstance(phi, PolynomialMap):
-        return phi
-    raise NotImplementedError(
-        f"implementation 'tpu': {name} is a {type(phi).__name__}; the kernels compute PolynomialMap alone"
-    )
-
-
-def _check(q, k, v, query_map, key_map, interpret) -> None:
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
-        found = ", ".join(str(x.dtype) for x in (q, k, v))
-        raise NotImplementedError(
-            f"implementation 'tpu': q, k and v must be all bfloat16 or all float32, found {found}"
-        )
-    if q.shape[-1] % 64 and not interpret:
-        raise NotImplementedError(
-            f"implementation 'tpu': q has heads of {q.shape[-1]} channels; the kernels take multiples of 64"
-        )
-    if query_map is not None and key_map is not None:
-        kinds = [(phi.degree, phi.activation) for phi in (query_map, key_map)]
-        if kinds[0] != kinds[1]:
-            raise NotImplementedError(
-                "implementation 'tpu': key_map must have query_map's degree and activation, "
-                f"{kinds[0]}, found {kinds[1]}"
-            )
+def chunked_attention(
+    *arguments: Any, block_sizes: BlockSizes | None = None, interpret: Any = False, **options: Any
+) -> jax.Array:
+    """See `pallas_kernels.chunked_attention`."""
+    own: Any = {"block_sizes": block_sizes, "interpret": interpret}
+    functions: Any = (functools.partial(f, **own) for f in (hybrid_attention, linear_state, attend_with_state))
+    return tpu_chunked.chunked_attention(Kernels(*functions), *arguments, **own, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,16 +149,11 @@ def _attention(problem: Problem, arrays: tuple, maps: tuple, valid: jax.Array | 
     return _forward(problem, arrays, maps, valid, with_stats=False)[0]
 
 
-def _scaled(state_and_z: tuple[jax.Array, jax.Array], log_scale_H: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (state, z), scale_H = state_and_z, jnp.exp(log_scale_H)
-    return state * scale_H[None, :, None, None], z * scale_H[None, :, None]
-
-
 def _forward(problem, arrays, maps, valid, *, with_stats):
     (q, k, v), (query_map, key_map) = arrays, maps
     state = z = None
     if query_map is not None:
-        state, z = _scaled(summarize(problem, key_map, k, v, valid), query_map.log_scale + key_map.log_scale)
+        state, z = scaled(summarize(problem, key_map, k, v, valid), query_map.log_scale + key_map.log_scale)
     y, stats = attend(problem, query_map, q, k, v, valid, state, z, with_stats=with_stats)
     return y, (stats, state, z)
 
@@ -228,7 +172,7 @@ def _attention_backward(problem, residuals, dy):
 
     dq, linear, dstate, dz, d_query = read_out_backward(problem, query_map, q, dy, per_query, state, z)
     dlog_scale_H = -linear.sum(axis=(0, 2, 3))
-    dstate, dz = _scaled((dstate, dz), query_map.log_scale + key_map.log_scale)
+    dstate, dz = scaled((dstate, dz), query_map.log_scale + key_map.log_scale)
     (dk, dv), d_key = summarize_backward(problem, key_map, k, v, valid, dstate, dz)
     if problem.num_softmax:
         dq, dk_S, dv_S = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
@@ -257,15 +201,15 @@ def _state(
 
 def _state_forward(problem, token_gradients, arrays, key_map, valid):
     k, v = arrays
-    state = _scaled(summarize(problem, key_map, k, v, valid), key_map.log_scale)
+    state = scaled(summarize(problem, key_map, k, v, valid), key_map.log_scale)
     return state, (arrays, key_map, valid, state)
 
 
 def _state_backward(problem, token_gradients, residuals, cotangents):
     (k, v), key_map, valid, (state, z) = residuals
     dstate, dz = cotangents
-    dlog_scale_H = _product(dstate, state) + _product(dz, z)
-    dstate, dz = _scaled((dstate, dz), key_map.log_scale)
+    dlog_scale_H = head_product(dstate, state) + head_product(dz, z)
+    dstate, dz = scaled((dstate, dz), key_map.log_scale)
     d_tokens, (kernels, biases) = summarize_backward(problem, key_map, k, v, valid, dstate, dz, token_gradients)
     if problem.num_softmax:
         linear = (jnp.arange(problem.num_keys) >= problem.num_softmax).reshape(*[1] * (k.ndim - 2), -1, 1)
@@ -277,17 +221,12 @@ def _state_backward(problem, token_gradients, residuals, cotangents):
 _state.defvjp(_state_forward, _state_backward)
 
 
-def _product(x_BxHx: jax.Array, y_BxHx: jax.Array) -> jax.Array:
-    """[H]: the sum of x y over all axes but the second."""
-    return (x_BxHx * y_BxHx).sum(axis=(0, *range(2, x_BxHx.ndim)))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _error(
     problem: Problem, query_map: PolynomialMap, state: tuple, constants: tuple, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The errors [H] and n_L [B, H, N] for constants (q, softmax, target), packed."""
-    (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
+    (q, softmax, target), (S, z) = constants, scaled(state, query_map.log_scale)
     errors_BxH, n_L, _ = tpu_error.hybrid_error(
         problem, query_map, q, S, z, softmax, target, valid, with_gradients=False
     )
@@ -295,13 +234,13 @@ def _error(
 
 
 def _error_forward(problem, query_map, state, constants, valid):
-    (q, softmax, target), (S, z) = constants, _scaled(state, query_map.log_scale)
+    (q, softmax, target), (S, z) = constants, scaled(state, query_map.log_scale)
     errors_BxH, n_L, (dS, dz, (kernels, biases)) = tpu_error.hybrid_error(
         problem, query_map, q, S, z, softmax, target, valid, with_gradients=True
     )
-    log_scale_H = _product(dS, S) + _product(dz, z)
+    log_scale_H = head_product(dS, S) + head_product(dz, z)
     d_map = dataclasses.replace(query_map, kernels=kernels, biases=biases, log_scale=log_scale_H)
-    return (errors_BxH.sum(axis=0), n_L), (d_map, _scaled((dS, dz), query_map.log_scale))
+    return (errors_BxH.sum(axis=0), n_L), (d_map, scaled((dS, dz), query_map.log_scale))
 
 
 def _error_backward(problem, gradients, cotangents):
@@ -316,12 +255,12 @@ _error.defvjp(_error_forward, _error_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(problem: Problem, arrays: tuple, query_map: PolynomialMap, state: tuple, valid: jax.Array | None):
     """y, packed, for packed (q, k, v), all of whose keys keep softmax, and for S and z."""
-    (q, k, v), (S, z) = arrays, _scaled(state, query_map.log_scale)
+    (q, k, v), (S, z) = arrays, scaled(state, query_map.log_scale)
     return attend(problem, query_map, q, k, v, valid, S, z, with_stats=False)[0]
 
 
 def _read_forward(problem, arrays, query_map, state, valid):
-    (q, k, v), (S, z) = arrays, _scaled(state, query_map.log_scale)
+    (q, k, v), (S, z) = arrays, scaled(state, query_map.log_scale)
     y, stats = attend(problem, query_map, q, k, v, valid, S, z, with_stats=True)
     return y, (arrays, query_map, S, z, valid, y, stats)
 
@@ -334,7 +273,7 @@ def _read_backward(problem, residuals, dy):
     if problem.num_softmax:
         dq, dk, dv = attend_backward(problem, q, k, v, valid, dy, per_query, linear, dq)
     d_map = dataclasses.replace(query_map, kernels=kernels, biases=biases, log_scale=-linear.sum(axis=(0, 2, 3)))
-    return (dq, dk, dv), d_map, _scaled((dstate, dz), query_map.log_scale), None
+    return (dq, dk, dv), d_map, scaled((dstate, dz), query_map.log_scale), None
 
 
 _read.defvjp(_read_forward, _read_backward)

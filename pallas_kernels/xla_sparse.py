@@ -52,12 +52,17 @@ def linear_branch(q: jax.Array, k: jax.Array, v: jax.Array, projection: tuple[ja
 
     The projection's kernel is applied to S, which has far fewer rows than there are queries.
     """
-    kernel, bias = (x.astype(jnp.float32) for x in projection)
+    kernel, bias = projection
     phi = SoftmaxMap()
     state, z = summarize(k, v, phi, jnp.ones(k.shape[:2], bool))
-    projected = jnp.einsum("bhfd,de->bhfe", state, kernel, precision=jax.lax.Precision.HIGHEST)
-    o_BxHxNxD, n_BxHxN = read_out(q, phi, projected, z)
-    return o_BxHxNxD / (SPARSE_EPSILON + n_BxHxN)[..., None] + bias[None, None, None]
+    o_BxHxNxD, n_BxHxN = read_out(q, phi, project(state, kernel), z)
+    return o_BxHxNxD / (SPARSE_EPSILON + n_BxHxN)[..., None] + bias.astype(jnp.float32)[None, None, None]
+
+
+def project(state_BxHxFxD: jax.Array, kernel_DxD: jax.Array) -> jax.Array:
+    """The state that reads out projected values."""
+    kernel_DxD = kernel_DxD.astype(jnp.float32)
+    return jnp.einsum("bhfd,de->bhfe", state_BxHxFxD, kernel_DxD, precision=jax.lax.Precision.HIGHEST)
 
 
 def _num_scores(lists: jax.Array, blocks: Blocks) -> int:

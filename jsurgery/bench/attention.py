@@ -15,6 +15,7 @@ import jax
 from etils import epath
 
 from jsurgery.attention.kinds.registry import parse_block_budget, plan_of_budget, rate_name
+from jsurgery.bench.attention_families import families
 from jsurgery.bench.attention_programs import (
     TEXT_LENGTH,
     AttentionShape,
@@ -53,9 +54,13 @@ def bench_attention(
     runs: int,
     backward: bool,
     plans: tuple[str, ...] = (),
+    chunked: tuple[int, int] | None = None,
+    sparse: float | None = None,
     report: str | None = None,
 ) -> None:
     """Prints a table of `runs` measurements of every rate; `report` names a JSON file for them.
+
+    `chunked` and `sparse` add rows of other families, see `families`.
 
     `plans`, like ("15R2", "20R8"), adds a table of whole forwards of Wan2.1 1.3B with random weights, for `VIDEO`.
     `dtype` None means float32 on CPU and bfloat16 elsewhere. The baseline on CPU is torch, if it is installed, on GPU
@@ -72,8 +77,10 @@ def bench_attention(
     for name in PASSES if backward else PASSES[:1]:
         say(f"bench: compiling, {name}")
         contenders = [baseline(size, backend, name), *(ours(size, rate, implementation, name) for rate in rates)]
+        contenders += families(size, chunked, sparse, implementation, name)
         for each in contenders:
-            each |= {"flops": FORWARDS[name] * size.flops(each["rate"]), "bound": size.bound(each["rate"])}
+            flops = each.pop("forward_flops", None) or size.flops(each["rate"])
+            each |= {"flops": FORWARDS[name] * flops, "bound": size.flops(1) / flops}
         result["passes"][name] = rows = measured(contenders, runs)
         print(table(name, rows), flush=True)
     if plans:

@@ -1,5 +1,7 @@
 """Comparisons with other implementations: bench transformer, bench distill, bench attention, verify."""
 
+import argparse
+
 from jsurgery.commands.options import (
     Commands,
     Options,
@@ -66,11 +68,32 @@ def add_attention(command: Parser) -> None:
     command.add_argument("--backward", action="store_true", help="Also time forward and backward together.")
     text = "Also time whole forwards of Wan2.1 1.3B with these plans, such as 15R2,20R8, and with softmax alone."
     command.add_argument("--plans", type=lambda text: tuple(text.split(",")), default=(), help=text)
+    text = (
+        "Also time attention in causal chunks, by the tokens of a chunk and of its overlap, such as 4680,1560."
+    )
+    command.add_argument("--chunked", type=chunk_and_overlap, metavar="CHUNK,OVERLAP", help=text)
+    text = "Also time sparse-linear attention, with this share of the key blocks, such as 0.1."
+    command.add_argument("--sparse", type=share, metavar="SHARE", help=text)
     add_json(command)
     text = "Estimate cycles on a v4, v5e, v5p or v6e by the TPU compiler instead. That needs no TPU."
     command.add_argument("--estimate", metavar="CHIP", help=text)
     text = "Find and keep the best block sizes, by timing on this TPU or GPU, or by the cycles of --estimate."
     command.add_argument("--tune", action="store_true", help=text)
+
+
+def chunk_and_overlap(text: str) -> tuple[int, int]:
+    """("4680,1560") -> (4680, 1560)."""
+    chunk, overlap = (int(part) for part in text.split(","))
+    if chunk < 1 or overlap < 0:
+        raise argparse.ArgumentTypeError(f"expected a chunk of at least 1 token and an overlap, found {text}")
+    return chunk, overlap
+
+
+def share(text: str) -> float:
+    """("0.1") -> 0.1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, found {text}")
+    return float(text)
 
 
 def run_verify(options: Options, overrides: Overrides) -> None:
@@ -128,5 +151,7 @@ def run_attention(options: Options, overrides: Overrides) -> None:
             runs=options.runs,
             backward=options.backward,
             plans=options.plans,
+            chunked=options.chunked,
+            sparse=options.sparse,
             report=options.json,
         )

@@ -50,6 +50,26 @@ def test_the_report_has_every_rate(tmp_path, capsys):
     assert found["machine"]["name"] in printed
 
 
+def test_rows_of_other_families(tmp_path):
+    report = tmp_path / "attention.json"
+    families = ["--rates=1", "--chunked=16,8", "--sparse=0.5"]
+    assert main(["bench", "attention", *families, f"--json={report}", *SIZE]) == 0
+    rows = json.loads(report.read_text())["passes"]["forward"]
+    assert [row["name"] for row in rows] == ["torch", "softmax", "chunks 16+8", "sparse 0.5"]
+    linear = AttentionShape(40, 2, 16, "float32", "lse").flops("linear")
+    # windows of 16, 24 and 16 keys for 16, 16 and 8 queries; one block of 64 keys, of which there are 40
+    assert rows[2]["flops"] == 4 * (16 * 16 + 16 * 24 + 8 * 16) * 32 + linear
+    assert rows[3]["flops"] == 4 * 40 * (40 + 16) * 32
+    assert rows[3]["bound"] == rows[1]["flops"] / rows[3]["flops"]
+
+
+@pytest.mark.parametrize("wrong", ["--chunked=16", "--chunked=0,8", "--sparse=1.5"])
+def test_families_that_do_not_exist_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "attention", wrong, *SIZE])
+    assert error.value.code == 2 and wrong.partition("=")[2] in capsys.readouterr().err
+
+
 def test_shapes_of_arguments_and_the_bound_of_the_speed_up():
     size = AttentionShape(40, 2, 16, "float32", "lse")
     q, k, v, *maps = attention_programs.arguments(size, 4)
