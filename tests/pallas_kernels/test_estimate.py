@@ -135,6 +135,8 @@ def test_a_block_moves_when_it_is_another_than_in_the_step_before():
     assert count(rows, array(20, 128)) == 20
     assert count(columns, array(20, 256)) == 6 * 8
     assert count(late, array(3, 12, 128)) == 8 + 8 + 8 + 4
+    element = pl.BlockSpec((None, pl.Element(8), pl.Element(128)), lambda i, j: (0, 6 * i, 0))
+    assert count(element, array(1, 18, 128)) == 8 + 8 + 6
     assert block_traffic((3, 2), [rows, columns], [array(20, 128), array(20, 256)]) == 4 * 128 * 68
 
 
