@@ -74,20 +74,30 @@ def routing(q: jax.Array, k: jax.Array, share: float, block_q: int, block_k: int
         ValueError: as `sparse_linear_attention` does.
     """
     _check(q, k, share, block_q, block_k)
-    q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q, k))
-    pooled_q, pooled_k = _pooled(q, block_q), _pooled(k - k.mean(axis=1, keepdims=True), block_k)
+    batch, _, heads, width = q.shape
+    sums_q, sums_k = (_block_sums(jax.lax.stop_gradient(x), size) for x, size in ((q, block_q), (k, block_k)))
+    mean_key = sums_k.sum(axis=1, keepdims=True) / k.shape[1]
+    pooled_q = sums_q / _counts(q.shape[1], block_q)
+    pooled_k = sums_k / _counts(k.shape[1], block_k) - mean_key
+    pooled_q, pooled_k = (x.reshape(batch, -1, heads, width) for x in (pooled_q, pooled_k))
     scores_BxHxIxJ = jnp.einsum("bihd,bjhd->bhij", pooled_q, pooled_k, precision=jax.lax.Precision.HIGHEST)
     count = max(1, int(share * pooled_k.shape[1]))
     return jnp.sort(jax.lax.top_k(scores_BxHxIxJ, count)[1], axis=-1)
 
 
-def _pooled(x_BxNxHxD: jax.Array, block: int) -> jax.Array:
-    """Means over blocks of tokens, of which the last may be shorter."""
-    batch, length, *head = x_BxNxHxD.shape
-    blocks = -(-length // block)
-    padded = jnp.pad(x_BxNxHxD, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
-    counts = jnp.minimum(block, length - block * jnp.arange(blocks))
-    return padded.reshape(batch, blocks, block, *head).sum(axis=2) / counts[None, :, None, None]
+def _block_sums(x_BxNxHxD: jax.Array, block: int) -> jax.Array:
+    """Sums over blocks of tokens, float32 [B, blocks, H * D]: heads lie beside channels, as TPUs lay out rows."""
+    batch, length, heads, width = x_BxNxHxD.shape
+    x_BxNxE, whole = x_BxNxHxD.reshape(batch, length, heads * width), length // block
+    total = lambda x_BxIxNxE: x_BxIxNxE.sum(axis=2, dtype=jnp.float32)
+    sums = total(x_BxNxE[:, : whole * block].reshape(batch, whole, block, heads * width))
+    rest = total(x_BxNxE[:, None, whole * block :])
+    return sums if length % block == 0 else jnp.concatenate([sums, rest], axis=1)
+
+
+def _counts(length: int, block: int) -> jax.Array:
+    """Tokens of every block, [1, blocks, 1]."""
+    return jnp.minimum(block, length - jnp.arange(0, length, block))[None, :, None]
 
 
 def _check(q: jax.Array, k: jax.Array, share: float, block_q: int, block_k: int) -> None:

@@ -75,12 +75,13 @@ def _of_chunks(problem: Problem, chunks: Chunks, window: bool, masked: bool) -> 
     """The problem with chunks along the batch axis, each with its own keys or with those of its window."""
     length = chunks.window if window else chunks.chunk
     most = problem.blocks
+    one_step = length <= MOST_BACKWARD_KEYS  # then no dq is kept in VMEM, which leaves room for more queries
     blocks = dataclasses.replace(
         most,
         state=_evenly(chunks.chunk, most.state),
         backward_state=_evenly(chunks.chunk, most.backward_state),
-        backward_query=_evenly(chunks.chunk, most.backward_query),
-        backward_key=_evenly(length, max(most.backward_key, MOST_BACKWARD_KEYS)),
+        backward_query=_evenly(chunks.chunk, most.backward_query * (1 + one_step)),
+        backward_key=_evenly(length, MOST_BACKWARD_KEYS),
     )
     return dataclasses.replace(
         problem,

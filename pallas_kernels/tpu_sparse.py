@@ -35,7 +35,7 @@ from pallas_kernels.tpu_problem import (
 )
 from pallas_kernels.xla_linear import summarize
 
-TILE_KEYS = 512  # about the keys of one tile of scores, forward
+TILE_KEYS = 4096  # about the keys of one tile of scores, forward: one chain of products for most lists
 BACKWARD_TILE_KEYS = 256
 STEP_QUERIES = 1024  # about the queries of one step of the grid
 ROWS = 16  # tokens of which blocks are multiples: two rows of sublanes in bfloat16
@@ -145,15 +145,9 @@ def attend_to_lists(
                 numbers = [list_ref[0, block * top_k + min(first + i, top_k - 1)] for i in range(count)]
                 k_SxD, v_SxD = (jnp.concatenate([_rows_of(x, n, block_k) for n in numbers]) for x in (k_ref, v_ref))
                 s = problem.dot(q_QxD, k_SxD, (1, 1)) * scale
-                if count > real:
-                    s = jnp.where(within(0, count * block_k, 0, real * block_k, 1), s, MASKED)
-                if ragged:
-                    lane = lax.broadcasted_iota(jnp.int32, (1, count * block_k), 1)
-                    left = jnp.zeros_like(lane)  # how many keys of its block there are
-                    for i, number in enumerate(numbers):
-                        mine = (lane >= i * block_k) & (lane < (i + 1) * block_k)
-                        left = jnp.where(mine, problem.num_keys - number * block_k + i * block_k, left)
-                    s = jnp.where(lane < left, s, MASKED)
+                if first + real == top_k and (ragged or count > real):  # as lists ascend, all others are whole
+                    there = jnp.minimum(problem.num_keys - numbers[real - 1] * block_k, block_k)
+                    s = jnp.where(within(0, count * block_k, 0, (real - 1) * block_k + there, 1), s, MASKED)
                 peak, total, o = add_tile(problem, s, v_SxD, peak, total, o)
             mass = total.sum(axis=1, keepdims=True)
             phi_QxD = jax.nn.softmax(q_QxD.astype(jnp.float32), axis=-1)

@@ -12,21 +12,21 @@ from pallas_kernels.chunked import chunked_attention
 from pallas_kernels.feature_map import init_polynomial_map
 from pallas_kernels.gpu_sparse import inverse
 from pallas_kernels.sparse import sparse_linear_attention
+from tests.conftest import FULL_GRID
 from tests.pallas_kernels.kernel_tests import cosine
 from tests.pallas_kernels.kernel_tests import problem as hybrid_problem
 from tests.pallas_kernels.test_chunked import branch_masks, errors, valid_keys, values_and_gradients
 from tests.pallas_kernels.test_sparse import problem
 from tests.pallas_kernels.test_tpu_sparse import assert_is_the_formula
 
+CASES = [
+    ((75, 75), 0.3, (16, 16), {"width": 16}),
+    ((64, 96), 0.5, (32, 16), {"width": 32, "batch": 1, "dtype": jnp.bfloat16}),
+]
+MORE_CASES = [((70, 150), 0.4, (16, 32), {"width": 16, "batch": 1})]
 
-@pytest.mark.parametrize(
-    ("tokens", "share", "blocks", "options"),
-    [
-        ((75, 75), 0.3, (16, 16), {"width": 16}),
-        ((70, 150), 0.4, (16, 32), {"width": 16, "batch": 1}),
-        ((64, 96), 0.5, (32, 16), {"width": 32, "batch": 1, "dtype": jnp.bfloat16}),
-    ],
-)
+
+@pytest.mark.parametrize(("tokens", "share", "blocks", "options"), CASES + MORE_CASES * FULL_GRID)
 def test_sparse_values_and_gradients_are_those_of_the_formula(tokens, share, blocks, options):
     attend = functools.partial(gpu.sparse_linear_attention, block_q=blocks[0], block_k=blocks[1], interpret=True)
     assert_is_the_formula(attend, problem(*tokens, **options), share, *blocks)
@@ -45,7 +45,7 @@ def test_blocks_that_the_kernels_do_not_take_are_named():
         sparse_linear_attention(q, k, v, projection, share=0.5, block_q=24, block_k=16, implementation="gpu")
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, False] if FULL_GRID else [True])
 def test_chunked_values_and_gradients_are_those_of_the_formula(causal):
     arguments, shape = hybrid_problem(52, width=16, heads=2), (52, 20, 7)
     valid = valid_keys(52, 20)
