@@ -127,15 +127,16 @@ def _sums_before(x: jax.Array) -> jax.Array:
 def windows(x: jax.Array, chunk: int, overlap: int, chunks: int) -> jax.Array:
     """[B, N, ...] -> [B*T, overlap + chunk, ...]: each chunk after the tokens before it, zeros (False) beyond the ends.
 
-    A window is put together from shifted chunks, which are slices: a gather's gradient would be a scatter.
+    A window is put together from whole chunks and the end of one: a gather's gradient would be a scatter, and cuts at
+    other places than the ends of chunks would move every token.
     """
-    longer = padded(x, overlap, chunks * chunk - x.shape[1])
-    parts = []
-    for start in range(0, overlap + chunk, chunk):
-        shifted = longer[:, start : start + chunks * chunk]
-        shifted = padded(shifted, 0, chunks * chunk - shifted.shape[1])
-        parts.append(shifted.reshape(-1, chunk, *x.shape[2:])[:, : overlap + chunk - start])
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    x_chunks = padded(x, 0, chunks * chunk - x.shape[1]).reshape(x.shape[0], chunks, chunk, *x.shape[2:])
+    whole, rest = divmod(overlap, chunk)
+    parts = [(whole + 1, x_chunks[:, :, chunk - rest :])] if rest else []
+    parts += [(back, x_chunks) for back in range(whole, -1, -1)]
+    shifted = [padded(part[:, : chunks - back], back, 0) for back, part in parts]
+    together = shifted[0] if len(shifted) == 1 else jnp.concatenate(shifted, axis=2)
+    return together.reshape(-1, overlap + chunk, *x.shape[2:])
 
 
 def padded(x: jax.Array, before: int, after: int) -> jax.Array:

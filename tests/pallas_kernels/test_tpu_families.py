@@ -69,7 +69,7 @@ CHUNKED = {
     "hybrid_attend_backward",
     "hybrid_state_backward",
 }
-SPARSE = {"sparse_attend", "sparse_attend_backward"}
+SPARSE = {"sparse_state", "sparse_attend", "sparse_attend_backward"}
 
 
 @needs_libtpu
