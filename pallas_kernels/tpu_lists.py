@@ -30,7 +30,7 @@ from pallas_kernels.tpu_problem import (
     zero_at,
 )
 
-TILE_KEYS = 4096  # about the keys of one tile of scores, forward: one chain of products for most lists
+TILE_SCORES = 2**19  # about the scores of one tile, forward: one chain of products for most lists
 BACKWARD_TILE_KEYS = 256
 STATE_KEYS = 2048  # of a step of the linear branch's state
 STEP_QUERIES = 1024  # about the queries of one step of the grid
@@ -118,12 +118,13 @@ def linear_state(problem: Problem, k, v) -> tuple[jax.Array, jax.Array]:
     def kernel(k_ref, v_ref, state_ref, z_ref):
         step = pl.program_id(2)
         zero_at(step == 0, [state_ref, z_ref])
-        phi_TxD, v_TxD = jax.nn.softmax(k_ref[...].astype(jnp.float32), axis=-1), v_ref[...]
+        # Channels along sublanes: sums over them need no shuffle of lanes, and the product no transpose.
+        phi_DxT, v_TxD = jax.nn.softmax(k_ref[...].astype(jnp.float32).T, axis=0), v_ref[...]
         if problem.num_keys % size:
-            inside = within(step * size, size, 0, problem.num_keys, 0)
-            phi_TxD, v_TxD = jnp.where(inside, phi_TxD, 0.0), jnp.where(inside, v_TxD, 0)
-        state_ref[...] += problem.dot(phi_TxD, v_TxD, (0, 0))
-        z_ref[...] += phi_TxD.sum(axis=0, keepdims=True)
+            phi_DxT = jnp.where(within(step * size, size, 0, problem.num_keys, 1), phi_DxT, 0.0)
+            v_TxD = jnp.where(within(step * size, size, 0, problem.num_keys, 0), v_TxD, 0)
+        state_ref[...] += problem.dot(phi_DxT, v_TxD)
+        z_ref[...] += lane_sums(phi_DxT)
 
     tokens = problem.tokens(size, lambda step: step)
     f32 = lambda *shape: jax.ShapeDtypeStruct((problem.batch, problem.heads, *shape), jnp.float32)
@@ -135,10 +136,10 @@ def linear_state(problem: Problem, k, v) -> tuple[jax.Array, jax.Array]:
         flops=2 * problem.num_keys * width * width,
         exps=problem.num_keys * width,
         in_specs=[tokens, tokens],
-        out_specs=[whole(width, width, per_batch=True), whole(1, width, per_batch=True)],
-        out_shape=[f32(width, width), f32(1, width)],
+        out_specs=[whole(width, width, per_batch=True), whole(width, LANES, per_batch=True)],
+        out_shape=[f32(width, width), f32(width, LANES)],
     )(k, v)
-    return state, z[:, :, 0]
+    return state, z.sum(axis=-1)
 
 
 def attend_to_lists(
@@ -155,8 +156,8 @@ def attend_to_lists(
     block_q, block_k, top_k, width = routed.block_q, routed.block_k, routed.top_k, problem.width
     key_blocks = -(-problem.num_keys // block_k)
     steps = -(-problem.num_queries // routed.rows)
-    per_tile = routed.blocks_of(TILE_KEYS)
-    smallest, alone = routed.blocks_of(1), top_k <= routed.blocks_of(TILE_KEYS)
+    per_tile = routed.blocks_of(TILE_SCORES // block_q)
+    smallest, alone = routed.blocks_of(1), top_k <= routed.blocks_of(TILE_SCORES // block_q)
     scale = width**-0.5 * LOG2_E
     resident, ragged = key_blocks * block_k, problem.num_keys % block_k > 0
 
@@ -180,7 +181,10 @@ def attend_to_lists(
                 s = problem.dot(q_QxD, k_SxD, (1, 1)) * scale
                 if first + real == top_k and (ragged or count > real):  # as lists ascend, all others are whole
                     there = jnp.minimum(problem.num_keys - numbers[real - 1] * block_k, block_k)
-                    s = jnp.where(within(0, count * block_k, 0, (real - 1) * block_k + there, 1), s, MASKED)
+                    end, start = (real - 1) * block_k, (real - 1) * block_k // LANES * LANES
+                    inside = within(start, count * block_k - start, 0, end + there, 1)
+                    masked = jnp.where(inside, s[:, start:], MASKED)
+                    s = jnp.concatenate([s[:, :start], masked], axis=1) if start else masked
                 peak, total, o = _only_tile(problem, s, v_SxD) if alone else add_tile(problem, s, v_SxD, peak, total, o)
             mass = total.sum(axis=1, keepdims=True)
             phi_QxD = jax.nn.softmax(q_QxD.astype(jnp.float32), axis=-1)

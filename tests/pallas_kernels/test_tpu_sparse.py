@@ -44,7 +44,7 @@ MORE_CASES = [((300, 300), 0.3, (16, 16), {"width": 128, "heads": 1}), ((290, 41
 @pytest.mark.parametrize(("tokens", "share", "blocks", "options"), CASES + MORE_CASES * FULL_GRID)
 def test_values_and_gradients_are_those_of_the_formula(monkeypatch, tokens, share, blocks, options):
     """Several steps, tiles and segments, the last of them partial."""
-    monkeypatch.setattr(tpu_lists, "TILE_KEYS", 128)
+    monkeypatch.setattr(tpu_lists, "TILE_SCORES", 2048)
     monkeypatch.setattr(tpu_lists, "BACKWARD_TILE_KEYS", 128)
     sizes = {"step_queries": 128, "segment_keys": 128, "interpret": True}
     attend = functools.partial(tpu_sparse.sparse_linear_attention, block_q=blocks[0], block_k=blocks[1], **sizes)
