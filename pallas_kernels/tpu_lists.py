@@ -33,6 +33,7 @@ from pallas_kernels.tpu_problem import (
 TILE_SCORES = 2**19  # about the scores of one tile, forward: one chain of products for most lists
 BACKWARD_TILE_KEYS = 256
 STATE_KEYS = 2048  # of a step of the linear branch's state
+IN_TURN = 2  # query blocks whose products and exponentials may run beside each other: a divisor of 8
 STEP_QUERIES = 1024  # about the queries of one step of the grid
 ROWS = 16  # tokens of which blocks are multiples: two rows of sublanes in bfloat16
 RESIDENT = VMEM_LIMIT * 3 // 4  # bytes of a head's keys and values
@@ -51,8 +52,13 @@ class Routed:
 
     @property
     def group(self) -> int:
-        """Query blocks of a step: one, or whole rows of them."""
-        return 1 if self.step_queries == self.block_q else max(self.step_queries // self.block_q // 8, 1) * 8
+        """Query blocks of a step: at most those in turn, or whole rows of them."""
+        blocks = max(self.step_queries // self.block_q, 1)
+        return blocks if blocks <= IN_TURN else max(blocks // 8, 1) * 8
+
+    @property
+    def in_turn(self) -> int:
+        return min(self.group, IN_TURN)
 
     @property
     def rows(self) -> int:
@@ -168,36 +174,47 @@ def attend_to_lists(
         if ragged:  # what lies beyond the last key may be anything, NaN too
             zero_tail(pl.program_id(2) == 0, problem.num_keys, v_ref)
 
-        def attend(block, _):
-            queries = pl.ds(pl.multiple_of(block * block_q, block_q), block_q)
-            q_QxD = q_ref[queries, :]
-            peak, total = jnp.full((block_q, LANES), MASKED), jnp.zeros((block_q, LANES), jnp.float32)
-            o = jnp.zeros((block_q, width), jnp.float32)
-            for first in range(0, top_k, per_tile):
-                real = min(per_tile, top_k - first)
-                count = -(-real // smallest) * smallest
-                numbers = [list_ref[0, block * top_k + min(first + i, top_k - 1)] for i in range(count)]
-                k_SxD, v_SxD = (jnp.concatenate([_rows_of(x, n, block_k) for n in numbers]) for x in (k_ref, v_ref))
-                s = problem.dot(q_QxD, k_SxD, (1, 1)) * scale
-                if first + real == top_k and (ragged or count > real):  # as lists ascend, all others are whole
-                    there = jnp.minimum(problem.num_keys - numbers[real - 1] * block_k, block_k)
-                    end, start = (real - 1) * block_k, (real - 1) * block_k // LANES * LANES
-                    inside = within(start, count * block_k - start, 0, end + there, 1)
-                    masked = jnp.where(inside, s[:, start:], MASKED)
-                    s = jnp.concatenate([s[:, :start], masked], axis=1) if start else masked
-                peak, total, o = _only_tile(problem, s, v_SxD) if alone else add_tile(problem, s, v_SxD, peak, total, o)
-            mass = total.sum(axis=1, keepdims=True)
-            phi_QxD = jax.nn.softmax(q_QxD.astype(jnp.float32), axis=-1)
-            n_L = SPARSE_EPSILON + (phi_QxD * z_ref[...]).sum(axis=1, keepdims=True)
-            linear_QxD = problem.dot(phi_QxD, state_ref[...]) / n_L + bias_ref[...]
-            y_ref[queries, :] = (o / mass + linear_QxD).astype(y_ref.dtype)
-            if with_stats:
-                lse_ref[pl.ds(block, 1), :] = (peak + jnp.log2(mass)).T[:1]
+        def tile(block, q_QxD, first):
+            """Scores of a block of queries to its keys from entry `first` on, and these keys' values."""
+            real = min(per_tile, top_k - first)
+            count = -(-real // smallest) * smallest
+            numbers = [list_ref[0, block * top_k + min(first + i, top_k - 1)] for i in range(count)]
+            k_SxD, v_SxD = (jnp.concatenate([_rows_of(x, n, block_k) for n in numbers]) for x in (k_ref, v_ref))
+            s = problem.dot(q_QxD, k_SxD, (1, 1)) * scale
+            if first + real == top_k and (ragged or count > real):  # as lists ascend, all others are whole
+                there = jnp.minimum(problem.num_keys - numbers[real - 1] * block_k, block_k)
+                end, start = (real - 1) * block_k, (real - 1) * block_k // LANES * LANES
+                inside = within(start, count * block_k - start, 0, end + there, 1)
+                masked = jnp.where(inside, s[:, start:], MASKED)
+                s = jnp.concatenate([s[:, :start], masked], axis=1) if start else masked
+            return s, v_SxD
 
-        if routed.group == 1:
+        def attend(turn, _):
+            """Blocks of queries in turn, so that one's products run beside the other's exponentials."""
+            blocks = [turn * routed.in_turn + i for i in range(routed.in_turn)]
+            rows = [pl.ds(pl.multiple_of(block * block_q, block_q), block_q) for block in blocks]
+            queries = [q_ref[each, :] for each in rows]
+            column, wide = jnp.zeros((block_q, LANES), jnp.float32), jnp.zeros((block_q, width), jnp.float32)
+            sums = [(column + MASKED, column, wide)] * len(blocks)
+            for first in range(0, top_k, per_tile):
+                tiles = [tile(block, q_QxD, first) for block, q_QxD in zip(blocks, queries, strict=True)]
+                if alone:
+                    sums = [_only_tile(problem, *each) for each in tiles]
+                else:
+                    sums = [add_tile(problem, *each, *before) for each, before in zip(tiles, sums, strict=True)]
+            for block, each, q_QxD, (peak, total, o) in zip(blocks, rows, queries, sums, strict=True):
+                mass = total.sum(axis=1, keepdims=True)
+                phi_QxD = jax.nn.softmax(q_QxD.astype(jnp.float32), axis=-1)
+                n_L = SPARSE_EPSILON + (phi_QxD * z_ref[...]).sum(axis=1, keepdims=True)
+                linear_QxD = problem.dot(phi_QxD, state_ref[...]) / n_L + bias_ref[...]
+                y_ref[each, :] = (o / mass + linear_QxD).astype(y_ref.dtype)
+                if with_stats:
+                    lse_ref[pl.ds(block, 1), :] = (peak + jnp.log2(mass)).T[:1]
+
+        if routed.group == routed.in_turn:
             attend(0, None)
         else:
-            lax.fori_loop(0, routed.group, attend, None)
+            lax.fori_loop(0, routed.group // routed.in_turn, attend, None)
 
     tokens = problem.tokens(routed.rows, lambda g: g)
     keys = _resident(problem, resident, lambda g: 0)
