@@ -104,22 +104,25 @@ if FULL_GRID:
         x = rows(num_tokens)
         assert kernel_names(compile_ahead(chip, functools.partial(gradients, sparse), x, x, x, projection())) == SPARSE
 
+    # What exponentials take beside the products keeps v6e, with its faster matrix units, further from the bound; there
+    # `hybrid_attend` takes 2.75 cycles for 1,024 scores where the units need 2.
     @needs_libtpu
-    @pytest.mark.parametrize("chip", ("v5e", "v6e"))
-    def test_chunked_attention_is_within_15_percent_of_its_bound(chip):
-        """Static estimate of a forward at 32,760 tokens, Tc 3 and To 1, against arithmetic."""
+    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.15), ("v6e", 1.5)])
+    def test_chunked_attention_is_near_its_bound(chip, ratio):
+        """Static estimate of a forward at 32,760 tokens, Tc 3 and To 1, XLA's part too, against arithmetic."""
         frame, x = 32760 // FRAMES, rows(32760)
-        kernels, _ = estimate_cycles(chip, functools.partial(chunked, 3 * frame, frame), x, x, x, *maps())
-        assert sum(kernels.values()) <= 1.15 * chunked_bound(chip, 32760, 3 * frame, frame)
+        kernels, others = estimate_cycles(chip, functools.partial(chunked, 3 * frame, frame), x, x, x, *maps())
+        total = sum(kernels.values()) + sum(others.values())
+        assert total <= ratio * chunked_bound(chip, 32760, 3 * frame, frame)
 
     @needs_libtpu
-    @pytest.mark.parametrize("chip", ("v5e", "v6e"))
-    def test_sparse_attention_is_within_40_percent_of_its_bound(chip):
-        """Likewise, of whole blocks, and with as few blocks of queries a step as go in turn, as a loop inside a step counts once."""
+    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.4), ("v6e", 1.65)])
+    def test_sparse_attention_is_near_its_bound(chip, ratio):
+        """Likewise of the kernels, of whole blocks, as many a step as go in turn: loops in a step count once."""
         x = rows(32768)
         attend = functools.partial(sparse, step_queries=tpu_lists.IN_TURN * BLOCKS[0])
         kernels, _ = estimate_cycles(chip, attend, x, x, x, projection())
-        assert sum(kernels.values()) <= 1.4 * sparse_bound(chip, 32768)
+        assert sum(kernels.values()) <= ratio * sparse_bound(chip, 32768)
 
 
 def product_cycles(chip, m, k, n):
