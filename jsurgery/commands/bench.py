@@ -68,9 +68,7 @@ def add_attention(command: Parser) -> None:
     command.add_argument("--backward", action="store_true", help="Also time forward and backward together.")
     text = "Also time whole forwards of Wan2.1 1.3B with these plans, such as 15R2,20R8, and with softmax alone."
     command.add_argument("--plans", type=lambda text: tuple(text.split(",")), default=(), help=text)
-    text = (
-        "Also time attention in causal chunks, by the tokens of a chunk and of its overlap, such as 4680,1560."
-    )
+    text = "Also time attention in causal chunks, by the tokens of a chunk and of its overlap, such as 4680,1560."
     command.add_argument("--chunked", type=chunk_and_overlap, metavar="CHUNK,OVERLAP", help=text)
     text = "Also time sparse-linear attention, with this share of the key blocks, such as 0.1."
     command.add_argument("--sparse", type=share, metavar="SHARE", help=text)
