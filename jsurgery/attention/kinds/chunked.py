@@ -9,9 +9,14 @@ import dataclasses
 import re
 from typing import ClassVar, Self
 
+import jax
+
+from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.kinds.base import TokenPlace
 from jsurgery.attention.kinds.query_blocks import QueryBlockKind
 from jsurgery.rates import Rate
 from pallas_kernels import QueryBlock
+from pallas_kernels.chunked import chunked_attention
 
 SPELLING = re.compile(r"([CB])([1-9]\d{0,5})O(0|[1-9]\d{0,5})", re.ASCII)
 
@@ -55,3 +60,13 @@ class Chunked(QueryBlockKind):
             queries, softmax, *linear = [(a * tokens_per_frame, b * tokens_per_frame) for a, b in ranges]
             found.append(QueryBlock(queries, softmax, tuple(linear)))
         return found
+
+    def attend_in_raster_order(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
+    ) -> jax.Array:
+        if maps is None:
+            return super().attend_in_raster_order(q, k, v, maps, place)
+        _, height, width = place.grid
+        chunk, overlap = (length * height * width for length in (self.chunk, self.overlap))
+        options = {"chunk": chunk, "overlap": overlap, "causal": self.causal, "stabilizer": place.stabilizer}
+        return chunked_attention(q, k, v, *maps, **options)
