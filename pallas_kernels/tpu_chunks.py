@@ -20,7 +20,7 @@ from pallas_kernels.tpu_problem import LANES, LOG2_E, MASKED, Problem, take, wit
 
 ROWS = 8  # windows and blocks of queries begin at multiples of this
 MOST_QUERIES = 2304  # of a step
-MOST_KEYS = 20480  # of a window: K and V, twice each, take 20 MiB of VMEM at width 128
+MOST_KEYS = 24576  # of a window: K and V, twice each, take 24 MiB of VMEM at width 128
 
 
 class Kind(NamedTuple):
