@@ -95,7 +95,7 @@ def test_losses_gradients_and_statistics_are_those_of_all_pairs(teacher, batch, 
 
 
 CHECK = """
-import json
+import json, sys
 import jax, numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -132,14 +132,17 @@ def found(mesh):
         teacher.shard(mesh)
         hybrid.shard(mesh)
     spec = DistillSpec(rates, (1, 2), "strided", "max", "value")
-    values = [losses_and_gradients(teacher, batch, maps, spec), measure_heads(teacher, batch, (maps,), spec)]
-    objective = lambda model: (model(batch["latents"], batch["timestep"], batch["text"]) ** 2).sum()
-    graph, params = nnx.split(hybrid)
-    values.append(jax.jit(jax.value_and_grad(lambda params: objective(nnx.merge(graph, params))))(params))
-    (losses, of_maps), (value, of_params) = values[0], values[2]
+    losses, of_maps = losses_and_gradients(teacher, batch, maps, spec)
     # The gradient of a scale, whose terms nearly cancel, counts together with those of its map.
     flat = lambda rate: np.concatenate([np.ravel(leaf[0, rate]) for leaf in jax.tree.leaves(of_maps)])
-    parts = losses, [flat(0), flat(1)], values[1], value, of_params
+    velocity = lambda params: nnx.merge(graph, params)(batch["latents"], batch["timestep"], batch["text"])
+    graph, params = nnx.split(hybrid)
+    parts = [losses, [flat(0), flat(1)]]
+    if sys.argv[1] == "all":
+        parts.append(measure_heads(teacher, batch, (maps,), spec))
+        parts += jax.jit(jax.value_and_grad(lambda params: (velocity(params) ** 2).sum()))(params)
+    else:
+        parts.append(jax.jit(velocity)(params))
     return [jax.device_get(jax.tree.leaves(part)) for part in parts]
 
 mesh = make_mesh(ConfigDict(dict(zip(AXES, (1, 1, 2, 2)))))
@@ -154,5 +157,5 @@ print(json.dumps(errors))
 
 def test_a_mesh_computes_what_one_device_does(on_fake_devices):
     """Tokens and heads on two devices each, which exchange sequence for heads."""
-    (errors,) = on_fake_devices(CHECK)
-    assert len(errors) == 5 and max(errors) < 1e-5, errors
+    (errors,) = on_fake_devices(CHECK, "all" if FULL_GRID else "")
+    assert len(errors) >= 3 and max(errors) < 1e-5, errors
