@@ -15,6 +15,7 @@ SIZES = {
     "trace.holdout": 1, "trace.keep_steps": 2, "trace.batch": 3, "hybrid.rates": '(2, 8, "linear")', "distill.steps": 2,
     "plan.rates": "(2, 8)", "plan.budget": "2R2", "finetune.steps": 1, "finetune.batch": 2, "data.clips": 4,
     "evaluate.prompts": 2, "evaluate.batch": 2, "evaluate.validation_clips": 8, "evaluate.videos": 1, "log_every": 1,
+    "finetune.teacher_weight": 0,  # else there is nothing for the teacher to learn
 }  # fmt: skip
 ARMS = ["teacher", "teacher_finetuned"] + [
     f"{plan}_{arm}"
