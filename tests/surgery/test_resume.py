@@ -22,6 +22,7 @@ from jsurgery.wan.pipeline import load_pipeline
 FIELDS = {
     "video.frames": "5", "video.height": "32", "video.width": "48", "finetune.batch": "2", "finetune.ema": "0.9",
     "finetune.learning_rate": "1e-3", "finetune.warmup": "3", "log_every": "5", "checkpoint.keep": "9",
+    "finetune.teacher_weight": "0",
 }  # fmt: skip
 
 
