@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable
+from typing import Any
 
 # Errors of a file system that the user can fix: the texts, since C++ libraries pass on nothing else, and the numbers.
 WORDED = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)}
@@ -59,3 +60,9 @@ def file_system_reason(error: BaseException) -> str | None:
             return str(cause).splitlines()[0]
         cause = cause.__cause__
     return None
+
+
+def shortened(value: Any, length: int = 80) -> str:
+    """A value's repr for a message, cut after `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"

@@ -6,9 +6,9 @@ from typing import Any
 
 from etils import epath
 
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, shortened
 from jsurgery.io.fields import describe_changes
-from jsurgery.io.files import replacing, shortened
+from jsurgery.io.files import replacing
 from jsurgery.runtime.stage_folder import StageFolder
 
 LINE = {"stage": str, "made_with": dict, "files": dict}

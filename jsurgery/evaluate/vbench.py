@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from jsurgery.config import check_text
 from jsurgery.data.prompts import read_prompts
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, shortened
 from jsurgery.evaluate.vbench_scores import DIMENSIONS, DIMENSIONS_2, canonical, report_results
-from jsurgery.io.files import check_local, check_writable, read_json, shortened, write_json
+from jsurgery.io.files import check_local, check_writable, read_json, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.progress import say
 from jsurgery.sample import VideoRequest, make_videos, unfinished

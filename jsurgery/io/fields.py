@@ -6,8 +6,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from jsurgery.errors import InputError
-from jsurgery.io.files import shortened
+from jsurgery.errors import InputError, shortened
 
 # The largest values of the numbers of layers, which are built one by one, and of all other sizes.
 LARGEST = {"num_layers": 1024, "num_res_blocks": 64}

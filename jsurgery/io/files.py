@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, shortened
 
 AnyPath = TypeVar("AnyPath", epath.Path, pathlib.Path)
 LONG_NAME = 120  # bytes; file systems allow 255, some 143
@@ -98,12 +98,6 @@ def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
     epath's own `glob` takes brackets, stars and question marks in the folder's path for a pattern as well.
     """
     return sorted(epath.Path(glob.escape(str(folder))).glob(pattern))
-
-
-def shortened(value: Any, length: int = 80) -> str:
-    """A value's repr for a message, cut after `length` characters."""
-    text = repr(value)
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def temporary_name(name: str, suffix: str = ".tmp") -> str:

@@ -14,9 +14,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.config import recorded_fields
-from jsurgery.errors import InputError
+from jsurgery.errors import InputError, shortened
 from jsurgery.io.fields import describe_changes
-from jsurgery.io.files import read_object, shortened, write_json
+from jsurgery.io.files import read_object, write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.lock import locked
 from jsurgery.runtime.machine import describe_machine

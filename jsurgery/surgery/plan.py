@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jsurgery.attention.kinds.registry import check_rate, check_rates, parse_block_budget
-from jsurgery.errors import InputError
-from jsurgery.io.files import read_json, read_object, shortened, write_json
+from jsurgery.errors import InputError, shortened
+from jsurgery.io.files import read_json, read_object, write_json
 from jsurgery.rates import Rate
 from jsurgery.surgery.distillation.saved_maps import read_errors
 from jsurgery.surgery.knapsack import COST_TOLERANCE, pareto_front, select_homogeneous, solve

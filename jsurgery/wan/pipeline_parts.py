@@ -7,8 +7,8 @@ import json
 
 from etils import epath
 
-from jsurgery.errors import InputError
-from jsurgery.io.files import read_object, shortened
+from jsurgery.errors import InputError, shortened
+from jsurgery.io.files import read_object
 from jsurgery.wan.folder_hashes import write_hashes
 from jsurgery.wan.model_config import TextEncoderConfig, VaeConfig, WanConfig
 from jsurgery.wan.models import FOREIGN_PARTS, KNOWN_PARTS, READ, TEXT_TO_VIDEO, task_of, task_of_channels

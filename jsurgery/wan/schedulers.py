@@ -4,7 +4,8 @@ from typing import Any
 
 from etils import epath
 
-from jsurgery.io.files import read_object, shortened
+from jsurgery.errors import shortened
+from jsurgery.io.files import read_object
 from jsurgery.runtime.progress import say
 
 FILE = "scheduler/scheduler_config.json"

@@ -9,8 +9,7 @@ from typing import Any
 from jsurgery.attention.kinds.base import Kind
 from jsurgery.attention.kinds.chunked import Chunked
 from jsurgery.attention.kinds.prefix import Linear, RateHybrid, Softmax
-from jsurgery.errors import InputError
-from jsurgery.io.files import shortened
+from jsurgery.errors import InputError, shortened
 from jsurgery.rates import Rate
 
 FAMILIES: list[type[Kind]] = [Softmax, RateHybrid, Linear, Chunked]

@@ -18,8 +18,8 @@ from jsurgery.attention.feature_maps import (
     named_leaves,
 )
 from jsurgery.attention.kinds.registry import check_rates
-from jsurgery.errors import InputError
-from jsurgery.io.files import read_object, shortened
+from jsurgery.errors import InputError, shortened
+from jsurgery.io.files import read_object
 from jsurgery.io.safetensors import read_tensors, write_tensors
 from jsurgery.rates import Rate
 
