@@ -1,6 +1,7 @@
 """`sample --stream`: makes videos chunk after chunk, in memory that does not grow with their length."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jsurgery.wan.model_sizes import find_sizes
 from jsurgery.wan.pipeline import Pipeline, configured_pipeline
 from jsurgery.wan.streaming import latent_chunks, stream_latents, streamed_kinds
 from jsurgery.wan.streaming_memory import describe_stream, on_streaming_mesh
+from jsurgery.wan.video_size import check_size
 
 
 def stream_videos(
@@ -34,7 +36,7 @@ def stream_videos(
     """
     check_stream(config, output if single else None)
     requests = video_requests(config, prompts, output, single, image)
-    missing = unfinished(config, requests, again=single, place=placed)
+    missing = unfinished(config, requests, again=single, place=lambda config, _: placed(config, lambda line: None))
     prepare_output(epath.Path(output), single)
     yield from make_streams(config, missing)
 
@@ -47,13 +49,15 @@ def check_stream(config: ConfigDict, output: str | None) -> None:
         raise InputError(f"--output={output}: expected a name that ends in .mp4 for --stream")
     if not config.model.path:
         raise InputError("config.model.path: (empty): expected the folder of a converted model for --stream")
-    streamed_kinds(read_config(transformer_folder(model_path(config.model.path))), config.model.path)
+    network = read_config(transformer_folder(model_path(config.model.path)))
+    streamed_kinds(network, config.model.path)
+    check_size(network, config.video.frames, config.video.height, config.video.width)
 
 
-def placed(config: ConfigDict, videos: int = 1) -> ConfigDict:
+def placed(config: ConfigDict, tell: Callable[[str], None] = say) -> ConfigDict:
     """The config with a mesh of this process's devices for a stream, of which one is made at a time."""
     devices = jax.local_devices()
-    return on_streaming_mesh(config, find_sizes(config, ""), devices, device_memory(devices[0]))
+    return on_streaming_mesh(config, find_sizes(config, ""), devices, device_memory(devices[0]), tell)
 
 
 def make_streams(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterator[epath.Path]:
@@ -69,8 +73,10 @@ def make_streams(config: ConfigDict, requests: Sequence[VideoRequest]) -> Iterat
     for request in requests:
         growing = temporary_name(request.file.name, request.file.suffix)
         say(f"{request.label}: {growing} can be played as it grows; it becomes {request.file}")
+        pieces = stream_frames(pipeline, config, request)
+        first = next(pieces)  # before there is a file
         with growing_mp4(request.file, size, config.video.fps, settings(config, request, identity)) as append:
-            for frames in stream_frames(pipeline, config, request):
+            for frames in itertools.chain([first], pieces):
                 append(frames)
         yield request.file
 
