@@ -27,7 +27,7 @@ def tiny_config() -> ConfigDict:
         "tiny",
         {
             "finetune.steps": "6", "finetune.batch": str(BATCH), "checkpoint.every": "1", "log_every": "1",
-            "finetune.condition_dropout": "0.0", "seed": str(SEED), "text_length": "4",
+            "finetune.condition_dropout": "0.0", "finetune.teacher_weight": "0", "seed": str(SEED), "text_length": "4",
         },
     ).copy_and_resolve_references()  # fmt: skip
     return found.unlock()

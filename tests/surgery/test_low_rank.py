@@ -35,7 +35,10 @@ CONFIG = WanConfig(
 )  # fmt: skip
 HYBRID = dataclasses.replace(CONFIG, hybrid=HybridConfig(rates=(1, 4), feature_map=FeatureMapConfig()))
 RANK = 3
-FIELDS = {"finetune.lora_rank": str(RANK), "finetune.learning_rate": "1e-2", "finetune.accumulate": "2"}
+FIELDS = {
+    "finetune.lora_rank": str(RANK), "finetune.learning_rate": "1e-2", "finetune.accumulate": "2",
+    "finetune.teacher_weight": "0",
+}  # fmt: skip
 
 
 def inputs(seed=0):
