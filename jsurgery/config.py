@@ -216,6 +216,7 @@ LATER_FIELDS: dict[str, Any] = {
     "sampler.timesteps": (),
     "sampler.noise": "video",
 }
+RATES = ("hybrid.rates", "plan.rates")  # lists of numbers and of names of kinds
 # Fields whose default is an empty list -> the type of what it may hold.
 ITEMS: dict[str, type] = {"sampler.timesteps": float, "model.lora": str, "model.lora_scale": float}
 # A field that has an effect only where another field has a certain value is recorded only there.

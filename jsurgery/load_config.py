@@ -10,7 +10,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from jsurgery.config import ITEMS, LARGEST, base, flatten, validate
+from jsurgery.config import ITEMS, LARGEST, RATES, base, flatten, validate
 from jsurgery.errors import InputError, did_you_mean
 
 PATHS = ("model.path", "data.path", "prompts", "plan.costs")  # the fields that may begin with ~
@@ -131,7 +131,9 @@ def override(config: ConfigDict, field: str, text: str) -> None:
             node[leaf] = value
         return
     fits = type(value) is type(old)
-    if isinstance(value, tuple) and isinstance(old, tuple):
+    if field in RATES and isinstance(value, tuple):  # numbers and names, whatever the default has
+        fits = {type(item) for item in value} <= {int, str}
+    elif isinstance(value, tuple) and isinstance(old, tuple):
         fits = {type(item) for item in value} <= {type(item) for item in old}
     if not fits:
         raise InputError(f"config.{field}: expected {type(old).__name__}, like {old!r}; found {text!r}")

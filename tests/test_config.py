@@ -77,6 +77,17 @@ def test_overrides_take_the_type_of_the_default():
     assert type(config["sampler.shift"]) is float
 
 
+@pytest.mark.parametrize("name", ["tiny", "wan_1_3b"])
+def test_rates_are_numbers_and_names_whatever_the_default_has(name):
+    rates = {"hybrid.rates": "(2, 'linear', 'C3O1')", "plan.rates": "(1, 2, 'C3O1')", "plan.budget": "1R2"}
+    config = load_config(name, rates)
+    assert (config.hybrid.rates, config.plan.rates) == ((2, "linear", "C3O1"), (1, 2, "C3O1"))
+    with pytest.raises(InputError, match="config.plan.rates: expected"):
+        load_config(name, rates | {"plan.rates": "(1, 2.5)"})
+    with pytest.raises(InputError, match="C3X1"):
+        load_config(name, rates | {"plan.rates": "(1, 'C3X1')"})
+
+
 @pytest.mark.parametrize(
     ("text", "budget"), [("15R2", "15R2"), ("3Rlinear", "3Rlinear"), ("0.6", 0.6), ("2e12", 2e12), ("1", 1)]
 )
