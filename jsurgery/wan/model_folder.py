@@ -67,13 +67,13 @@ def check_pipeline(path: str) -> WanConfig:
         check_index(pipeline)
     parts = transformer_folder(folder), base / "vae", base / "text_encoder"
     scheduler = [base / "scheduler"] if (base / "scheduler").exists() else []
-    whole = [part for part in dict.fromkeys((folder, base, *scheduler, *parts)) if not hub.lacks_weights(folder)]
-    for part in whole:
+    complete = not hub.lacks_weights(folder)
+    for part in dict.fromkeys((folder, base, *scheduler, *parts)) if complete else ():
         check_hashes(part)
     transformer = read_config(transformer_folder(folder))
     text_encoder = read_text_encoder_config(base / "text_encoder")
     check_sizes(transformer, read_vae_config(base / "vae"), text_encoder, folder)
     check_vocabulary(Tokenizer(base / "tokenizer").vocab_size, text_encoder, base)
-    if whole:
+    if complete:
         check_fits(parts[0], base)
     return transformer
