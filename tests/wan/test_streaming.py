@@ -1,6 +1,7 @@
 """Sampling chunk after chunk against sampling the whole video at once, and the memory that it takes."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
@@ -107,9 +108,12 @@ def test_memory_and_programs_do_not_grow_with_the_chunks(build):
     transformer, peaks, kept = build(("C1O1", "C1O0")), {}, None
     sizes = lambda: [program._cache_size() for program in (streaming.first_step, streaming.steady_step)]
     forget_programs()
+    gc.collect()
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())
+    before = live()  # of other tests
     for frames in (8, 64):
         config, alive = config_of(frames, steps=2), []
-        measure = lambda *_, alive=alive: alive.append(sum(array.nbytes for array in jax.live_arrays()))
+        measure = lambda *_, alive=alive: alive.append(live() - before)
         kept = list(chunks(transformer, config, on_step=measure))
         peaks[frames] = max(alive)
         assert sizes() == [2, 1], "before any frame, before any state, and the rest"
