@@ -16,22 +16,23 @@ FILES = ["*.safetensors", "*.json", "*.model"]
 CONFIGS = ["*.json"]
 WITHOUT_WEIGHTS = ["*.json", "*.model"]
 
-_leave_weights = contextvars.ContextVar("leave_weights", default=False)
+# The snapshots that have no weights, since these were left where they are; None: weights are downloaded.
+_without_weights: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("without_weights", default=None)
 
 
 @contextlib.contextmanager
 def leaving_weights() -> Iterator[None]:
     """Within it a repository's weights are not downloaded, for a dry run: configs and tokenizer are."""
-    token = _leave_weights.set(True)
+    token = _without_weights.set(set())
     try:
         yield
     finally:
-        _leave_weights.reset(token)
+        _without_weights.reset(token)
 
 
 def lacks_weights(folder: epath.Path) -> bool:
-    """Whether a snapshot has no weights, since they were left where they are."""
-    return _leave_weights.get() and not any(pathlib.Path(folder).rglob("*.safetensors"))
+    """Whether a folder is a snapshot whose weights `leaving_weights` has left where they are."""
+    return str(folder) in (_without_weights.get() or ())
 
 
 def repository(path: str) -> tuple[str, str | None] | None:
@@ -58,7 +59,12 @@ def local_path(path: str, check: Callable[[epath.Path], None] | None = None) -> 
         download = functools.partial(huggingface_hub.snapshot_download, named[0], revision=named[1])
         if check is not None:
             check(epath.Path(download(allow_patterns=CONFIGS)))
-        return download(allow_patterns=WITHOUT_WEIGHTS if _leave_weights.get() else FILES)
+        if (left := _without_weights.get()) is None:
+            return download(allow_patterns=FILES)
+        snapshot = download(allow_patterns=WITHOUT_WEIGHTS)
+        if not any(pathlib.Path(snapshot).rglob("*.safetensors")):
+            left.add(str(snapshot))
+        return snapshot
 
 
 @contextlib.contextmanager

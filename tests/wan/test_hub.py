@@ -74,6 +74,10 @@ def test_a_dry_run_downloads_no_weights(tmp_path, monkeypatch, capsys, tiny_pipe
     assert not any("safetensors" in pattern for each in patterns for pattern in each)
     assert cli.main([*surgery, "--config.prompts=/no/prompts.txt"]) == 2
     assert "/no/prompts.txt: no such file" in capsys.readouterr().err
+    # A folder of the user's own that has no weights is refused, in a dry run as well.
+    shutil.copytree(snapshot, tmp_path / "own")
+    assert cli.main([flag.replace("org/name", str(tmp_path / "own")) for flag in surgery]) == 2
+    assert "own" in capsys.readouterr().err
     with pytest.raises(InputError, match="safetensors"):  # outside of a dry run they are asked for, and missed
         check_pipeline("org/name")
     assert patterns[-1] == FILES

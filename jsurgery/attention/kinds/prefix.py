@@ -4,6 +4,7 @@ At rate R, every R-th token of a block keeps softmax attention; the others use t
 arXiv 2509.24899, eq. 5).
 """
 
+import abc
 import dataclasses
 import math
 import re
@@ -26,9 +27,9 @@ class PrefixKind(Kind):
     needs_prefix, by_heads, losses = True, False, ("value", "attention")
     format_version, exportable = 1, True
 
+    @abc.abstractmethod
     def prefix_keys(self, size: AttentionSize) -> int:
-        """ceil(N / R) on the strided lattice."""
-        raise NotImplementedError
+        """The softmax keys, ceil(N / R) on the strided lattice."""
 
     def counts(self, size: AttentionSize) -> Counts:
         keys = self.prefix_keys(size)
