@@ -92,8 +92,8 @@ class JaxParts:
         stacked, hybrid = nnx.state(model.blocks), model.config.hybrid
         for place, number in enumerate(numbers):
             maps = None
-            if hybrid is not None and hybrid.linear_branch and place in hybrid.converted:
-                slot = hybrid.converted.index(place)
+            if hybrid is not None and place in hybrid.mapped:
+                slot = hybrid.mapped.index(place)
                 stacked_maps = model.query_maps.maps, model.key_maps.maps
                 maps = jax.tree.map(lambda leaf, i=slot: leaf[i], stacked_maps)
             state = jax.tree.map(lambda leaf, i=place: leaf[i], stacked)

@@ -54,7 +54,7 @@ def base() -> ConfigDict:
     c.sampler.noise = "video"  # how noise is drawn: for a video at once, or for each latent "frame", as streams need it
 
     c.hybrid = ConfigDict()
-    c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass; "C3O1" is a chunked hybrid
+    c.hybrid.rates = (2, 4, 8, "linear")  # candidates, distilled in one pass; also "C3O1" (chunked), "S10" (sparse)
     c.hybrid.stabilizer = "lse"  # "max" is the paper's
     c.hybrid.lattice = "strided"  # every R-th token; "staggered" moves them a column a frame, "staggered_rows" a row
     c.hybrid.linear_branch = True  # False: softmax over the kept tokens alone, a control

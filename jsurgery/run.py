@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.feature_maps import LearnedMaps
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.config import block_numbers, flatten
 from jsurgery.data.latents import check_latents, encode_sprites
@@ -299,7 +299,7 @@ class Run:
             whole.end()
         return bool(jobs)
 
-    def plan_and_maps(self, distilled: bool) -> tuple[HybridConfig, FeatureMapPair | None]:
+    def plan_and_maps(self, distilled: bool) -> tuple[HybridConfig, LearnedMaps | None]:
         """The plan, and the maps of its converted blocks: trained if `distilled`, otherwise only calibrated."""
         rates = read_plan(self.stages["plan"].folder)["rates"]
         hybrid = HybridConfig.of(self.config, rates)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.api import IMPLEMENTATIONS, call_first, kernels_for
+from pallas_kernels.xla_sparse import block_sparse_lse, linear_attention
 
 GROUP = 32  # blocks
 
@@ -60,6 +61,22 @@ def sparse_linear_attention(
     lists = routing(q, k, share, block_q, block_k)
     blocks = {"block_q": block_q, "block_k": block_k}
     return call_first(names, "sparse_linear_attention", q, k, v, projection, lists, **blocks)
+
+
+def sparse_branch_lse(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, share: float, block_q: int, block_k: int
+) -> jax.Array:
+    """The log-sum-exp [B, N, H], float32, of each query's scores with the keys of its blocks. By XLA; no gradients.
+
+    Args and errors as of `sparse_linear_attention`.
+    """
+    lists = routing(q, k, share, block_q, block_k)
+    return block_sparse_lse(q, k, v, lists, (block_q, block_k)).swapaxes(1, 2)
+
+
+def linear_to_all_keys(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The linear branch of `sparse_linear_attention` before its projection, [B, N, H, D] in float32, by XLA."""
+    return linear_attention(q, k, v).swapaxes(1, 2)
 
 
 def routing(q: jax.Array, k: jax.Array, share: float, block_q: int, block_k: int) -> jax.Array:

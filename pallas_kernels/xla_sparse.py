@@ -36,6 +36,11 @@ def _backward(blocks, residuals, dy):
     return *(d.swapaxes(1, 2).astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None
 
 
+def block_sparse_lse(q: jax.Array, k: jax.Array, v: jax.Array, lists: jax.Array, blocks: Blocks) -> jax.Array:
+    """The log-sum-exp [B, H, N], float32, of the scores that `block_sparse_softmax` weighs. No gradients."""
+    return _forward(q, k, v, lists, blocks)[1][-1]
+
+
 block_sparse_softmax = jax.custom_vjp(_primal, nondiff_argnums=(4,))
 block_sparse_softmax.defvjp(_forward, _backward)
 
@@ -53,10 +58,15 @@ def linear_branch(q: jax.Array, k: jax.Array, v: jax.Array, projection: tuple[ja
     The projection's kernel is applied to S, which has far fewer rows than there are queries.
     """
     kernel, bias = projection
+    return linear_attention(q, k, v, kernel) + bias.astype(jnp.float32)[None, None, None]
+
+
+def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, kernel_DxD: jax.Array | None = None) -> jax.Array:
+    """phi_q S / (1e-5 + phi_q z) [B, H, N, D], float32, times the kernel if one is given."""
     phi = SoftmaxMap()
     state, z = summarize(k, v, phi, jnp.ones(k.shape[:2], bool))
-    o_BxHxNxD, n_BxHxN = read_out(q, phi, project(state, kernel), z)
-    return o_BxHxNxD / (SPARSE_EPSILON + n_BxHxN)[..., None] + bias.astype(jnp.float32)[None, None, None]
+    o_BxHxNxD, n_BxHxN = read_out(q, phi, state if kernel_DxD is None else project(state, kernel_DxD), z)
+    return o_BxHxNxD / (SPARSE_EPSILON + n_BxHxN)[..., None]
 
 
 def project(state_BxHxFxD: jax.Array, kernel_DxD: jax.Array) -> jax.Array:

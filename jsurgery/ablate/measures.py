@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jsurgery.ablate.seed_run import Model, Operation, SeedRun, velocity
+from jsurgery.attention.feature_maps import LearnedMaps
 from jsurgery.attention.kinds.registry import parse_block_budget, rate_name
 from jsurgery.attention.map_sizes import map_parameters
 from jsurgery.evaluate.sprites_reference import Reference
@@ -101,7 +102,7 @@ def branch_share(seed: SeedRun, model: WanTransformer) -> Items:
     hybrid = model.config.hybrid
     assert hybrid is not None and len(set(hybrid.rates)) == 1
     setup = DistillSpec(hybrid.rates[:1], hybrid.chain, hybrid.lattice, hybrid.stabilizer, loss="value")
-    maps = jax.tree.map(lambda leaf: leaf[:, None], (model.query_maps.maps, model.key_maps.maps))
+    maps = jax.tree.map(lambda leaf: leaf[:, None], LearnedMaps(model.query_maps.maps, model.key_maps.maps))
     shares = [np.asarray(softmax_shares(model, batch, maps, setup)) for batch in seed.held_out]
     return {"softmax_share": np.mean(shares, axis=0).tolist()}
 

@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from ml_collections import ConfigDict
 from scipy.stats import rankdata
 
 from jsurgery.ablate.seed_run import SeedRun
 from jsurgery.ablate.tables import BUDGETS, scaled
-from jsurgery.attention.feature_maps import FeatureMapConfig, FeatureMapPair
+from jsurgery.attention.feature_maps import FeatureMapConfig, LearnedMaps
 from jsurgery.errors import InputError
 from jsurgery.evaluate.statistics import RESAMPLES, mean_and_std
 from jsurgery.runtime.progress import Progress
-from jsurgery.surgery.distillation.saved_maps import load_maps, read_errors
+from jsurgery.surgery.distillation.saved_maps import load_all_maps, read_errors
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.knapsack import solve
 from jsurgery.surgery.plan import BlockCosts, block_costs, budget_cost
@@ -81,7 +78,8 @@ def of_seed(seed: SeedRun) -> dict[str, Any]:
     half = len(seed.held_out) // 2
     if not half:
         raise InputError(f"config.trace.holdout: expected at least 2 prompts, found {config.trace.holdout}")
-    maps = all_maps(distilled, setup, layers, config)
+    phi = FeatureMapConfig.of(config)
+    maps = load_all_maps(distilled / "feature_maps.safetensors", setup.rates, layers, phi)
 
     rng = np.random.default_rng(config.seed)
     mixed = np.resize(np.arange(len(rates)), layers)
@@ -127,16 +125,9 @@ def budgets(costs: BlockCosts, layers: int, rates: Sequence[int | str]) -> dict[
     return {name: budget_cost(text, costs) for name, text in by_name.items() if int(text.partition("R")[2]) in rates}
 
 
-def all_maps(distilled: epath.Path, setup: DistillSpec, layers: int, config: ConfigDict) -> FeatureMapPair:
-    """The distilled maps of every block at every rate, leaves [blocks, rates, heads, ...]."""
-    phi = FeatureMapConfig.of(config)
-    by_rate = [load_maps(distilled / "feature_maps.safetensors", [rate] * layers, phi) for rate in setup.rates]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *by_rate)
-
-
 def errors_of(
     seed: SeedRun,
-    maps: FeatureMapPair,
+    maps: LearnedMaps,
     setup: DistillSpec,
     choices: Sequence[int],
     plans_PxL: np.ndarray,

@@ -1,10 +1,11 @@
-"""The learned feature maps phi of the linear branch: their config, parameters and initial values."""
+"""What surgery learns: the feature maps phi of the linear branch, and the projections of sparse + linear attention."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -13,11 +14,34 @@ from pallas_kernels.feature_map import HedgehogMap, PolynomialMap, init_hedgehog
 HEDGEHOG = HedgehogMap.activation
 
 LearnedMap = PolynomialMap | HedgehogMap
-# The maps of queries and of keys. In distillation leaves are [blocks, kinds, heads, ...], of the distilled blocks.
-FeatureMapPair = tuple[LearnedMap, LearnedMap]
+FeatureMapPair = tuple[LearnedMap, LearnedMap]  # of queries and of keys
 
-# How files name the map of a block's queries and the map of its keys.
-QUERY_MAP, KEY_MAP = "phi_q", "phi_k"
+
+class Projection(NamedTuple):
+    """Proj(x) = x @ kernel + bias of sparse + linear attention: kernel [..., D, D] and bias [..., D], for all heads."""
+
+    kernel: Any
+    bias: Any
+
+
+class LearnedMaps(NamedTuple):
+    """What surgery learns for several blocks: feature maps for most kinds, projections for sparse + linear attention.
+
+    In a model leaves are [blocks, ...], of the blocks that have such a map. In distillation they are [blocks, kinds,
+    ...], of the distilled blocks and the kinds that have such a map. None: no block, or no kind, has one.
+    """
+
+    query: LearnedMap | None
+    key: LearnedMap | None
+    projection: Projection | None = None
+
+    @property
+    def pair(self) -> FeatureMapPair | None:
+        return None if self.query is None or self.key is None else (self.query, self.key)
+
+
+# How files name the map of a block's queries, the map of its keys, and its projection.
+QUERY_MAP, KEY_MAP, PROJECTION = "phi_q", "phi_k", "proj_l"
 
 # A leaf's path in FeatureMapParams, which is also its name in the files of distillation -> its name in a model's
 # checkpoint. `{j}` counts the layers of the map.
@@ -61,8 +85,21 @@ class FeatureMapParams(nnx.Module):
         return build_feature_map(config, lambda name: leaves[name][...])
 
 
-def named_leaves(maps: LearnedMap | FeatureMapParams) -> dict[str, Any]:
+class ProjectionParams(nnx.Module):
+    """The projections of S blocks, with every leaf stacked [S, ...]."""
+
+    def __init__(self, projection: Projection):
+        self.kernel, self.bias = nnx.Param(projection.kernel), nnx.Param(projection.bias)
+
+    @property
+    def maps(self) -> Projection:
+        return Projection(self.kernel[...], self.bias[...])
+
+
+def named_leaves(maps: LearnedMap | FeatureMapParams | Projection) -> dict[str, Any]:
     """The leaves of a map as "kernels.0", "biases.0", ..., "log_scale"; of a FeatureMapParams, its parameters."""
+    if isinstance(maps, Projection):
+        return maps._asdict()
     layers = {f"kernels.{j}": kernel for j, kernel in enumerate(maps.kernels)}
     layers |= {f"biases.{j}": bias for j, bias in enumerate(maps.biases)}
     return layers | {"log_scale": maps.log_scale}
@@ -90,3 +127,8 @@ def init_feature_maps(key: jax.Array, count: int, heads: int, head_dim: int, con
         return init_polynomial_map(key, heads, head_dim, config.degree, config.layers, config.activation)
 
     return jax.vmap(make)(jax.random.split(key, count))
+
+
+def init_projections(*sizes: int) -> Projection:
+    """Projections with leaves [*sizes[:-1], ...] of heads of sizes[-1] channels; zero, as SLA starts with them."""
+    return Projection(jnp.zeros((*sizes, sizes[-1])), jnp.zeros(sizes))

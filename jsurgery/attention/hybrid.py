@@ -107,6 +107,19 @@ class HybridConfig:
         """The indices of the blocks that are not full softmax."""
         return tuple(i for i, rate in enumerate(self.rates) if rate != 1)
 
+    @property
+    def mapped(self) -> tuple[int, ...]:
+        """The indices of the blocks that have feature maps."""
+        return self._learning("feature_maps")
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """The indices of the blocks that have a projection."""
+        return self._learning("projection")
+
+    def _learning(self, what: str) -> tuple[int, ...]:
+        return tuple(i for i in self.converted if self.linear_branch and self.kinds[i].learns == what)
+
     def token_order(self, grid: tuple[int, int, int], shards: int = 1) -> TokenOrder | None:
         """The prefix order of a (time, height, width) token grid; None if no block needs one."""
         if not any(kind.needs_prefix for kind in self.kinds):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jsurgery.attention.feature_maps import FeatureMapConfig, init_feature_maps
+from jsurgery.attention.feature_maps import FeatureMapConfig, LearnedMaps, init_feature_maps, init_projections
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.attention.kinds.registry import parse_block_budget
 from jsurgery.io.results import xla_threads
@@ -144,11 +144,16 @@ def forward(
     network, model, rates = softmax.config, softmax, (1,) * softmax.config.num_layers
     if (named := parse_block_budget(plan)) is not None:
         converted = [rate for count, rate in named for _ in range(count)]
-        count, rates = len(converted), (*rates[len(converted) :], *converted)
-        shape = count, network.num_attention_heads, network.attention_head_dim
-        query_maps, key_maps = (init_feature_maps(key, *shape, PHI) for key in jax.random.split(jax.random.key(1)))
+        rates = (*rates[len(converted) :], *converted)
         hybrid = HybridConfig(rates, stabilizer=stabilizer, feature_map=PHI)
-        model = operate(softmax, hybrid, (query_maps, key_maps) if count else None)
+        maps, width = LearnedMaps(None, None), network.attention_head_dim
+        if hybrid.mapped:
+            shape = len(hybrid.mapped), network.num_attention_heads, width
+            query, key = (init_feature_maps(key, *shape, PHI) for key in jax.random.split(jax.random.key(1)))
+            maps = LearnedMaps(query, key)
+        if hybrid.projected:
+            maps = maps._replace(projection=init_projections(len(hybrid.projected), width))
+        model = operate(softmax, hybrid, maps)
     keys = jax.random.split(jax.random.key(2))
     latents = jax.random.normal(keys[0], (1, *latent_grid(*video, network.strides), network.in_channels), softmax.dtype)
     text = jax.random.normal(keys[1], (1, text_length, network.text_dim), softmax.dtype)

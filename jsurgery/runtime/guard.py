@@ -12,7 +12,7 @@ from jsurgery.runtime import processes
 from jsurgery.runtime.mesh import leaf_name, to_host
 from jsurgery.runtime.progress import say
 
-STACKED = ("blocks/", "query_maps/", "key_maps/")  # leaves with a row for every block (or converted block)
+STACKED = ("blocks/", "query_maps/", "key_maps/", "projections/")  # leaves with a row for every block that has them
 
 
 def keep_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.feature_maps import FeatureMapPair, FeatureMapParams
+from jsurgery.attention.feature_maps import FeatureMapParams, LearnedMaps, ProjectionParams
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.wan import checkpoint_layouts
@@ -18,34 +18,45 @@ from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
 
-def operate(transformer: WanTransformer, plan: HybridConfig, feature_maps: FeatureMapPair | None) -> WanTransformer:
+def operate(transformer: WanTransformer, plan: HybridConfig, maps: LearnedMaps | None) -> WanTransformer:
     """A new transformer whose blocks have the plan's rates. It shares all other parameters with `transformer`.
 
-    `feature_maps` are the maps of the converted blocks (`saved_maps.load_maps`), leaves [converted, heads, ...].
-    Raises InputError if the plan has another number of blocks, or the maps another number of converted blocks.
+    `maps` are those of the converted blocks (`saved_maps.load_maps`). Raises InputError if the plan has another number
+    of blocks, or the maps another number of converted blocks.
     """
-    check_plan(transformer.config, plan, feature_maps)
+    check_plan(transformer.config, plan, maps)
     config = dataclasses.replace(transformer.config, hybrid=plan)
     operated = abstract_module(WanTransformer, config, dtype=transformer.dtype, remat=transformer.remat)
     nnx.update(operated, nnx.state(transformer))
-    if feature_maps is not None and plan.linear_branch:
-        operated.query_maps, operated.key_maps = (FeatureMapParams(maps) for maps in feature_maps)
+    put_maps(operated, plan, maps)
     return operated
 
 
-def check_plan(transformer: WanConfig, plan: HybridConfig, feature_maps: FeatureMapPair | None) -> None:
+def put_maps(operated: WanTransformer, plan: HybridConfig, maps: LearnedMaps | None) -> None:
+    """Gives a model of this plan its maps."""
+    if maps is None or not plan.linear_branch:
+        return
+    if maps.pair is not None:
+        operated.query_maps, operated.key_maps = map(FeatureMapParams, maps.pair)
+    if maps.projection is not None:
+        operated.projections = ProjectionParams(maps.projection)
+
+
+def check_plan(transformer: WanConfig, plan: HybridConfig, maps: LearnedMaps | None) -> None:
     """Raises InputError unless the plan has a rate for every block, and there are maps for all converted blocks."""
     if len(plan.rates) != transformer.num_layers:
         raise InputError(f"plan: has {len(plan.rates)} rates, the transformer {transformer.num_layers} blocks")
-    found = 0 if feature_maps is None else feature_maps[0].log_scale.shape[0]
-    if plan.linear_branch and found != len(plan.converted):
+    mapped = maps.query.log_scale.shape[0] if maps and maps.query else 0
+    projected = maps.projection.bias.shape[0] if maps and maps.projection else 0
+    if plan.linear_branch and (mapped, projected) != (len(plan.mapped), len(plan.projected)):
+        found = mapped + projected
         raise InputError(f"feature_maps: the plan converts {len(plan.converted)} blocks, found maps for {found}")
 
 
 def save_operated(
     teacher: epath.Path,
     plan: HybridConfig,
-    feature_maps: FeatureMapPair | None,
+    maps: LearnedMaps | None,
     folder: epath.Path,
     base_pipeline: str,
     notes: Mapping[str, Any] | None = None,
@@ -57,10 +68,9 @@ def save_operated(
     `loras` are merged into them.
     """
     config, copied = open_transformer(teacher, loras=loras)
-    check_plan(config, plan, feature_maps)
+    check_plan(config, plan, maps)
     operated = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=plan))
-    if feature_maps is not None and plan.linear_branch:
-        operated.query_maps, operated.key_maps = (FeatureMapParams(maps) for maps in feature_maps)
+    put_maps(operated, plan, maps)
     ours = checkpoint_layouts.lazy_transformer_tensors(operated)
     without_maps = abstract_module(WanTransformer, dataclasses.replace(config, hybrid=None))
     ours |= {name: copied[name] for name in checkpoint_layouts.lazy_transformer_tensors(without_maps)}

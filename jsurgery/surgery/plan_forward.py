@@ -9,8 +9,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.feature_maps import LearnedMaps
 from jsurgery.attention.hybrid import token_order
+from jsurgery.attention.kinds.candidates import maps_of
 from jsurgery.rates import Rate
 from jsurgery.runtime.mesh import to_host
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
@@ -20,7 +21,7 @@ from jsurgery.wan.transformer import WanTransformer
 def plan_forward(
     model: WanTransformer,
     batch: dict[str, jax.Array],
-    maps: FeatureMapPair,
+    maps: LearnedMaps,
     choice_L: jax.Array,
     spec: DistillSpec,
     *,
@@ -28,7 +29,7 @@ def plan_forward(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Velocity [B, T, H, W, C] and, with `shares`, the softmax branch's mean share of each block's denominator [L].
 
-    `maps` have leaves [blocks, rates, heads, ...]; `choice_L` is 0 for softmax, i + 1 for `spec.rates[i]`.
+    `maps` have leaves [blocks, rates, ...]; `choice_L` is 0 for softmax, i + 1 for `spec.rates[i]`.
     """
     grid = model.config.token_grid(batch["latents"].shape[1:4])
     order = token_order(grid, spec.chain, spec.lattice, model.shards)
@@ -37,13 +38,13 @@ def plan_forward(
         """Attention at a rate. The share is the attention to values that are 1 at softmax keys and 0 elsewhere."""
 
         def attention(q, k, v, maps_R):
-            pair = None if rate == 1 else jax.tree.map(lambda leaf: leaf[spec.rates.index(rate)], maps_R)
-            y = model.attend(q, k, v, pair, rate, grid, order, spec.stabilizer)
+            own = None if rate == 1 else maps_of(maps_R, spec.rates, spec.rates.index(rate))
+            y = model.attend(q, k, v, own, rate, grid, order, spec.stabilizer)
             if not shares:
                 return y, None
             softmax_key_N = jnp.arange(k.shape[1]) < order.num_softmax(rate)
             ones = jnp.broadcast_to(softmax_key_N[None, :, None, None], v.shape).astype(v.dtype)
-            return y, model.attend(q, k, ones, pair, rate, grid, order, spec.stabilizer)[..., 0].mean()
+            return y, model.attend(q, k, ones, own, rate, grid, order, spec.stabilizer)[..., 0].mean()
 
         return attention
 
@@ -58,14 +59,14 @@ def plan_forward(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, spec: DistillSpec) -> Any:
+def softmax_shares(model: WanTransformer, batch: dict[str, jax.Array], maps: LearnedMaps, spec: DistillSpec) -> Any:
     """The mean share of the softmax branch in each block [L], with all blocks at the only rate of `spec`."""
     return plan_forward(model, batch, maps, jnp.ones(model.config.num_layers, int), spec, shares=True)[1]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def plan_velocity(
-    model: WanTransformer, batch: dict[str, jax.Array], maps: FeatureMapPair, choice_L: ArrayLike, spec: DistillSpec
+    model: WanTransformer, batch: dict[str, jax.Array], maps: LearnedMaps, choice_L: ArrayLike, spec: DistillSpec
 ) -> jax.Array:
     """The velocity [B, T, H, W, C] of a plan; all zeros in `choice_L`: the softmax model's."""
     return plan_forward(model, batch, maps, jnp.asarray(choice_L), spec)[0]
@@ -74,7 +75,7 @@ def plan_velocity(
 def velocity_errors(
     model: WanTransformer,
     batch: dict[str, jax.Array],
-    maps: FeatureMapPair,
+    maps: LearnedMaps,
     plans_PxL: np.ndarray,
     spec: DistillSpec,
     teacher: jax.Array,

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from jsurgery.attention.feature_maps import QUERY_MAP
+from jsurgery.attention.feature_maps import PROJECTION, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.files import read_object, write_json
 from jsurgery.io.safetensors import SHARD_BYTES, LazyTensor, Tensors, open_tensors, write_shards, write_tensors
@@ -70,7 +70,7 @@ def read_config(path: epath.PathLike, tensors: Mapping[str, LazyTensor] | None =
     if path.is_dir() and class_name not in (None, ORIGINAL_CLASS_NAME):
         expected = f"{CLASS_NAME}, {HYBRID_CLASS_NAME} or {ORIGINAL_CLASS_NAME}"
         raise InputError(f"{file}: expected _class_name {expected}, found {class_name!r}{task_of(class_name)}")
-    if any(f".{QUERY_MAP}." in name for name in tensors):
+    if any(f".{added}." in name for name in tensors for added in (QUERY_MAP, PROJECTION)):
         raise InputError(f"{path}: a hybrid transformer without its config.json; expected {file}")
     sizes = checkpoint_layouts.transformer_sizes(tensors, layout, path)
     if class_name != ORIGINAL_CLASS_NAME and not path.is_dir():

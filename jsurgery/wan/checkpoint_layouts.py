@@ -11,14 +11,14 @@ For them there are rules from those names to the original repository's.
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, QUERY_MAP
+from jsurgery.attention.feature_maps import KEY_MAP, LEAF_NAMES, PROJECTION, QUERY_MAP
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import LazyTensor, Tensors
 from jsurgery.wan.low_rank import low_rank_of
@@ -34,7 +34,7 @@ LAYOUTS = ("diffusers", "original", "comfyui")
 _COMFYUI_PREFIX = "model.diffusion_model."
 
 # The transformer: our path, diffusers' name, the original repository's name. `{i}` counts blocks, which our parameters
-# stack. `{j}` counts the layers of a feature map; only converted blocks have feature maps.
+# stack. `{j}` counts the layers of a feature map; only some converted blocks have feature maps, or a projection.
 # A row of the first table stands for a kernel and a bias, a row of the second for one array.
 TRANSFORMER_LAYERS = (
     ("patch_embedding", "patch_embedding", "patch_embedding"),
@@ -66,6 +66,8 @@ TRANSFORMER_ARRAYS = (
     ("scale_shift_table", "scale_shift_table", "head.modulation"),
     *((f"query_maps.{ours}", f"blocks.{{i}}.attn1.{QUERY_MAP}.{stored}", None) for ours, stored in LEAF_NAMES.items()),
     *((f"key_maps.{ours}", f"blocks.{{i}}.attn1.{KEY_MAP}.{stored}", None) for ours, stored in LEAF_NAMES.items()),
+    ("projections.kernel", f"blocks.{{i}}.attn1.{PROJECTION}.weight", None),
+    ("projections.bias", f"blocks.{{i}}.attn1.{PROJECTION}.bias", None),
 )
 
 # The text encoder: a pattern in transformers' name -> what the original repository's name has in its place.
@@ -269,7 +271,10 @@ def _transformer_params(model: "WanTransformer", layout: str) -> Iterator[tuple[
     if config.hybrid and layout != "diffusers":
         raise InputError(f"a hybrid transformer has no {layout} layout; use diffusers")
     names = transformer_names(layout)
-    converted = config.hybrid.converted if config.hybrid else ()
+    having: dict[str, Sequence[int]] = {}
+    if config.hybrid is not None:
+        mapped, projected = config.hybrid.mapped, config.hybrid.projected
+        having = {"query_maps": mapped, "key_maps": mapped, "projections": projected}
     for keys, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         parts = [str(key) for key in keys]
         path = ".".join(parts)
@@ -278,7 +283,7 @@ def _transformer_params(model: "WanTransformer", layout: str) -> Iterator[tuple[
         if "{i}" not in pattern:
             yield pattern, path, None, param
             continue
-        blocks = range(config.num_layers) if parts[0] == "blocks" else converted
+        blocks = having.get(parts[0], range(config.num_layers))
         for slot, block in enumerate(blocks):
             yield pattern.format(i=block, j=layer), path, slot, param
 

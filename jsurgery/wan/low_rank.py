@@ -16,7 +16,7 @@ from jsurgery.wan.model_config import WanConfig
 if TYPE_CHECKING:
     from jsurgery.wan.transformer import WanTransformer
 
-MAPS = ("query_maps", "key_maps")  # what surgery added, which is trained in full
+ADDED = ("query_maps", "key_maps", "projections")  # what surgery added, which is trained in full
 
 
 class LowRankParam(nnx.Variable):
@@ -69,7 +69,7 @@ def check_rank(network: WanConfig, rank: int) -> None:
 
 def trained_with_low_rank(path: tuple, value: Any) -> bool:
     """A filter of NNX: what is trained beside frozen weights, which are A, B and the feature maps."""
-    return isinstance(value, LowRankParam) or path[0] in MAPS
+    return isinstance(value, LowRankParam) or path[0] in ADDED
 
 
 def low_rank_of(model: nnx.Module) -> dict[str, tuple[Any, Any]]:

@@ -15,9 +15,15 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from jsurgery.attention.feature_maps import FeatureMapParams, init_feature_maps
+from jsurgery.attention.feature_maps import (
+    FeatureMapParams,
+    ProjectionParams,
+    init_feature_maps,
+    init_projections,
+)
 from jsurgery.attention.hybrid import token_order
 from jsurgery.attention.kinds.base import TokenPlace
+from jsurgery.attention.kinds.candidates import of_every_block
 from jsurgery.attention.kinds.registry import kind_of
 from jsurgery.attention.rope import apply_rope, rope_tables
 from jsurgery.attention.token_order import TokenOrder
@@ -164,7 +170,7 @@ class WanTransformer(nnx.Module):
     With `given_frames`, so many latent frames at the start hold no noise, as in image to video of Wan2.2 TI2V 5B.
 
     Block parameters are stacked [L, ...] and scanned, also when rates differ from block to block, so that compile time
-    does not grow with depth. The feature maps of the converted blocks are stacked in the order of `hybrid.converted`.
+    does not grow with depth. Feature maps are stacked in the order of `hybrid.mapped`, projections of `projected`.
     """
 
     def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
@@ -186,10 +192,12 @@ class WanTransformer(nnx.Module):
         self.proj_out = Linear(dim, patch * config.out_channels, dtype=dtype, rngs=rngs)
 
         hybrid = config.hybrid
-        if hybrid and hybrid.converted and hybrid.linear_branch:
-            shape = len(hybrid.converted), config.num_attention_heads, config.attention_head_dim
+        if hybrid and hybrid.mapped:
+            shape = len(hybrid.mapped), config.num_attention_heads, config.attention_head_dim
             self.query_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
             self.key_maps = FeatureMapParams(init_feature_maps(rngs.params(), *shape, hybrid.feature_map))
+        if hybrid and hybrid.projected:
+            self.projections = ProjectionParams(init_projections(len(hybrid.projected), config.attention_head_dim))
 
     def __call__(
         self, latents: jax.Array, timesteps: jax.Array, text_embeddings: jax.Array, given_frames: int = 0
@@ -208,19 +216,23 @@ class WanTransformer(nnx.Module):
             return lambda q, k, v, _: (self.attend(q, k, v, None, 1, grid, order), None), None, order
         kinds = sorted(set(self.config.rates), key=str)
 
+        def at(rate: Rate) -> Callable:
+            what = kind_of(rate).learns
+            return lambda q, k, v, maps: self.attend(q, k, v, maps.get(what), rate, grid, order, hybrid.stabilizer)
+
+        branches = [at(rate) for rate in kinds]
+
         def planned(q, k, v, layer):
             kind, maps = layer
-            at = lambda rate: lambda q, k, v, maps: self.attend(q, k, v, maps, rate, grid, order, hybrid.stabilizer)
-            branches = [at(rate) for rate in kinds]
             return lax.switch(kind, branches, q, k, v, maps), None
 
         kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
-        maps = None
-        if hybrid.linear_branch:
-            # Softmax blocks get a map too, because the scan needs one for each block. Their branch does not read it.
-            slot_L = jnp.array([sum(rate != 1 for rate in hybrid.rates[:i]) for i in range(len(hybrid.rates))])
-            slot_L = jnp.minimum(slot_L, len(hybrid.converted) - 1)
-            maps = jax.tree.map(lambda leaf: leaf[slot_L], (self.query_maps.maps, self.key_maps.maps))
+        maps = {}
+        if hybrid.mapped:
+            pair = self.query_maps.maps, self.key_maps.maps
+            maps["feature_maps"] = of_every_block(pair, hybrid.mapped, self.config.num_layers)
+        if hybrid.projected:
+            maps["projection"] = of_every_block(self.projections.maps, hybrid.projected, self.config.num_layers)
         return planned, (kind_L, maps), order
 
     def store_in_compute_dtype(self) -> None:

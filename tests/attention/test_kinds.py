@@ -15,7 +15,7 @@ from jsurgery.attention.kinds.registry import (
 from jsurgery.config import base, validate
 from jsurgery.errors import InputError
 
-RATES = ["linear", "C3O1", 8, "B3O1", 1, "C12O0", 2]
+RATES = ["linear", "C3O1", 8, "B3O1", 1, "C12O0", 2, "S10B16", "S5"]
 
 
 def test_every_kind_is_what_its_spellings_say():
@@ -23,15 +23,20 @@ def test_every_kind_is_what_its_spellings_say():
         kind = kind_of(rate)
         assert kind.rate == rate and kind_of(kind.rate) == kind
         assert parse_block_budget(f"15{kind.plan_name}") == ((15, rate),)
-    assert list(map(rate_name, RATES)) == ["linear", "C3O1", "R8", "B3O1", "softmax", "C12O0", "R2"]
-    assert sorted(RATES, key=rate_key) == [1, 2, 8, "B3O1", "C12O0", "C3O1", "linear"]
+    assert list(map(rate_name, RATES)) == ["linear", "C3O1", "R8", "B3O1", "softmax", "C12O0", "R2", "S10B16", "S5"]
+    assert sorted(RATES, key=rate_key) == [1, 2, 8, "B3O1", "C12O0", "C3O1", "S10B16", "S5", "linear"]
     assert (kind_of("C3O1").chunk, kind_of("C3O1").overlap, kind_of("C3O1").causal) == (3, 1, True)
     assert not kind_of("B3O1").causal
+    assert (kind_of("S10B16").percent, kind_of("S10B16").blocks, kind_of("S5").blocks) == (10, (16, 16), (128, 64))
 
 
-@pytest.mark.parametrize(
-    "rate", ["C0O1", "C3", "C3O", "C03O1", "c3O1", "C3O1 ", "C3O-1", "D3O1", "2", "R2", True, 2.0, None, [1], 0, -2]
-)
+OTHERS = [
+    "C0O1", "C3", "C3O", "C03O1", "c3O1", "C3O1 ", "C3O-1", "D3O1", "S0", "S100", "S10B0", "S05", "S10B", "2", "R2",
+    True, 2.0, None, [1], 0, -2,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", OTHERS)
 def test_other_spellings_are_refused(rate):
     with pytest.raises(InputError, match="expected integers from 1 or 'linear' or names like 'C3O1'"):
         kind_of(rate)

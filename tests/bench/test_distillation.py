@@ -57,7 +57,7 @@ def compiled():
     assert work.tokens == 384  # one chunk: XLA counts the body of a loop once
     nothing = lambda maps, at: jnp.zeros(())
     setup = DistillSpec.of(config)
-    velocity = lambda params, batch: visit_blocks(nnx.merge(graph, params), batch, maps_of(state), setup, nothing)[0]
+    velocity = lambda params, batch: visit_blocks(nnx.merge(graph, params), batch, [maps_of(state)], setup, nothing)[0]
     forward = jax.jit(velocity).lower(params, batch)
     return step, forward, state, work
 

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from jsurgery.attention.feature_maps import FeatureMapConfig
+from jsurgery.attention.feature_maps import FeatureMapConfig, LearnedMaps
 from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.errors import InputError
 from jsurgery.io.safetensors import read_tensors, write_shards
@@ -41,7 +41,7 @@ def maps():
     make = lambda key: init_polynomial_map(key, HEADS, WIDTH, PHI.degree, PHI.layers, PHI.activation)
     shapes = jax.eval_shape(make, jax.random.key(0))
     draw = lambda leaf: rng.normal(size=(BLOCKS, len(RATES), *leaf.shape)).astype(np.float32)
-    return jax.tree.map(draw, (shapes, shapes))
+    return jax.tree.map(draw, LearnedMaps(shapes, shapes))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def parameters(model):
 def test_the_hybrid_shares_the_weights_of_the_teacher(teacher, maps, file, tmp_path):
     before = parameters(teacher)
     operated = operate(teacher, HybridConfig(PLAN, feature_map=PHI), load_maps(file, PLAN, PHI))
-    assert_equal((operated.query_maps.maps, operated.key_maps.maps), chosen(maps, PLAN))
+    assert_equal((operated.query_maps.maps, operated.key_maps.maps), chosen(maps, PLAN).pair)
     after = {path: leaf for path, leaf in parameters(operated).items() if "_maps" not in path}
     assert after.keys() == before.keys()
     assert all(after[path] is before[path] for path in before), "copied"

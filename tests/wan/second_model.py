@@ -66,8 +66,39 @@ def masks(rate, sites, lattice, chunked):
     return in_S, ~in_S
 
 
+def sparse_mask(q, k, percent, block, clear=1e-4):
+    """Of SLA: bool [H, N, N], whether a key is in the blocks that score best with the query's block.
+
+    `clear` is the least margin of a score in front of the best one that is not chosen.
+    """
+    of_token = torch.arange(q.shape[1]) // block
+    means = lambda x: torch.stack([x[:, of_token == number].mean(1) for number in range(int(of_token[-1]) + 1)], 1)
+    with torch.no_grad():
+        scores = means(q) @ means(k - k.mean(1, keepdim=True)).mT
+        count = max(1, int(percent / 100 * scores.shape[-1]))
+        ordered = scores.sort(-1, descending=True).values
+        if count < scores.shape[-1]:
+            assert (ordered[..., count - 1] - ordered[..., count]).min() > clear, "too close for float32"
+    chosen = scores >= ordered[..., count - 1 : count]
+    return chosen[:, of_token][..., of_token]
+
+
+def linear_average(q, k, v):
+    """Of SLA: the linear branch before its projection, [H, N, D]."""
+    phi_q, phi_k = q.softmax(-1), k.softmax(-1)
+    return phi_q @ (phi_k.mT @ v) / (1e-5 + phi_q @ phi_k.sum(1)[..., None])
+
+
 def hybrid_attention_of(tensors, prefix, q, k, v, rate, sites, hybrid, lattice, chunked):
-    """Eq. 5 in one block, for q, k, v [H, N, D] in natural order."""
+    """Eq. 5 in one block, or SLA, for q, k, v [H, N, D] in natural order."""
+    if isinstance(rate, str) and rate[0] == "S":
+        percent, block = map(int, re.findall(r"\d+", rate))
+        seen = sparse_mask(q, k, percent, block)
+        y = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf).softmax(-1) @ v
+        if not hybrid.linear_branch:
+            return y
+        average = linear_average(q, k, v)
+        return y + F.linear(average, *(tensors[f"{prefix}.proj_l.{leaf}"] for leaf in ("weight", "bias")))
     in_S, in_L = masks(rate, sites, lattice, chunked)
     in_L = in_L if hybrid.linear_branch else torch.zeros_like(in_L)
 

@@ -6,12 +6,12 @@ new kind is a class, in a file of its own, and one call of `registry.register`.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 from jax.sharding import NamedSharding
 
-from jsurgery.attention.feature_maps import FeatureMapConfig, FeatureMapPair
+from jsurgery.attention.feature_maps import FeatureMapConfig
 from jsurgery.attention.map_sizes import map_parameters, map_weights, num_features
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.attention.token_shards import SoftmaxBranch, TokenShards
@@ -108,6 +108,7 @@ class Kind(abc.ABC):
       needs_prefix: a network with such a block keeps its tokens in prefix order.
       by_heads: over a mesh with a context axis the block exchanges sequence for heads, which must divide.
       has_softmax, has_linear: which branches there are.
+      learns: what its blocks learn: maps of queries and keys for every head, or a projection that all heads share.
       losses: the losses by which it can be distilled, of `config.distill.loss`.
       format_version: of the first checkpoints that may hold it.
       exportable: whether `jsurgery export` and its torch module compute it.
@@ -119,6 +120,7 @@ class Kind(abc.ABC):
     by_heads: ClassVar[bool] = True
     has_softmax: ClassVar[bool] = True
     has_linear: ClassVar[bool] = True
+    learns: ClassVar[Literal["feature_maps", "projection"]] = "feature_maps"
     losses: ClassVar[tuple[str, ...]] = ("value",)
     format_version: ClassVar[int] = 2
     exportable: ClassVar[bool] = False
@@ -225,21 +227,23 @@ class Kind(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
-    ) -> jax.Array:
-        """The attention [B, N, H, D] of a block whose tokens lie in `place`; without `maps`, its softmax branch."""
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, maps: Any, place: TokenPlace) -> jax.Array:
+        """The attention [B, N, H, D] of a block whose tokens lie in `place`. `maps` are those that it `learns`; without
+        them, its softmax branch."""
 
     @abc.abstractmethod
     def observe(self, block: TeacherBlock) -> Any:
         """What the losses and statistics of all maps of this kind share: its softmax branch, mainly."""
 
     @abc.abstractmethod
-    def loss(self, name: str, maps: FeatureMapPair, at: Any) -> jax.Array:
-        """[H]: one of `losses`. `at` is of `observe`. On a mesh, one device's part: the loss is their sum."""
+    def loss(self, name: str, maps: Any, at: Any) -> jax.Array:
+        """[H]: one of `losses`. `at` is of `observe`. On a mesh, one device's part: the loss is their sum.
+
+        A projection comes with an axis for heads, one copy for each, so that gradients are of one head, too.
+        """
 
     @abc.abstractmethod
-    def statistics(self, maps: FeatureMapPair, at: Any) -> dict[str, jax.Array]:
+    def statistics(self, maps: Any, at: Any) -> dict[str, jax.Array]:
         """Statistics of one block, each [H], likewise.
 
         error, size: sums of the absolute error and of the absolute output. share, teacher_share: the part of the

@@ -1,12 +1,12 @@
 """Kinds that compute on all tokens of a head in raster order, whatever the order of the network is."""
 
 import abc
+from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jsurgery.attention.feature_maps import FeatureMapPair
 from jsurgery.attention.kinds.base import AttentionSize, Kind, TokenPlace
 
 
@@ -15,14 +15,12 @@ class RasterKind(Kind):
 
     @abc.abstractmethod
     def attend_in_raster_order(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
+        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: Any, place: TokenPlace
     ) -> jax.Array:
         """The attention [B, N, H, D] of all tokens of some heads, in raster order on one device; `maps` are theirs."""
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, maps: FeatureMapPair | None, place: TokenPlace
-    ) -> jax.Array:
-        order = place.order
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, maps: Any, place: TokenPlace) -> jax.Array:
+        order, maps_of_heads = place.order, self.learns == "feature_maps"
 
         def whole(q, k, v, maps):
             """Attention on a device that holds all tokens of its heads."""
@@ -44,11 +42,11 @@ class RasterKind(Kind):
             q, k, v = map(exchange, (q, k, v))
             count = q.shape[2]
             own = lambda leaf: lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * count, count)
-            y = whole(q, k, v, jax.tree.map(own, maps))
+            y = whole(q, k, v, jax.tree.map(own, maps) if maps_of_heads else maps)
             return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
 
         tokens = P(batch, axis, heads)
-        specs = {"in_specs": (tokens, tokens, tokens, P(heads)), "out_specs": tokens}
+        specs = {"in_specs": (tokens, tokens, tokens, P(heads if maps_of_heads else None)), "out_specs": tokens}
         return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(q, k, v, maps)
 
     def core_values(self, size: AttentionSize) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 from jsurgery.attention.kinds.base import Kind
 from jsurgery.attention.kinds.chunked import Chunked
 from jsurgery.attention.kinds.prefix import Linear, RateHybrid, Softmax
+from jsurgery.attention.kinds.sparse import SparseLinear
 from jsurgery.errors import InputError, shortened
 from jsurgery.rates import Rate
 
-FAMILIES: list[type[Kind]] = [Softmax, RateHybrid, Linear, Chunked]
+FAMILIES: list[type[Kind]] = [Softmax, RateHybrid, Linear, Chunked, SparseLinear]
 
 # A part of a plan's budget by name; see `parse_block_budget`.
 BUDGET_PART = re.compile(r"(\d+)([A-Za-z]\w*)", re.ASCII)

@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.feature_maps import LearnedMaps
+from jsurgery.attention.kinds.candidates import learning
 from jsurgery.io.files import write_json
 from jsurgery.runtime import processes
 from jsurgery.runtime.loop import run_steps
@@ -85,12 +86,15 @@ def distill(
     sums.remove()
 
 
-def calibrate(teacher: WanTransformer, batches: list[dict], maps: FeatureMapPair, spec: DistillSpec) -> FeatureMapPair:
+def calibrate(teacher: WanTransformer, batches: list[dict], maps: LearnedMaps, spec: DistillSpec) -> LearnedMaps:
     """Scales the key maps so that each head's linear keys have the same mean mass as in the teacher's attention."""
+    if maps.key is None:
+        return maps
     # The same maps twice: the held-out errors compare two sets of maps, and so run the program compiled here.
     statistics = [measure_heads(teacher, batch, (maps, maps), spec)[0] for batch in batches]
-    mass, teacher_mass = (sum(each[name] for each in statistics) for name in ("mass", "teacher_mass"))
+    mapped = np.array(learning(spec.rates, "feature_maps"))
+    mass, teacher_mass = (sum(each[name][:, mapped] for each in statistics) for name in ("mass", "teacher_mass"))
     log_scale = jnp.log(jnp.maximum(teacher_mass, EPSILON)) - jnp.log(jnp.maximum(mass, EPSILON))
     # A linear key may score 88 above the stabiliser, and its mass is then infinite in float32.
     log_scale = jnp.clip(log_scale, -LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
-    return maps[0], dataclasses.replace(maps[1], log_scale=maps[1].log_scale + log_scale)
+    return maps._replace(key=dataclasses.replace(maps.key, log_scale=maps.key.log_scale + log_scale))

@@ -9,7 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jsurgery.attention.feature_maps import FeatureMapPair
+from jsurgery.attention.feature_maps import LearnedMaps
+from jsurgery.attention.kinds.candidates import of_every_block
 from jsurgery.errors import InputError
 from jsurgery.runtime.mesh import batch_shards, global_batch, local_rows, to_host
 from jsurgery.runtime.resumable_sums import ResumableSums
@@ -58,8 +59,8 @@ class HeldOut:
 def held_out_errors(
     teacher: WanTransformer,
     held_out: HeldOut,
-    initial: FeatureMapPair,
-    trained: FeatureMapPair,
+    initial: LearnedMaps,
+    trained: LearnedMaps,
     spec: DistillSpec,
     sums: ResumableSums,
 ) -> dict[str, Any]:
@@ -73,8 +74,8 @@ def held_out_errors(
 def attention_errors(
     teacher: WanTransformer,
     held_out: HeldOut,
-    initial: FeatureMapPair,
-    trained: FeatureMapPair,
+    initial: LearnedMaps,
+    trained: LearnedMaps,
     spec: DistillSpec,
     sums: ResumableSums,
 ) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def attention_errors(
 
 
 def velocity_errors_of_blocks(
-    teacher: WanTransformer, held_out: HeldOut, maps: FeatureMapPair, spec: DistillSpec, sums: ResumableSums
+    teacher: WanTransformer, held_out: HeldOut, maps: LearnedMaps, spec: DistillSpec, sums: ResumableSums
 ) -> dict[str, Any]:
     """Relative squared error of the velocity with one block converted and all others softmax, per block and rate.
 
@@ -117,9 +118,7 @@ def velocity_errors_of_blocks(
     """
     layers, chosen = teacher.config.num_layers, held_out.chosen[VELOCITY]
     blocks = np.arange(layers) if spec.blocks is None else np.array(spec.blocks)
-    # A block that was not distilled gets the maps of another block, which no plan uses.
-    slots = np.searchsorted(blocks, np.arange(layers)).clip(max=len(blocks) - 1)
-    maps = jax.tree.map(lambda leaf: leaf[slots], maps)
+    maps = of_every_block(maps, blocks.tolist(), layers)
     plans_BxRxL = np.zeros((len(blocks), len(spec.rates), layers), int)
     plans_BxRxL[np.arange(len(blocks)), :, blocks] = np.arange(1, len(spec.rates) + 1)
 

@@ -150,7 +150,7 @@ def make_sampling_update(
 
         trajectory = jax.lax.with_sharding_constraint(solver_step(velocity, trajectory, row, key), where)
         ((losses, gradients),) = learned
-        state, losses = apply_gradients(optimizer, state, losses, gradients)
+        state, losses = apply_gradients(optimizer, state, losses, gradients, spec.rates)
         return state, trajectory, losses
 
     return update

@@ -1,4 +1,4 @@
-"""Distillation of chunked hybrids: losses, gradients and statistics from all pairs of tokens; meshes."""
+"""Distillation of chunked hybrids: losses, gradients and statistics from all pairs of tokens. All kinds on meshes."""
 
 import jax
 import numpy as np
@@ -69,7 +69,7 @@ def test_losses_gradients_and_statistics_are_those_of_all_pairs(teacher, batch, 
         scores = np.einsum("bnhd,bmhd->bnhm", np.float64(q), np.float64(k)) / np.sqrt(q.shape[-1])
         for index, size in CHUNKED.items():
             in_S, in_L = masks(size)
-            pair = jax.tree.map(lambda leaf, at=(block, index): leaf[at], maps)
+            pair = jax.tree.map(lambda leaf, at=(block, index): leaf[at], maps.pair)
             found = equation_5.values((q, k, v, *pair), masks=(in_S, in_L), stabilizer=stabilizer)
             error = np.abs(found.y - full)
             assert losses[block, index] == pytest.approx(error.mean(), rel=1e-4)
@@ -107,7 +107,7 @@ from jsurgery.surgery.distillation.update import initial_maps
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.transformer import WanTransformer
 
-rates = ("C2O1", 2)
+rates = ("C2O1", 2, "S40B8")
 sizes = dict(num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
              ffn_dim=32)
 rng = np.random.default_rng(0)
@@ -134,10 +134,10 @@ def found(mesh):
     spec = DistillSpec(rates, (1, 2), "strided", "max", "value")
     losses, of_maps = losses_and_gradients(teacher, batch, maps, spec)
     # The gradient of a scale, whose terms nearly cancel, counts together with those of its map.
-    flat = lambda rate: np.concatenate([np.ravel(leaf[0, rate]) for leaf in jax.tree.leaves(of_maps)])
+    flat = lambda rate: np.concatenate([np.ravel(leaf[0, rate]) for leaf in jax.tree.leaves(of_maps.pair)])
     velocity = lambda params: nnx.merge(graph, params)(batch["latents"], batch["timestep"], batch["text"])
     graph, params = nnx.split(hybrid)
-    parts = [losses, [flat(0), flat(1)]]
+    parts = [losses, [flat(0), flat(1)], [np.ravel(leaf) for leaf in of_maps.projection]]
     if sys.argv[1] == "all":
         parts.append(measure_heads(teacher, batch, (maps,), spec))
         parts += jax.jit(jax.value_and_grad(lambda params: (velocity(params) ** 2).sum()))(params)

@@ -126,7 +126,7 @@ def direct_losses(maps, q, k, v, spec, order):
     full = hybrid_attention(q, k, v, None, None, num_softmax=order.num_tokens, implementation="reference")
     losses = []
     for index, rate in enumerate(spec.rates):
-        query_map, key_map = jax.tree.map(lambda leaf, i=index: leaf[i], maps)
+        query_map, key_map = jax.tree.map(lambda leaf, i=index: leaf[i], maps.pair)
         start = order.num_softmax(rate)
         if spec.loss == "value":
             options = {"num_softmax": start, "stabilizer": spec.stabilizer, "implementation": "reference"}
@@ -233,7 +233,7 @@ def test_statistics_and_calibration(teacher, batches, maps, order, activations, 
     found = measure_heads(teacher, batches[0], (maps,), spec)[0]
     for block, index in np.ndindex(2, len(RATES)):
         rate, (q, k, v) = RATES[index], (x[block] for x in activations)
-        query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps)  # noqa: B023
+        query_map, key_map = jax.tree.map(lambda leaf: leaf[block, index], maps.pair)  # noqa: B023
         start = order.num_softmax(rate)
         options = {"num_softmax": start, "stabilizer": name}
         share = softmax_share(q, k, query_map, key_map, **options).mean(axis=(0, 1))
@@ -267,8 +267,8 @@ def test_calibration_stays_finite_if_linear_keys_score_far_above_the_stabilizer(
     sharp.blocks.attn1.norm_k[...] *= 300
     found = measure_heads(sharp, batches[0], (maps,), SETUPS[name])[0]
     assert np.isinf(found["teacher_mass"]).any()
-    _, key_maps = calibrate(sharp, batches, maps, SETUPS[name])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(key_maps))
+    calibrated = calibrate(sharp, batches, maps, SETUPS[name])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(calibrated.key))
 
 
 @pytest.fixture(scope="module")
