@@ -6,7 +6,9 @@ the devices. "all_to_all" exchanges sequence for heads, so that a device holds e
 moves less data if the sequence has more than 2 R pieces.
 """
 
+from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,26 @@ def sharded_cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, shardin
     return attention(q, k, v)
 
 
+def tokens_for_heads(x: jax.Array, axis: Hashable) -> jax.Array:
+    """From a piece of the sequence [B, N, H, ...] to all tokens of some heads, piece after piece."""
+    return lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+
+
+def heads_for_tokens(x: jax.Array, axis: Hashable) -> jax.Array:
+    """The inverse of `tokens_for_heads`."""
+    return lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def own_heads(tree: Any, axis: Hashable) -> Any:
+    """The heads, on the first axis of every leaf, whose tokens `tokens_for_heads` gives this device."""
+
+    def own(leaf: jax.Array) -> jax.Array:
+        count = leaf.shape[0] // lax.axis_size(axis)
+        return lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * count, count)
+
+    return jax.tree.map(own, tree)
+
+
 def _whole(q, k, v, query_map, key_map, valid, *, num_softmax, stabilizer):
     """Attention on a device that holds all keys, in prefix order."""
     valid = None if valid is None else jnp.broadcast_to(valid, k.shape[:2])
@@ -93,7 +115,7 @@ def _by_gathering(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stab
 def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabilizer):
     """A device's part of the exchange "all_to_all"."""
     pieces, length = lax.axis_size(axis), k.shape[1]
-    q, k, v = (lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+    q, k, v = (tokens_for_heads(x, axis) for x in (q, k, v))
 
     def softmax_first(x):
         """x [B, pieces * length, ...], which is piece after piece, with the softmax tokens of all pieces in front."""
@@ -103,9 +125,7 @@ def _by_heads(q, k, v, query_map, key_map, valid, *, axis, num_softmax, stabiliz
 
     if valid is not None:
         valid = softmax_first(lax.all_gather(valid, axis, tiled=True)[None])[0]
-    first = lax.axis_index(axis) * q.shape[2]
-    own = lambda leaf: lax.dynamic_slice_in_dim(leaf, first, q.shape[2])
-    query_map, key_map = jax.tree.map(own, (query_map, key_map))
+    query_map, key_map = own_heads((query_map, key_map), axis)
     options = {"num_softmax": pieces * num_softmax, "stabilizer": stabilizer}
     y = _whole(q, softmax_first(k), softmax_first(v), query_map, key_map, valid, **options)
-    return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
+    return heads_for_tokens(y, axis)

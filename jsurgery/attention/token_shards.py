@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsurgery.attention.token_order import TokenOrder
+from pallas_kernels.sharded import own_heads, tokens_for_heads
 
 
 @jax.tree_util.register_dataclass
@@ -86,19 +87,12 @@ class TokenShards:
     def raster(self, x_BxNxHx: jax.Array) -> jax.Array:
         """All tokens [B, N, H / devices, ...] in raster order, without padding; each device gets some of its heads."""
         if self.axis is not None:
-            x_BxNxHx = jax.lax.all_to_all(x_BxNxHx, self.axis, split_axis=2, concat_axis=1, tiled=True)
+            x_BxNxHx = tokens_for_heads(x_BxNxHx, self.axis)
         return x_BxNxHx[:, self.order.inverse]
 
     def own_heads(self, tree: Any) -> Any:
         """The heads, on the first axis of every leaf, that `raster` gives this device."""
-        if self.axis is None:
-            return tree
-
-        def own(leaf: jax.Array) -> jax.Array:
-            count = leaf.shape[0] // self.pieces
-            return jax.lax.dynamic_slice_in_dim(leaf, jax.lax.axis_index(self.axis) * count, count)
-
-        return jax.tree.map(own, tree)
+        return tree if self.axis is None else own_heads(tree, self.axis)
 
     def all_heads(self, x_Hx: jax.Array) -> jax.Array:
         """The inverse of `own_heads`, with zeros in the heads of other devices: `total` adds them up."""

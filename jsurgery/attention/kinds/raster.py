@@ -4,10 +4,10 @@ import abc
 from typing import Any
 
 import jax
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jsurgery.attention.kinds.base import AttentionSize, Kind, TokenPlace
+from pallas_kernels.sharded import heads_for_tokens, own_heads, tokens_for_heads
 
 
 class RasterKind(Kind):
@@ -33,17 +33,12 @@ class RasterKind(Kind):
             return whole(q, k, v, maps)
         mesh = place.sharding.mesh
         batch, axis, heads = (*place.sharding.spec, None, None, None)[:3]
-        spread = axis is not None and mesh.shape[axis] > 1
 
         def local(q, k, v, maps):
-            if not spread:
+            if axis is None or mesh.shape[axis] == 1:
                 return whole(q, k, v, maps)
-            exchange = lambda x: lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
-            q, k, v = map(exchange, (q, k, v))
-            count = q.shape[2]
-            own = lambda leaf: lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis) * count, count)
-            y = whole(q, k, v, jax.tree.map(own, maps) if maps_of_heads else maps)
-            return lax.all_to_all(y, axis, split_axis=1, concat_axis=2, tiled=True)
+            q, k, v = (tokens_for_heads(x, axis) for x in (q, k, v))
+            return heads_for_tokens(whole(q, k, v, own_heads(maps, axis) if maps_of_heads else maps), axis)
 
         tokens = P(batch, axis, heads)
         specs = {"in_specs": (tokens, tokens, tokens, P(heads if maps_of_heads else None)), "out_specs": tokens}
