@@ -6,7 +6,8 @@
 # make lint      ruff and pyright
 # make kernels   attention at every shape of its tests' grid, of every config on TPUs and on every mesh; takes hours
 # make evidence  the tables of the README, re-run; takes hours
-# make ablations the tables of docs/results.md, re-run; takes hours
+# make ablations the tables of docs/results.md but families, re-run; takes hours
+# make families  the table of families in docs/results.md and the teacher that it needs, re-run; takes six hours
 # make tables    the same tables from the measurements in docs/ablations, and what is missing there
 # make gpu-evidence  kernels, attention and whole models measured on one GPU in MINUTES (10), without installing anything
 # make fuzz      every reader on files changed at random, ten minutes each; takes hours
@@ -34,7 +35,7 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # The tests start a hundred processes, which should not each compile the same modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations tables gpu-evidence notebooks docs docs-links picture wheel clean
+.PHONY: demo test test-changed soak rehearsal lint fuzz kernels evidence ablations families tables gpu-evidence notebooks docs docs-links picture wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
@@ -70,6 +71,10 @@ evidence: $(VENV)/base.stamp
 
 ablations: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/ablations --results=docs/results.md
+
+families: $(VENV)/base.stamp
+	$(BIN)/jsurgery train --config=tiny_families_teacher --workdir=runs/families_teacher
+	$(BIN)/jsurgery ablate --table=families --config=tiny_families --workdir=runs/families --results=docs/results.md
 
 tables: $(VENV)/base.stamp
 	$(BIN)/jsurgery ablate --table=all --config=tiny_ablations --workdir=runs/tables --measurements=docs/ablations --results=docs/results.md

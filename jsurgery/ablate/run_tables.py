@@ -9,13 +9,14 @@ from ml_collections import ConfigDict
 from jsurgery.ablate.attention_concentration import attention_statistics
 from jsurgery.ablate.block_errors import block_errors
 from jsurgery.ablate.evidence import evidence
+from jsurgery.ablate.families import families_table
 from jsurgery.ablate.framewise_control import temporal_control
 from jsurgery.ablate.phi_before_rope import phi_and_rope
 from jsurgery.ablate.predicted_errors import objective
 from jsurgery.ablate.results_document import update_results
 from jsurgery.ablate.run_arms import run_arms
 from jsurgery.ablate.seed_run import SeedRun
-from jsurgery.ablate.tables import ARM_TABLES, OTHER_TABLES, TABLES
+from jsurgery.ablate.tables import APART, ARM_TABLES, OTHER_TABLES, TABLES
 from jsurgery.ablate.write_table import write
 from jsurgery.errors import InputError
 from jsurgery.runtime.progress import say
@@ -28,6 +29,7 @@ RUN: dict[str, Study] = {
     "rope": phi_and_rope,
     "temporal": temporal_control,
 }
+RUN_APART: dict[str, Study] = {"families": families_table}
 
 
 def run_tables(
@@ -39,7 +41,9 @@ def run_tables(
     measurements: str | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> None:
-    """Runs a table of `TABLES`, "all" of them, or "evidence"; leaves TABLE.json, .md and .html in the workdir.
+    """Runs a table of `TABLES`, "all" of them, one of `APART`, or "evidence".
+
+    Leaves TABLE.json, .md and .html in the workdir.
 
     The same call again resumes. Tables in one workdir share traces, distillations and fine-tuned models.
 
@@ -64,7 +68,8 @@ def run_tables(
     if not seed_runs:
         raise InputError(f"--shard={first}/{step}: expected at most one for each of {seeds} seeds")
     for name in TABLES if table == "all" else (table,):
-        result = RUN[name](seed_runs) if name in RUN else run_arms(ARM_TABLES[name], seed_runs)
+        study = (RUN | RUN_APART).get(name)
+        result = study(seed_runs) if study else run_arms(ARM_TABLES[name], seed_runs)
         if step > 1:
             continue
         subject = "tiny model" if config.model.path == "tiny_wan" else config.model.path
@@ -76,4 +81,5 @@ def run_tables(
 
 
 def title(table: str) -> str:
-    return OTHER_TABLES[table] if table in OTHER_TABLES else ARM_TABLES[table].title
+    others = OTHER_TABLES | APART
+    return others[table] if table in others else ARM_TABLES[table].title

@@ -222,3 +222,5 @@ OTHER_TABLES = {  # tables with code of their own
     "temporal": "Control: no attention between frames",
 }
 TABLES = (*OTHER_TABLES, *ARM_TABLES)
+# Tables with a config of their own, which `--table=all` leaves out.
+APART = {"families": "Which family of attention at which budget?"}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
@@ -19,6 +20,12 @@ LABELS = {
     "softmax_share": "softmax share",
     "teacher_share": "teacher's mass there",
     "attention_flops": "attention FLOPs, of the teacher's",
+    "attention_time": "attention time, of the teacher's",
+    "velocity_squared": "velocity error, squared, %",
+    "finetuned_squared": "the same, fine-tuned",
+    "distilled": "velocity error, squared, %",
+    "initial": "with initial maps",
+    "one block": "velocity error, squared, %",
     "phi_kparams": "φ, k params",
     "phi_mflop": "φ, MFLOP",
 }
@@ -34,24 +41,39 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def grids(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, body) of two tables: the arms, with the paper's numbers in the last columns, and the contrasts."""
-    rows, paper, contrasts = result["rows"], result.get("paper", {}), result.get("contrasts", {})
+    """(title, head, body) of two tables: the arms, with the paper's numbers in the last columns, and the contrasts.
+
+    Those of `more` follow: each has a "title", and "rows" or "contrasts".
+    """
+    tables = [("", *grid_of_rows(result["subject"], result["rows"], result.get("paper", {})))]
+    if contrasts := result.get("contrasts", {}):
+        title = "Paired differences over the prompts or blocks of all seeds, with 95 % bootstrap intervals:"
+        tables.append((title, *grid_of_contrasts(contrasts)))
+    for each in result.get("more", ()):
+        grid = grid_of_contrasts(each["contrasts"]) if "contrasts" in each else grid_of_rows("", each["rows"])
+        tables.append((each["title"], *grid))
+    return tables
+
+
+def grid_of_rows(
+    subject: str, rows: Mapping[str, Mapping[str, Any]], paper: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+) -> tuple[list[str], list[list[str]]]:
     # In the order of the last row, since the first, the teacher's, lacks some columns.
-    columns = [c for c in dict.fromkeys(name for row in reversed(rows.values()) for name in row) if c not in HIDDEN]
+    columns = [c for c in dict.fromkeys(name for row in reversed([*rows.values()]) for name in row) if c not in HIDDEN]
     printed = list(dict.fromkeys(name for row in paper.values() for name in row))
-    head = [result["subject"], *(LABELS.get(c, c) for c in columns), *(f"paper: {name}" for name in printed)]
+    head = [subject, *(LABELS.get(c, c) for c in columns), *(f"paper: {name}" for name in printed)]
     body = []
     for name, row in rows.items():
         of_paper = paper.get(name, {})
         quoted = [f"{of_paper[p]:g}" if p in of_paper else "" for p in printed]
         body.append([name, *(cell(row.get(c)) for c in columns), *quoted])
-    tables = [("", head, body)]
-    if contrasts:
-        measures = list(dict.fromkeys(name for row in contrasts.values() for name in row))
-        body = [[pair, *(difference(row.get(m)) for m in measures)] for pair, row in contrasts.items()]
-        title = "Paired differences over the prompts or blocks of all seeds, with 95 % bootstrap intervals:"
-        tables.append((title, ["", *(LABELS.get(m, m) for m in measures)], body))
-    return tables
+    return head, body
+
+
+def grid_of_contrasts(contrasts: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    measures = list(dict.fromkeys(name for row in contrasts.values() for name in row))
+    body = [[pair, *(difference(row.get(m)) for m in measures)] for pair, row in contrasts.items()]
+    return ["", *(LABELS.get(m, m) for m in measures)], body
 
 
 def cell(value: Any) -> str:

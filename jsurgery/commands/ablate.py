@@ -1,6 +1,6 @@
 """ablate: tables of experiments, each of which answers a question about the method."""
 
-from jsurgery.ablate.tables import TABLES
+from jsurgery.ablate.tables import APART, TABLES
 from jsurgery.commands.options import Commands, Options, Overrides, positive, read_config, shard
 
 
@@ -8,8 +8,8 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "ablate", run_ablate, "Answer a question about the method by running its arms over several seeds."
     )
-    text = "The table of docs/results.md to make; `all` makes all of them but evidence."
-    command.add_argument("--table", choices=[*TABLES, "all", "evidence"], required=True, help=text)
+    text = "The table of docs/results.md to make; `all` makes all but evidence and families, with configs of their own."
+    command.add_argument("--table", choices=[*TABLES, "all", "evidence", *APART], required=True, help=text)
     command.add_argument("--seeds", type=positive, default=3, help="How many seeds each arm runs with (default: 3).")
     text = "The folder that gets the runs of all arms, which tables share. Running it again resumes."
     command.add_argument("--workdir", required=True, help=text)

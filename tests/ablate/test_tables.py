@@ -15,9 +15,9 @@ from jsurgery.ablate import measures as measures_module
 from jsurgery.ablate import run_tables as tables_module
 from jsurgery.ablate import seed_run as seed_module
 from jsurgery.ablate.run_arms import items_over_steps, run_arms
-from jsurgery.ablate.run_tables import RUN, run_tables, title
+from jsurgery.ablate.run_tables import RUN, RUN_APART, run_tables, title
 from jsurgery.ablate.seed_run import SeedRun, arm_config, measured_steps, prompt_ranges
-from jsurgery.ablate.tables import ARM_TABLES, MAPS, OTHER_TABLES, TABLES, Arm, scaled
+from jsurgery.ablate.tables import APART, ARM_TABLES, MAPS, OTHER_TABLES, TABLES, Arm, scaled
 from jsurgery.ablate.write_table import grids, markdown
 from jsurgery.cli import main
 from jsurgery.config import base, flatten
@@ -63,12 +63,13 @@ def test_declared_arms_are_valid_and_distinct(name, config):
 
 def test_every_table_has_a_title_and_a_function():
     assert set(RUN) == set(OTHER_TABLES) and set(TABLES) == {*OTHER_TABLES, *ARM_TABLES}
-    assert all(title(name) for name in TABLES)
+    assert set(RUN_APART) == set(APART) and not set(APART) & set(TABLES)
+    assert all(title(name) for name in (*TABLES, *APART))
 
 
 def test_results_document_has_a_section_for_every_table():
     document = (pathlib.Path(__file__).parents[2] / "docs" / "results.md").read_text()
-    for name in (*TABLES, "evidence"):
+    for name in (*TABLES, *APART, "evidence"):
         before, _, after = document.partition(f"<!-- begin {name} -->")
         assert after.count(f"<!-- end {name} -->") == 1 and f"<!-- end {name} -->" not in before
 
