@@ -34,11 +34,15 @@ def attention_seconds(seed: SeedRun, workdir: epath.Path) -> dict[str, Any]:
     {"machine", "rounds", "kinds", "ms": the median of each, "low", "high": quartiles}. They lie beside the measurements
     of the seeds in machine.jsonl, and the medians also in costs.json of the workdir.
     """
-    file = MeasurementFile(seed.measurements.path.with_name("machine.jsonl"))
-    stage = seed.stage("attention_seconds", seed.config, FIELDS)
-    if not file.read(stage):
-        file.add(stage, {"seconds.json": measure(seed)})
-    found = file.read(stage)["seconds.json"]
+    path, stage = (
+        seed.measurements.path.with_name("machine.jsonl"),
+        seed.stage("attention_seconds", seed.config, FIELDS),
+    )
+    if not MeasurementFile(path).read(stage):
+        measured = measure(seed)
+        if not MeasurementFile(path).read(stage):  # another shard may have been faster, and all must plan alike
+            MeasurementFile(path).add(stage, {"seconds.json": measured})
+    found = MeasurementFile(path).read(stage)["seconds.json"]
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / COSTS, {"unit": "ms", "rates": found["kinds"], "blocks": [found["ms"]]})
     return found
