@@ -23,7 +23,7 @@ from jsurgery.surgery.distillation.saved_maps import TRAINED, load_all_maps
 from jsurgery.surgery.plan import BlockCosts
 from jsurgery.wan.video_size import latent_grid
 
-ROUNDS = 30
+ROUNDS = 100
 COSTS = "costs.json"  # in the workdir: a file for `config.plan.costs`
 FIELDS = ("model", "video", "hybrid", "sampler.guidance")  # what the times depend on, beside the machine
 
