@@ -221,11 +221,7 @@ class WanTransformer(nnx.Module):
             return lambda q, k, v, maps: self.attend(q, k, v, maps.get(what), rate, grid, order, hybrid.stabilizer)
 
         branches = [at(rate) for rate in kinds]
-
-        def planned(q, k, v, layer):
-            kind, maps = layer
-            return lax.switch(kind, branches, q, k, v, maps), None
-
+        planned = lambda q, k, v, layer: (lax.switch(layer[0], branches, q, k, v, layer[1]), None)
         kind_L = jnp.array([kinds.index(rate) for rate in hybrid.rates])
         maps = {}
         if hybrid.mapped:
