@@ -145,6 +145,27 @@ def test_nothing_is_cut_or_scrolls_sideways_on_a_phone(browser, run):
     assert browser.run(f"({OVERFLOWING})()") == ["H1."], "the control is not found"
 
 
+def test_a_rate_has_one_colour_in_all_charts(browser):
+    colours = """(legend) => Object.fromEntries([...document.querySelectorAll(legend + " .line")].map((line) =>
+      [line.textContent.split(/[ ,]/)[0], getComputedStyle(line.querySelector("i")).backgroundColor]))"""
+    front = browser.run(f"({colours})('.front .legend')")
+    training = browser.run(f"({colours})('#training .legend')")
+    rates = {"R2", "R4", "R8", "linear"}
+    assert {rate: training[rate] for rate in rates} == {rate: front[rate] for rate in rates}
+    assert len({training[rate] for rate in rates}) == 4
+
+
+def test_labels_of_charts_end_within_the_printed_page(browser, run):
+    browser.screen(718, 900)  # A4 without its margins, beyond which nothing is printed
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    browser.open(run / "report.html")
+    right = "Math.max(...[...document.querySelectorAll('.plot .x')].map((x) => x.getBoundingClientRect().right))"
+    edge = browser.run("document.querySelector('main').getBoundingClientRect().right")
+    assert edge == 718 and edge - 20 < browser.run(right) <= edge
+    browser.run("document.querySelectorAll('.plot').forEach((plot) => { plot.style.marginRight = '6px'; })")
+    assert browser.run(right) > edge, "the control is not found"
+
+
 @pytest.mark.parametrize("width, height", [(390, 844), (1440, 900)])
 def test_the_clips_and_their_number_are_on_the_first_screen(browser, run, width, height):
     browser.screen(width, height)
