@@ -7,6 +7,8 @@ import sys
 DOCS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
+from docutils import nodes  # noqa: E402
+from latex2mathml.converter import convert  # noqa: E402
 from reference import expand  # noqa: E402
 
 from jsurgery.version import __version__  # noqa: E402
@@ -23,6 +25,7 @@ nitpicky = True
 smartquotes = False  # they would turn the -- of a flag into a dash
 html_theme = "furo"
 html_title = "jsurgery"
+html_math_renderer = "mathml"  # which browsers draw by themselves: MathJax would be fetched from the network
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_js_files = ["tables.js"]
@@ -32,6 +35,17 @@ copybutton_exclude = ".linenos, .c1"  # comments beside commands
 
 def setup(app) -> None:
     app.connect("source-read", prepare)
+    app.add_html_math_renderer("mathml", (mathml("inline"), None), (mathml("block"), None))
+
+
+def mathml(display: str):
+    """What writes a formula's node as MathML: within a line, or as a block."""
+
+    def visit(translator, node) -> None:
+        translator.body.append(convert(node.astext(), display=display))
+        raise nodes.SkipNode
+
+    return visit
 
 
 def prepare(app, name: str, source: list[str]) -> None:

@@ -98,7 +98,9 @@ def allowed(field: str, value: Any) -> str:
         return f"{kind} from 0" if field in config.MAY_BE_ZERO else f"positive {kind}"
     if field.endswith("rates"):
         return "rates of which each divides the next, or `linear`"
-    return "whole numbers" if isinstance(value, tuple) else "text"
+    if isinstance(value, tuple):
+        return {int: "whole numbers", float: "numbers", str: "files"}[config.ITEMS.get(field, int)]
+    return "text"
 
 
 def fields() -> str:

@@ -121,6 +121,7 @@ def test_the_reference_has_every_config_field_with_its_default():
         row = re.search(rf"^\| `{re.escape(field)}` \| {re.escape(shown)} \| [^|]+ \| (.+) \|$", text, re.MULTILINE)
         assert row and len(row[1]) > 3, f"{field}: expected its default, and its meaning beside it in config.base()"
     assert '`traces`, `sampling` | "sampling": no traces' in text
+    assert "| `model.lora` | `()` | files |" in text and "| `model.lora_scale` | `()` | numbers |" in text
     assert "`@v5e-8`" in text and "<!-- reference" not in text
 
 
