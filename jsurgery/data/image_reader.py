@@ -29,18 +29,21 @@ def read_image(file: str, height: int, width: int) -> GivenImage:
 
     Says so in a line if that cuts something off. Raises InputError for a file that is missing or not an image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = epath.Path(file)
     if not path.is_file():
         raise InputError(f"--image={file}: no such file")
+    expected = f"--image={file}: expected an image, such as a PNG or JPEG file"
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise InputError(expected) from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--image={file}: expected an image, such as a PNG or JPEG file ({reason[:200]})") from None
+        raise InputError(f"{expected} ({reason[:200]})") from None
     left, top, right, bottom = crop_box(pixels.shape[0], pixels.shape[1], height, width)
     kept_width, kept_height = round(right - left), round(bottom - top)
     if (kept_height, kept_width) != pixels.shape[:2]:
