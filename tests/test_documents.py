@@ -176,3 +176,20 @@ def test_the_table_of_machines_is_what_a_dry_run_tells(tmp_path, monkeypatch):
         assert (code == 3) == ("does not fit" in cells)
         if hours:
             assert float(hours) == pytest.approx(sum(row["hours"] for row in found["hours"]), abs=0.051), machine
+
+
+def test_the_table_of_low_rank_fine_tuning_is_what_a_dry_run_tells(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "machines.md").read_text()
+    rows = re.findall(
+        r"^\| LoRA, `(wan[^`]+)`[^|]*\| (?:\d+ x )?(\d+) \| ([\d.]+)[^|]*\| ([\d.]+) \|$", page, re.MULTILINE
+    )
+    command = re.search(r"^(jsurgery finetune .*lora_rank.*--dry_run)$", page, re.MULTILINE)
+    assert len(rows) == 5 and command
+    for machine, memory, gib, hours in rows if FULL_GRID else rows[::3]:
+        words = [f"--config={machine}" if word.startswith("--config=") else word for word in command[1].split()[1:]]
+        assert cli.main([*words, "--disk=1e9", "--json=dry.json"]) == 0
+        found = json.loads((tmp_path / "dry.json").read_text())
+        (phase,) = [row for row in found["phases"] if row["stage"] == "finetune"]
+        assert float(gib) == pytest.approx(phase["bytes"] / 2**30, abs=0.051) and float(gib) < float(memory), machine
+        assert float(hours) == pytest.approx(sum(row["hours"] for row in found["hours"]), abs=0.051), machine
