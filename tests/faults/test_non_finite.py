@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jsurgery.attention.feature_maps import LearnedMaps
 from jsurgery.errors import InputError
 from jsurgery.runtime import guard
 from jsurgery.runtime.checkpoints import Checkpoints
@@ -79,19 +80,17 @@ def test_a_nan_gradient_of_feature_maps_marks_its_block_and_rate():
     """A gradient that is NaN in block 1 at the second rate changes no map, and makes only that loss NaN."""
     rng = np.random.default_rng(0)
     leaf = lambda *shape: jnp.asarray(rng.normal(size=(3, 2, 4, *shape)), jnp.float32)
-    maps = tuple(
-        PolynomialMap(kernels=(leaf(5, 5),), biases=(leaf(5),), log_scale=leaf(), degree=1, activation="relu")
-        for _ in range(2)
-    )
+    phi = lambda: PolynomialMap((leaf(5, 5),), (leaf(5),), leaf(), degree=1, activation="relu")
+    maps, rates = LearnedMaps(phi(), phi()), (2, 4)
     optimizer = optax.adamw(1e-2)
     state = {"maps": maps, "opt_state": optimizer.init(maps)}
     gradients = jax.tree.map(jnp.ones_like, maps)
     losses = jnp.ones((3, 2))
-    updated, same_losses = apply_gradients(optimizer, state, losses, gradients)
+    updated, same_losses = apply_gradients(optimizer, state, losses, gradients, rates)
     assert not np.array_equal(updated["maps"][0].log_scale, maps[0].log_scale) and (same_losses == 1).all()
     kernels = (gradients[1].kernels[0].at[1, 1, 2, 3, 4].set(jnp.nan),)
-    bad = gradients[0], PolynomialMap(kernels, gradients[1].biases, gradients[1].log_scale, 1, "relu")
-    unchanged, losses = apply_gradients(optimizer, state, losses, bad)
+    bad = gradients._replace(key=PolynomialMap(kernels, gradients[1].biases, gradients[1].log_scale, 1, "relu"))
+    unchanged, losses = apply_gradients(optimizer, state, losses, bad, rates)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(unchanged), jax.tree.leaves(state), strict=True))
     assert np.argwhere(np.isnan(losses)).tolist() == [[1, 1]]
 
