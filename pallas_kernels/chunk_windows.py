@@ -121,7 +121,7 @@ def sums_of_pieces(before_rest: State, rest_alone: State | None, chunks: int, ba
 
 def _sums_before(x: jax.Array) -> jax.Array:
     """Along axis 1, the sum of all earlier entries."""
-    return jnp.cumsum(jnp.roll(x, 1, axis=1).at[:, 0].set(0), axis=1)
+    return jnp.cumsum(padded(x[:, :-1], 1, 0), axis=1)
 
 
 def windows(x: jax.Array, chunk: int, overlap: int, chunks: int) -> jax.Array:

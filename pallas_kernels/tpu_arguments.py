@@ -7,7 +7,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
-from pallas_kernels.tpu_problem import BlockSizes, Problem
+from pallas_kernels.tpu_problem import LANES, BlockSizes, Problem
+
+# Columns of a chip's matrix unit, where they are more than 128.
+COLUMNS = {"v6e": 256}
+
+
+def default_blocks(chip: str) -> BlockSizes:
+    """The best sizes in static estimates, whatever the problem."""
+    return BlockSizes(value_columns=COLUMNS.get(chip, LANES))
 
 
 def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
@@ -15,7 +23,7 @@ def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
 
     If all softmax keys are one step of the backward pass, no dq is kept in VMEM, which leaves room for more queries.
     """
-    defaults = BlockSizes()
+    defaults = default_blocks(chip)
     one_step = {"backward_query": 2048} if num_softmax <= defaults.backward_key else {}
     return dataclasses.replace(defaults, **(one_step | tuning.lookup(chip, num_keys, num_softmax)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import log
+from pallas_kernels import log, tuning
 from pallas_kernels.chunk_windows import (
     Kernels,
     State,
@@ -21,7 +21,7 @@ from pallas_kernels.chunk_windows import (
     windows,
 )
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
-from pallas_kernels.tpu_arguments import check, head_product, polynomial, problem_of, scaled
+from pallas_kernels.tpu_arguments import check, default_blocks, head_product, polynomial, problem_of, scaled
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
 from pallas_kernels.tpu_chunks import Chunks, attend_to_windows
 from pallas_kernels.tpu_forward import summarize
@@ -59,7 +59,8 @@ def chunked_attention(
     query_map, key_map = polynomial("query_map", query_map), polynomial("key_map", key_map)
     assert query_map is not None and key_map is not None
     check(q, k, v, query_map, key_map, interpret)
-    problem = problem_of(q, k, query_map, length, key_valid, stabilizer, block_sizes or BlockSizes(), interpret)
+    block_sizes = block_sizes or default_blocks(tuning.current_chip())
+    problem = problem_of(q, k, query_map, length, key_valid, stabilizer, block_sizes, interpret)
     packed = tuple(problem.pack(x) for x in (q, k, v))
     state = _states(problem, chunks, packed[1:], key_map, key_valid)
     return problem.unpack(_attend(problem, chunks, packed, query_map, state, key_valid))

@@ -36,8 +36,8 @@ def add_tile(
     peak_next = jnp.maximum(peak, s_QxS.max(axis=1, keepdims=True))
     p_QxS = jnp.exp2(s_QxS - jnp.concatenate([peak_next] * (s_QxS.shape[1] // LANES), axis=1))
     decay = jnp.exp2(peak - peak_next)
-    o_QxD = decay[:, : problem.width] * o_QxD + problem.dot(p_QxS, v_SxD)
-    return peak_next, decay * total + lane_sums(p_QxS), o_QxD
+    values_QxD, sums = problem.weigh(p_QxS, v_SxD)
+    return peak_next, decay * total + sums, decay[:, : problem.width] * o_QxD + values_QxD
 
 
 def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:
@@ -50,13 +50,13 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
     ragged = problem.num_softmax % size or problem.num_keys % size
 
     def kernel(k_ref, v_ref, *refs):
-        *inputs, state_ref, z_ref = refs
+        *inputs, state_ref, z_ref, lanes_ref = refs
         step = pl.program_id(2)
 
         @pl.when(step == 0)
         def _():
             state_ref[...] = jnp.zeros_like(state_ref)
-            z_ref[...] = jnp.zeros_like(z_ref)
+            lanes_ref[...] = jnp.zeros_like(lanes_ref)
 
         psi_FxT = hidden_columns(problem, k_ref[...], inputs[: len(weights)])[-1]
         phi_FxT = powers(psi_FxT, problem.degree, 0)
@@ -68,7 +68,11 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
         if problem.masked:
             phi_FxT = jnp.where(inputs[-1][...] > 0, phi_FxT, 0.0)
         state_ref[...] += problem.dot(phi_FxT, v_TxD)
-        z_ref[...] += lane_sums(phi_FxT)
+        lanes_ref[...] += lane_sums(phi_FxT)
+
+        @pl.when(step == steps - 1)
+        def _():
+            z_ref[...] = lanes_ref[...].T.sum(axis=0, keepdims=True)
 
     block = lambda step: first + step
     masks = [valid] if problem.masked else []
@@ -85,13 +89,14 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
             *weight_specs,
             *(row(size, block) for _ in masks),
         ],
-        out_specs=[whole(features, problem.width, per_batch=True), whole(features, LANES, per_batch=True)],
+        out_specs=[whole(features, problem.width, per_batch=True), whole(1, features, per_batch=True)],
         out_shape=[
             jax.ShapeDtypeStruct((problem.batch, problem.heads, features, problem.width), jnp.float32),
-            jax.ShapeDtypeStruct((problem.batch, problem.heads, features, LANES), jnp.float32),
+            jax.ShapeDtypeStruct((problem.batch, problem.heads, 1, features), jnp.float32),
         ],
+        scratch_shapes=[pltpu.VMEM((features, LANES), jnp.float32)],
     )(k, v, *weights, *masks)
-    return state, z.sum(axis=-1)
+    return state, z[:, :, 0]
 
 
 def attend(

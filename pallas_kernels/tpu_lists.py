@@ -33,7 +33,7 @@ from pallas_kernels.tpu_problem import (
 TILE_SCORES = 2**19  # about the scores of one tile, forward: one chain of products for most lists
 BACKWARD_TILE_KEYS = 256
 STATE_KEYS = 2048  # of a step of the linear branch's state
-IN_TURN = 2  # query blocks whose products and exponentials may run beside each other: a divisor of 8
+IN_TURN = 4  # query blocks whose products and exponentials may run beside each other: a divisor of 8
 STEP_QUERIES = 1024  # about the queries of one step of the grid
 ROWS = 16  # tokens of which blocks are multiples: two rows of sublanes in bfloat16
 RESIDENT = VMEM_LIMIT * 3 // 4  # bytes of a head's keys and values
@@ -114,7 +114,8 @@ def _only_tile(problem: Problem, s_QxS: jax.Array, v_SxD: jax.Array) -> tuple[ja
     """`add_tile` where there is one tile."""
     peak = jnp.broadcast_to(s_QxS.max(axis=1, keepdims=True), (s_QxS.shape[0], LANES))
     p_QxS = jnp.exp2(s_QxS - jnp.concatenate([peak] * (s_QxS.shape[1] // LANES), axis=1))
-    return peak, lane_sums(p_QxS), problem.dot(p_QxS, v_SxD)
+    o_QxD, total = problem.weigh(p_QxS, v_SxD)
+    return peak, total, o_QxD
 
 
 def linear_state(problem: Problem, k, v) -> tuple[jax.Array, jax.Array]:

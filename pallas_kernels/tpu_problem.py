@@ -34,6 +34,8 @@ class BlockSizes:
         backward_key: softmax keys of a backward step.
         backward_chunk: softmax keys of one tile of scores within a backward step.
         backward_state: tokens of a backward step of a feature map.
+        value_columns: those of the product with the values. If they are more than a head's width, on a chip whose
+            matrix unit has so many, the sum of the weights is one of them, at no cost.
     """
 
     query: int = 2048
@@ -44,6 +46,7 @@ class BlockSizes:
     backward_key: int = 4096
     backward_chunk: int = 1024
     backward_state: int = 2048
+    value_columns: int = LANES
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -61,6 +64,7 @@ class BlockSizes:
             "backward_key": num_softmax,
             "backward_chunk": num_softmax,
             "backward_state": max(num_queries, num_keys),
+            "value_columns": self.value_columns,
         }
         rounded = {name: max(-(-length // LANES), 1) * LANES for name, length in longest.items()}
         return BlockSizes(**{name: min(getattr(self, name), length) for name, length in rounded.items()})
@@ -118,6 +122,15 @@ class Problem:
         if self.packed:
             return pl.BlockSpec((None, size, self.width), lambda b, h, *g: (b, index(*g), h))
         return pl.BlockSpec((None, None, size, self.width), lambda b, h, *g: (b, h, index(*g), 0))
+
+    def weigh(self, p_QxS: jax.Array, v_SxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Weighted values [Q, D], and the sums of weights, of which a query's is that over 128 lanes: [Q, 128]."""
+        if self.width % LANES or self.width + LANES > self.blocks.value_columns:
+            return self.dot(p_QxS, v_SxD), lane_sums(p_QxS)
+        first_lane = lax.broadcasted_iota(jnp.int32, (v_SxD.shape[0], LANES), 1) == 0
+        ones_SxL = jnp.where(first_lane, 1.0, 0.0).astype(v_SxD.dtype)
+        both = self.dot(p_QxS, jnp.concatenate([v_SxD, ones_SxL], axis=1))
+        return both[:, : self.width], both[:, self.width :]
 
     def dot(self, a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
         """A product of operands in the problem's dtype, accumulated in float32; float32 operands in full precision."""

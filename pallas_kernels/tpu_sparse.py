@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import xla_sparse
-from pallas_kernels.tpu_arguments import check, problem_of
+from pallas_kernels import tuning, xla_sparse
+from pallas_kernels.tpu_arguments import check, default_blocks, problem_of
 from pallas_kernels.tpu_lists import RESIDENT, ROWS, Routed, attend_to_lists, linear_state, lists_backward
 from pallas_kernels.tpu_problem import BlockSizes, Problem
 
@@ -24,6 +24,7 @@ def sparse_linear_attention(
     *,
     block_q: int,
     block_k: int,
+    block_sizes: BlockSizes | None = None,
     interpret: Any = False,
     **sizes: int,
 ) -> jax.Array:
@@ -42,7 +43,8 @@ def sparse_linear_attention(
         raise NotImplementedError(
             f"implementation 'tpu': a head's keys and values must fit {RESIDENT // 2**20} MiB, found {k.shape[1]} keys"
         )
-    problem = problem_of(q, k, None, k.shape[1], None, "lse", BlockSizes(), interpret)
+    block_sizes = block_sizes or default_blocks(tuning.current_chip())
+    problem = problem_of(q, k, None, k.shape[1], None, "lse", block_sizes, interpret)
     return _attention(problem, Routed(block_q, block_k, lists.shape[-1], **sizes), (q, k, v), projection, lists)
 
 

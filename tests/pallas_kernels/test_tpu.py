@@ -1,5 +1,6 @@
 """The TPU's kernels where there is no TPU, in interpret mode."""
 
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -115,6 +116,25 @@ def test_bad_block_sizes_are_refused():
         BlockSizes(key_chunk=100)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
+def test_sums_of_weights_by_the_matrix_unit(dtype, bound):
+    """They are as exact as sums by the vector units, against softmax in float64."""
+    q, k, v, *_ = problem(300, width=128, heads=1, batch=1, dtype=dtype, spread=2.0)
+    q_, k_, v_ = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))
+    weights = np.exp(q_ @ k_.T / np.sqrt(128))
+    true = weights @ v_ / weights.sum(axis=1, keepdims=True)
+
+    def attended(**sizes):
+        blocks = dataclasses.replace(BLOCKS, **sizes)
+        y = tpu.hybrid_attention(q, k, v, None, None, num_softmax=300, block_sizes=blocks, interpret=True)
+        return np.asarray(y, np.float64)[0, :, 0]
+
+    by_unit, by_vectors = attended(value_columns=256), attended()
+    error = lambda y: np.linalg.norm(y - true) / np.linalg.norm(true)
+    assert error(by_unit) < bound and error(by_unit) < 1.1 * error(by_vectors) + 1e-7
+    assert (by_unit != by_vectors).any()  # they are two ways
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_softmax", "stabilizer", "masked"),
     [(300, 38, "max", True), (130, 33, "lse", False), (130, 0, "lse", False)],
@@ -183,6 +203,7 @@ def test_tuned_blocks(tmp_path):
 
 def test_blocks_by_the_number_of_softmax_keys(monkeypatch):
     """Longer blocks of queries while the softmax keys are one step of the backward; what was tuned comes first."""
+    assert [tpu.blocks_for(chip, 75600, 75600).value_columns for chip in ("v5e", "v6e")] == [128, 256]
     queries = [tpu.blocks_for("v5e", 75600, count).backward_query for count in (1, 4096, 4097, 75600)]
     assert queries == [2048, 2048, 1024, 1024] and BlockSizes().backward_key == 4096
     monkeypatch.setattr(tuning, "lookup", lambda chip, *counts: {"backward_key": 512} if chip == "v6e" else {})

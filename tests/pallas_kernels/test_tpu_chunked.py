@@ -9,7 +9,9 @@ from tests.conftest import FULL_GRID
 from tests.pallas_kernels.kernel_tests import cosine, problem
 from tests.pallas_kernels.test_chunked import branch_masks, errors, valid_keys, values_and_gradients
 
-BLOCKS = BlockSizes(**dict.fromkeys(("query", "state", "backward_query", "backward_state"), 128), key_chunk=128)
+# At a width of 128, the sum of the weights is a column of the product with the values.
+SMALL = dict.fromkeys(("query", "state", "backward_query", "backward_state", "key_chunk"), 128)
+BLOCKS = BlockSizes(**SMALL, value_columns=256)
 
 
 def in_small_blocks(*arguments, **options):

@@ -12,6 +12,7 @@ from pallas_kernels import tpu, tpu_lists
 from pallas_kernels.estimate import compile_ahead, estimate_cycles
 from pallas_kernels.feature_map import init_polynomial_map
 from pallas_kernels.sparse import routing
+from pallas_kernels.tpu_arguments import default_blocks
 from tests.conftest import FULL_GRID, needs_libtpu
 
 FRAMES, HEADS, WIDTH = 21, 12, 128
@@ -94,7 +95,7 @@ if FULL_GRID:
     @pytest.mark.parametrize("chip", CHIPS)
     def test_chunked_attention_compiles_at_full_size(chip, num_tokens):
         frame, x = num_tokens // FRAMES, rows(num_tokens)
-        attend = functools.partial(chunked, 3 * frame, frame)
+        attend = functools.partial(chunked, 3 * frame, frame, block_sizes=default_blocks(chip))
         assert kernel_names(compile_ahead(chip, functools.partial(gradients, attend), x, x, x, *maps())) == CHUNKED
 
     @needs_libtpu
@@ -102,25 +103,29 @@ if FULL_GRID:
     @pytest.mark.parametrize("chip", CHIPS)
     def test_sparse_attention_compiles_at_full_size(chip, num_tokens):
         x = rows(num_tokens)
-        assert kernel_names(compile_ahead(chip, functools.partial(gradients, sparse), x, x, x, projection())) == SPARSE
+        attend = functools.partial(sparse, block_sizes=default_blocks(chip))
+        assert kernel_names(compile_ahead(chip, functools.partial(gradients, attend), x, x, x, projection())) == SPARSE
 
-    # What exponentials take beside the products keeps v6e, with its faster matrix units, further from the bound; there
-    # `hybrid_attend` takes 2.75 cycles for 1,024 scores where the units need 2.
+    # On v6e, with its faster matrix units, chunks stay further from the bound: `chunk_attend` keeps the units busy for
+    # nine cycles of ten between a step's first tile of scores and its last, when exponentials have no products beside
+    # them, and the kernels of the states, which see the block at a window's edge twice, take 2.8 times their products.
     @needs_libtpu
-    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.15), ("v6e", 1.5)])
+    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.1), ("v6e", 1.27)])
     def test_chunked_attention_is_near_its_bound(chip, ratio):
         """Static estimate of a forward at 32,760 tokens, Tc 3 and To 1, XLA's part too, against arithmetic."""
         frame, x = 32760 // FRAMES, rows(32760)
-        kernels, others = estimate_cycles(chip, functools.partial(chunked, 3 * frame, frame), x, x, x, *maps())
+        attend = functools.partial(chunked, 3 * frame, frame, block_sizes=default_blocks(chip))
+        kernels, others = estimate_cycles(chip, attend, x, x, x, *maps())
         total = sum(kernels.values()) + sum(others.values())
         assert total <= ratio * chunked_bound(chip, 32760, 3 * frame, frame)
 
     @needs_libtpu
-    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.4), ("v6e", 1.65)])
+    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.3), ("v6e", 1.4)])
     def test_sparse_attention_is_near_its_bound(chip, ratio):
         """Likewise of the kernels, of whole blocks, as many a step as go in turn: loops in a step count once."""
         x = rows(32768)
-        attend = functools.partial(sparse, step_queries=tpu_lists.IN_TURN * BLOCKS[0])
+        step_queries = tpu_lists.IN_TURN * BLOCKS[0]
+        attend = functools.partial(sparse, step_queries=step_queries, block_sizes=default_blocks(chip))
         kernels, _ = estimate_cycles(chip, attend, x, x, x, projection())
         assert sum(kernels.values()) <= ratio * sparse_bound(chip, 32768)
 

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import tpu_lists, tpu_sparse
 from pallas_kernels.sparse import routing
+from pallas_kernels.tpu_problem import BlockSizes
 from tests.conftest import FULL_GRID
 from tests.pallas_kernels.kernel_tests import cosine
 from tests.pallas_kernels.test_sparse import errors, problem, true_routing, true_values_and_gradients
@@ -43,10 +44,11 @@ MORE_CASES = [((300, 300), 0.3, (16, 16), {"width": 128, "heads": 1}), ((290, 41
 
 @pytest.mark.parametrize(("tokens", "share", "blocks", "options"), CASES + MORE_CASES * FULL_GRID)
 def test_values_and_gradients_are_those_of_the_formula(monkeypatch, tokens, share, blocks, options):
-    """Several steps, tiles and segments, the last of them partial."""
+    """Several steps, tiles and segments, the last of them partial; at a width of 128 the unit sums the weights too."""
     monkeypatch.setattr(tpu_lists, "TILE_SCORES", 2048)
     monkeypatch.setattr(tpu_lists, "BACKWARD_TILE_KEYS", 128)
     sizes = {"step_queries": 128, "segment_keys": 128, "interpret": True}
+    sizes["block_sizes"] = BlockSizes(value_columns=256)
     attend = functools.partial(tpu_sparse.sparse_linear_attention, block_q=blocks[0], block_k=blocks[1], **sizes)
     assert_is_the_formula(attend, problem(*tokens, **options), share, *blocks)
 
