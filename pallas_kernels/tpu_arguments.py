@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
-from pallas_kernels.tpu_problem import LANES, BlockSizes, Problem
+from pallas_kernels.tpu_problem import BlockSizes, Problem
 
-# Columns of a chip's matrix unit, where they are more than 128.
-COLUMNS = {"v6e": 256}
+# The sizes that are others on a chip in static estimates. A v6e's matrix units have 256 rows and columns.
+BLOCKS_OF_CHIP = {"v6e": {"value_columns": 256, "key_chunk": 256}}
 
 
 def default_blocks(chip: str) -> BlockSizes:
     """The best sizes in static estimates, whatever the problem."""
-    return BlockSizes(value_columns=COLUMNS.get(chip, LANES))
+    return BlockSizes(**BLOCKS_OF_CHIP.get(chip, {}))
 
 
 def blocks_for(chip: str, num_keys: int, num_softmax: int) -> BlockSizes:
