@@ -1,7 +1,6 @@
 """What every kind of attention costs on this machine: all kinds take turns, so that a slow moment slows all of them."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from jsurgery.io.files import write_json
 from jsurgery.rates import Rate
 from jsurgery.runtime.machine import describe_machine
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.timing import alternate
 from jsurgery.surgery.distillation.saved_maps import TRAINED, load_all_maps
 from jsurgery.surgery.plan import BlockCosts
 from jsurgery.wan.video_size import latent_grid
@@ -55,8 +55,8 @@ def measured_costs(found: dict[str, Any], layers: int) -> BlockCosts:
 def measure(seed: SeedRun) -> dict[str, Any]:
     kinds: list[Rate] = [1, *seed.config.hybrid.rates]
     say(f"families: timing the attention of {len(kinds)} kinds, {ROUNDS} rounds")
-    times_RxK = 1e3 * alternate([attention_of(seed, kind) for kind in kinds], ROUNDS)
-    low, median, high = np.quantile(times_RxK, (0.25, 0.5, 0.75), axis=0).tolist()
+    times_KxR = 1e3 * np.array(alternate([attention_of(seed, kind) for kind in kinds], ROUNDS, "families: attention"))
+    low, median, high = np.quantile(times_KxR, (0.25, 0.5, 0.75), axis=1).tolist()
     return {
         "machine": describe_machine(),
         "rounds": ROUNDS,
@@ -87,16 +87,3 @@ def attention_of(seed: SeedRun, kind: Rate) -> Callable[[], Any]:
     options = {"rate": kind, "grid": grid, "order": hybrid.token_order(grid), "stabilizer": hybrid.stabilizer}
     attend = jax.jit(functools.partial(model.attend, **options))
     return lambda: jax.block_until_ready(attend(q, k, v, maps))
-
-
-def alternate(programs: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Seconds [rounds, programs]. A round before the first, in which programs compile, is not timed."""
-    for run in programs:
-        run()
-    seconds = np.zeros((rounds, len(programs)))
-    for number in range(rounds):
-        for index, run in enumerate(programs):
-            start = time.perf_counter()
-            run()
-            seconds[number, index] = time.perf_counter() - start
-    return seconds

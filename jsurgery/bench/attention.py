@@ -25,12 +25,12 @@ from jsurgery.bench.attention_programs import (
     program,
     torch_softmax,
 )
-from jsurgery.bench.timing import alternate
 from jsurgery.errors import InputError
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, processor, versions, xla_threads
 from jsurgery.rates import Rate
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.timing import alternate
 from jsurgery.wan.model_config import WanConfig
 from pallas_kernels import stock
 from pallas_kernels.api import hybrid_attention

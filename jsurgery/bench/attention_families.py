@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jsurgery.attention.kinds.sparse import PUBLISHED_BLOCKS
 from jsurgery.bench.attention_programs import AttentionShape, arguments, program
 from jsurgery.errors import InputError
 from pallas_kernels.chunked import chunked_attention
 from pallas_kernels.sparse import sparse_linear_attention
-
-BLOCKS = 128, 64  # tokens of a block of queries and of keys
 
 
 def families(
@@ -30,7 +29,7 @@ def families(
         inputs, flops = arguments(size, "linear"), chunked_flops(size, chunk, overlap)
         contenders.append((f"chunks {chunk}+{overlap}", attend, inputs, flops))
     if sparse is not None:
-        blocks = {"block_q": BLOCKS[0], "block_k": BLOCKS[1]}
+        blocks = dict(zip(("block_q", "block_k"), PUBLISHED_BLOCKS, strict=True))
         attend = partial(sparse_linear_attention, share=sparse, **blocks, implementation=implementation)
         width, dtype = size.head_dim, jnp.float32
         kernel = jax.random.normal(jax.random.key(1), (width, width), dtype) * width**-0.5
@@ -54,5 +53,6 @@ def chunked_flops(size: AttentionShape, chunk: int, overlap: int) -> int:
 
 def sparse_flops(size: AttentionShape, share: float) -> int:
     """FLOPs of a forward: scores and values of the chosen blocks; the linear branch's state and its read-out."""
-    chosen = max(1, int(share * -(-size.tokens // BLOCKS[1]))) * BLOCKS[1]
+    block_k = PUBLISHED_BLOCKS[1]
+    chosen = max(1, int(share * -(-size.tokens // block_k))) * block_k
     return 4 * size.tokens * size.heads * size.head_dim * (min(chosen, size.tokens) + size.head_dim)

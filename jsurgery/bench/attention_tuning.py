@@ -13,9 +13,9 @@ from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.bench.attention import PASSES
 from jsurgery.bench.attention_cycles import check_estimates, estimated
 from jsurgery.bench.attention_programs import AttentionShape, arguments, at_rate, program
-from jsurgery.bench.timing import timed
 from jsurgery.errors import InputError
 from jsurgery.rates import Rate
+from jsurgery.runtime.timing import timed
 from pallas_kernels import tuning
 
 

@@ -12,11 +12,11 @@ from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jsurgery.bench.timing import timed
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, processor
 from jsurgery.rates import rate_chain
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.timing import timed
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.wan.checkpoint import load_transformer

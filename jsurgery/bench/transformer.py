@@ -17,12 +17,12 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from jsurgery.bench.timing import timed
 from jsurgery.bench.torch_reference import REFERENCE, need_reference, reference_transformer, reference_velocity
 from jsurgery.config import check_video
 from jsurgery.io.files import write_json
 from jsurgery.io.results import check_report, peak_bytes, processor, relative_error, versions, xla_threads
 from jsurgery.runtime.progress import say
+from jsurgery.runtime.timing import timed
 from jsurgery.wan.checkpoint import load_transformer, read_config
 from jsurgery.wan.model_config import WanConfig
 from jsurgery.wan.model_folder import model_path, transformer_folder

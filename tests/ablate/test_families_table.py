@@ -9,7 +9,7 @@ import pytest
 from jsurgery.ablate import attention_seconds as seconds_module
 from jsurgery.ablate import family_errors as errors_module
 from jsurgery.ablate import measures as measures_module
-from jsurgery.ablate.attention_seconds import COSTS, alternate
+from jsurgery.ablate.attention_seconds import COSTS
 from jsurgery.ablate.family_errors import CHOICE, REPORT, FamilyErrors
 from jsurgery.ablate.learned_selection import BlendedError
 from jsurgery.ablate.seed_run import SeedRun, velocity
@@ -18,6 +18,7 @@ from jsurgery.attention.hybrid import HybridConfig
 from jsurgery.cli import main
 from jsurgery.io.files import write_json
 from jsurgery.load_config import load_config
+from jsurgery.runtime.timing import alternate
 from jsurgery.surgery.distillation.saved_maps import TRAINED, load_maps
 from jsurgery.surgery.operate import operate
 from jsurgery.surgery.plan import read_costs
@@ -56,10 +57,10 @@ def sampled(monkeypatch):
                 write_json(folder / f"{name}.json", {"latent_rmse": [len(name) / 100.0] * config.evaluate.prompts})
         return {}
 
-    def turns(programs, rounds):
-        once = alternate(programs, 1)
-        assert once.shape == (1, len(MS)) and once.min() > 0
-        return np.tile([ms / 1e3 for ms in MS.values()], (rounds, 1))
+    def turns(programs, rounds, label):
+        once = np.array(alternate(programs, 1, label))
+        assert once.shape == (len(MS), 1) and once.min() > 0
+        return [[ms / 1e3] * rounds for ms in MS.values()]
 
     monkeypatch.setattr(measures_module, "measure_models", measure_models)
     monkeypatch.setattr(seconds_module, "alternate", turns)

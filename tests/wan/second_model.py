@@ -212,6 +212,23 @@ def gradient_error(gradients, tensors):
     return max(relative_error(flat(gradients, names), flat(expected, names)) for names in groups.values())
 
 
+def check_formula(model, arguments, with_gradients):
+    """Checks the velocity, and the gradients, against brute force; returns the velocity and the tensors in float64."""
+    tensors = in_double(model)
+    expected = brute_force_batch(tensors, model.config, *arguments)
+    graph, params = nnx.split(model)
+    if not with_gradients:
+        velocity = run(graph, params, *arguments)
+    else:
+        cotangent = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
+        velocity, gradients = value_and_gradients(graph, params, arguments, cotangent)
+        (expected * torch.tensor(cotangent)).sum().backward()
+        gradients = checkpoint_layouts.transformer_tensors(nnx.merge(graph, gradients))
+        assert gradient_error(gradients, tensors) < 1e-5
+    assert relative_error(velocity, expected.detach()) < 1e-5
+    return velocity, tensors
+
+
 def inputs(grid):
     rng = np.random.default_rng(1)
     frames, height, width = grid

@@ -15,22 +15,19 @@ from jsurgery.config import base
 from jsurgery.errors import DoesNotFit
 from jsurgery.runtime.mesh import abstract_mesh
 from jsurgery.runtime.mesh_choice import choose_mesh
-from jsurgery.wan import checkpoint_layouts
 from jsurgery.wan.checkpoint import load_transformer, save_transformer
 from jsurgery.wan.cost import Workload, block_bytes, core_flops
 from jsurgery.wan.model_config import WanConfig
 from tests.wan.second_model import (
     SIZES,
     brute_force_batch,
+    check_formula,
     chunks,
     chunks_overlap_twice,
     chunks_see_ahead,
-    gradient_error,
-    in_double,
     inputs,
     relative_error,
     run,
-    value_and_gradients,
 )
 
 GRID = (5, 3, 3)  # neither 2 nor 3 divides the frames, nor any rate the 45 tokens of prefix order
@@ -51,18 +48,7 @@ def build(random_transformer):
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_gradients_are_those_of_the_formula(build, case):
     model, arguments = build(CASES[case]), inputs(GRID)
-    tensors = in_double(model)
-    expected = brute_force_batch(tensors, model.config, *arguments)
-    graph, params = nnx.split(model)
-    if case not in WITH_GRADIENTS:
-        velocity = run(graph, params, *arguments)
-    else:
-        cotangent = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
-        velocity, gradients = value_and_gradients(graph, params, arguments, cotangent)
-        (expected * torch.tensor(cotangent)).sum().backward()
-        gradients = checkpoint_layouts.transformer_tensors(nnx.merge(graph, gradients))
-        assert gradient_error(gradients, tensors) < 1e-5
-    assert relative_error(velocity, expected.detach()) < 1e-5
+    velocity, tensors = check_formula(model, arguments, with_gradients=case in WITH_GRADIENTS)
 
     chunked = [kind for kind in model.config.hybrid.kinds if isinstance(kind, Chunked)]
     with torch.no_grad():

@@ -21,12 +21,10 @@ from jsurgery.wan.model_config import WanConfig
 from tests.wan.second_model import (
     SIZES,
     brute_force_batch,
-    gradient_error,
-    in_double,
+    check_formula,
     inputs,
     relative_error,
     run,
-    value_and_gradients,
 )
 
 GRID = (5, 3, 3)  # 45 tokens, which neither a block of 8 nor a rate divides
@@ -46,18 +44,7 @@ def build(random_transformer):
 def test_velocity_and_gradients_are_those_of_the_formula(build, case):
     """Gradients are those at the routing."""
     model, arguments = build(CASES[case]), inputs(GRID)
-    tensors = in_double(model)
-    expected = brute_force_batch(tensors, model.config, *arguments)
-    graph, params = nnx.split(model)
-    if case != "with prefix order":
-        velocity = run(graph, params, *arguments)
-    else:
-        cotangent = np.random.default_rng(2).normal(size=expected.shape).astype(np.float32)
-        velocity, gradients = value_and_gradients(graph, params, arguments, cotangent)
-        (expected * torch.tensor(cotangent)).sum().backward()
-        gradients = checkpoint_layouts.transformer_tensors(nnx.merge(graph, gradients))
-        assert gradient_error(gradients, tensors) < 1e-5
-    assert relative_error(velocity, expected.detach()) < 1e-5
+    velocity, tensors = check_formula(model, arguments, with_gradients=case == "with prefix order")
 
     hybrid = model.config.hybrid
     more = {"S40B8": "S60B8", "S20B4": "S30B4", "S30B8": "S50B8"}

@@ -24,9 +24,9 @@ def maps_of(maps: LearnedMaps, rates: Sequence[Rate], place: int, axis: int = 0)
     return jax.tree.map(lambda leaf: leaf[index], maps.projection if what == "projection" else maps.pair)
 
 
-def together(of_kinds: Sequence[Any], rates: Sequence[Rate], axis: int = 0) -> LearnedMaps:
+def together(of_kinds: Sequence[Any], rates: Sequence[Rate]) -> LearnedMaps:
     """The inverse of `maps_of`, from what each of the kinds `rates` has."""
-    stack = lambda *leaves: jnp.stack(leaves, axis)
+    stack = lambda *leaves: jnp.stack(leaves)
     found = {
         what: jax.tree.map(stack, *(of_kinds[place] for place in places))
         for what in ("feature_maps", "projection")

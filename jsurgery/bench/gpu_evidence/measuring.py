@@ -14,9 +14,9 @@ from flax import nnx
 from jsurgery.bench import attention as bench_attention
 from jsurgery.bench.attention_programs import PHI, AttentionShape, forward, random_softmax_model, torch_softmax
 from jsurgery.bench.gpu_evidence.rows import Row, Scale
-from jsurgery.bench.timing import timed
 from jsurgery.bench.transformer import SIZES
 from jsurgery.config import base
+from jsurgery.runtime.timing import timed
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec
 from jsurgery.surgery.distillation.update import initial_maps, make_optimizer, make_update
 from jsurgery.wan.cost import Workload, distillation_flops, model_flops

@@ -70,7 +70,8 @@ def visit_blocks(
     velocity is then not the teacher's.
     On a mesh each device calls `visit` with its piece of the batch, and records are the sums over all devices.
     """
-    layers: Any = [for_every_head(maps, teacher.config.num_attention_heads) for maps in sets]
+    num_blocks = teacher.config.num_layers
+    spread_sets = [for_every_head(maps, teacher.config.num_attention_heads) for maps in sets]
     mesh, axis = teacher.attention_mesh, LOGICAL["sequence"]
     grid = teacher.config.token_grid(batch["latents"].shape[1:4])
     order = token_order(grid, spec.chain, spec.lattice, teacher.shards)
@@ -103,10 +104,10 @@ def visit_blocks(
         visiting = jax.shard_map(over_devices, mesh=mesh, check_vma=False, **specs)
     inputs = batch["latents"], batch["timestep"], batch["text"]
     if spec.blocks is None:
-        return teacher.apply_blocks(*inputs, visiting, (None, layers), order=order)
-    blocks, layers_in_all = np.array(spec.blocks), teacher.config.num_layers
-    chosen = jnp.asarray(np.isin(np.arange(layers_in_all), blocks))
-    layers = chosen, of_every_block(layers, spec.blocks, layers_in_all)
+        return teacher.apply_blocks(*inputs, visiting, (None, spread_sets), order=order)
+    blocks = np.array(spec.blocks)
+    chosen = jnp.asarray(np.isin(np.arange(num_blocks), blocks))
+    layers = chosen, of_every_block(spread_sets, spec.blocks, num_blocks)
     stop_block = None if all_blocks else blocks[-1] + 1
     velocity, records = teacher.apply_blocks(*inputs, visiting, layers, order=order, stop_block=stop_block)
     return velocity, jax.tree.map(lambda leaf: leaf[blocks], records)

@@ -7,22 +7,23 @@ import pytest
 from jsurgery.config import base
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
 from jsurgery.surgery.distillation.update import initial_maps
-from pallas_kernels.api import hybrid_attention
 from tests import equation_5
 from tests.conftest import FULL_GRID
+from tests.surgery.distillation.raster_order import FRAMES, PER_FRAME, activations_of, random_batch
 from tests.wan.second_model import chunks
 
 RATES = ("C2O1", 2, "B3O0")
 CHUNKED = {0: (2, 1, True), 2: (3, 0, False)}  # index in RATES: Tc, To, causal
-FRAMES, PER_FRAME = 5, 6
 
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(1)
-    shapes = {"latents": (2, FRAMES, 4, 6, 3), "text": (2, 4, 6)}
-    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return found | {"timestep": np.float32([900, 300])}
+    return random_batch()
+
+
+@pytest.fixture(scope="module")
+def activations(teacher, batch):
+    return activations_of(teacher, batch)
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,6 @@ def maps(teacher):
     return jax.tree.map(
         lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), initial_maps(config, teacher)
     )
-
-
-@pytest.fixture(scope="module")
-def activations(teacher, batch):
-    """q, k, v [blocks, B, N, H, D] in the teacher, in raster order."""
-
-    @jax.jit
-    def run(batch):
-        softmax = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), (q, k, v))
-        return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], softmax, None, order=None)[1]
-
-    return jax.device_get(run(batch))
 
 
 def masks(size):

@@ -12,8 +12,8 @@ from jsurgery.surgery.distillation.distill import calibrate
 from jsurgery.surgery.distillation.saved_maps import load_all_maps, load_maps, save_maps
 from jsurgery.surgery.distillation.teacher_pass import DistillSpec, losses_and_gradients, measure_heads
 from jsurgery.surgery.distillation.update import apply_gradients, initial_maps, make_optimizer
-from pallas_kernels.api import hybrid_attention
 from tests.conftest import FULL_GRID
+from tests.surgery.distillation.raster_order import activations_of, random_batch
 from tests.wan.second_model import linear_average, sparse_mask
 
 RATES = ("S40B8", 2, "S20B4")
@@ -29,10 +29,12 @@ def config():
 
 @pytest.fixture(scope="module")
 def batch():
-    rng = np.random.default_rng(1)
-    shapes = {"latents": (2, 5, 4, 6, 3), "text": (2, 4, 6)}
-    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    return found | {"timestep": np.float32([900, 300])}
+    return random_batch()
+
+
+@pytest.fixture(scope="module")
+def activations(teacher, batch):
+    return activations_of(teacher, batch)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +44,6 @@ def maps(teacher, config):
     return jax.tree.map(draw, initial_maps(config, teacher))
 
 
-@pytest.fixture(scope="module")
-def activations(teacher, batch):
-    """q, k, v [blocks, B, H, N, D] in the teacher, in raster order."""
-
-    @jax.jit
-    def run(batch):
-        softmax = lambda q, k, v, _: (hybrid_attention(q, k, v, None, None, num_softmax=k.shape[1]), (q, k, v))
-        return teacher.apply_blocks(batch["latents"], batch["timestep"], batch["text"], softmax, None, order=None)[1]
-
-    return [torch.tensor(np.array(x)).double().transpose(2, 3) for x in run(batch)]
-
-
 @pytest.mark.parametrize("lattice", ["strided", "staggered_rows"] if FULL_GRID else ["staggered_rows"])
 def test_losses_gradients_and_statistics_are_those_of_the_formula(teacher, config, batch, maps, activations, lattice):
     """In any order of the network's tokens. A projection's gradient is the sum of its heads', each of its own loss."""
@@ -61,7 +51,7 @@ def test_losses_gradients_and_statistics_are_those_of_the_formula(teacher, confi
     losses, gradients = losses_and_gradients(teacher, batch, maps, spec)
     (statistics,) = measure_heads(teacher, batch, (maps,), spec)
     for block in range(2):
-        q, k, v = (x[block] for x in activations)
+        q, k, v = (torch.tensor(x[block]).double().transpose(1, 2) for x in activations)
         scores = q @ k.mT / q.shape[-1] ** 0.5
         full = scores.softmax(-1) @ v
         for slot, (place, size) in enumerate(SPARSE.items()):

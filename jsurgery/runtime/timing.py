@@ -4,19 +4,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jsurgery.runtime.progress import say
+from jsurgery.runtime.progress import Progress
 
 
-def alternate(programs: list[Callable[[], Any]], runs: int) -> list[list[float]]:
-    """Seconds of the `runs` runs of each program. Every round runs each program once.
+def alternate(programs: list[Callable[[], Any]], runs: int, label: str = "bench") -> list[list[float]]:
+    """Seconds of the `runs` runs of each program. Every round runs each program once; `label` is shown with progress.
 
     A round before the first, in which programs compile or warm up, is not timed.
     """
     seconds: list[list[float]] = [[] for _ in programs]
     for run in programs:
         run()
-    for number in range(1, runs + 1):
-        say(f"bench: run {number} of {runs}")
+    for _ in Progress(label, runs).over(range(runs)):
         for run, times in zip(programs, seconds, strict=True):
             times.append(timed(run)[0])
     return seconds
