@@ -23,8 +23,8 @@ from pallas_kernels.chunk_windows import (
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.tpu_arguments import check, default_blocks, head_product, polynomial, problem_of, scaled
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
+from pallas_kernels.tpu_chunk_states import summarize_pieces
 from pallas_kernels.tpu_chunks import Chunks, attend_to_windows
-from pallas_kernels.tpu_forward import summarize
 from pallas_kernels.tpu_problem import LANES, BlockSizes, Problem
 
 MOST_BACKWARD_KEYS = 8192  # of a step
@@ -95,25 +95,24 @@ def _of_chunks(problem: Problem, chunks: Chunks, window: bool, masked: bool) -> 
     )
 
 
-def _pieces(problem: Problem, chunks: Chunks, masked: bool) -> tuple[Problem, Problem | None]:
-    """The problems of the states before and after the point in each chunk where a later chunk's window begins."""
-    of_chunks, rest = _of_chunks(problem, chunks, window=False, masked=masked), chunks.overlap % chunks.chunk
-    cut = chunks.chunk - rest
-    tail = dataclasses.replace(of_chunks, num_softmax=cut) if rest else None
-    return dataclasses.replace(of_chunks, num_keys=cut, num_softmax=0), tail
+def _pieces(problem: Problem, chunks: Chunks, masked: bool) -> list[Problem]:
+    """The problems of the states of every chunk's pieces."""
+    of_chunks = _of_chunks(problem, chunks, window=False, masked=masked)
+    return [
+        dataclasses.replace(of_chunks, num_keys=start + length, num_softmax=start) for start, length in chunks.pieces()
+    ]
 
 
 def _by_chunk(problem: Problem, chunks: Chunks, x: jax.Array) -> jax.Array:
     """A packed array [B, N, ...] or [B, H, N, D] with chunks along the batch axis, and zeros after the last token."""
-    if problem.packed:
-        return windows(x, chunks.chunk, 0, chunks.count)
-    return windows(x.swapaxes(1, 2), chunks.chunk, 0, chunks.count).swapaxes(1, 2)
+    cut = lambda x: windows(x[:, : chunks.length], chunks.chunk, 0, chunks.count)
+    return cut(x) if problem.packed else cut(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def _from_chunks(problem: Problem, chunks: Chunks, x: jax.Array) -> jax.Array:
     """The inverse of `_by_chunk`."""
     of_chunks = lambda x: _by_chunk(problem, chunks, x)
-    whole = jax.ShapeDtypeStruct(problem.packed_shape(chunks.length), x.dtype)
+    whole = jax.ShapeDtypeStruct(problem.packed_shape(problem.num_keys), x.dtype)
     return jax.linear_transpose(of_chunks, whole)(x)[0]
 
 
@@ -127,7 +126,7 @@ def _chunk_mask(chunks: Chunks, valid: jax.Array | None) -> jax.Array | None:
     """float32 [B*T, 1, chunk]: which tokens of every chunk there are and are valid; None if all are."""
     if valid is None and chunks.length % chunks.chunk == 0:
         return None
-    valid = jnp.ones((1, chunks.length), bool) if valid is None else valid
+    valid = jnp.ones((1, chunks.length), bool) if valid is None else valid[:, : chunks.length]
     return windows(valid, chunks.chunk, 0, chunks.count)[:, None].astype(jnp.float32)
 
 
@@ -138,13 +137,8 @@ def _states(problem: Problem, chunks: Chunks, arrays: tuple, key_map: Polynomial
 
 
 def _states_forward(problem, chunks, arrays, key_map, valid):
-    mask = _mask_of_batch(problem, chunks, valid)
-    k, v = (_by_chunk(problem, chunks, x) for x in arrays)
-    pieces = [
-        scaled(summarize(each, key_map, k, v, mask), key_map.log_scale)
-        for each in _pieces(problem, chunks, mask is not None)
-        if each is not None
-    ]
+    pieces = summarize_pieces(problem, chunks.with_states(), key_map, *arrays, valid)
+    pieces = [scaled(piece, key_map.log_scale) for piece in pieces]
     totals, pullback = jax.vjp(lambda pieces: _totals(problem, chunks, pieces), pieces)
     return totals, (arrays, key_map, valid, pieces, pullback)
 
@@ -157,7 +151,7 @@ def _mask_of_batch(problem: Problem, chunks: Chunks, valid: jax.Array | None) ->
 
 
 def _totals(problem: Problem, chunks: Chunks, pieces: list[State]) -> State:
-    by_batch = lambda x: x.reshape(problem.batch, chunks.count, *x.shape[1:])
+    by_batch = lambda x: x.reshape(problem.batch, -1, *x.shape[1:])
     before, *rest = (jax.tree.map(by_batch, piece) for piece in pieces)
     back = chunks.overlap // chunks.chunk + 1
     return sums_of_pieces(before, rest[0] if rest else None, chunks.count, back, chunks.causal)
@@ -165,9 +159,10 @@ def _totals(problem: Problem, chunks: Chunks, pieces: list[State]) -> State:
 
 def _states_backward(problem, chunks, residuals, cotangents):
     arrays, key_map, valid, pieces, pullback = residuals
+    chunks = chunks.with_states()
     mask = _mask_of_batch(problem, chunks, valid)
     k, v = (_by_chunk(problem, chunks, x) for x in arrays)
-    problems = [each for each in _pieces(problem, chunks, mask is not None) if each is not None]
+    problems = _pieces(problem, chunks, mask is not None)
     tokens, maps = [], []
     for each, (state, z), (dstate, dz) in zip(problems, pieces, pullback(cotangents)[0], strict=True):
         log_scale_H = head_product(dstate, state) + head_product(dz, z)

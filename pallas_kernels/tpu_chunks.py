@@ -73,6 +73,16 @@ class Chunks:
         start = jnp.clip(chunk * self.chunk - self.overlap, 0, self.length - self.window)
         return pl.multiple_of(start, ROWS)
 
+    def with_states(self) -> "Chunks":
+        """The chunks whose linear states others read: if causal, those that end before the last window begins."""
+        used = self.count - (self.overlap // self.chunk + 1 if self.causal else 0)
+        return dataclasses.replace(self, length=min(used * self.chunk, self.length))
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Start and length of a chunk's one or two pieces, which part where a later chunk's window begins."""
+        cut = self.chunk - self.overlap % self.chunk
+        return [(0, cut), (cut, self.chunk - cut)] if cut < self.chunk else [(0, cut)]
+
     def kinds(self) -> list[Kind]:
         kinds: list[Kind] = []
         for chunk in range(self.count):

@@ -63,7 +63,7 @@ def kernel_names(program):
 
 
 CHUNKED = {
-    "hybrid_state",
+    "chunk_state",
     "chunk_attend",
     "hybrid_delta",
     "hybrid_read_out_backward",
