@@ -17,13 +17,14 @@ from pallas_kernels.chunk_windows import (
     State,
     attend_to_chunks,
     has_linear_keys,
+    padded,
     sums_of_pieces,
     windows,
 )
 from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.tpu_arguments import check, default_blocks, head_product, polynomial, problem_of, scaled
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
-from pallas_kernels.tpu_chunk_states import summarize_pieces
+from pallas_kernels.tpu_chunk_states import summarize_chunks
 from pallas_kernels.tpu_chunks import Chunks, attend_to_windows
 from pallas_kernels.tpu_problem import LANES, BlockSizes, Problem
 
@@ -137,10 +138,15 @@ def _states(problem: Problem, chunks: Chunks, arrays: tuple, key_map: Polynomial
 
 
 def _states_forward(problem, chunks, arrays, key_map, valid):
-    pieces = summarize_pieces(problem, chunks.with_states(), key_map, *arrays, valid)
-    pieces = [scaled(piece, key_map.log_scale) for piece in pieces]
-    totals, pullback = jax.vjp(lambda pieces: _totals(problem, chunks, pieces), pieces)
-    return totals, (arrays, key_map, valid, pieces, pullback)
+    parts = summarize_chunks(problem, chunks.with_states(), key_map, *arrays, valid)
+    if chunks.causal:  # running sums, of which each is the state of a later chunk
+        by_batch = lambda x: x.reshape(problem.batch, -1, *x.shape[1:])
+        later = lambda x: padded(by_batch(x), chunks.back, 0).reshape(-1, *x.shape[1:])
+        totals = jax.tree.map(later, parts[0])
+    else:
+        totals = _sums(problem, chunks, parts)
+    totals = scaled(totals, key_map.log_scale)
+    return totals, (arrays, key_map, valid, totals)
 
 
 def _mask_of_batch(problem: Problem, chunks: Chunks, valid: jax.Array | None) -> jax.Array | None:
@@ -150,33 +156,38 @@ def _mask_of_batch(problem: Problem, chunks: Chunks, valid: jax.Array | None) ->
     return jnp.tile(mask, (problem.batch, 1, 1))
 
 
-def _totals(problem: Problem, chunks: Chunks, pieces: list[State]) -> State:
+def _sums(problem: Problem, chunks: Chunks, parts: list[State]) -> State:
+    """The states of all chunks from those of each chunk's keys before the cut and, if there are any, after it."""
     by_batch = lambda x: x.reshape(problem.batch, -1, *x.shape[1:])
-    before, *rest = (jax.tree.map(by_batch, piece) for piece in pieces)
-    back = chunks.overlap // chunks.chunk + 1
-    return sums_of_pieces(before, rest[0] if rest else None, chunks.count, back, chunks.causal)
+    before, *rest = (jax.tree.map(by_batch, part) for part in parts)
+    return sums_of_pieces(before, rest[0] if rest else None, chunks.count, chunks.back, chunks.causal)
 
 
 def _states_backward(problem, chunks, residuals, cotangents):
-    arrays, key_map, valid, pieces, pullback = residuals
-    chunks = chunks.with_states()
-    mask = _mask_of_batch(problem, chunks, valid)
-    k, v = (_by_chunk(problem, chunks, x) for x in arrays)
-    problems = _pieces(problem, chunks, mask is not None)
+    arrays, key_map, valid, totals = residuals
+    log_scale_H = sum(head_product(d, x) for d, x in zip(cotangents, totals, strict=True))
+    kept = chunks.with_states()
+    mask = _mask_of_batch(problem, kept, valid)
+    k, v = (_by_chunk(problem, kept, x) for x in arrays)
+    problems = _pieces(problem, kept, mask is not None)
+    shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(k), *x.shape[1:]), x.dtype), totals)] * len(problems)
+    (of_parts,) = jax.linear_transpose(lambda parts: _sums(problem, chunks, parts), shapes)(
+        scaled(cotangents, key_map.log_scale)
+    )
     tokens, maps = [], []
-    for each, (state, z), (dstate, dz) in zip(problems, pieces, pullback(cotangents)[0], strict=True):
-        log_scale_H = head_product(dstate, state) + head_product(dz, z)
-        scaled_cotangents = scaled((dstate, dz), key_map.log_scale)
-        d_tokens, (kernels, biases) = summarize_backward(each, key_map, k, v, mask, *scaled_cotangents)
+    for each, cotangent in zip(problems, of_parts, strict=True):
+        d_tokens, (kernels, biases) = summarize_backward(each, key_map, k, v, mask, *cotangent)
         tokens.append(d_tokens)
-        maps.append(dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=log_scale_H))
-    d_tokens, d_map = tokens[0], maps[0]
+        maps.append((kernels, biases))
+    d_tokens, kernels_and_biases = tokens[0], maps[0]
     if len(tokens) == 2:  # each is defined at its own piece alone
-        first = jnp.arange(chunks.chunk) < problems[0].num_keys
+        first = jnp.arange(kept.chunk) < problems[0].num_keys
         first = first[None, :, None] if problem.packed else first[None, None, :, None]
         d_tokens = [jnp.where(first, *pair) for pair in zip(*tokens, strict=True)]
-        d_map = jax.tree.map(jnp.add, *maps)
-    return tuple(_from_chunks(problem, chunks, x) for x in d_tokens), d_map, None
+        kernels_and_biases = jax.tree.map(jnp.add, *maps)
+    kernels, biases = kernels_and_biases
+    d_map = dataclasses.replace(key_map, kernels=kernels, biases=biases, log_scale=log_scale_H)
+    return tuple(_from_chunks(problem, kept, x) for x in d_tokens), d_map, None
 
 
 _states.defvjp(_states_forward, _states_backward)

@@ -51,9 +51,18 @@ class Chunks:
         return self.chunk + self.overlap
 
     @property
+    def back(self) -> int:
+        """How many chunks before a chunk its window begins, if to begin at a chunk's end is to begin in that chunk."""
+        return self.overlap // self.chunk + 1
+
+    @property
     def queries(self) -> int:
-        """The queries of a step: as many as divide a chunk into blocks of whole rows; 0 if none do."""
-        sizes = range(ROWS, min(self.chunk, MOST_QUERIES) + 1, ROWS)
+        """The queries of a step."""
+        return self.blocks(MOST_QUERIES)
+
+    def blocks(self, most: int) -> int:
+        """The tokens, at most `most`, of blocks of whole rows that divide a chunk; 0 if none do."""
+        sizes = range(ROWS, min(self.chunk, most) + 1, ROWS)
         return max((size for size in sizes if self.chunk % size == 0), default=0)
 
     def refusal(self) -> str | None:
@@ -74,8 +83,8 @@ class Chunks:
         return pl.multiple_of(start, ROWS)
 
     def with_states(self) -> "Chunks":
-        """The chunks whose linear states others read: if causal, those that end before the last window begins."""
-        used = self.count - (self.overlap // self.chunk + 1 if self.causal else 0)
+        """The chunks whose linear states others read: if causal, all to the one in which the last window begins."""
+        used = self.count - self.back * self.causal
         return dataclasses.replace(self, length=min(used * self.chunk, self.length))
 
     def pieces(self) -> list[tuple[int, int]]:

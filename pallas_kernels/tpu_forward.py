@@ -20,6 +20,7 @@ from pallas_kernels.tpu_problem import (
     LOG2_E,
     MASKED,
     Problem,
+    lane_sums,
     row,
     run_with_tail,
     take,
@@ -37,14 +38,6 @@ def add_tile(
     decay = jnp.exp2(peak - peak_next)
     values_QxD, sums = problem.weigh(p_QxS, v_SxD)
     return peak_next, decay * total + sums, decay[:, : problem.width] * o_QxD + values_QxD
-
-
-def weigh_keys(problem: Problem, weights, k_TxD: jax.Array, v_TxD: jax.Array, inside_1xT: jax.Array | None):
-    """S [F, D] of some keys, and what sums to z over 128 lanes, [F, 128]; keys that are not inside count for nothing."""
-    phi_FxT = powers(hidden_columns(problem, k_TxD, weights)[-1], problem.degree, 0)
-    if inside_1xT is not None:
-        phi_FxT = jnp.where(inside_1xT, phi_FxT, 0.0)
-    return problem.weigh(phi_FxT, v_TxD)
 
 
 def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[jax.Array, jax.Array]:
@@ -65,17 +58,17 @@ def summarize(problem: Problem, key_map: PolynomialMap, k, v, valid) -> tuple[ja
             state_ref[...] = jnp.zeros_like(state_ref)
             lanes_ref[...] = jnp.zeros_like(lanes_ref)
 
-        v_TxD, inside = v_ref[...], None
+        psi_FxT = hidden_columns(problem, k_ref[...], inputs[: len(weights)])[-1]
+        phi_FxT = powers(psi_FxT, problem.degree, 0)
+        v_TxD = v_ref[...]
         if ragged:
             start = (first + step) * size
-            inside = within(start, size, problem.num_softmax, problem.num_keys, 1)
+            phi_FxT = jnp.where(within(start, size, problem.num_softmax, problem.num_keys, 1), phi_FxT, 0.0)
             v_TxD = jnp.where(within(start, size, 0, problem.num_keys, 0), v_TxD, 0)
         if problem.masked:
-            counts = inputs[-1][...] > 0
-            inside = counts if inside is None else inside & counts
-        values_FxD, sums_FxL = weigh_keys(problem, inputs[: len(weights)], k_ref[...], v_TxD, inside)
-        state_ref[...] += values_FxD
-        lanes_ref[...] += sums_FxL
+            phi_FxT = jnp.where(inputs[-1][...] > 0, phi_FxT, 0.0)
+        state_ref[...] += problem.dot(phi_FxT, v_TxD)
+        lanes_ref[...] += lane_sums(phi_FxT)
 
         @pl.when(step == steps - 1)
         def _():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tpu, tpu_chunks
+from pallas_kernels import tpu, tpu_chunk_states, tpu_chunks
 from pallas_kernels.tpu_problem import BlockSizes
 from tests.conftest import FULL_GRID
 from tests.pallas_kernels.kernel_tests import cosine, problem
@@ -33,8 +33,9 @@ MORE_CASES = [
 
 @pytest.mark.parametrize(("shape", "causal", "masked", "options"), CASES + MORE_CASES * FULL_GRID)
 def test_values_and_gradients_are_those_of_the_formula(monkeypatch, shape, causal, masked, options):
-    """Windows in place, several blocks of queries in a chunk, short last chunks."""
+    """Windows in place, several blocks of queries and of a state's keys in a chunk, short last chunks."""
     monkeypatch.setattr(tpu_chunks, "MOST_QUERIES", 136)
+    monkeypatch.setattr(tpu_chunk_states, "MOST_KEYS", 24 if shape[1] < 136 else 136)
     options = {"width": 64, "heads": 2, "batch": 2 if masked else 1, "stabilizer": "max"} | options
     stabilizer = options.pop("stabilizer")
     length, chunk, overlap = shape

@@ -106,11 +106,8 @@ if FULL_GRID:
         attend = functools.partial(sparse, block_sizes=default_blocks(chip))
         assert kernel_names(compile_ahead(chip, functools.partial(gradients, attend), x, x, x, projection())) == SPARSE
 
-    # On v6e, with its faster matrix units, chunks stay further from the bound: `chunk_attend` keeps the units busy for
-    # nine cycles of ten between a step's first tile of scores and its last, when exponentials have no products beside
-    # them, and the kernels of the states, which see the block at a window's edge twice, take 2.8 times their products.
     @needs_libtpu
-    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.1), ("v6e", 1.25)])
+    @pytest.mark.parametrize(("chip", "ratio"), [("v5e", 1.1), ("v6e", 1.15)])
     def test_chunked_attention_is_near_its_bound(chip, ratio):
         """Static estimate of a forward at 32,760 tokens, Tc 3 and To 1, XLA's part too, against arithmetic."""
         frame, x = 32760 // FRAMES, rows(32760)
