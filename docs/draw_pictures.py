@@ -1,4 +1,4 @@
-"""Draws the pictures of "How attention surgery works" with the package's own token order, costs and planner.
+"""Draws the pictures of "How attention surgery works" and of results with the package's own token order, costs and planner.
 
 python docs/draw_pictures.py
 
@@ -6,6 +6,8 @@ writes docs/pictures/*.svg. A test compares the files with what these functions 
 """
 
 import html
+import itertools
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +32,13 @@ PARTS = {"core": "#2450b8", "projections": "#10805b", "cross_attention": "#a3790
 PART_NAMES = {"core": "attention", "projections": "projections", "cross_attention": "cross-attention", "ffn": "MLP"}
 RATES: tuple[Rate, ...] = (1, 2, 4, 8, "linear")
 HEIGHT, WIDTH = 480, 832
+FAMILIES = {
+    "hybrid": "#2450b8",
+    "chunked hybrid": "#10805b",
+    "sparse + linear": "#c2510c",
+    "linear": "#8a909b",
+    "the planner’s mix": "#1b1d22",
+}
 
 
 def text(x: float, y: float, words: object, size: int = 13, anchor: str = "start", colour: str = INK) -> str:
@@ -150,12 +159,22 @@ def spread(heights: Sequence[float], least: float) -> list[float]:
     return placed[::-1]
 
 
+def results(name: str, after: str = "") -> list[dict[str, str]]:
+    """The rows of the table `name` in docs/results.md, or of that which follows the words `after` there.
+
+    Each is {column: cell}; "" is the first column.
+    """
+    part = (HERE / "results.md").read_text().split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
+    lines = part[part.index(after) :].splitlines()
+    table = itertools.takewhile(lambda line: "|" in line, itertools.dropwhile(lambda line: "|" not in line, lines))
+    (_, *columns), _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)
+    return [dict(zip(("", *columns), row, strict=True)) for row in rows]
+
+
 def measured_errors() -> np.ndarray:
     """[blocks, 4]: relative velocity errors with one block converted, from the table of docs/results.md, "errors"."""
-    table = (HERE / "results.md").read_text().split("<!-- begin errors -->")[1].split("<!-- end errors -->")[0]
-    names, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
-    columns = [names.index(f"{rate_name(rate)}, velocity") for rate in RATES[1:]]
-    rows = [row for row in rows if row[0].startswith("block")]
+    columns = [f"{rate_name(rate)}, velocity" for rate in RATES[1:]]
+    rows = [row for row in results("errors") if row[""].startswith("block")]
     return np.array([[float(row[column].split()[0]) for column in columns] for row in rows])
 
 
@@ -196,12 +215,43 @@ def plan() -> str:
     return svg(480, 238, "Errors of the tiny model by block and rate, and plans chosen from them", shapes)
 
 
+def families() -> str:
+    """The velocity error of every family's plans over their cost, in FLOPs and in time, from docs/results.md."""
+    ticks, x_ticks, height, bottom = (0.03, 0.1, 0.3, 1, 3, 10, 30), (50, 60, 70, 80, 90), 210, 246
+    shapes = [text(16, 22, "velocity error, squared, %; right after distillation, mean of three seeds")]
+    panels = (("attention FLOPs", ""), ("attention time", "Budgets of measured"))
+    for number, (cost, after) in enumerate(panels):
+        left, width = 46 + 352 * number, 310
+        across = lambda share, left=left, width=width: left + width * (share - 50) / 45
+        down = lambda error: bottom - height * math.log(error / ticks[0]) / math.log(ticks[-1] / ticks[0])
+        for tick in ticks:
+            shapes.append(f'<path d="M{left} {down(tick):.4g}h{width}" stroke="{LINE}"/>')
+            shapes.append(text(left - 6, down(tick) + 4, f"{tick:g}", 12, "end", MUTED))
+        shapes += [text(across(tick), bottom + 18, tick, 12, "middle", MUTED) for tick in x_ticks]
+        shapes.append(text(left + width / 2, bottom + 36, f"{cost}, % of the teacher’s", 12, "middle", MUTED))
+        rows = [row for row in results("families", after) if not row["plan"].startswith("not reached")]
+        for family, colour in FAMILIES.items():
+            found = [row for row in rows if row[""].endswith(f": {family}")]
+            shares = [100 * float(row[f"{cost}, of the teacher's"].split()[0]) for row in found]
+            errors = [float(row["velocity error, squared, %"].split()[0]) for row in found]
+            points = [(across(share), down(error)) for share, error in sorted(zip(shares, errors, strict=True))]
+            line = "L".join(f"{x:.4g} {y:.4g}" for x, y in points)
+            shapes.append(f'<path d="M{line}" stroke="{colour}" stroke-width="2" fill="none"/>')
+            shapes += [f'<circle cx="{x:.4g}" cy="{y:.4g}" r="3" fill="{colour}"/>' for x, y in points]
+    x = 46.0
+    for family, colour in FAMILIES.items():
+        shapes += [box(x, 302, 12, 12, colour), text(x + 17, 313, family, 12)]
+        x += 40 + 7 * len(family)
+    return svg(720, 330, "Errors of families of attention by what their plans cost", shapes)
+
+
 PICTURES = {
     "tokens": tokens,
     "attention": attention,
     "cost_of_a_block": cost_of_a_block,
     "cost_by_length": cost_by_length,
     "plan": plan,
+    "families": families,
 }
 
 
