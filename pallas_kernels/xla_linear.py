@@ -1,5 +1,7 @@
 """The linear branch by XLA, in chunks of tokens: its state, the read-out of the state, and their backwards."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -153,6 +155,7 @@ def _read_head_backward(q_BxNxD, query_map, state_and_z, cotangents):
     return dq, d_map, d_state_and_z
 
 
+@functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for its values
 def features_of(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
     """phi of one head, given a map whose leaves have no head axis."""
     one_head = jax.tree.map(lambda leaf: leaf[None], feature_map)
@@ -161,4 +164,6 @@ def features_of(feature_map: FeatureMap, x_CxBxD: jax.Array) -> jax.Array:
 
 def num_features(feature_map: FeatureMap, x_BxNxHxD: jax.Array) -> int:
     """The number of features of all tokens and heads."""
-    return jax.eval_shape(feature_map, x_BxNxHxD).size
+    one_head = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), feature_map)
+    x_NxBxD = jax.ShapeDtypeStruct((*x_BxNxHxD.shape[1::-1], x_BxNxHxD.shape[3]), x_BxNxHxD.dtype)
+    return jax.eval_shape(features_of, one_head, x_NxBxD).size * x_BxNxHxD.shape[2]

@@ -36,6 +36,7 @@ def over(function: Callable, axes: Sequence[tuple[int | None, ...]], *inputs, nu
         # The outer vmaps have removed `level` axes by then, all of which came before this one.
         left = tuple(None if (axis := each[level]) is None else axis - level for each in axes)
         batched = jax.vmap(batched, in_axes=left)
+    batched = jax.jit(batched, inline=True)  # traced once, for its shapes and for both platforms
     expected = jax.eval_shape(batched, *inputs)
     lead = jax.tree.leaves(expected)[0].shape[:depth]
 

@@ -40,8 +40,9 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
-# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time.
-gc.set_threshold(50_000, 20, 50)
+# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time. The oldest
+# are not collected at all.
+gc.set_threshold(200_000, 20, 200)
 
 # `make kernels`: all shapes and meshes in the tests that otherwise take a sample of them.
 FULL_GRID = os.environ.get("FULL_GRID") == "1"
@@ -184,7 +185,7 @@ def random_transformer() -> Callable[[WanConfig], WanTransformer]:
 FAKE_DEVICES = """
 import contextlib, gc, io, json, sys, traceback
 
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(200_000, 20, 200)
 for line in sys.stdin:
     script, sys.argv[1:] = json.loads(line)
     error, printed = "", io.StringIO()
