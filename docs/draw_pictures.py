@@ -1,4 +1,4 @@
-"""Draws the pictures of "How attention surgery works" and of results with the package's own token order, costs and planner.
+"""Draws the pictures of "How attention surgery works" and of results, with the package's own token order, costs and plans.
 
 python docs/draw_pictures.py
 

@@ -40,8 +40,8 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
-# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time. The oldest
-# are not collected at all.
+# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time. The
+# oldest are not collected at all.
 gc.set_threshold(200_000, 20, 200)
 
 # `make kernels`: all shapes and meshes in the tests that otherwise take a sample of them.
