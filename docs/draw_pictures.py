@@ -1,4 +1,4 @@
-"""Draws the pictures of "How attention surgery works" and of results, with the package's own token order, costs and plans.
+"""Draws the pictures of the docs: from the package's own token order, costs and planner, and from tables of results.
 
 python docs/draw_pictures.py
 
