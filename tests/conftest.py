@@ -40,8 +40,8 @@ from jsurgery.wan.tokenizer import train_tokenizer
 from jsurgery.wan.transformer import WanTransformer
 from jsurgery.wan.vae import WanVae
 
-# Traced programs are millions of long-lived objects; by default, garbage collection takes a tenth of the time. The
-# oldest are not collected at all.
+# Traced programs are millions of long-lived objects, and garbage collection takes a tenth of the time. The oldest are
+# therefore not collected, and those of finished files are not looked at again.
 gc.set_threshold(200_000, 20, 200)
 
 # `make kernels`: all shapes and meshes in the tests that otherwise take a sample of them.
@@ -109,6 +109,12 @@ TINY_TRANSFORMER = WanConfig(
 # Likewise of the kind of Wan2.2 TI2V 5B, whose 48 channels tell it from Wan2.1.
 TINY_VAE_2_2 = VaeConfig(**VAE_5B | {"base_dim": 4, "decoder_base_dim": 4, "num_res_blocks": 1})
 TINY_TRANSFORMER_2_2 = dataclasses.replace(TINY_TRANSFORMER, in_channels=48, out_channels=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncollected() -> Iterator[None]:
+    yield
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:
