@@ -138,7 +138,8 @@ def _states(problem: Problem, chunks: Chunks, arrays: tuple, key_map: Polynomial
 
 
 def _states_forward(problem, chunks, arrays, key_map, valid):
-    parts = summarize_chunks(problem, chunks.with_states(), key_map, *arrays, valid)
+    k, v = arrays
+    parts = summarize_chunks(problem, chunks.with_states(), key_map, k, v, valid)
     if chunks.causal:  # running sums, of which each is the state of a later chunk
         by_batch = lambda x: x.reshape(problem.batch, -1, *x.shape[1:])
         later = lambda x: padded(by_batch(x), chunks.back, 0).reshape(-1, *x.shape[1:])

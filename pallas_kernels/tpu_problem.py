@@ -197,7 +197,7 @@ def lane_sums(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, jnp.split(x, x.shape[1] // LANES, axis=1))
 
 
-def within(start, size: int, low: int, high: Any, axis: int) -> jax.Array:
+def within(start, size: int, low: Any, high: Any, axis: int) -> jax.Array:
     """Which of the tokens from `start` to `start + size` lie in low .. high, along `axis` of a two-dimensional mask."""
     token = start + lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
     return (token >= low) & (token < high)
