@@ -1,5 +1,6 @@
 // Tells every cell the name of its column and whether it is blank: on cards site.css shows the one and hides the other.
-// Tables are cards on phones and from 16 columns on; from 9 they are set closer. No line of a command ends within a flag's name.
+// Tables are cards on phones and from 16 columns on; from 9 they are set closer. Plans of several kinds may
+// break after a +. No line of a command ends within a flag's name.
 const PHONE = matchMedia("(max-width: 46em)");
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("table.docutils")) {
@@ -17,6 +18,7 @@ document.addEventListener("DOMContentLoaded", () => {
       [...row.children].forEach((cell, place) => {
         if (names[place] && place > 0) cell.dataset.column = names[place];
         cell.classList.toggle("blank", !cell.textContent.trim());
+        replaceIn(cell, /(?<=\d[A-Z]\w*)(\+)(?=\d+[A-Z])/, () => ["+", document.createElement("wbr")]);
         if (wide && place === 0) heads.push(cell);
       });
     }
