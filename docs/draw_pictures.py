@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jsurgery import solve_block_rates
+from jsurgery.ablate.family_bakeoff import MIX
 from jsurgery.attention.kinds.registry import rate_name
 from jsurgery.attention.token_order import TokenOrder
 from jsurgery.load_config import load_config
@@ -37,7 +38,7 @@ FAMILIES = {
     "chunked hybrid": "#10805b",
     "sparse + linear": "#c2510c",
     "linear": "#8a909b",
-    "the planner’s mix": "#1b1d22",
+    MIX: "#1b1d22",
 }
 
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chunk_windows import State
 from pallas_kernels.feature_map import PolynomialMap
-from pallas_kernels.tpu_chunks import ROWS, Chunks
+from pallas_kernels.tpu_chunks import ROWS, Chunks, masks_from, tokens_from
 from pallas_kernels.tpu_feature_map import features_rows, map_flops, rows
 from pallas_kernels.tpu_problem import LANES, Problem, within
 
@@ -29,7 +29,7 @@ def summarize_chunks(problem: Problem, chunks: Chunks, key_map: PolynomialMap, k
         valid: bool [B, M]; None unless the problem is `masked`.
     """
     chunk, count, width, causal = chunks.chunk, chunks.count, problem.width, chunks.causal
-    size, cut = chunks.blocks(MOST_KEYS), chunk - chunks.overlap % chunk
+    size, cut = chunks.blocks(MOST_KEYS), chunks.cut
     padded, steps, ragged = -(-size // LANES) * LANES, chunk // size, chunks.length % chunk > 0
     cut_step, states = (cut - 1) // size, 1 if causal or cut == chunk else 2
     weights, weight_specs = rows(key_map, problem.dtype)
@@ -84,20 +84,13 @@ def summarize_chunks(problem: Problem, chunks: Chunks, key_map: PolynomialMap, k
         if states == 2:
             pl.when(step == steps - 1)(lambda: write(1))
 
-    block = pl.Element(size), pl.Element(width)
-    if problem.packed:
-        tokens = pl.BlockSpec((None, *block), lambda b, h, t, i: (b, first_key(t, i), h * width))
-    else:
-        tokens = pl.BlockSpec((None, None, *block), lambda b, h, t, i: (b, h, first_key(t, i), 0))
+    tokens = tokens_from(problem, size, first_key)
     per_chunk = lambda *shape: pl.BlockSpec(
         (None, None, states, *shape), lambda b, h, t, i: (b * count + t, h, 0, 0, 0)
     )
     masks, mask_specs = [], []
     if problem.masked:
-        starts = jnp.array([min(at, problem.num_keys - size) for at in range(0, count * chunk, size)])
-        of_step = lambda start: jax.lax.dynamic_slice_in_dim(valid, start, size, axis=1)
-        mask = jnp.pad(jax.vmap(of_step, out_axes=1)(starts), ((0, 0), (0, 0), (0, padded - size)))
-        masks = [mask[:, :, None].astype(jnp.float32)]
+        masks = [masks_from(valid, size, [first_key(t, step) for t in range(count) for step in range(steps)])]
         mask_specs = [pl.BlockSpec((None, None, 1, padded), lambda b, h, t, i: (b, t * steps + i, 0, 0))]
     shape = problem.batch * count, problem.heads, states
     state, z = problem.call(

@@ -25,7 +25,7 @@ from pallas_kernels.feature_map import FeatureMap, PolynomialMap
 from pallas_kernels.tpu_arguments import check, default_blocks, head_product, polynomial, problem_of, scaled
 from pallas_kernels.tpu_backward import attend_backward, known_per_query, read_out_backward, summarize_backward
 from pallas_kernels.tpu_chunk_states import summarize_chunks
-from pallas_kernels.tpu_chunks import Chunks, attend_to_windows
+from pallas_kernels.tpu_chunks import Chunks, attend_to_windows, masks_from
 from pallas_kernels.tpu_problem import LANES, BlockSizes, Problem
 
 MOST_BACKWARD_KEYS = 8192  # of a step
@@ -97,11 +97,10 @@ def _of_chunks(problem: Problem, chunks: Chunks, window: bool, masked: bool) -> 
 
 
 def _pieces(problem: Problem, chunks: Chunks, masked: bool) -> list[Problem]:
-    """The problems of the states of every chunk's pieces."""
+    """The problems of the states before and, if there is any, after the cut of every chunk."""
     of_chunks = _of_chunks(problem, chunks, window=False, masked=masked)
-    return [
-        dataclasses.replace(of_chunks, num_keys=start + length, num_softmax=start) for start, length in chunks.pieces()
-    ]
+    before = dataclasses.replace(of_chunks, num_keys=chunks.cut, num_softmax=0)
+    return [before, dataclasses.replace(of_chunks, num_softmax=chunks.cut)] if chunks.cut < chunks.chunk else [before]
 
 
 def _by_chunk(problem: Problem, chunks: Chunks, x: jax.Array) -> jax.Array:
@@ -205,10 +204,7 @@ def _attend(
 def _run(problem, chunks, arrays, query_map, state, valid, *, with_stats):
     mask = None
     if valid is not None:
-        starts = jnp.stack([chunks.window_start(t) for t in range(chunks.count)])
-        cut = lambda start: jax.lax.dynamic_slice_in_dim(valid, start, chunks.window, axis=1)
-        mask = jax.vmap(cut, out_axes=1)(starts)[:, :, None].astype(jnp.float32)
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, -chunks.window % LANES)))
+        mask = masks_from(valid, chunks.window, [chunks.window_start(t) for t in range(chunks.count)])
     (q, k, v), (S, z) = arrays, state
     return attend_to_windows(problem, chunks, query_map, q, k, v, mask, S, z, with_stats=with_stats)
 

@@ -6,6 +6,7 @@ known when the program is compiled, so that no score is computed only to be mask
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,10 +88,10 @@ class Chunks:
         used = self.count - self.back * self.causal
         return dataclasses.replace(self, length=min(used * self.chunk, self.length))
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """Start and length of a chunk's one or two pieces, which part where a later chunk's window begins."""
-        cut = self.chunk - self.overlap % self.chunk
-        return [(0, cut), (cut, self.chunk - cut)] if cut < self.chunk else [(0, cut)]
+    @property
+    def cut(self) -> int:
+        """Where a later chunk's window begins within a chunk, or at its end."""
+        return self.chunk - self.overlap % self.chunk
 
     def kinds(self) -> list[Kind]:
         kinds: list[Kind] = []
@@ -191,7 +192,7 @@ def attend_to_windows(
         exps=pairs,
         in_specs=[
             tokens,
-            *[window_spec(problem, chunks)] * 2,
+            *[tokens_from(problem, window, lambda t, i: chunks.window_start(t))] * 2,
             *mask_specs,
             *weight_specs,
             per_chunk(features, problem.width),
@@ -206,9 +207,19 @@ def attend_to_windows(
     return y, stats_BxHx2xN[..., : chunks.length]
 
 
-def window_spec(problem: Problem, chunks: Chunks) -> pl.BlockSpec:
-    """The block spec for a chunk's window of packed keys or values; the grid is (B, H, T, ...)."""
-    size, width = pl.Element(chunks.window), pl.Element(problem.width)
+def tokens_from(problem: Problem, count: int, start: Callable[..., Any]) -> pl.BlockSpec:
+    """The block spec for `count` tokens of packed keys or values, from any row on.
+
+    `start` maps the grid's indices after (B, H) to the first token.
+    """
+    size, width = pl.Element(count), pl.Element(problem.width)
     if problem.packed:
-        return pl.BlockSpec((None, size, width), lambda b, h, t, *g: (b, chunks.window_start(t), h * problem.width))
-    return pl.BlockSpec((None, None, size, width), lambda b, h, t, *g: (b, h, chunks.window_start(t), 0))
+        return pl.BlockSpec((None, size, width), lambda b, h, *g: (b, start(*g), h * problem.width))
+    return pl.BlockSpec((None, None, size, width), lambda b, h, *g: (b, h, start(*g), 0))
+
+
+def masks_from(valid: jax.Array, count: int, starts: Sequence[Any]) -> jax.Array:
+    """float32 [B, S, 1, count in whole lanes] of valid [B, M]: `count` tokens from each of the S starts."""
+    cut = lambda start: lax.dynamic_slice_in_dim(valid, start, count, axis=1)
+    masks_BxSxN = jax.vmap(cut, out_axes=1)(jnp.stack(starts))
+    return jnp.pad(masks_BxSxN, ((0, 0), (0, 0), (0, -count % LANES)))[:, :, None].astype(jnp.float32)

@@ -205,13 +205,12 @@
       setPlaying(false);
       video.currentTime = (Number(scrub.value) + 0.5) / row.fps;
     });
-    // A browser may show the frame before for a moment after a seek has ended: draw again when the new one is there.
+    // For a moment after a seek has ended, a browser may still have the frame before: draw again when it has the new one.
     const drawAgain = () => {
       drawn = "";
       video.requestVideoFrameCallback?.(drawAgain);
     };
     drawAgain();
-    video.addEventListener("seeked", () => setTimeout(() => (drawn = ""), 100));
     video.addEventListener("error", () => {
       element("fault").textContent = "This browser cannot play the clips (VP9 in WebM).";
       element("fault").hidden = false;
